@@ -1,0 +1,1 @@
+"""The paged KV arrays on the device."""

@@ -1,0 +1,1 @@
+"""Attention kernels: one signature, one implementation per backend."""

@@ -1,0 +1,1 @@
+"""The gRPC front door: JetStream's wire contract, server and client."""
