@@ -1,0 +1,174 @@
+"""The decoder shared by Llama 3.x, Qwen2.5 and Qwen3 (dense).
+
+The three differ in two switches of :class:`ModelConfig` (``qkv_bias``, ``qk_norm``) and in the scaling of the
+rotary embedding, so one file serves them all. It knows nothing of pages: the caller passes ``attend``, which
+stores the new keys and values wherever it keeps them and returns the attention output.
+
+Axis letters: T tokens of all sequences laid end to end, D hidden size, N query heads, K key/value heads, H head
+size, F feed-forward size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import ModelConfig, RopeScaling
+
+LayerCache = Any
+"""What ``attend`` keeps for one layer; opaque to the model."""
+
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache]]
+"""``attend(layer, q [T, N, H], k [T, K, H], v [T, K, H], cache) -> (out [T, N, H], cache)``."""
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Angular frequency of every pair of a head's dimensions, ``[H / 2]`` float32 (RoFormer, arXiv 2104.09864).
+
+    With ``scaling`` the wavelengths beyond the original context are stretched by ``factor`` and those between the
+    two bounds blended, as Llama 3.1 was trained.
+    """
+    freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return freqs
+    turns = scaling.original_max_position * freqs / (2 * math.pi)  # rotations over the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return freqs * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of ``x [T, heads, H]`` with ``cos, sin [T, 1, H / 2]``, halves paired as in Hugging Face."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        return f.astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; heads are kept as an axis of the weights so that they can be sharded."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q = _normal((d, n, h), dtype, rngs)
+        self.k = _normal((d, k, h), dtype, rngs)
+        self.v = _normal((d, k, h), dtype, rngs)
+        self.o = _normal((n, h, d), dtype, rngs)
+        self.qkv_bias, self.qk_norm = config.qkv_bias, config.qk_norm
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((n, h), dtype))
+            self.k_bias = nnx.Param(jnp.zeros((k, h), dtype))
+            self.v_bias = nnx.Param(jnp.zeros((k, h), dtype))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(h, config.rms_eps, dtype)
+            self.k_norm = RMSNorm(h, config.rms_eps, dtype)
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: int, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        q = jnp.einsum("TD,DNH->TNH", x, self.q[...])
+        k = jnp.einsum("TD,DKH->TKH", x, self.k[...])
+        v = jnp.einsum("TD,DKH->TKH", x, self.v[...])
+        if self.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, cache = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
+        return jnp.einsum("TNH,NHD->TD", out, self.o[...]), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate = _normal((d, f), dtype, rngs)
+        self.up = _normal((d, f), dtype, rngs)
+        self.down = _normal((f, d), dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+
+class Embedding(nnx.Module):
+    """Token embedding table ``[V, D]``."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.weight = _normal((config.vocab_size, config.hidden_size), dtype, rngs)
+
+
+class Head(nnx.Module):
+    """Output projection ``[D, V]`` of a model that does not tie it to the embedding."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.weight = _normal((config.hidden_size, config.vocab_size), dtype, rngs)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer over ragged tokens.
+
+    Args:
+        config: shape and constants.
+        dtype: of weights and activations; norms, the rotary embedding and logits are computed in float32.
+        rngs: source of the random initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config, dtype, rngs)
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
+        if not config.tie_embeddings:
+            self.lm_head = Head(config, dtype, rngs)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, cache: tuple[LayerCache, ...], attend: Attend
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Run ``tokens [T]`` int32 at ``positions [T]`` int32; return the final hidden states ``[T, D]`` and caches."""
+        c = self.config
+        angle = positions[:, None, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)  # [T, 1, H / 2]
+        x = self.embed.weight[...][tokens]
+        caches = []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                out, layer_cache = layer.attention(layer.input_norm(x), cos, sin, attend, i, cache[i])
+                x = x + out
+                x = x + layer.mlp(layer.post_attention_norm(x))
+            caches.append(layer_cache)
+        return self.norm(x), tuple(caches)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Scores of the next token, ``[..., D] -> [..., V]`` float32."""
+        weight, axes = (self.embed.weight[...], "VD") if self.config.tie_embeddings else (self.lm_head.weight[...], "DV")
+        return jnp.einsum(f"...D,{axes}->...V", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _normal(shape: tuple[int, ...], dtype: Any, rngs: nnx.Rngs) -> nnx.Param[Any]:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
