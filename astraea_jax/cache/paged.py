@@ -1,0 +1,36 @@
+"""The paged KV arrays on the device: how many pages fit, and making them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astraea_jax.errors import StartupError
+from astraea_jax.models.config import ModelConfig
+
+PagedKV = tuple[jax.Array, ...]
+"""One ``[P, S, 2 * K, H]`` array per layer; the step donates and returns them."""
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page: the keys and values of ``page_size`` tokens over all layers."""
+    return model.num_layers * page_size * 2 * model.num_kv_heads * model.head_dim * np.dtype(dtype).itemsize
+
+
+def pages_within(budget: int, model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Pages (the scrap page included) that fit into ``budget`` bytes.
+
+    Raises:
+        StartupError: not even one usable page fits.
+    """
+    one = page_bytes(model, page_size, dtype)
+    if budget < 2 * one:
+        raise StartupError(f"a KV budget of {budget} bytes holds fewer than two pages of {one} bytes; raise kv_bytes")
+    return budget // one
+
+
+def make_pages(model: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> PagedKV:
+    """Zeroed pages ``[P, S, 2K, H]`` for every layer. Page 0 is scrap: padding writes land there."""
+    shape = (num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(model.num_layers))

@@ -1,0 +1,336 @@
+"""The serving loop: take in events, plan, dispatch the step, commit the previous step's tokens.
+
+One thread runs the loop and is the only one that touches the scheduler and the device. Everybody else posts events
+to it and gets results in their own event loop. The host's work on step n, text included, happens while the device
+runs step n + 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from astraea_jax.config import EngineConfig, Layout
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.generation import Delta, Generation, Output, Usage
+from astraea_jax.models import load, resolve
+from astraea_jax.models.checkpoint import Progress
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.runner import CompileGuard, InFlight, Runner
+from astraea_jax.sampling import SamplingParams
+from astraea_jax.scheduler.policy import make_policy
+from astraea_jax.scheduler.program import Rejected, Segment
+from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 1.0
+"""How often an idle loop looks for expired sessions, in seconds."""
+
+
+@dataclass
+class StepTimes:
+    """Where the loop's time has gone, in seconds, summed over ``steps``."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Computed by the model, prefill included."""
+    plan_s: float = 0.0
+    dispatch_s: float = 0.0
+    wait_s: float = 0.0
+    """Waiting for the device: the part that is not host work."""
+    commit_s: float = 0.0
+
+
+@dataclass
+class _Request:
+    """What the loop keeps of a live request."""
+
+    segment: Segment
+    generation: Generation
+    params: SamplingParams
+    output: Output
+
+
+class Engine:
+    """Serves one model. Make it, :meth:`start` it, then call :meth:`generate` from any event loop.
+
+    Args:
+        decoder: the model.
+        tokenizer: from the same folder.
+        config: sizes and policy.
+
+    Raises:
+        StartupError: the sizes do not fit the model or this machine.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None):
+        self.config = config or EngineConfig()
+        self.model_config = decoder.config
+        self.tokenizer = tokenizer
+        self.layout = Layout.plan(self.config, decoder.config)
+        self.times = StepTimes()
+        self.live = False
+        c, layout = self.config, self.layout
+        scheduler_config = SchedulerConfig(
+            num_pages=layout.num_pages,
+            page_size=c.page_size,
+            max_seqs=c.max_seqs,
+            max_step_tokens=c.max_step_tokens,
+            max_context=layout.max_context,
+            max_waiting=c.max_queued,
+            max_programs=c.max_programs,
+            session_ttl_s=c.session_ttl_s,
+        )
+        self._scheduler = Scheduler(scheduler_config, make_policy(c.policy))
+        self._runner = Runner(
+            decoder,
+            num_pages=layout.num_pages,
+            page_size=c.page_size,
+            max_seqs=c.max_seqs,
+            max_step_tokens=c.max_step_tokens,
+            max_pages_per_seq=layout.pages_per_seq,
+            kv_dtype=layout.dtype,
+        )
+        self._guard = CompileGuard()
+        self._events: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._admitted = 0  # requests accepted and not yet ended; guarded by _lock
+        self._requests: dict[Segment, _Request] = {}
+        self._by_generation: dict[Generation, _Request] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Delta | Exception]]] = {}
+        self._refusing: str | None = "the engine has not been started"
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="astraea-engine", daemon=True)
+
+    @classmethod
+    def from_folder(
+        cls, model: str | Path, config: EngineConfig | None = None, *, progress: Progress | None = None
+    ) -> Engine:
+        """Load a checkpoint folder, or the bundled ``"astraea-tiny"``, without starting it."""
+        config = config or EngineConfig()
+        folder = resolve(model)
+        decoder = load(folder, config.weight_dtype(), progress=progress)
+        return cls(decoder, Tokenizer.from_folder(folder), config)
+
+    def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compile every step, then start the loop. ``progress(done, total)`` counts compiled steps."""
+        self._runner.compile(progress)
+        self._refusing = None
+        self.live = True
+        self._thread.start()
+
+    # -- called from any thread ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+        final: bool = False,
+    ) -> Generation:
+        """Queue one segment and return it as an async iterator; call it with an event loop running.
+
+        Args:
+            prompt: token ids.
+            params: sampling; greedy by default.
+            session: names the program. When the segment ends, the program waits for its tool with its KV kept while
+                memory allows; the next ``generate`` of the session resumes it. None: a program of one segment.
+            final: the program ends with this segment.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
+            Overloaded: ``max_queued`` requests are waiting already.
+            EngineDead: not serving.
+        """
+        params = params or SamplingParams()
+        self._check(prompt, params)
+        with self._lock:
+            if self._refusing is not None:
+                raise EngineDead(self._refusing)
+            if self._admitted >= self.config.max_queued + self.config.max_seqs:
+                raise Overloaded(f"{self._admitted} requests are in progress; try again later")
+            self._admitted += 1
+            generation = Generation(lambda g: self._post(partial(self._cancel, g)))
+            self._post(partial(self._submit, generation, tuple(prompt), params, session, final))
+        return generation
+
+    def end_session(self, session: str) -> None:
+        """End a program that waits for a tool: its KV is dropped. Unknown sessions are ignored."""
+        self._post(lambda: self._scheduler.end_program(session, time.monotonic()))
+
+    def stats(self) -> SchedulerStats:
+        """Counts of programs, segments and pages as of the last step."""
+        return self._scheduler.stats()
+
+    def shutdown(self, grace_s: float = 30.0) -> None:
+        """Refuse new requests, let running ones finish for ``grace_s`` seconds, cancel the rest, stop the loop."""
+        with self._lock:
+            self._refusing = "the engine is shutting down"
+        if not self._thread.is_alive():
+            return
+        deadline = time.monotonic() + grace_s
+        while self._admitted and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.01)
+        self._post(self._stop)
+        self._thread.join()
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        limit, vocab = self.layout.max_context, self.model_config.vocab_size
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(prompt) + params.max_tokens > limit:
+            raise RequestError(
+                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of {limit} tokens"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise RequestError(f"prompt holds a token id outside the vocabulary [0, {vocab})")
+
+    def _post(self, event: Callable[[], None]) -> None:
+        self._events.append(event)
+        self._wake.set()
+
+    # -- the loop's thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._guard.arm()
+        try:
+            self._loop()
+            self._fail_all("the engine was shut down")
+        except Exception as error:
+            log.exception("the serving loop failed")
+            self._fail_all(f"the serving loop failed: {error}")
+        finally:
+            self._guard.disarm()
+
+    def _loop(self) -> None:
+        in_flight: InFlight | None = None
+        idle = True
+        while not self._stopping:
+            self._take_events(idle)
+            launched = self._launch()
+            if in_flight is not None:
+                self._commit(in_flight)
+            idle = launched is None and in_flight is None
+            in_flight = launched
+            self._deliver()
+            self._guard.check()
+
+    def _take_events(self, idle: bool) -> None:
+        if idle:
+            self._wake.wait(IDLE_S)
+        self._wake.clear()
+        while self._events:
+            self._events.popleft()()
+
+    def _launch(self) -> InFlight | None:
+        began = time.perf_counter()
+        plan = self._scheduler.plan(time.monotonic())
+        planned = time.perf_counter()
+        if plan is None:
+            return None
+        for segment in plan.admitted:
+            self._runner.set_sampling(segment.slot, self._requests[segment].params)
+        step = self._runner.dispatch(plan, self._scheduler.page_table)
+        self.times.steps += 1
+        self.times.tokens += plan.tokens
+        self.times.plan_s += planned - began
+        self.times.dispatch_s += time.perf_counter() - planned
+        return step
+
+    def _commit(self, step: InFlight) -> None:
+        began = time.perf_counter()
+        tokens = self._runner.read(step)
+        arrived, now = time.perf_counter(), time.monotonic()
+        for segment, token in self._scheduler.commit(step.plan, tokens, now):
+            request = self._requests[segment]
+            if token < 0:
+                self._scheduler.finish(segment, "error", now)
+                self._end(request, RuntimeError("the model gave scores that are not finite; its weights may be damaged"))
+                continue
+            text = request.output.push(token)
+            if request.output.stopped:
+                self._scheduler.finish(segment, "stop", now)
+            if segment.finish_reason is None:
+                self._send(request.generation, Delta(text, (token,)))
+            else:
+                text += request.output.flush()
+                self._end(request, Delta(text, (token,), segment.finish_reason))
+        self.times.wait_s += arrived - began
+        self.times.commit_s += time.perf_counter() - arrived
+
+    def _submit(
+        self, generation: Generation, prompt: tuple[int, ...], params: SamplingParams, session: str | None, final: bool
+    ) -> None:
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
+        stops = eos.union(params.stop_token_ids)
+        try:
+            segment = self._scheduler.submit(
+                prompt, params.max_tokens, stops, program=session, final=final, now=time.monotonic()
+            )
+        except Rejected as error:
+            self._release(generation, RequestError(str(error)))
+        except RuntimeError as error:
+            self._release(generation, Overloaded(str(error)))
+        else:
+            request = _Request(segment, generation, params, Output(self.tokenizer.stream(), params, stops))
+            self._requests[segment] = self._by_generation[generation] = request
+
+    def _cancel(self, generation: Generation) -> None:
+        request = self._by_generation.get(generation)
+        if request is not None:
+            self._scheduler.finish(request.segment, "cancelled", time.monotonic())
+            self._end(request, Delta(request.output.flush(), (), "cancelled"))
+
+    def _end(self, request: _Request, last: Delta | Exception) -> None:
+        del self._requests[request.segment], self._by_generation[request.generation]
+        request.generation.usage = Usage.of(request.segment, time.monotonic())
+        self._release(request.generation, last)
+
+    def _release(self, generation: Generation, last: Delta | Exception) -> None:
+        self._send(generation, last)
+        with self._lock:
+            self._admitted -= 1
+
+    def _send(self, generation: Generation, item: Delta | Exception) -> None:
+        self._outbox.setdefault(generation.loop, []).append((generation, item))
+
+    def _deliver(self) -> None:
+        """Hand this turn's results over with one wake-up per event loop."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, items in outbox.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:  # the caller's event loop is closed: nobody will read these
+                for generation, _ in items:
+                    self._cancel(generation)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _fail_all(self, reason: str) -> None:
+        """Sticky end: refuse from now on, and tell everybody who still waits."""
+        self.live = False
+        with self._lock:
+            self._refusing = reason
+        while self._events:  # submissions that raced with the end get their error below
+            self._events.popleft()()
+        for request in list(self._requests.values()):
+            self._scheduler.finish(request.segment, "error", time.monotonic())
+            self._end(request, EngineDead(reason))
+        self._deliver()
+
+
+def _put_all(items: list[tuple[Generation, Delta | Exception]]) -> None:
+    for generation, item in items:
+        generation.put(item)

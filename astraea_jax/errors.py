@@ -1,0 +1,19 @@
+"""What can go wrong at the front doors, one class per answer a client gets."""
+
+from __future__ import annotations
+
+
+class RequestError(ValueError):
+    """The request itself is at fault; the message names the field and what it may be. Nothing was queued."""
+
+
+class Overloaded(RuntimeError):
+    """The engine's bounded queue or session table is full; try again later."""
+
+
+class EngineDead(RuntimeError):
+    """The engine does not serve: not started, shut down, or its loop has failed (the message says which)."""
+
+
+class StartupError(RuntimeError):
+    """The configuration cannot be served on this machine; the message says what would fit."""

@@ -1,0 +1,126 @@
+"""Ragged paged attention in plain jax.numpy: the truth the other backends are held to, and the CPU's own kernel.
+
+Pages of one layer are ``[P, S, 2 * K, H]`` (P pages of S tokens), key and value heads interleaved: even rows of the
+third axis are keys. Page 0 is scrap: padding tokens are written there and nobody reads them.
+
+Work is proportional to the contexts in the batch, not to the longest context times the batch: queries are cut into
+tiles, tiles are sorted by the number of pages they read, and a flash-attention loop (online softmax, arXiv 2205.14135)
+visits for each block of pages only the chunk of tiles that still has one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLOCK_TOKENS = 128
+"""Context tokens per turn of the loop."""
+CHUNK_TILES = 16
+"""Query tiles per turn of the loop."""
+
+
+def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+    """Store ``k, v [T, K, H]`` at flat token slots ``[T]`` (page * S + offset) of ``pages [P, S, 2K, H]``."""
+    p, s, k2, h = pages.shape
+    kv = jnp.stack([k, v], axis=2).reshape(-1, k2, h).astype(pages.dtype)
+    return pages.reshape(p * s, k2, h).at[slots].set(kv).reshape(pages.shape)
+
+
+def attention(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    *,
+    q_tile: int,
+) -> jax.Array:
+    """Causal attention of ragged queries over paged keys and values, scaled by ``H ** -0.5``.
+
+    Args:
+        q: ``[T, N, H]`` queries of all rows end to end; the tokens after ``cu_q_lens[-1]`` are padding.
+        pages: ``[P, S, 2K, H]`` pages that already hold the keys and values of this step's tokens.
+        page_table: ``[R, M]`` int32, the pages of each row in order.
+        kv_lens: ``[R]`` int32, tokens in each row's context, this step's included.
+        cu_q_lens: ``[R + 1]`` int32, where each row's queries start; they are the last of its context.
+        q_tile: queries of one row handled together; 1 when every row has one query.
+
+    Returns:
+        ``[T, N, H]`` in the dtype of ``q``; rows of padding are zero.
+    """
+    t, n, h = q.shape
+    _, s, k2, _ = pages.shape
+    heads = k2 // 2
+    rows = page_table.shape[0]
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+
+    # Cut every row's queries into tiles; there are at most T / q_tile full ones and one partial one per row.
+    tiles = t if q_tile == 1 else -(-t // q_tile) + rows
+    tiles = -(-tiles // CHUNK_TILES) * CHUNK_TILES
+    tile_ends = jnp.cumsum(-(-q_lens // q_tile))
+    tile_starts = tile_ends - (-(-q_lens // q_tile))
+    tile = jnp.arange(tiles)
+    row = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right"), rows - 1)
+    first = (tile - tile_starts[row]) * q_tile  # of the row's queries
+    used = jnp.where(tile < tile_ends[-1], jnp.minimum(q_lens[row] - first, q_tile), 0)
+    reach = jnp.where(used > 0, kv_lens[row] - q_lens[row] + first + used, 0)  # context tokens the tile may see
+
+    order = jnp.argsort(-reach)
+    row, first, used, reach = row[order], first[order], used[order], reach[order]
+    lane = jnp.arange(q_tile)
+    q_index = jnp.where(lane < used[:, None], cu_q_lens[row][:, None] + first[:, None] + lane, t)
+    q_pos = jnp.where(lane < used[:, None], (kv_lens[row] - q_lens[row] + first)[:, None] + lane, -1)
+    tiled = jnp.take(q, q_index, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * h**-0.5
+    tiled = tiled.reshape(tiles, q_tile, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
+    tiled = tiled.reshape(tiles, heads, -1, h)  # [tiles, K, G * q_tile, H]
+
+    out = _flash_loop(tiled, pages, page_table[row], q_pos, reach)
+    out = out.reshape(tiles, heads, n // heads, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
+    result = jnp.zeros((t, n, h), q.dtype)
+    return result.at[q_index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
+
+
+def _flash_loop(
+    q: jax.Array, pages: jax.Array, table: jax.Array, q_pos: jax.Array, reach: jax.Array
+) -> jax.Array:
+    """Attend ``q [tiles, K, G * q_tile, H]``, sorted by falling ``reach [tiles]``, to pages ``table [tiles, M]``."""
+    tiles, heads, lanes, h = q.shape
+    s = pages.shape[1]
+    per_block = max(1, BLOCK_TOKENS // s)
+    block_tokens = per_block * s
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
+    q_pos = jnp.tile(q_pos, (1, lanes // q_pos.shape[1]))  # [tiles, G * q_tile]
+
+    def active_chunks(block: jax.Array) -> jax.Array:
+        return -(-jnp.sum(reach > block * block_tokens) // CHUNK_TILES)
+
+    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        block, chunk, m, l, o = state
+        at = chunk * CHUNK_TILES
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, CHUNK_TILES)  # noqa: E731
+        ids = jax.lax.dynamic_slice(table, (at, block * per_block), (CHUNK_TILES, per_block))
+        kv = pages[ids].reshape(CHUNK_TILES, block_tokens, heads, 2, h).astype(jnp.float32)
+        scores = jnp.einsum("CKLH,CSKH->CKLS", cut(q), kv[:, :, :, 0])
+        seen = block * block_tokens + jnp.arange(block_tokens) <= cut(q_pos)[:, :, None]
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        m_old, l_old, o_old = cut(m), cut(l), cut(o)
+        m_new = jnp.maximum(m_old, scores.max(-1))
+        safe = jnp.where(jnp.isfinite(m_new), m_new, 0.0)  # lanes that have seen nothing yet
+        p = jnp.exp(scores - safe[..., None])
+        shrink = jnp.exp(m_old - safe)
+        l_new = l_old * shrink + p.sum(-1)
+        o_new = o_old * shrink[..., None] + jnp.einsum("CKLS,CSKH->CKLH", p, kv[:, :, :, 1])
+        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, at, 0)  # noqa: E731
+        last = chunk + 1 >= active_chunks(block)
+        return (
+            jnp.where(last, block + 1, block),
+            jnp.where(last, 0, chunk + 1),
+            put(m, m_new),
+            put(l, l_new),
+            put(o, o_new),
+        )
+
+    shape = (tiles, heads, lanes)
+    start = (jnp.int32(0), jnp.int32(0), jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
+    _, _, _, l, o = jax.lax.while_loop(lambda state: active_chunks(state[0]) > 0, body, start)
+    return o / jnp.where(l == 0, 1.0, l)[..., None]

@@ -1,0 +1,44 @@
+"""What a terminal shows while a model loads and compiles."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class StartupDisplay:
+    """Bars for loading (MB) and compilation (step shapes); plain lines where there is no terminal.
+
+    Use as a context manager and pass :meth:`loading` and :meth:`compiling` as progress callbacks.
+    """
+
+    def __init__(self, *, enabled: bool = True):
+        self._enabled = enabled
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[count]}"))
+        self._bars = Progress(
+            *columns, TimeElapsedColumn(), console=self._console, disable=not (enabled and self._console.is_terminal)
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StartupDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def loading(self, done: int, total: int) -> None:
+        """Bytes of weights read so far."""
+        self._show("weights", done, total, f"{done / 1e6:.0f}/{total / 1e6:.0f} MB")
+
+    def compiling(self, done: int, total: int) -> None:
+        """Step shapes compiled so far."""
+        self._show("compile", done, total, f"{done}/{total} step shapes")
+
+    def _show(self, name: str, done: int, total: int, count: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, count=count)
+        self._bars.update(self._tasks[name], completed=done, total=total, count=count)
+        if self._enabled and not self._console.is_terminal and done == total:
+            self._console.print(f"{name}: {count}")

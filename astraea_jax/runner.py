@@ -1,0 +1,267 @@
+"""The jitted step and its dispatch: plans in, sampled tokens out, everything compiled before the first request.
+
+One step runs a ragged batch: ``R`` rows (one per running segment), ``T`` tokens laid end to end. A row whose last
+token the host has not read yet carries -1 there, and the device substitutes the token it sampled for that slot in the
+step before; so the host never has to wait for a step to dispatch the next.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from astraea_jax.cache.paged import PagedKV, make_pages
+from astraea_jax.kernels.reference import attention, write_kv
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.sampling import SamplingParams, sample
+from astraea_jax.scheduler.scheduler import Plan, Row
+
+PREFILL_TILE = 16
+"""Query tokens of one row that attend together in a step with prefill."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Static shape of one compiled step: ``tokens`` T, ``rows`` R; with T == R every row has one token at most."""
+
+    tokens: int
+    rows: int
+
+    @property
+    def decode_only(self) -> bool:
+        return self.tokens == self.rows
+
+
+@dataclass(frozen=True)
+class StepShapes:
+    """The few shapes that are compiled: powers of two of rows for decode, of tokens for steps with prefill."""
+
+    max_seqs: int
+    max_step_tokens: int
+
+    def all(self) -> list[StepShape]:
+        decode = [StepShape(n, n) for n in _doubling(min(8, self.max_seqs), self.max_seqs)]
+        lowest = min(max(64, 2 * self.max_seqs), self.max_step_tokens)
+        return decode + [StepShape(n, self.max_seqs) for n in _doubling(lowest, self.max_step_tokens)]
+
+    def fitting(self, rows: int, tokens: int) -> StepShape:
+        """The smallest shape that holds a step of so many rows and tokens."""
+        decode = rows == tokens
+        return next(s for s in self.all() if s.decode_only == decode and s.tokens >= tokens and s.rows >= rows)
+
+
+def _doubling(low: int, high: int) -> list[int]:
+    sizes = [low]
+    while sizes[-1] < high:
+        sizes.append(min(2 * sizes[-1], high))
+    return sizes
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched step; its tokens are read when the next one has been dispatched."""
+
+    plan: Plan
+    tokens: jax.Array
+    """``[R]`` int32: what each row sampled; -1 where the logits were not finite."""
+
+
+class Runner:
+    """Owns the device: weights, pages, and the compiled steps. Used by one thread only, since steps donate the pages.
+
+    Args:
+        decoder: the model; its arrays are flattened once, here.
+        num_pages: pages per layer, scrap page included.
+        page_size: tokens per page.
+        max_seqs: rows of the largest step.
+        max_step_tokens: tokens of the largest step.
+        max_pages_per_seq: width of the page table.
+        kv_dtype: of the pages.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_seqs: int,
+        max_step_tokens: int,
+        max_pages_per_seq: int,
+        kv_dtype: Any,
+    ):
+        graph, state = nnx.split(decoder)
+        leaves, tree = jax.tree.flatten(state)
+        self._leaves = tuple(leaves)
+        self._step = partial(_step, partial(_model, graph, tree))
+        self._pages: PagedKV = make_pages(decoder.config, num_pages, page_size, kv_dtype)
+        self._last = jnp.zeros(max_seqs, jnp.int32)
+        self._table_width = max_pages_per_seq
+        self._shapes = StepShapes(max_seqs, max_step_tokens)
+        self._compiled: dict[StepShape, Any] = {}
+        self._sampling_ints = np.zeros((max_seqs, 2), np.int32)  # top_k, seed bits
+        self._sampling_floats = np.zeros((max_seqs, 3), np.float32)  # temperature, top_p, min_p
+
+    def compile(self, progress: Progress = lambda done, total: None) -> None:
+        """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
+        shapes = self._shapes.all()
+        jitted = jax.jit(self._step, donate_argnums=(1, 2))
+
+        def build(shape: StepShape) -> Any:
+            host = self._empty_batch(shape)
+            return jitted.lower(self._leaves, self._pages, self._last, *host).compile()
+
+        lowered = 0
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            for shape, compiled in zip(shapes, pool.map(build, shapes), strict=True):
+                self._compiled[shape] = compiled
+                lowered += 1
+                progress(lowered, len(shapes))
+        for shape in shapes:
+            self._launch(shape, self._empty_batch(shape)).block_until_ready()
+
+    def _empty_batch(self, shape: StepShape) -> tuple[np.ndarray, ...]:
+        return (
+            np.zeros(shape.tokens, np.int32),
+            np.zeros((shape.rows, 6), np.int32),
+            np.zeros((shape.rows, 3), np.float32),
+            np.zeros((shape.rows, self._table_width), np.int32),
+        )
+
+    def set_sampling(self, slot: int, params: SamplingParams) -> None:
+        """Choose how the rows of ``slot`` sample from the next dispatch on."""
+        self._sampling_ints[slot] = min(params.top_k, 2**31 - 1), np.uint32(params.seed).astype(np.int32)
+        self._sampling_floats[slot] = params.temperature, params.top_p, params.min_p
+
+    def dispatch(self, plan: Plan, page_table: np.ndarray) -> InFlight:
+        """Start a step and return at once. ``page_table`` is the scheduler's, ``[max_seqs, M]`` by slot."""
+        rows = plan.rows
+        shape = self._shapes.fitting(len(rows), sum(row.count for row in rows))
+        # Fresh arrays for every step: on a CPU the device may read them in place while the host goes on.
+        tokens, ints, floats, table = self._empty_batch(shape)
+        head = ints[: len(rows)]
+        head[:, :4] = [(row.segment.slot, row.start, row.count, row.samples) for row in rows]
+        slots = head[:, 0]
+        head[:, 4:] = self._sampling_ints[slots]
+        floats[: len(rows)] = self._sampling_floats[slots]
+        table[: len(rows)] = page_table[slots]
+        _fill_tokens(tokens, rows)
+        sampled = self._launch(shape, (tokens, ints, floats, table))
+        sampled.copy_to_host_async()
+        return InFlight(plan, sampled)
+
+    def _launch(self, shape: StepShape, host: tuple[np.ndarray, ...]) -> jax.Array:
+        self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, *host)
+        return sampled  # type: ignore[no-any-return]
+
+    def read(self, step: InFlight) -> list[int]:
+        """Wait for a step's tokens, one per row of its plan."""
+        return np.asarray(step.tokens)[: len(step.plan.rows)].tolist()  # type: ignore[no-any-return]
+
+
+def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
+    at = 0
+    for row in rows:
+        row.segment.copy_tokens(row.start, tokens[at : at + row.count])
+        at += row.count
+
+
+def _model(graph: Any, tree: Any, leaves: tuple[jax.Array, ...]) -> Decoder:
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+def _step(
+    model: Callable[[tuple[jax.Array, ...]], Decoder],
+    leaves: tuple[jax.Array, ...],
+    pages: PagedKV,
+    last: jax.Array,
+    tokens: jax.Array,
+    ints: jax.Array,
+    floats: jax.Array,
+    table: jax.Array,
+) -> tuple[PagedKV, jax.Array, jax.Array]:
+    """One forward over a ragged batch, and one sampled token per row.
+
+    Args:
+        model: rebuilds the decoder from its ``leaves``.
+        pages: per layer ``[P, S, 2K, H]``; donated.
+        last: ``[max_seqs]`` int32, the token each slot sampled last; donated.
+        tokens: ``[T]`` int32; -1 stands for the slot's last sampled token.
+        ints: ``[R, 6]`` int32: slot, start, count, samples, top_k, seed; rows of padding have count 0.
+        floats: ``[R, 3]`` float32: temperature, top_p, min_p.
+        table: ``[R, M]`` int32 page table.
+
+    Returns:
+        The pages, ``last``, and ``[R]`` int32 sampled tokens (-1 where the logits were not finite).
+    """
+    slot, start, count, samples, top_k, seed = ints.T
+    size = pages[0].shape[1]
+    decode_only = tokens.shape[0] == ints.shape[0]
+    ends = jnp.cumsum(count)
+    cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    index = jnp.arange(tokens.shape[0])
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), ints.shape[0] - 1)
+    position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
+    write_to = jnp.where(index < ends[-1], table[row, position // size] * size + position % size, 0)
+    kv_lens = jnp.where(count > 0, start + count, 0)
+
+    def attend(
+        _: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        layer = write_kv(layer, k, v, write_to)
+        return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=1 if decode_only else PREFILL_TILE), layer
+
+    decoder = model(leaves)
+    hidden, pages = decoder(jnp.where(tokens < 0, last[slot[row]], tokens), position, pages, attend)
+    logits = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
+    seeds = jax.lax.bitcast_convert_type(seed, jnp.uint32)
+    sampled = sample(logits, floats[:, 0], top_k, floats[:, 1], floats[:, 2], seeds, start + count)
+    sampled = jnp.where(jnp.isfinite(logits.max(-1)), sampled, -1)
+    last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
+    return pages, last, sampled
+
+
+class CompileGuard:
+    """Notices a compilation on the thread that armed it: after start-up every shape must be ready.
+
+    JAX keeps event listeners for ever, so one listener serves every guard of the process.
+    """
+
+    _armed: dict[int, CompileGuard] = {}  # noqa: RUF012
+    _listening = False
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def arm(self) -> None:
+        if not CompileGuard._listening:
+            jax.monitoring.register_event_duration_secs_listener(CompileGuard._on_event)
+            CompileGuard._listening = True
+        CompileGuard._armed[threading.get_ident()] = self
+
+    def disarm(self) -> None:
+        CompileGuard._armed.pop(threading.get_ident(), None)
+
+    def check(self) -> None:
+        """Raise RuntimeError if anything was compiled since the guard was armed."""
+        if self.compiled:
+            raise RuntimeError(f"compiled after start-up: {self.compiled[0]}; a step shape was not compiled ahead")
+
+    @staticmethod
+    def _on_event(event: str, duration_s: float, **_: Any) -> None:
+        guard = CompileGuard._armed.get(threading.get_ident())
+        if guard is not None and "backend_compile" in event:
+            guard.compiled.append(f"{event} ({duration_s:.2f} s)")
