@@ -100,8 +100,11 @@ def _flash_loop(
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, CHUNK_TILES)  # noqa: E731
         ids = jax.lax.dynamic_slice(table, (at, block * per_block), (CHUNK_TILES, per_block))
         kv = pages[ids].reshape(CHUNK_TILES, block_tokens, heads, 2, h).astype(jnp.float32)
+        at_pos = block * block_tokens + jnp.arange(block_tokens)
+        inside = at_pos < cut(reach)[:, None]
+        kv = jnp.where(inside[..., None, None, None], kv, 0.0)  # beyond it may be NaN, which a weight of 0 keeps
         scores = jnp.einsum("CKLH,CSKH->CKLS", cut(q), kv[:, :, :, 0])
-        seen = block * block_tokens + jnp.arange(block_tokens) <= cut(q_pos)[:, :, None]
+        seen = at_pos <= cut(q_pos)[:, :, None]
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         m_old, l_old, o_old = cut(m), cut(l), cut(o)
         m_new = jnp.maximum(m_old, scores.max(-1))
