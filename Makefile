@@ -1,0 +1,40 @@
+# Needs python3 (3.11 or newer), make and git; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# pip, saying only what it fetches
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -e
+SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
+
+.PHONY: help demo test lint parity
+
+help:  ## This list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: .venv/installed  ## 64 agents against a real server on this machine: a table and a timeline picture
+	$(BIN)/python scripts/demo.py
+
+test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
+	$(BIN)/pytest -m "not parity and not gpu"
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
+	$(BIN)/pytest -m parity
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) '.[dev,demo]' | $(SHOW)
+	@touch $@
+
+.venv/parity: .venv/installed
+	$(INSTALL) '.[dev,demo,parity]' | $(SHOW)
+	@touch $@

@@ -1,0 +1,97 @@
+"""Imports run downwards only (ARCHITECTURE.md): a module sees the floors below its own."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = (
+    {"errors"},
+    {"models", "scheduler", "kernels"},
+    {"cache", "sampling"},
+    {"runner"},
+    {"engine"},
+    {"tools", "tool_calls"},
+    {"agent", "shop"},
+    {"llm", "rpc"},
+    {"__init__"},
+)
+"""Rooms of ``astraea_jax/`` from the ground up: modules and packages. A package is free inside."""
+
+HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+SCHEDULER_MAY_USE = {*sys.stdlib_module_names, "numpy"}
+
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for room in ("astraea_jax", "models", "scheduler")
+    for path in (ROOT / room).rglob("*.py")
+)
+
+
+def imports(source: str, package: str) -> Iterator[str]:
+    """Absolute dotted names of everything ``source`` imports; ``package`` resolves its relative imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def misplaced(path: Path, source: str) -> list[str]:
+    """Imports that the module at ``path`` (relative to the root, not through a link) must not make."""
+    parts = path.with_suffix("").parts
+    if parts[0] != "astraea_jax":
+        parts = ("astraea_jax", *parts)
+    room = parts[1]
+    assert room in HEIGHT, f"{path}: give the new room {room!r} its floor in FLOORS and in ARCHITECTURE.md"
+    found = []
+    for name in imports(source, ".".join(parts[:-1])):
+        top, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if top != "astraea_jax":
+            if room == "scheduler" and top not in SCHEDULER_MAY_USE:
+                found.append(name)
+        elif room in ("models", "scheduler"):
+            if other != room:
+                found.append(name)
+        elif other != room and HEIGHT.get(other, len(FLOORS)) >= HEIGHT[room]:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_run_downwards(path: Path) -> None:
+    assert misplaced(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "bad"),
+    [
+        ("scheduler/pages.py", "import jax.numpy as jnp", ["jax.numpy"]),
+        ("scheduler/pages.py", "import numpy as np\nfrom .program import Program", []),
+        ("scheduler/pages.py", "from ..errors import Overloaded", ["astraea_jax.errors.Overloaded"]),
+        ("models/decoder.py", "import jax\nfrom .config import ModelConfig", []),
+        ("models/decoder.py", "from .. import kernels", ["astraea_jax.kernels"]),
+        ("models/decoder.py", "from astraea_jax.scheduler import pages", ["astraea_jax.scheduler.pages"]),
+        ("astraea_jax/engine.py", "from .rpc import wire", ["astraea_jax.rpc.wire"]),
+        ("astraea_jax/engine.py", "def late():\n    from .agent import go", ["astraea_jax.agent.go"]),
+        ("astraea_jax/rpc/server.py", "from .wire import POOL\nfrom ..engine import Engine", []),
+        ("astraea_jax/rpc/server.py", "import astraea_jax", ["astraea_jax"]),
+    ],
+)
+def test_the_check_itself(path: str, source: str, bad: list[str]) -> None:
+    assert misplaced(Path(path), source) == bad
+
+
+def test_links_are_relative() -> None:
+    """An absolute link would work on one machine only."""
+    for room in ("models", "scheduler"):
+        assert (ROOT / "astraea_jax" / room).readlink() == Path("..") / room
