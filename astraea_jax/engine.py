@@ -48,6 +48,8 @@ class StepTimes:
     wait_s: float = 0.0
     """Waiting for the device: the part that is not host work."""
     commit_s: float = 0.0
+    starved: int = 0
+    """Steps dispatched only after the one before had ended: the device waited for the host."""
 
 
 @dataclass
@@ -218,7 +220,7 @@ class Engine:
         idle = True
         while not self._stopping:
             self._take_events(idle)
-            launched = self._launch()
+            launched = self._launch(in_flight)
             if in_flight is not None:
                 self._commit(in_flight)
             idle = launched is None and in_flight is None
@@ -233,7 +235,7 @@ class Engine:
         while self._events:
             self._events.popleft()()
 
-    def _launch(self) -> InFlight | None:
+    def _launch(self, running: InFlight | None) -> InFlight | None:
         began = time.perf_counter()
         plan = self._scheduler.plan(time.monotonic())
         planned = time.perf_counter()
@@ -241,6 +243,7 @@ class Engine:
             return None
         for segment in plan.admitted:
             self._runner.set_sampling(segment.slot, self._requests[segment].params)
+        self.times.starved += running is None or running.tokens.is_ready()
         step = self._runner.dispatch(plan, self._scheduler.page_table)
         self.times.steps += 1
         self.times.tokens += plan.tokens
