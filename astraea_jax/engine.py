@@ -20,14 +20,14 @@ from pathlib import Path
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.generation import Delta, Generation, Output, Usage
-from astraea_jax.models import load, resolve
-from astraea_jax.models.checkpoint import Progress
+from astraea_jax.models import resolve
+from astraea_jax.models.checkpoint import Progress, load
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.policy import make_policy
-from astraea_jax.scheduler.program import Rejected, Segment
+from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Engine:
             max_seqs=c.max_seqs,
             max_step_tokens=c.max_step_tokens,
             max_context=layout.max_context,
-            max_waiting=c.max_queued,
+            max_waiting=c.max_queued + c.max_seqs,
             max_programs=c.max_programs,
             session_ttl_s=c.session_ttl_s,
         )
@@ -169,7 +169,7 @@ class Engine:
 
     def end_session(self, session: str) -> None:
         """End a program that waits for a tool: its KV is dropped. Unknown sessions are ignored."""
-        self._post(lambda: self._scheduler.end_program(session, time.monotonic()))
+        self._post(partial(self._end_session, session))
 
     def stats(self) -> SchedulerStats:
         """Counts of programs, segments and pages as of the last step."""
@@ -258,7 +258,6 @@ class Engine:
         for segment, token in self._scheduler.commit(step.plan, tokens, now):
             request = self._requests[segment]
             if token < 0:
-                self._scheduler.finish(segment, "error", now)
                 self._end(request, RuntimeError("the model gave scores that are not finite; its weights may be damaged"))
                 continue
             text = request.output.push(token)
@@ -268,7 +267,7 @@ class Engine:
                 self._send(request.generation, Delta(text, (token,)))
             else:
                 text += request.output.flush()
-                self._end(request, Delta(text, (token,), segment.finish_reason))
+                self._end(request, Delta(text, (token,), "stop" if request.output.stopped else segment.finish_reason))
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived
 
@@ -283,7 +282,7 @@ class Engine:
             )
         except Rejected as error:
             self._release(generation, RequestError(str(error)))
-        except RuntimeError as error:
+        except QueueFull as error:
             self._release(generation, Overloaded(str(error)))
         else:
             request = _Request(segment, generation, params, Output(self.tokenizer.stream(), params, stops))
@@ -293,6 +292,12 @@ class Engine:
         request = self._by_generation.get(generation)
         if request is not None:
             self._scheduler.finish(request.segment, "cancelled", time.monotonic())
+            self._end(request, Delta(request.output.flush(), (), "cancelled"))
+
+    def _end_session(self, session: str) -> None:
+        segment = self._scheduler.end_program(session, time.monotonic())
+        if segment is not None:
+            request = self._requests[segment]
             self._end(request, Delta(request.output.flush(), (), "cancelled"))
 
     def _end(self, request: _Request, last: Delta | Exception) -> None:

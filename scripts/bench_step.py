@@ -27,8 +27,8 @@ from rich.table import Table
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine, StepTimes
-from astraea_jax.models import load, resolve
-from astraea_jax.models.checkpoint import random_decoder
+from astraea_jax.models import resolve
+from astraea_jax.models.checkpoint import load, random_decoder
 from astraea_jax.models.config import PUBLISHED, ModelConfig
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.progress import StartupDisplay

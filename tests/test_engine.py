@@ -190,7 +190,7 @@ async def test_overload_is_refused_and_passes(make_engine):
 async def test_a_failing_loop_tells_everybody_and_stays_dead(random_folder):
     engine = Engine.from_folder(random_folder, SMALL)
     with pytest.raises(EngineDead, match="not been started"):
-        engine.generate([1])
+        engine.generate([1], no_eos(1))
     engine.start()
     waiting = engine.generate([1], no_eos(200))
     engine._post(lambda: 1 / 0)  # a fault inside the loop's own thread
@@ -198,7 +198,7 @@ async def test_a_failing_loop_tells_everybody_and_stays_dead(random_folder):
         await tokens(waiting)
     assert not engine.live
     with pytest.raises(EngineDead, match="division by zero"):
-        engine.generate([1])
+        engine.generate([1], no_eos(1))
     engine.shutdown()
 
 
@@ -239,7 +239,7 @@ async def test_shutdown_lets_running_requests_finish(random_folder):
     assert len(await tokens(running)) == 30
     await closing
     with pytest.raises(EngineDead, match="shut"):
-        engine.generate([1])
+        engine.generate([1], no_eos(1))
 
 
 @pytest.mark.parametrize(
