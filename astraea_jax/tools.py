@@ -52,7 +52,7 @@ class Tool:
         return self.function(*args, **kwargs)
 
     def wrapped(self, function: Callable[..., Any]) -> Tool:
-        """The same tool to the model, with ``function(**arguments)`` doing its work: to time or delay it, say."""
+        """The same tool to the model, with ``function`` doing its work: to time or to delay it, say."""
         return replace(self, function=function)
 
     def schema(self) -> dict[str, Any]:
