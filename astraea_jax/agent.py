@@ -1,7 +1,7 @@
 """The agent's loop: model, tools, model, …, within one program.
 
-The model is anything with an engine's ``generate`` and ``end_session``: the engine in this process, or the client
-of a server. One loop serves both.
+The model is anything with an engine's ``generate`` and ``end_session``: the engine in this process, or the
+client of a server. One loop serves both.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ async def run_program(
 
     Raises:
         ValueError: two tools of one name, or ``max_steps`` below 1.
-        RequestError, Overloaded, EngineDead: from the model; the first when the conversation outgrows its context.
+        RequestError, Overloaded, EngineDead: from the model; the first when its context is outgrown.
     """
     by_name = {tool.name: tool for tool in tools}
     if len(by_name) < len(tools):

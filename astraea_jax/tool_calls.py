@@ -1,8 +1,8 @@
 """Tool calls in a model's text, in the format of Hermes and Qwen.
 
-They look like ``<tool_call>{"name": "price", "arguments": {"item": "lamp"}}</tool_call>``. Nothing a model writes is
-an error here: what cannot be read becomes a call that carries its own ``error``, which is then the result that the
-model gets to read.
+They look like ``<tool_call>{"name": "price", "arguments": {"item": "lamp"}}</tool_call>``. Nothing a model
+writes is an error here: what cannot be read becomes a call that carries its own ``error``, which is then the
+result that the model gets to read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_DEPTH = 32
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
-# A call up to the first closing tag that is not inside a JSON string; possessive, so it takes linear time on any text.
+# A call up to the first closing tag outside of JSON strings; possessive, so it takes linear time on any text.
 QUOTED = re.compile(r'((?:[^"<]++|"(?:[^"\\]|\\.)*+"|<(?!/tool_call>))*+)</tool_call>', re.DOTALL)
 
 

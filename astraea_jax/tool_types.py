@@ -29,6 +29,8 @@ def kind_of(annotation: Any, where: str) -> Kind:
     Raises:
         ToolError: a type that JSON arguments cannot be checked against.
     """
+    if annotation is None:  # as in list[None]; elsewhere typing has made it NoneType
+        annotation = NoneType
     if annotation in PLAIN:
         return PLAIN[annotation]
     origin, inner = get_origin(annotation), get_args(annotation)

@@ -1,7 +1,8 @@
 """Tools: plain Python functions that a model may call.
 
-``@tool`` reads name, description and JSON schema from a function's signature and docstring. Whatever goes wrong in
-a call (bad arguments, an exception, a hang, a result that is not JSON) becomes a text that the model can read.
+``@tool`` reads name, description and JSON schema from a function's signature and docstring. Whatever goes
+wrong in a call (bad arguments, an exception, a hang, a result that is not JSON) becomes a text that the model
+can read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints, overload
 
 from astraea_jax.tool_types import Kind, ToolError, kind_of
@@ -28,7 +29,7 @@ MAX_THREADS = 64
 """Threads of one tool; more calls of it wait for one to be free. Other tools are not affected."""
 
 SLOT_POLL_S = 0.01
-"""Seconds. Calls may come from several event loops, so one that waits for a thread looks instead of being woken."""
+"""In seconds. Calls may come from several event loops, so one that waits for a thread polls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,10 @@ class Tool:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
+    def wrapped(self, function: Callable[..., Any]) -> Tool:
+        """The same tool to the model, with ``function`` doing its work: to time or to delay it, say."""
+        return replace(self, function=function)
+
     def schema(self) -> dict[str, Any]:
         """The tool as OpenAI's API and chat templates describe it."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
@@ -58,9 +63,10 @@ class Tool:
     async def call(self, arguments: Mapping[str, Any]) -> str:
         """Run it and return its result, or what went wrong, as text; raises nothing but ``CancelledError``.
 
-        An async function runs in this event loop and is cancelled at its timeout; it must not block. A sync one runs
-        in a daemon thread of its own. Python cannot end a thread: one that never returns keeps one of this tool's
-        ``MAX_THREADS`` until the process ends, a late result is dropped, and nothing else waits for it.
+        An async function runs in this event loop and is cancelled at its timeout; it must not block. A sync
+        one runs in a daemon thread of its own. Python cannot end a thread: one that never returns keeps one
+        of this tool's ``MAX_THREADS`` until the process ends, its late result is dropped, and nothing else
+        waits for it.
         """
         try:
             values = self._read(arguments)
@@ -135,8 +141,8 @@ def tool(
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a function a tool: ``@tool``, or ``@tool(name="search", timeout_s=5)``.
 
-    Parameters are described by their annotations (str, int, float, bool, list, dict, Literal, Enum, and unions of
-    these), their defaults, and the ``Args:`` section of a Google-style docstring.
+    Parameters are described by their annotations (str, int, float, bool, list, dict, Literal, Enum, unions of
+    these) and by the ``Args:`` section of a Google-style docstring; those with a default are optional.
 
     Raises:
         ToolError: the signature or the docstring cannot be described to a model; says which part and why.

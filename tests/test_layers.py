@@ -12,14 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"errors"},
-    {"models", "scheduler", "kernels"},
-    {"cache", "sampling"},
-    {"runner"},
+    {"errors", "progress"},
+    {"models", "scheduler", "kernels", "tool_types"},
+    {"cache", "sampling", "tools", "tool_calls"},
+    {"config", "generation", "runner"},
     {"engine"},
-    {"tools", "tool_calls"},
     {"agent", "shop"},
-    {"llm", "rpc"},
+    {"llm", "rpc", "plots"},
     {"__init__"},
 )
 """Rooms of ``astraea_jax/`` from the ground up: modules and packages. A package is free inside."""
