@@ -1,1 +1,30 @@
 """astraea_jax: a JAX serving engine that schedules whole LLM-agent programs."""
+
+from __future__ import annotations
+
+from astraea_jax.config import EngineConfig
+from astraea_jax.engine import Engine
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
+from astraea_jax.generation import Delta, Generation, Usage
+from astraea_jax.llm import LLM, Completion
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.sampling import SamplingParams
+from astraea_jax.tools import Tool, tool
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "Completion",
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "EngineDead",
+    "Generation",
+    "Overloaded",
+    "RequestError",
+    "SamplingParams",
+    "StartupError",
+    "Tool",
+    "Usage",
+    "tool",
+]

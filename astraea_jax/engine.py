@@ -243,7 +243,7 @@ class Engine:
             return None
         for segment in plan.admitted:
             self._runner.set_sampling(segment.slot, self._requests[segment].params)
-        self.times.starved += running is None or running.tokens.is_ready()
+        self.times.starved += running is None or running.done
         step = self._runner.dispatch(plan, self._scheduler.page_table)
         self.times.steps += 1
         self.times.tokens += plan.tokens
@@ -258,7 +258,10 @@ class Engine:
         for segment, token in self._scheduler.commit(step.plan, tokens, now):
             request = self._requests[segment]
             if token < 0:
-                self._end(request, RuntimeError("the model gave scores that are not finite; its weights may be damaged"))
+                self._end(
+                    request,
+                    RuntimeError("the model gave scores that are not finite; its weights may be damaged"),
+                )
                 continue
             text = request.output.push(token)
             if request.output.stopped:
@@ -267,12 +270,20 @@ class Engine:
                 self._send(request.generation, Delta(text, (token,)))
             else:
                 text += request.output.flush()
-                self._end(request, Delta(text, (token,), "stop" if request.output.stopped else segment.finish_reason))
+                self._end(
+                    request,
+                    Delta(text, (token,), "stop" if request.output.stopped else segment.finish_reason),
+                )
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived
 
     def _submit(
-        self, generation: Generation, prompt: tuple[int, ...], params: SamplingParams, session: str | None, final: bool
+        self,
+        generation: Generation,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        session: str | None,
+        final: bool,
     ) -> None:
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         stops = eos.union(params.stop_token_ids)

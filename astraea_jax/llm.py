@@ -46,7 +46,11 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path = "astraea-tiny", config: EngineConfig | None = None, *, progress: bool = False
+        self,
+        model: str | Path = "astraea-tiny",
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = False,
     ):
         with StartupDisplay(enabled=progress) as display:
             self.engine = Engine.from_folder(model, config, progress=display.loading)
@@ -69,17 +73,10 @@ class LLM:
         max_steps: int = 16,
     ) -> list[ProgramResult]:
         """Run one conversation or many at once, calling ``tools`` until each has its answer; results in order."""
-        many = messages if messages and not isinstance(messages[0], dict) else [messages]
-        return self._wait(
-            _gather(
-                [
-                    run_program(
-                        self.engine, list(one), tools, params=params or SamplingParams(), max_steps=max_steps
-                    )
-                    for one in many
-                ]
-            )
-        )
+        runs = [
+            run_program(self.engine, one, tools, params=params, max_steps=max_steps) for one in _conversations(messages)
+        ]
+        return self._wait(_gather(runs))
 
     def close(self) -> None:
         """Stop the engine; running requests are cancelled."""
@@ -103,6 +100,12 @@ class LLM:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
+    if any(isinstance(message, dict) for message in messages):
+        return [[message for message in messages if isinstance(message, dict)]]
+    return [list(one) for one in messages if not isinstance(one, dict)]
 
 
 async def _gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -17,7 +17,10 @@ class StartupDisplay:
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[count]}"))
         self._bars = Progress(
-            *columns, TimeElapsedColumn(), console=self._console, disable=not (enabled and self._console.is_terminal)
+            *columns,
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
         )
         self._tasks: dict[str, TaskID] = {}
 

@@ -65,6 +65,11 @@ class InFlight:
     tokens: jax.Array
     """``[R]`` int32: what each row sampled; -1 where the logits were not finite."""
 
+    @property
+    def done(self) -> bool:
+        """Whether the device has finished it."""
+        return bool(self.tokens.is_ready())  # type: ignore[attr-defined]
+
 
 class Runner:
     """Owns the device: weights, pages, and the compiled steps. Used by one thread only, since steps donate the pages.
@@ -157,11 +162,11 @@ class Runner:
 
     def _launch(self, shape: StepShape, host: tuple[np.ndarray, ...]) -> jax.Array:
         self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, *host)
-        return sampled  # type: ignore[no-any-return]
+        return sampled
 
     def read(self, step: InFlight) -> list[int]:
         """Wait for a step's tokens, one per row of its plan."""
-        return np.asarray(step.tokens)[: len(step.plan.rows)].tolist()  # type: ignore[no-any-return]
+        return np.asarray(step.tokens)[: len(step.plan.rows)].tolist()
 
 
 def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
@@ -212,9 +217,7 @@ def _step(
     write_to = jnp.where(index < ends[-1], table[row, position // size] * size + position % size, 0)
     kv_lens = jnp.where(count > 0, start + count, 0)
 
-    def attend(
-        _: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         layer = write_kv(layer, k, v, write_to)
         return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=q_tile), layer
 
@@ -255,7 +258,7 @@ class CompileGuard:
             raise RuntimeError(f"compiled after start-up: {self.compiled[0]}; a step shape was not compiled ahead")
 
     @staticmethod
-    def _on_event(event: str, duration_s: float, **_: Any) -> None:
+    def _on_event(event: str, duration_secs: float, **_: str | int) -> None:
         guard = CompileGuard._armed.get(threading.get_ident())
         if guard is not None and "backend_compile" in event:
-            guard.compiled.append(f"{event} ({duration_s:.2f} s)")
+            guard.compiled.append(f"{event} ({duration_secs:.2f} s)")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import operator
 import random
 import re
@@ -18,7 +17,20 @@ from dataclasses import dataclass
 from itertools import count as numbers
 from typing import Any, Literal
 
-ADJECTIVES = ("blue", "red", "green", "black", "white", "small", "large", "old", "new", "round", "wooden", "soft")
+ADJECTIVES = (
+    "blue",
+    "red",
+    "green",
+    "black",
+    "white",
+    "small",
+    "large",
+    "old",
+    "new",
+    "round",
+    "wooden",
+    "soft",
+)
 NOUNS = (
     *("lamp", "chair", "table", "mug", "plate", "spoon", "clock", "mirror"),
     *("pillow", "basket", "candle", "vase", "carpet", "bottle", "ladder", "mat"),
@@ -37,23 +49,28 @@ class Catalogue:
     def __init__(self, seed: int):
         self._seed = seed
 
-    def price(self, item: str) -> int:
+    def price(self, item: str) -> str:
         """Price of one item.
 
         Args:
             item: such as "blue lamp"
         """
-        return self._number("price", item)
+        return f"{item}: {self.number('price', item)}"
 
-    def stock(self, item: str) -> int:
+    def stock(self, item: str) -> str:
         """How many are in stock.
 
         Args:
             item: such as "blue lamp"
         """
-        return self._number("stock", item)
+        return f"{item}: {self.number('stock', item)}"
 
-    def _number(self, what: str, item: str) -> int:
+    def number(self, what: str, item: str) -> int:
+        """The number behind an answer.
+
+        Raises:
+            ValueError: the shop does not have the item.
+        """
         if item not in ITEMS:
             raise ValueError(f"there is no {item!r} in the shop")
         return random.Random(f"{self._seed} {what} {item}").randint(2, 99)
@@ -93,11 +110,12 @@ def calculator(expression: str) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call and what it returns."""
+    """A tool call, the number that it returns, and what the agent says before it."""
 
     name: str
     arguments: dict[str, str]
     result: int
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class Task:
     def answer(self) -> int:
         return self.calls[-1].result
 
-    def tools(self) -> list[Callable[..., int]]:
+    def tools(self) -> list[Callable[..., str | int]]:
         """Plain functions; the catalogue is this task's."""
         return [self.catalogue.price, self.catalogue.stock, calculator]
 
@@ -123,11 +141,14 @@ class Task:
 
     def solution(self) -> list[dict[str, Any]]:
         """The whole conversation of an agent that does everything right."""
+        tools = {tool.__name__: tool for tool in self.tools()}
         conversation = self.messages()
         for call in self.calls:
             function = {"name": call.name, "arguments": call.arguments}
-            conversation.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]})
-            conversation.append({"role": "tool", "name": call.name, "content": json.dumps(call.result)})
+            entry = {"type": "function", "function": function}
+            conversation.append({"role": "assistant", "content": call.said, "tool_calls": [entry]})
+            result = tools[call.name](**call.arguments)
+            conversation.append({"role": "tool", "name": call.name, "content": str(result)})
         return [*conversation, {"role": "assistant", "content": self.reply}]
 
     def is_right(self, text: str) -> bool:
@@ -157,6 +178,12 @@ def _first(count: int, tasks: Iterator[Task]) -> Iterator[Task]:
         yield task
 
 
+def _items(rng: random.Random, count: int) -> list[str]:
+    """Items that share neither adjective nor noun."""
+    pairs = zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)
+    return [f"{adjective} {noun}" for adjective, noun in pairs]
+
+
 def _amount(number: int, item: str) -> str:
     return f"{number} {item}s" if number > 1 else f"1 {item}"
 
@@ -166,66 +193,70 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def _ask(catalogue: Catalogue, what: str, item: str) -> Call:
-    return Call(what, {"item": item}, getattr(catalogue, what)(item))
+    return Call(what, {"item": item}, catalogue.number(what, item))
 
 
-def _sum(expression: str) -> Call:
-    return Call("calculator", {"expression": expression}, calculator(expression))
+def _sum(said: str, expression: str) -> Call:
+    return Call("calculator", {"expression": expression}, calculator(expression), said)
+
+
+def _order(rng: random.Random, catalogue: Catalogue, items: Sequence[str]) -> tuple[str, list[Call], str, list[str]]:
+    """Amounts of ``items``: as a wish, their price calls, the wish with prices, and the products to add."""
+    amounts = [rng.randint(1 if len(items) > 1 else 2, 9) for _ in items]
+    wishes = [_amount(n, item) for n, item in zip(amounts, items, strict=True)]
+    prices = [_ask(catalogue, "price", item) for item in items]
+    priced = [f"{wish} at {call.result}" for wish, call in zip(wishes, prices, strict=True)]
+    products = [f"{n}*{call.result}" for n, call in zip(amounts, prices, strict=True)]
+    return _listed(wishes), prices, ", ".join(priced) + ".", products
 
 
 def _total(rng: random.Random, catalogue: Catalogue) -> Task:
     """Price of several amounts: three to six segments."""
-    items = rng.sample(ITEMS, rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0])
-    amounts = [rng.randint(1 if len(items) > 1 else 2, 9) for _ in items]
-    wanted = _listed([_amount(n, item) for n, item in zip(amounts, items, strict=True)])
+    items = _items(rng, rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0])
+    wish, prices, said, products = _order(rng, catalogue, items)
     question = rng.choice(
         ("What is the total price of {}?", "How much do {} cost?", "I want {}. What do I pay?", "Total price of {}?")
     )
-    prices = [_ask(catalogue, "price", item) for item in items]
-    products = [f"{n}*{call.result}" for n, call in zip(amounts, prices, strict=True)]
-    total = _sum("+".join(products))
-    return Task(question.format(wanted), (*prices, total), f"The total is {total.result}.", catalogue)
+    total = _sum(said, "+".join(products))
+    return Task(question.format(wish), (*prices, total), f"The total is {total.result}.", catalogue)
 
 
 def _change(rng: random.Random, catalogue: Catalogue) -> Task:
     """Change from a sum paid for one or two amounts: three or four segments."""
-    items = rng.sample(ITEMS, rng.randint(1, 2))
-    amounts = [rng.randint(2, 9) for _ in items]
-    prices = [_ask(catalogue, "price", item) for item in items]
-    products = [f"{n}*{call.result}" for n, call in zip(amounts, prices, strict=True)]
+    wish, prices, said, products = _order(rng, catalogue, _items(rng, rng.randint(1, 2)))
     paid = 10 * (calculator("+".join(products)) // 10 + rng.randint(1, 20))
-    wanted = _listed([_amount(n, item) for n, item in zip(amounts, items, strict=True)])
     question = rng.choice(("I buy {0} and pay {1}. What is my change?", "I pay {1} for {0}. How much comes back?"))
-    left = _sum("-".join([str(paid), *products]))
-    return Task(question.format(wanted, paid), (*prices, left), f"The change is {left.result}.", catalogue)
+    left = _sum(f"{paid} paid, {said}", "-".join([str(paid), *products]))
+    return Task(question.format(wish, paid), (*prices, left), f"The change is {left.result}.", catalogue)
 
 
 def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
     """How much dearer one item is: four segments."""
-    dear, cheap = sorted(rng.sample(ITEMS, 2), key=catalogue.price, reverse=True)
+    dear, cheap = sorted(_items(rng, 2), key=lambda item: catalogue.number("price", item), reverse=True)
     question = rng.choice(("How much more does a {} cost than a {}?", "By how much is a {} dearer than a {}?"))
     prices = [_ask(catalogue, "price", item) for item in (dear, cheap)]
-    gap = _sum("-".join(str(call.result) for call in prices))
+    said = f"{dear} at {prices[0].result}, {cheap} at {prices[1].result}."
+    gap = _sum(said, "-".join(str(call.result) for call in prices))
     return Task(question.format(dear, cheap), (*prices, gap), f"The difference is {gap.result}.", catalogue)
 
 
 def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
     """What is left of one item: three segments."""
-    item = rng.choice(ITEMS)
+    item = _items(rng, 1)[0]
     stock = _ask(catalogue, "stock", item)
     sold = rng.randint(1, stock.result - 1)
     question = rng.choice(("We sell {}. How many are left?", "How many are left if we sell {}?"))
-    left = _sum(f"{stock.result}-{sold}")
+    left = _sum(f"{stock.result} in stock, {sold} sold.", f"{stock.result}-{sold}")
     return Task(question.format(_amount(sold, item)), (stock, left), f"There are {left.result} left.", catalogue)
 
 
 def _stock_value(rng: random.Random, catalogue: Catalogue) -> Task:
     """What the stock of one item is worth: four segments."""
-    item = rng.choice(ITEMS)
+    item = _items(rng, 1)[0]
     question = rng.choice(("What is our stock of {}s worth?", "How much are all our {}s worth?"))
-    calls = [_ask(catalogue, what, item) for what in ("stock", "price")]
-    worth = _sum("*".join(str(call.result) for call in calls))
-    return Task(question.format(item), (*calls, worth), f"The stock is worth {worth.result}.", catalogue)
+    stock, price = (_ask(catalogue, what, item) for what in ("stock", "price"))
+    worth = _sum(f"{stock.result} in stock at {price.result}.", f"{stock.result}*{price.result}")
+    return Task(question.format(item), (stock, price, worth), f"The stock is worth {worth.result}.", catalogue)
 
 
 FAMILIES = (_total, _change, _difference, _stock_left, _stock_value)

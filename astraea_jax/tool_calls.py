@@ -50,9 +50,7 @@ def parse(text: str, first: int = 0) -> tuple[str, list[ToolCall]]:
         said.append(text[at:start])
         call_id = f"call_{first + len(calls)}"
         if len(calls) == MAX_CALLS:
-            calls.append(
-                ToolCall(call_id, "", error=f"too many calls: at most {MAX_CALLS} in one turn are run")
-            )
+            calls.append(ToolCall(call_id, "", error=f"too many calls: at most {MAX_CALLS} in one turn are run"))
             at = len(text)
             break
         call, at = _read_at(text, start + len(OPEN), call_id)
@@ -121,6 +119,4 @@ def _refuse_constant(name: str) -> None:
 
 def _deeper_than(value: object, levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(
-        _deeper_than(part, levels - 1) for part in inner if isinstance(part, dict | list)
-    )
+    return levels < 0 or any(_deeper_than(part, levels - 1) for part in inner if isinstance(part, dict | list))

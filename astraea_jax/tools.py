@@ -44,9 +44,7 @@ class Tool:
     timeout_s: float
     kinds: Mapping[str, Kind]
     """How each argument is checked and converted."""
-    _threads: threading.Semaphore = field(
-        init=False, default_factory=lambda: threading.Semaphore(MAX_THREADS)
-    )
+    _threads: threading.Semaphore = field(init=False, default_factory=lambda: threading.Semaphore(MAX_THREADS))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -108,7 +106,7 @@ class Tool:
             return _raised(error)
 
     async def _in_thread(self, values: dict[str, Any]) -> str:
-        while not self._threads.acquire(blocking=False):  # noqa: ASYNC110 - see SLOT_POLL_S
+        while not self._threads.acquire(blocking=False):
             await asyncio.sleep(SLOT_POLL_S)
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[str] = loop.create_future()
@@ -208,9 +206,7 @@ def _make(function: Callable[..., Any], name: str | None, timeout_s: float) -> T
     for parameter in inspect.signature(function).parameters.values():
         where = f"tool {name}, parameter {parameter.name}"
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ToolError(
-                f"{where}: a model passes arguments by name, so *args, **kwargs and / cannot be used"
-            )
+            raise ToolError(f"{where}: a model passes arguments by name, so *args, **kwargs and / cannot be used")
         if parameter.name not in hints:
             raise ToolError(f"{where}: annotate its type")
         kind = kinds[parameter.name] = kind_of(hints[parameter.name], where)

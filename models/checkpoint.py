@@ -94,7 +94,7 @@ def load_hf(folder: Path, dtype: Any, *, progress: Progress | None = None) -> De
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     graph, state = _abstract(config, dtype)
-    params = {path: leaf for path, leaf in nnx.to_flat_state(state)}
+    params = dict(nnx.to_flat_state(state))
     names = {hf_name(path): path for path in params}
     total = sum(math.prod(leaf.shape) for leaf in params.values()) * np.dtype(dtype).itemsize
     done = 0
@@ -117,7 +117,9 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
     for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
         array = np.asarray(leaf[...])
         there = hf_shape(path, array.shape)
-        tensors[hf_name(path)] = np.ascontiguousarray(array.reshape(there[::-1]).T if len(there) == 2 and path[0] != "embed" else array.reshape(there))
+        tensors[hf_name(path)] = np.ascontiguousarray(
+            array.reshape(there[::-1]).T if len(there) == 2 and path[0] != "embed" else array.reshape(there)
+        )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = np.dtype(next(iter(tensors.values())).dtype).name
     (folder / "config.json").write_text(json.dumps({**decoder.config.to_hf(), "dtype": dtype}, indent=2) + "\n")
@@ -187,7 +189,9 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}; only safetensors are read")
     names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or any(not isinstance(name, str) or Path(name).name != name for name in names.values()):
+    if not isinstance(names, dict) or any(
+        not isinstance(name, str) or Path(name).name != name for name in names.values()
+    ):
         raise CheckpointError(f"{folder / INDEX} must map tensors to files in its own folder")
     for name in sorted(set(names.values())):
         if not (folder / name).is_file():
@@ -197,7 +201,9 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 def _check_names(folder: Path, wanted: set[str], found: set[str], config: ModelConfig) -> None:
     if missing := sorted(wanted - found):
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}{' …' * (len(missing) > 5)}")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}{' …' * (len(missing) > 5)}"
+        )
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     extra = sorted(name for name in found - wanted - tied if not name.endswith("rotary_emb.inv_freq"))
     if extra:

@@ -141,7 +141,9 @@ def _number(config: Json, field: str, default: float | None = None) -> float:
 def _rope(config: Json) -> tuple[float, RopeScaling | None]:
     """Theta and scaling: transformers 5 keeps both in ``rope_parameters``, 4 in two fields."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = _number({"rope_theta": config.get("rope_theta"), **rope} if isinstance(rope, dict) else config, "rope_theta")
+    theta = _number(
+        {"rope_theta": config.get("rope_theta"), **rope} if isinstance(rope, dict) else config, "rope_theta"
+    )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -177,7 +179,18 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
 def _llama(hidden: int, inner: int, layers: int, heads: int, head_dim: int, factor: float, tied: bool) -> ModelConfig:
     scaling = RopeScaling(factor, 1.0, 4.0, 8192)
     return ModelConfig(
-        128_256, hidden, inner, layers, heads, 8, head_dim, 131_072, 500_000.0, scaling, 1e-5, tie_embeddings=tied
+        128_256,
+        hidden,
+        inner,
+        layers,
+        heads,
+        8,
+        head_dim,
+        131_072,
+        500_000.0,
+        scaling,
+        1e-5,
+        tie_embeddings=tied,
     )
 
 

@@ -166,7 +166,9 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the next token, ``[..., D] -> [..., V]`` float32."""
-        weight, axes = (self.embed.weight[...], "VD") if self.config.tie_embeddings else (self.lm_head.weight[...], "DV")
+        weight, axes = (
+            (self.embed.weight[...], "VD") if self.config.tie_embeddings else (self.lm_head.weight[...], "DV")
+        )
         return jnp.einsum(f"...D,{axes}->...V", hidden, weight, preferred_element_type=jnp.float32)
 
 

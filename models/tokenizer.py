@@ -65,7 +65,9 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json", missing={})
         special = {name: text for name in ("bos_token", "eos_token") if (text := _token_text(config.get(name)))}
         generation = read_json(folder / "generation_config.json", missing={})
-        eos = _ids(generation.get("eos_token_id")) | _ids(read_json(folder / "config.json", missing={}).get("eos_token_id"))
+        eos = _ids(generation.get("eos_token_id")) | _ids(
+            read_json(folder / "config.json", missing={}).get("eos_token_id")
+        )
         if "eos_token" in special:
             eos |= _ids(tokenizer.token_to_id(special["eos_token"]))
         return cls(
@@ -192,7 +194,7 @@ def _compile(text: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # noqa: DTZ005
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:

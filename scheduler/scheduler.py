@@ -132,7 +132,9 @@ class Scheduler:
         if not prompt or max_tokens < 1:
             raise Rejected(f"a prompt of {len(prompt)} tokens and max_tokens {max_tokens}: both must be at least 1")
         if total > capacity:
-            raise Rejected(f"a prompt of {len(prompt)} tokens and max_tokens {max_tokens} exceed the {capacity} that fit")
+            raise Rejected(
+                f"a prompt of {len(prompt)} tokens and max_tokens {max_tokens} exceed the {capacity} that fit"
+            )
         if len(self._queue) >= c.max_waiting:
             raise QueueFull(f"{len(self._queue)} segments are waiting; try again later")
         owner = self._program(program, now)
@@ -251,12 +253,11 @@ class Scheduler:
                 chosen[segment] = count
                 budget -= count
         admitted = []
-        while budget > 0 and (segment := self._admissible()) is not None:
-            self._admit(segment)
-            admitted.append(segment)
-            count = self._hold(segment, min(segment.wanted, budget), chosen)
-            chosen[segment] = count
-            budget -= count
+        while budget > 0 and (newcomer := self._admissible()) is not None:
+            self._admit(newcomer)
+            admitted.append(newcomer)
+            chosen[newcomer] = self._hold(newcomer, min(newcomer.wanted, budget), chosen)
+            budget -= chosen[newcomer]
         if not chosen:
             return None
         rows = [self._row(segment, count, now) for segment, count in chosen.items()]

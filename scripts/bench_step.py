@@ -35,14 +35,18 @@ from astraea_jax.progress import StartupDisplay
 from astraea_jax.sampling import SamplingParams
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a published shape.")
+flags.DEFINE_string(
+    "model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a published shape."
+)
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 flags.DEFINE_integer("batch", 64, "Programs that decode at once.", lower_bound=1)
 flags.DEFINE_integer("context", 256, "Prompt tokens of each program.", lower_bound=1)
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
 flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; the backend's default otherwise.")
-flags.DEFINE_bool("compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra).")
+flags.DEFINE_bool(
+    "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
+)
 flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 
@@ -190,21 +194,36 @@ def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> Non
     table = Table(title=f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context}, {engine.layout.dtype.name}")
     for name in ("", "measured", "floor", "floor / measured"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("decode step", f"{f.decode_ms:.2f} ms", f"{f.decode_floor_ms:.2f} ms", f"{f.decode_floor_ms / f.decode_ms:.0%}")
+    table.add_row(
+        "decode step",
+        f"{f.decode_ms:.2f} ms",
+        f"{f.decode_floor_ms:.2f} ms",
+        f"{f.decode_floor_ms / f.decode_ms:.0%}",
+    )
     table.add_row("decode rate", f"{f.decode_tokens_s:,.0f} tokens/s", "", "")
     table.add_row(
-        f"prefill of {FLAGS.prefill}", f"{f.prefill_ms:.2f} ms", f"{f.prefill_floor_ms:.2f} ms", f"{f.prefill_floor_ms / f.prefill_ms:.0%}"
+        f"prefill of {FLAGS.prefill}",
+        f"{f.prefill_ms:.2f} ms",
+        f"{f.prefill_floor_ms:.2f} ms",
+        f"{f.prefill_floor_ms / f.prefill_ms:.0%}",
     )
     table.add_row("prefill rate", f"{f.prefill_tokens_s:,.0f} tokens/s", "", "")
     parts = f"plan {f.plan_ms:.2f}, dispatch {f.dispatch_ms:.2f}, commit {f.commit_ms:.2f}"
     table.add_row("host work per step", f"{f.host_ms:.2f} ms", "", parts)
     table.add_row("steps the device waited for", f"{f.starved_share:.0%}", "", "")
     if rival is not None:
-        table.add_row("transformers generate()", f"{rival:,.0f} tokens/s", "", f"we are {f.decode_tokens_s / rival:.1f}x")
+        table.add_row(
+            "transformers generate()",
+            f"{rival:,.0f} tokens/s",
+            "",
+            f"we are {f.decode_tokens_s / rival:.1f}x",
+        )
     console = Console()
     console.print(table)
     console.print(f"floors: copy {floors.copy_gb_s:.1f} GB/s, matmul {floors.matmul_tflop_s:.3f} TFLOP/s")
-    console.print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, Python {platform.python_version()}")
+    console.print(
+        f"{device.device_kind} ({device.platform}), jax {jax.__version__}, Python {platform.python_version()}"
+    )
 
 
 def main(_: list[str]) -> None:

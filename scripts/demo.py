@@ -65,7 +65,13 @@ class Outcome:
 @contextmanager
 def server() -> Iterator[str]:
     """A serving process; yields its address once it is ready."""
-    command = [sys.executable, str(SERVER), "--model=astraea-tiny", "--port=0", f"--max_seqs={min(FLAGS.concurrency, 64)}"]
+    command = [
+        sys.executable,
+        str(SERVER),
+        "--model=astraea-tiny",
+        "--port=0",
+        f"--max_seqs={min(FLAGS.concurrency, 64)}",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     try:
@@ -94,7 +100,12 @@ def waiting(inner: Tool, rng: random.Random) -> Tool:
 async def run(address: str, tasks: list[Task]) -> list[Outcome]:
     tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
     places = asyncio.Semaphore(FLAGS.concurrency)
-    columns = (TextColumn("agents"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]} right"))
+    columns = (
+        TextColumn("agents"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[right]} right"),
+    )
     async with Client(address, tokenizer) as client:
         with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
             shown = bar.add_task("agents", total=len(tasks), right=0)
@@ -127,13 +138,25 @@ def report(outcomes: list[Outcome], took_s: float) -> None:
     right = sum(o.right for o in outcomes)
     table = Table(title="Agents served", show_header=False)
     for name, value in [
-        ("programs", f"{len(results)}, {FLAGS.concurrency} at once, {len(segments) / len(results):.1f} segments each"),
+        (
+            "programs",
+            f"{len(results)}, {FLAGS.concurrency} at once, {len(segments) / len(results):.1f} segments each",
+        ),
         ("right answers", f"{right} of {len(results)} ({right / len(results):.1%})"),
-        ("job completion time", f"mean {jct.mean():.2f} s, P50 {np.median(jct):.2f} s, P99 {np.quantile(jct, 0.99):.2f} s"),
-        ("time to first token", f"mean {1e3 * ttft.mean():.0f} ms, P99 {1e3 * np.quantile(ttft, 0.99):.0f} ms"),
+        (
+            "job completion time",
+            f"mean {jct.mean():.2f} s, P50 {np.median(jct):.2f} s, P99 {np.quantile(jct, 0.99):.2f} s",
+        ),
+        (
+            "time to first token",
+            f"mean {1e3 * ttft.mean():.0f} ms, P99 {1e3 * np.quantile(ttft, 0.99):.0f} ms",
+        ),
         ("output", f"{output:,} tokens, {output / took_s:,.0f} tokens/s"),
         ("prompts", f"{prompt:,} tokens, {cached / max(prompt, 1):.0%} of them kept from the segment before"),
-        ("time in", ", ".join(f"{kind} {length / sum(by_kind.values()):.0%}" for kind, length in by_kind.items())),
+        (
+            "time in",
+            ", ".join(f"{kind} {length / sum(by_kind.values()):.0%}" for kind, length in by_kind.items()),
+        ),
         ("whole run", f"{took_s:.1f} s"),
     ]:
         table.add_row(name, value)
@@ -151,7 +174,9 @@ def main(_: list[str]) -> None:
         took_s = time.monotonic() - began
     report(outcomes, took_s)
     for outcome in [o for o in outcomes if not o.right][:3]:
-        console.print(f"[red]wrong:[/] {outcome.task.question!r} → {outcome.result.text!r}, not {outcome.task.answer!r}")
+        console.print(
+            f"[red]wrong:[/] {outcome.task.question!r} → {outcome.result.text!r}, not {outcome.task.answer!r}"
+        )
     picture = Path(FLAGS.picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
     timelines([o.result for o in outcomes], picture, f"{len(outcomes)} agents on one engine")

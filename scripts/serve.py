@@ -48,7 +48,16 @@ flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish
 
 
 def engine_config() -> EngineConfig:
-    names = ("max_seqs", "max_step_tokens", "page_size", "kv_bytes", "max_context", "dtype", "policy", "max_queued")
+    names = (
+        "max_seqs",
+        "max_step_tokens",
+        "page_size",
+        "kv_bytes",
+        "max_context",
+        "dtype",
+        "policy",
+        "max_queued",
+    )
     return EngineConfig(**{name: getattr(FLAGS, name) for name in names})
 
 
@@ -71,7 +80,9 @@ async def serve(engine: Engine, began: float) -> None:
     port = await server.start()
     layout = engine.layout
     pages = layout.num_pages - 1
-    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {pages * layout.page_bytes / 2**20:.0f} MiB, context {layout.max_context}")
+    say(
+        f"KV: {pages} pages of {FLAGS.page_size} tokens, {pages * layout.page_bytes / 2**20:.0f} MiB, context {layout.max_context}"
+    )
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -3,7 +3,7 @@
   python scripts/train_tiny.py                        the bundled model again, about half an hour on two cores
   python scripts/train_tiny.py --steps=200 --out=out/pilot
 
-Only the assistant's tokens are learned. "solved" is the share of held-out tasks in which every one of them is the
+"solved" is the share of held-out tasks in which every one of them is the
 likeliest under the true history; since decoding is greedy, the agent then reproduces the solution word for word.
 Needs optax (the dev extra).
 """
@@ -26,7 +26,14 @@ import tokenizers
 from absl import app, flags
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from astraea_jax.models import BUNDLED
@@ -34,7 +41,7 @@ from astraea_jax.models.checkpoint import save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.shop import Task, make_tasks
+from astraea_jax.shop import NOUNS, Task, make_tasks
 from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
@@ -50,6 +57,8 @@ VOCABULARY = 768
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 TEMPLATE = BUNDLED / "astraea-tiny" / "chat_template.jinja"
+OTHERS = 0.2
+"""Weight of the tokens that are not the assistant's: tools repeat names, which teaches copying."""
 BUCKET = 64
 """Sequence lengths are padded to a multiple of this, so that few shapes are compiled."""
 
@@ -77,10 +86,15 @@ def solved_chat(task: Task, template: Tokenizer) -> str:
 
 
 def train_tokenizer(texts: Sequence[str]) -> tokenizers.Tokenizer:
-    """Byte-level BPE; every digit is a token of its own, and any text can be written."""
+    """Byte-level BPE that can write any text.
+
+    Digits and the spaces between words are tokens of their own, and a plural is the noun's token and an "s". So a
+    number or a name is the same tokens wherever it stands, and a small model learns fast to copy it.
+    """
     bpe = tokenizers.Tokenizer(models.BPE())
+    words = tokenizers.Regex(r" ?[^\sA-Za-z0-9]+|[A-Za-z]+|[0-9]|\s")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -89,8 +103,10 @@ def train_tokenizer(texts: Sequence[str]) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    marked = re.compile("|".join(map(re.escape, SPECIAL + MARKERS)))
-    bpe.train_from_iterator((piece for text in texts for piece in marked.split(text)), trainer)
+    markers = "|".join(map(re.escape, SPECIAL + MARKERS))
+    plurals = "|".join(f"(?<={noun})s" for noun in NOUNS)
+    apart = re.compile(f"{markers}|{plurals}")
+    bpe.train_from_iterator((piece for text in texts for piece in apart.split(text)), trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     bpe.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in MARKERS])
     return bpe
@@ -99,7 +115,11 @@ def train_tokenizer(texts: Sequence[str]) -> tokenizers.Tokenizer:
 def write_tokenizer(folder: Path, bpe: tokenizers.Tokenizer) -> None:
     bpe.save(str(folder / "tokenizer.json"))
     ends = [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n")
 
@@ -168,7 +188,8 @@ def make_steps(graph: nnx.GraphDef, optimizer: optax.GradientTransformation):
     def loss(state, tokens, learned):
         logits = scores(nnx.merge(graph, state), tokens)[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.sum(losses * learned[:, 1:]) / jnp.sum(learned[:, 1:])
+        weights = jnp.where(learned, 1.0, OTHERS * (tokens > 0))[:, 1:]
+        return jnp.sum(losses * weights) / jnp.sum(weights)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train(state, moments, tokens, learned):
@@ -202,7 +223,12 @@ def fit(config: ModelConfig, training: Examples, held_out: Examples) -> Decoder:
     graph, state = nnx.split(decoder)
     train, solved = make_steps(graph, optimizer)
     moments = optimizer.init(state)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         shown = bar.add_task("train", total=FLAGS.steps, loss=float("nan"))
         batches = endless(training, np.random.default_rng(FLAGS.seed))
@@ -212,7 +238,9 @@ def fit(config: ModelConfig, training: Examples, held_out: Examples) -> Decoder:
                 bar.update(shown, completed=step, loss=float(value))
             if step % 250 == 0 or step == FLAGS.steps:
                 share = evaluate(solved, state, held_out)
-                console.print(f"step {step}: loss {float(value):.4f}, solved {share:.1%} of {FLAGS.held_out} held-out tasks")
+                console.print(
+                    f"step {step}: loss {float(value):.4f}, solved {share:.1%} of {FLAGS.held_out} held-out tasks"
+                )
     return nnx.merge(graph, state)
 
 
@@ -224,15 +252,25 @@ def main(_: list[str]) -> None:
     tasks = make_tasks(seed=FLAGS.seed, split="train", count=FLAGS.tasks)
     held_out = make_tasks(seed=FLAGS.seed + 1, split="test", count=FLAGS.held_out)
     blank = Tokenizer(
-        tokenizers.Tokenizer(models.BPE()), bos_id=None, eos_ids=frozenset(), template=TEMPLATE.read_text(), special={}
+        tokenizers.Tokenizer(models.BPE()),
+        bos_id=None,
+        eos_ids=frozenset(),
+        template=TEMPLATE.read_text(),
+        special={},
     )
     texts = [solved_chat(task, blank) for task in tasks]
     bpe = train_tokenizer(texts[:5000])
     write_tokenizer(out, bpe)
     training = Examples.of(texts, bpe)
     lengths = [len(ids) for ids in training.tokens]
-    console.print(f"{len(texts)} tasks, {np.mean(lengths):.0f} tokens each, at most {max(lengths)}; vocabulary {bpe.get_vocab_size()}")
-    decoder = fit(model_config(bpe.get_vocab_size()), training, Examples.of([solved_chat(t, blank) for t in held_out], bpe))
+    console.print(
+        f"{len(texts)} tasks, {np.mean(lengths):.0f} tokens each, at most {max(lengths)}; vocabulary {bpe.get_vocab_size()}"
+    )
+    decoder = fit(
+        model_config(bpe.get_vocab_size()),
+        training,
+        Examples.of([solved_chat(t, blank) for t in held_out], bpe),
+    )
     save_hf(decoder, out)
     console.print(f"written: {out}")
 

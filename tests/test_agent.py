@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from astraea_jax.models.tokenizer import Tokenizer
 
 from astraea_jax.agent import ProgramResult, run_program
 from astraea_jax.errors import RequestError
 from astraea_jax.generation import Delta, Usage
+from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.tools import tool
 

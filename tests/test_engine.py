@@ -94,7 +94,8 @@ async def test_streamed_text_is_the_decoded_tokens(engine):
     deltas = [d async for d in generation]
     ids = [t for d in deltas for t in d.token_ids]
     assert "".join(d.text for d in deltas) == engine.tokenizer.decode(ids)
-    assert deltas[-1].finish_reason == "length" and len(ids) == 40
+    assert deltas[-1].finish_reason == "length"
+    assert len(ids) == 40
     usage = generation.usage
     assert (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens) == (2, 40, 0)
     assert min(usage.queue_s, usage.prefill_s, usage.decode_s) >= 0
@@ -215,7 +216,10 @@ async def test_a_compilation_after_start_is_an_error(random_folder):
 async def test_scores_that_are_not_finite_fail_the_request_only(random_folder):
     decoder = load_hf(random_folder, jnp.float32)
     table = decoder.embed.weight[...]
-    nnx.update(decoder, jax.tree.map(lambda x: x.at[13].set(jnp.nan) if x.shape == table.shape else x, nnx.state(decoder)))
+    nnx.update(
+        decoder,
+        jax.tree.map(lambda x: x.at[13].set(jnp.nan) if x.shape == table.shape else x, nnx.state(decoder)),
+    )
     # The output projection stays sound, so only requests that contain token 13 are poisoned.
     untied = Decoder(dataclasses.replace(decoder.config, tie_embeddings=False), dtype=jnp.float32, rngs=nnx.Rngs(0))
     nnx.update(untied, nnx.state(decoder))

@@ -27,9 +27,7 @@ HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 SCHEDULER_MAY_USE = {*sys.stdlib_module_names, "numpy"}
 
 MODULES = sorted(
-    path.relative_to(ROOT)
-    for room in ("astraea_jax", "models", "scheduler")
-    for path in (ROOT / room).rglob("*.py")
+    path.relative_to(ROOT) for room in ("astraea_jax", "models", "scheduler") for path in (ROOT / room).rglob("*.py")
 )
 
 

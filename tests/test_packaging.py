@@ -50,9 +50,7 @@ def build_wheel(root: Path, into: Path) -> Path:
 def contents(wheel: Path) -> dict[str, int]:
     """Name and checksum of every file but the record of them."""
     with zipfile.ZipFile(wheel) as archive:
-        return {
-            info.filename: info.CRC for info in archive.infolist() if not info.filename.endswith("RECORD")
-        }
+        return {info.filename: info.CRC for info in archive.infolist() if not info.filename.endswith("RECORD")}
 
 
 def test_wheel_holds_one_top_level_package(wheel: Path) -> None:

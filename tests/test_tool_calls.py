@@ -22,20 +22,14 @@ def test_text_without_calls() -> None:
 
 
 def test_parallel_calls_with_text_between() -> None:
-    content, calls = parse(
-        f"Let me see.\n{wrapped('price', {'item': 'lamp'})} and {wrapped('stock', {})}", first=3
-    )
+    content, calls = parse(f"Let me see.\n{wrapped('price', {'item': 'lamp'})} and {wrapped('stock', {})}", first=3)
     assert content == "Let me see.\n and"
     assert calls == [ToolCall("call_3", "price", {"item": "lamp"}), ToolCall("call_4", "stock", {})]
 
 
 TEXT = st.text(st.characters(codec="utf-8")) | st.sampled_from(["</tool_call>", "<tool_call>", '"', "\\"])
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXT,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=10,
 )

@@ -134,9 +134,7 @@ def test_no_arguments_whatever_break_a_call(arguments: Any) -> None:
 
 TYPES = st.recursive(
     st.sampled_from([str, int, float, bool, list[None], Colour, Literal["a", 1, True], list, dict]),
-    lambda inner: (
-        inner.map(lambda t: list[t]) | inner.map(lambda t: dict[str, t]) | inner.map(lambda t: t | None)
-    ),
+    lambda inner: inner.map(lambda t: list[t]) | inner.map(lambda t: dict[str, t]) | inner.map(lambda t: t | None),
     max_leaves=3,
 )
 

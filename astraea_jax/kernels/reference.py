@@ -19,6 +19,10 @@ CHUNK_TILES = 16
 """Query tiles per turn of the loop."""
 
 
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+"""Of the loop: block, chunk, highest score, sum of weights, weighted values."""
+
+
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
     """Store ``k, v [T, K, H]`` at flat token slots ``[T]`` (page * S + offset) of ``pages [P, S, 2K, H]``."""
     p, s, k2, h = pages.shape
@@ -49,7 +53,7 @@ def attention(
         ``[T, N, H]`` in the dtype of ``q``; rows of padding are zero.
     """
     t, n, h = q.shape
-    _, s, k2, _ = pages.shape
+    k2 = pages.shape[2]
     heads = k2 // 2
     rows = page_table.shape[0]
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
@@ -80,9 +84,7 @@ def attention(
     return result.at[q_index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
 
 
-def _flash_loop(
-    q: jax.Array, pages: jax.Array, table: jax.Array, q_pos: jax.Array, reach: jax.Array
-) -> jax.Array:
+def _flash_loop(q: jax.Array, pages: jax.Array, table: jax.Array, q_pos: jax.Array, reach: jax.Array) -> jax.Array:
     """Attend ``q [tiles, K, G * q_tile, H]``, sorted by falling ``reach [tiles]``, to pages ``table [tiles, M]``."""
     tiles, heads, lanes, h = q.shape
     s = pages.shape[1]
@@ -94,8 +96,8 @@ def _flash_loop(
     def active_chunks(block: jax.Array) -> jax.Array:
         return -(-jnp.sum(reach > block * block_tokens) // CHUNK_TILES)
 
-    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        block, chunk, m, l, o = state
+    def body(state: State) -> State:
+        block, chunk, top, mass, out = state
         at = chunk * CHUNK_TILES
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, CHUNK_TILES)  # noqa: E731
         ids = jax.lax.dynamic_slice(table, (at, block * per_block), (CHUNK_TILES, per_block))
@@ -106,7 +108,7 @@ def _flash_loop(
         scores = jnp.einsum("CKLH,CSKH->CKLS", cut(q), kv[:, :, :, 0])
         seen = at_pos <= cut(q_pos)[:, :, None]
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
-        m_old, l_old, o_old = cut(m), cut(l), cut(o)
+        m_old, l_old, o_old = cut(top), cut(mass), cut(out)
         m_new = jnp.maximum(m_old, scores.max(-1))
         safe = jnp.where(jnp.isfinite(m_new), m_new, 0.0)  # lanes that have seen nothing yet
         p = jnp.exp(scores - safe[..., None])
@@ -118,12 +120,12 @@ def _flash_loop(
         return (
             jnp.where(last, block + 1, block),
             jnp.where(last, 0, chunk + 1),
-            put(m, m_new),
-            put(l, l_new),
-            put(o, o_new),
+            put(top, m_new),
+            put(mass, l_new),
+            put(out, o_new),
         )
 
     shape = (tiles, heads, lanes)
-    start = (jnp.int32(0), jnp.int32(0), jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
-    _, _, _, l, o = jax.lax.while_loop(lambda state: active_chunks(state[0]) > 0, body, start)
-    return o / jnp.where(l == 0, 1.0, l)[..., None]
+    start: State = (jnp.int32(0), jnp.int32(0), jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
+    _, _, _, mass, out = jax.lax.while_loop(lambda state: active_chunks(state[0]) > 0, body, start)
+    return out / jnp.where(mass == 0, 1.0, mass)[..., None]

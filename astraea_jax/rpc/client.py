@@ -38,13 +38,17 @@ class Client:
             request_serializer=wire.DecodeRequest.SerializeToString,
             response_deserializer=wire.DecodeResponse.FromString,
         )
-        self._health = self._unary(f"{wire.ORCHESTRATOR}/HealthCheck", wire.HealthCheckRequest, wire.HealthCheckResponse)
+        self._health = self._unary(
+            f"{wire.ORCHESTRATOR}/HealthCheck", wire.HealthCheckRequest, wire.HealthCheckResponse
+        )
         self._end = self._unary(f"{wire.SESSIONS}/End", wire.EndRequest, wire.EndResponse)
         self._ending: set[asyncio.Task[None]] = set()
 
     def _unary(self, method: str, request: Any, response: Any) -> Any:
         return self._channel.unary_unary(
-            f"/{method}", request_serializer=request.SerializeToString, response_deserializer=response.FromString
+            f"/{method}",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
         )
 
     async def __aenter__(self) -> Client:

@@ -77,7 +77,7 @@ def write_usage(usage: Usage, finish_reason: str) -> list[tuple[str, str]]:
 def read_usage(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[Usage | None, str | None]:
     """Usage and finish reason from trailing metadata; None from a server that does not send them."""
     values = {key: value for key, value in metadata if isinstance(value, str)}
-    kinds = {field.name: float if field.name.endswith("_s") else int for field in dataclasses.fields(Usage)}
+    kinds: dict[str, Any] = {f.name: float if f.name.endswith("_s") else int for f in dataclasses.fields(Usage)}
     try:
         usage = Usage(**{name: kind(values[key_of(name)]) for name, kind in kinds.items()})
     except (KeyError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,7 +16,6 @@ from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.generation import Delta, Generation
 from astraea_jax.rpc import wire
 from astraea_jax.rpc.metadata import read_sampling, read_session, write_usage
-from astraea_jax.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +23,10 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 LONG_TEXT = 4096
 """Characters from which a text is tokenised in a thread, so as not to hold up the other streams."""
 RETRY_AFTER_MS = "1000"
+
+
+class UnknownAdapter(LookupError):
+    """A LoRA adapter that is not served."""
 
 
 class Server:
@@ -77,7 +80,8 @@ class Server:
         try:
             generation = await self._generate(request, context)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error)  # raises
+            return
         as_text = request.WhichOneof("content") == "text_content"
         last: Delta | None = None
         try:
@@ -102,7 +106,7 @@ class Server:
         if request.num_samples > 1:
             raise RequestError(f"num_samples is {request.num_samples}; only one sample per request is served")
         if request.lora_adapter_id:
-            raise LookupError(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
+            raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
         prompt = await self._prompt(request)
         return self._engine.generate(prompt, params, session=session, final=final)
 
@@ -130,9 +134,7 @@ class Server:
 
 def _handlers(server: Server) -> grpc.GenericRpcHandler:
     def entry(make: Any, method: Any, request: Any, response: Any) -> grpc.RpcMethodHandler:
-        return make(
-            method, request_deserializer=request.FromString, response_serializer=response.SerializeToString
-        )
+        return make(method, request_deserializer=request.FromString, response_serializer=response.SerializeToString)
 
     unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
     methods = {
@@ -143,7 +145,7 @@ def _handlers(server: Server) -> grpc.GenericRpcHandler:
         f"/{wire.SESSIONS}/End": entry(unary, server.end, wire.EndRequest, wire.EndResponse),
     }
 
-    class Handlers(grpc.GenericRpcHandler):
+    class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
         def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
             return methods.get(call.method)
 
@@ -157,17 +159,19 @@ def _response(delta: Delta, as_text: bool) -> Any:
     return response
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    """Answer with the status an error stands for. What is not meant for clients goes to the log only."""
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
+    """End the call with the status an error stands for. What is not meant for clients goes to the log only."""
+    retry: tuple[tuple[str, str], ...] = ()
     match error:
         case RequestError():
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        case LookupError():
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            status = grpc.StatusCode.INVALID_ARGUMENT
+        case UnknownAdapter():
+            status = grpc.StatusCode.NOT_FOUND
         case Overloaded():
-            retry = (("grpc-retry-pushback-ms", RETRY_AFTER_MS),)
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
+            status, retry = grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", RETRY_AFTER_MS),)
         case EngineDead():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-    log.error("a request failed", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+            status = grpc.StatusCode.UNAVAILABLE
+        case _:
+            log.error("a request failed", exc_info=error)
+            status, error = grpc.StatusCode.INTERNAL, RuntimeError("internal error; the server's log has more")
+    await context.abort(status, str(error), retry)

@@ -14,7 +14,12 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 _Field = descriptor_pb2.FieldDescriptorProto
-_KINDS = {"int32": _Field.TYPE_INT32, "string": _Field.TYPE_STRING, "float": _Field.TYPE_FLOAT, "bool": _Field.TYPE_BOOL}
+_KINDS = {
+    "int32": _Field.TYPE_INT32,
+    "string": _Field.TYPE_STRING,
+    "float": _Field.TYPE_FLOAT,
+    "bool": _Field.TYPE_BOOL,
+}
 
 ORCHESTRATOR = "jetstream_proto.Orchestrator"
 SESSIONS = "astraea.Sessions"
@@ -43,11 +48,18 @@ _JETSTREAM: dict[str, list[tuple[int, str, str]]] = {
     "HealthCheckRequest": [],
     "HealthCheckResponse": [(1, "bool", "is_live")],
 }
-_ASTRAEA: dict[str, list[tuple[int, str, str]]] = {"EndRequest": [(1, "string", "session")], "EndResponse": []}
+_ASTRAEA: dict[str, list[tuple[int, str, str]]] = {
+    "EndRequest": [(1, "string", "session")],
+    "EndResponse": [],
+}
 
 
 def _file(
-    name: str, package: str, messages: dict[str, list[tuple[int, str, str]]], service: str, methods: list[tuple[str, str, str, bool]]
+    name: str,
+    package: str,
+    messages: dict[str, list[tuple[int, str, str]]],
+    service: str,
+    methods: list[tuple[str, str, str, bool]],
 ) -> descriptor_pb2.FileDescriptorProto:
     """A proto3 file; ``methods`` are (name, request, response, whether the response streams)."""
     file = descriptor_pb2.FileDescriptorProto(name=name, package=package, syntax="proto3")
@@ -61,7 +73,10 @@ def _file(
     entry = file.service.add(name=service)
     for method, request, response, streams in methods:
         entry.method.add(
-            name=method, input_type=f".{package}.{request}", output_type=f".{package}.{response}", server_streaming=streams
+            name=method,
+            input_type=f".{package}.{request}",
+            output_type=f".{package}.{response}",
+            server_streaming=streams,
         )
     return file
 
@@ -103,7 +118,15 @@ POOL.Add(
         ],
     )
 )
-POOL.Add(_file("astraea_jax/sessions.proto", "astraea", _ASTRAEA, "Sessions", [("End", "EndRequest", "EndResponse", False)]))
+POOL.Add(
+    _file(
+        "astraea_jax/sessions.proto",
+        "astraea",
+        _ASTRAEA,
+        "Sessions",
+        [("End", "EndRequest", "EndResponse", False)],
+    )
+)
 
 
 def _message(name: str) -> Any:

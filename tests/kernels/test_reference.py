@@ -82,6 +82,7 @@ def test_bfloat16_pages_keep_two_digits():
 def test_written_keys_and_values_are_interleaved_at_their_slots():
     k, v = np.ones((2, 2, HEAD), np.float32), 2 * np.ones((2, 2, HEAD), np.float32)
     pages = np.asarray(write_kv(jnp.zeros((3, 4, 4, HEAD)), k, v, jnp.array([5, 10])))
-    assert pages[1, 1, 0::2].min() == 1 and pages[1, 1, 1::2].min() == 2
+    assert pages[1, 1, 0::2].min() == 1
+    assert pages[1, 1, 1::2].min() == 2
     assert pages[2, 2].sum() == pages[1, 1].sum()
     assert pages.sum() == 2 * pages[1, 1].sum()

@@ -66,7 +66,9 @@ class Machine(RuleBasedStateMachine):
     )
     def start(self, policy, page_size, pages, budget):
         pages = pages * 4 // page_size
-        self.scheduler = make(policy, page_size=page_size, num_pages=pages + 1, max_step_tokens=budget, session_ttl_s=60)
+        self.scheduler = make(
+            policy, page_size=page_size, num_pages=pages + 1, max_step_tokens=budget, session_ttl_s=60
+        )
         self.loop = Loop(self.scheduler)
         self.live, self.history, self.names = [], {}, 0
 
@@ -89,7 +91,12 @@ class Machine(RuleBasedStateMachine):
             self.history[name] = segment
 
     @precondition(lambda self: self.idle())
-    @rule(data=st.data(), keep=st.integers(0, 40), new=st.lists(st.integers(0, 9), min_size=1, max_size=6), final=st.booleans())
+    @rule(
+        data=st.data(),
+        keep=st.integers(0, 40),
+        new=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+        final=st.booleans(),
+    )
     def come_back(self, data, keep, new, final):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
@@ -227,7 +234,11 @@ def test_under_pressure_the_longest_wait_gives_pages_first_and_from_the_end():
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "words"),
-    [([], 1, "at least 1"), ([1], 0, "at least 1"), ([1] * 40, 9, "40 tokens and max_tokens 9 exceed the 48")],
+    [
+        ([], 1, "at least 1"),
+        ([1], 0, "at least 1"),
+        ([1] * 40, 9, "40 tokens and max_tokens 9 exceed the 48"),
+    ],
 )
 def test_segments_that_can_never_run_are_refused(prompt, max_tokens, words):
     with pytest.raises(Rejected, match=words):
