@@ -20,14 +20,14 @@ from pathlib import Path
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.generation import Delta, Generation, Output, Usage
-from astraea_jax.models import load, resolve
-from astraea_jax.models.checkpoint import Progress
+from astraea_jax.models import resolve
+from astraea_jax.models.checkpoint import Progress, load
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.policy import make_policy
-from astraea_jax.scheduler.program import Rejected, Segment
+from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class StepTimes:
     wait_s: float = 0.0
     """Waiting for the device: the part that is not host work."""
     commit_s: float = 0.0
+    starved: int = 0
+    """Steps dispatched only after the one before had ended: the device waited for the host."""
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Engine:
             max_seqs=c.max_seqs,
             max_step_tokens=c.max_step_tokens,
             max_context=layout.max_context,
-            max_waiting=c.max_queued,
+            max_waiting=c.max_queued + c.max_seqs,
             max_programs=c.max_programs,
             session_ttl_s=c.session_ttl_s,
         )
@@ -167,7 +169,7 @@ class Engine:
 
     def end_session(self, session: str) -> None:
         """End a program that waits for a tool: its KV is dropped. Unknown sessions are ignored."""
-        self._post(lambda: self._scheduler.end_program(session, time.monotonic()))
+        self._post(partial(self._end_session, session))
 
     def stats(self) -> SchedulerStats:
         """Counts of programs, segments and pages as of the last step."""
@@ -218,7 +220,7 @@ class Engine:
         idle = True
         while not self._stopping:
             self._take_events(idle)
-            launched = self._launch()
+            launched = self._launch(in_flight)
             if in_flight is not None:
                 self._commit(in_flight)
             idle = launched is None and in_flight is None
@@ -233,7 +235,7 @@ class Engine:
         while self._events:
             self._events.popleft()()
 
-    def _launch(self) -> InFlight | None:
+    def _launch(self, running: InFlight | None) -> InFlight | None:
         began = time.perf_counter()
         plan = self._scheduler.plan(time.monotonic())
         planned = time.perf_counter()
@@ -241,6 +243,7 @@ class Engine:
             return None
         for segment in plan.admitted:
             self._runner.set_sampling(segment.slot, self._requests[segment].params)
+        self.times.starved += running is None or running.tokens.is_ready()
         step = self._runner.dispatch(plan, self._scheduler.page_table)
         self.times.steps += 1
         self.times.tokens += plan.tokens
@@ -255,7 +258,6 @@ class Engine:
         for segment, token in self._scheduler.commit(step.plan, tokens, now):
             request = self._requests[segment]
             if token < 0:
-                self._scheduler.finish(segment, "error", now)
                 self._end(request, RuntimeError("the model gave scores that are not finite; its weights may be damaged"))
                 continue
             text = request.output.push(token)
@@ -265,7 +267,7 @@ class Engine:
                 self._send(request.generation, Delta(text, (token,)))
             else:
                 text += request.output.flush()
-                self._end(request, Delta(text, (token,), segment.finish_reason))
+                self._end(request, Delta(text, (token,), "stop" if request.output.stopped else segment.finish_reason))
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived
 
@@ -280,7 +282,7 @@ class Engine:
             )
         except Rejected as error:
             self._release(generation, RequestError(str(error)))
-        except RuntimeError as error:
+        except QueueFull as error:
             self._release(generation, Overloaded(str(error)))
         else:
             request = _Request(segment, generation, params, Output(self.tokenizer.stream(), params, stops))
@@ -290,6 +292,12 @@ class Engine:
         request = self._by_generation.get(generation)
         if request is not None:
             self._scheduler.finish(request.segment, "cancelled", time.monotonic())
+            self._end(request, Delta(request.output.flush(), (), "cancelled"))
+
+    def _end_session(self, session: str) -> None:
+        segment = self._scheduler.end_program(session, time.monotonic())
+        if segment is not None:
+            request = self._requests[segment]
             self._end(request, Delta(request.output.flush(), (), "cancelled"))
 
     def _end(self, request: _Request, last: Delta | Exception) -> None:

@@ -35,32 +35,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class StepShape:
-    """Static shape of one compiled step: ``tokens`` T, ``rows`` R; with T == R every row has one token at most."""
+    """Static shape of one compiled step: ``tokens`` T, ``rows`` R, and the query tile of its attention."""
 
     tokens: int
     rows: int
-
-    @property
-    def decode_only(self) -> bool:
-        return self.tokens == self.rows
+    q_tile: int
+    """1: every row has one token at most, and token t is row t's."""
 
 
-@dataclass(frozen=True)
-class StepShapes:
+def step_shapes(max_seqs: int, max_step_tokens: int) -> tuple[StepShape, ...]:
     """The few shapes that are compiled: powers of two of rows for decode, of tokens for steps with prefill."""
-
-    max_seqs: int
-    max_step_tokens: int
-
-    def all(self) -> list[StepShape]:
-        decode = [StepShape(n, n) for n in _doubling(min(8, self.max_seqs), self.max_seqs)]
-        lowest = min(max(64, 2 * self.max_seqs), self.max_step_tokens)
-        return decode + [StepShape(n, self.max_seqs) for n in _doubling(lowest, self.max_step_tokens)]
-
-    def fitting(self, rows: int, tokens: int) -> StepShape:
-        """The smallest shape that holds a step of so many rows and tokens."""
-        decode = rows == tokens
-        return next(s for s in self.all() if s.decode_only == decode and s.tokens >= tokens and s.rows >= rows)
+    decode = [StepShape(n, n, 1) for n in _doubling(min(8, max_seqs), max_seqs)]
+    lowest = min(max(64, 2 * max_seqs), max_step_tokens)
+    return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
 
 
 def _doubling(low: int, high: int) -> list[int]:
@@ -110,19 +97,19 @@ class Runner:
         self._pages: PagedKV = make_pages(decoder.config, num_pages, page_size, kv_dtype)
         self._last = jnp.zeros(max_seqs, jnp.int32)
         self._table_width = max_pages_per_seq
-        self._shapes = StepShapes(max_seqs, max_step_tokens)
+        self._shapes = step_shapes(max_seqs, max_step_tokens)
         self._compiled: dict[StepShape, Any] = {}
         self._sampling_ints = np.zeros((max_seqs, 2), np.int32)  # top_k, seed bits
         self._sampling_floats = np.zeros((max_seqs, 3), np.float32)  # temperature, top_p, min_p
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
-        shapes = self._shapes.all()
-        jitted = jax.jit(self._step, donate_argnums=(1, 2))
+        shapes = self._shapes
+        jitted = jax.jit(self._step, donate_argnums=(1, 2), static_argnames="q_tile")
 
         def build(shape: StepShape) -> Any:
             host = self._empty_batch(shape)
-            return jitted.lower(self._leaves, self._pages, self._last, *host).compile()
+            return jitted.lower(self._leaves, self._pages, self._last, *host, q_tile=shape.q_tile).compile()
 
         lowered = 0
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -149,7 +136,7 @@ class Runner:
     def dispatch(self, plan: Plan, page_table: np.ndarray) -> InFlight:
         """Start a step and return at once. ``page_table`` is the scheduler's, ``[max_seqs, M]`` by slot."""
         rows = plan.rows
-        shape = self._shapes.fitting(len(rows), sum(row.count for row in rows))
+        shape = self._fitting(len(rows), plan.tokens)
         # Fresh arrays for every step: on a CPU the device may read them in place while the host goes on.
         tokens, ints, floats, table = self._empty_batch(shape)
         head = ints[: len(rows)]
@@ -162,6 +149,11 @@ class Runner:
         sampled = self._launch(shape, (tokens, ints, floats, table))
         sampled.copy_to_host_async()
         return InFlight(plan, sampled)
+
+    def _fitting(self, rows: int, tokens: int) -> StepShape:
+        """The smallest shape that holds the step."""
+        decode = rows == tokens
+        return next(s for s in self._shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
 
     def _launch(self, shape: StepShape, host: tuple[np.ndarray, ...]) -> jax.Array:
         self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, *host)
@@ -192,6 +184,8 @@ def _step(
     ints: jax.Array,
     floats: jax.Array,
     table: jax.Array,
+    *,
+    q_tile: int,
 ) -> tuple[PagedKV, jax.Array, jax.Array]:
     """One forward over a ragged batch, and one sampled token per row.
 
@@ -203,13 +197,13 @@ def _step(
         ints: ``[R, 6]`` int32: slot, start, count, samples, top_k, seed; rows of padding have count 0.
         floats: ``[R, 3]`` float32: temperature, top_p, min_p.
         table: ``[R, M]`` int32 page table.
+        q_tile: of :func:`attention`; static.
 
     Returns:
         The pages, ``last``, and ``[R]`` int32 sampled tokens (-1 where the logits were not finite).
     """
     slot, start, count, samples, top_k, seed = ints.T
     size = pages[0].shape[1]
-    decode_only = tokens.shape[0] == ints.shape[0]
     ends = jnp.cumsum(count)
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     index = jnp.arange(tokens.shape[0])
@@ -222,7 +216,7 @@ def _step(
         _: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         layer = write_kv(layer, k, v, write_to)
-        return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=1 if decode_only else PREFILL_TILE), layer
+        return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=q_tile), layer
 
     decoder = model(leaves)
     hidden, pages = decoder(jnp.where(tokens < 0, last[slot[row]], tokens), position, pages, attend)

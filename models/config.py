@@ -1,14 +1,16 @@
-"""What a decoder is made of, read from a Hugging Face ``config.json``."""
+"""What a decoder is made of: read from a Hugging Face ``config.json``, or a published shape by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+Json = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
@@ -45,3 +47,169 @@ class ModelConfig:
     """Qwen2.5 adds a bias to the query, key and value projections."""
     qk_norm: bool = False
     """Qwen3 normalises every query and key head before the rotary embedding."""
+
+    @classmethod
+    def from_hf(cls, config: Json) -> ModelConfig:
+        """Read a Hugging Face configuration, as transformers 4 or 5 writes it.
+
+        Raises:
+            CheckpointError: unknown architecture, a feature that is not served, or a missing or absurd field.
+        """
+        architecture = (config.get("architectures") or [None])[0]
+        if architecture not in ARCHITECTURES:
+            raise CheckpointError(f"architecture {architecture!r} is not served; these are: {', '.join(ARCHITECTURES)}")
+        _refuse_unserved(config, architecture)
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = _size(config, "num_key_value_heads", heads)
+        head_dim = _size(config, "head_dim", hidden // heads)
+        if heads % kv_heads or head_dim % 2:
+            raise CheckpointError(f"{heads} heads on {kv_heads} KV heads of size {head_dim} make no grouped attention")
+        theta, scaling = _rope(config)
+        return cls(
+            vocab_size=_size(config, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_size(config, "intermediate_size"),
+            num_layers=_size(config, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_position=_size(config, "max_position_embeddings"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            rms_eps=_number(config, "rms_norm_eps", 1e-6),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=architecture == "Qwen2ForCausalLM",
+            qk_norm=architecture == "Qwen3ForCausalLM",
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as a Hugging Face ``config.json``."""
+        architecture = ARCHITECTURES[1 if self.qkv_bias else 2 if self.qk_norm else 0]
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if self.rope_scaling is not None:
+            rope = {"rope_type": "llama3", **asdict(self.rope_scaling)}
+            rope["original_max_position_embeddings"] = rope.pop("original_max_position")
+        return {
+            "architectures": [architecture],
+            "model_type": architecture.removesuffix("ForCausalLM").lower(),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "rms_norm_eps": self.rms_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": False,
+        }
+
+
+def _refuse_unserved(config: Json, architecture: str) -> None:
+    biased = architecture == "Qwen2ForCausalLM"
+    for field, served in (
+        ("quantization_config", None),
+        ("hidden_act", "silu"),
+        ("use_sliding_window", False),
+        ("mlp_bias", False),
+        ("attention_bias", biased),
+    ):
+        value = config.get(field, served)
+        if value != served and value is not None:
+            raise CheckpointError(f"{field} = {value!r} is not served for {architecture}, only {served!r}")
+
+
+def _size(config: Json, field: str, default: int | None = None) -> int:
+    value = config.get(field)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
+        raise CheckpointError(f"config.json: {field} is {value!r}; a positive integer is needed")
+    return value
+
+
+def _number(config: Json, field: str, default: float | None = None) -> float:
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+        raise CheckpointError(f"config.json: {field} is {value!r}; a positive number is needed")
+    return float(value)
+
+
+def _rope(config: Json) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling: transformers 5 keeps both in ``rope_parameters``, 4 in two fields."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = _number({"rope_theta": config.get("rope_theta"), **rope} if isinstance(rope, dict) else config, "rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(f"rope_type {kind!r} is not served; 'default' and 'llama3' are")
+    return theta, RopeScaling(
+        factor=_number(rope, "factor"),
+        low_freq_factor=_number(rope, "low_freq_factor"),
+        high_freq_factor=_number(rope, "high_freq_factor"),
+        original_max_position=_size(rope, "original_max_position_embeddings"),
+    )
+
+
+def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a checkpoint folder; ``missing`` stands in for a file that is not there.
+
+    Raises:
+        CheckpointError: the file is missing and may not be, or is no JSON object.
+    """
+    if not path.is_file():
+        if missing is None:
+            raise CheckpointError(f"{path} is missing; is this a Hugging Face checkpoint folder?")
+        return missing
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, head_dim: int, factor: float, tied: bool) -> ModelConfig:
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    return ModelConfig(
+        128_256, hidden, inner, layers, heads, 8, head_dim, 131_072, 500_000.0, scaling, 1e-5, tie_embeddings=tied
+    )
+
+
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        151_936, hidden, inner, layers, heads, 8, 128, 40_960, 1_000_000.0, tie_embeddings=tied, qk_norm=True
+    )
+
+
+_QWEN25 = ModelConfig(151_936, 896, 4864, 24, 14, 2, 64, 32_768, 1_000_000.0, tie_embeddings=True, qkv_bias=True)
+
+PUBLISHED: dict[str, ModelConfig] = {
+    "llama-3.1-8b": _llama(4096, 14_336, 32, 32, 128, 8.0, False),
+    "llama-3.1-70b": _llama(8192, 28_672, 80, 64, 128, 8.0, False),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 64, 32.0, True),
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, 128, 32.0, True),
+    "qwen2.5-0.5b": _QWEN25,
+    "qwen2.5-7b": replace(
+        _QWEN25,
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        tie_embeddings=False,
+    ),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
+    "qwen3-8b": _qwen3(4096, 12_288, 36, 32, False),
+    "qwen3-32b": _qwen3(5120, 25_600, 64, 64, False),
+}
+"""Shapes as published, for benchmarks with random weights."""

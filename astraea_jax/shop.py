@@ -1,0 +1,232 @@
+"""A little shop: questions that take several tool calls, the tools, and the right answers.
+
+``astraea-tiny`` is trained on these tasks, and the demo and its evaluation run held-out ones. Every task has prices and
+stocks of its own, which only the tools reveal; so the model must call them, carry their results over and hand the sums
+to the calculator.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import operator
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count as numbers
+from typing import Any, Literal
+
+ADJECTIVES = ("blue", "red", "green", "black", "white", "small", "large", "old", "new", "round", "wooden", "soft")
+NOUNS = (
+    *("lamp", "chair", "table", "mug", "plate", "spoon", "clock", "mirror"),
+    *("pillow", "basket", "candle", "vase", "carpet", "bottle", "ladder", "mat"),
+)
+ITEMS = tuple(f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS)
+
+SYSTEM = "You answer questions about the shop."
+
+Split = Literal["train", "test"]
+"""A task is in the test split if the hash of its question, which names items and amounts, falls into one tenth."""
+
+
+class Catalogue:
+    """Prices and stocks of one task."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def price(self, item: str) -> int:
+        """Price of one item.
+
+        Args:
+            item: such as "blue lamp"
+        """
+        return self._number("price", item)
+
+    def stock(self, item: str) -> int:
+        """How many are in stock.
+
+        Args:
+            item: such as "blue lamp"
+        """
+        return self._number("stock", item)
+
+    def _number(self, what: str, item: str) -> int:
+        if item not in ITEMS:
+            raise ValueError(f"there is no {item!r} in the shop")
+        return random.Random(f"{self._seed} {what} {item}").randint(2, 99)
+
+
+OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+
+
+def calculator(expression: str) -> int:
+    """Value of a sum.
+
+    Args:
+        expression: whole numbers with + - * and brackets, such as "3*14+2*9"
+    """
+    if len(expression) > 200:
+        raise ValueError("the expression is longer than 200 characters")
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int() as number) if not isinstance(number, bool):
+                return number
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](value(left), value(right))
+        raise ValueError("only whole numbers, + - * and brackets are understood")
+
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError) as error:
+        raise ValueError(f"not a sum: {expression!r}") from error
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call and what it returns."""
+
+    name: str
+    arguments: dict[str, str]
+    result: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question, the calls that solve it, and its answer."""
+
+    question: str
+    calls: tuple[Call, ...]
+    reply: str
+    catalogue: Catalogue
+
+    @property
+    def answer(self) -> int:
+        return self.calls[-1].result
+
+    def tools(self) -> list[Callable[..., int]]:
+        """Plain functions; the catalogue is this task's."""
+        return [self.catalogue.price, self.catalogue.stock, calculator]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What the agent is asked."""
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": self.question}]
+
+    def solution(self) -> list[dict[str, Any]]:
+        """The whole conversation of an agent that does everything right."""
+        conversation = self.messages()
+        for call in self.calls:
+            function = {"name": call.name, "arguments": call.arguments}
+            conversation.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]})
+            conversation.append({"role": "tool", "name": call.name, "content": json.dumps(call.result)})
+        return [*conversation, {"role": "assistant", "content": self.reply}]
+
+    def is_right(self, text: str) -> bool:
+        """Whether the last number in ``text`` is the answer."""
+        found = re.findall(r"-?\d+", text)
+        return bool(found) and int(found[-1]) == self.answer
+
+
+def split_of(question: str) -> Split:
+    return "test" if hashlib.sha256(question.encode()).digest()[0] < 26 else "train"
+
+
+def make_tasks(*, seed: int, split: Split, count: int) -> list[Task]:
+    """``count`` tasks of a split; the same for the same seed."""
+    return list(_first(count, (task for task in _stream(seed) if split_of(task.question) == split)))
+
+
+def _stream(seed: int) -> Iterator[Task]:
+    for number in numbers():
+        rng = random.Random(f"{seed} {number}")
+        family = rng.choices(FAMILIES, WEIGHTS)[0]
+        yield family(rng, Catalogue(rng.getrandbits(48)))
+
+
+def _first(count: int, tasks: Iterator[Task]) -> Iterator[Task]:
+    for _, task in zip(range(count), tasks, strict=False):
+        yield task
+
+
+def _amount(number: int, item: str) -> str:
+    return f"{number} {item}s" if number > 1 else f"1 {item}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def _ask(catalogue: Catalogue, what: str, item: str) -> Call:
+    return Call(what, {"item": item}, getattr(catalogue, what)(item))
+
+
+def _sum(expression: str) -> Call:
+    return Call("calculator", {"expression": expression}, calculator(expression))
+
+
+def _total(rng: random.Random, catalogue: Catalogue) -> Task:
+    """Price of several amounts: three to six segments."""
+    items = rng.sample(ITEMS, rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0])
+    amounts = [rng.randint(1 if len(items) > 1 else 2, 9) for _ in items]
+    wanted = _listed([_amount(n, item) for n, item in zip(amounts, items, strict=True)])
+    question = rng.choice(
+        ("What is the total price of {}?", "How much do {} cost?", "I want {}. What do I pay?", "Total price of {}?")
+    )
+    prices = [_ask(catalogue, "price", item) for item in items]
+    products = [f"{n}*{call.result}" for n, call in zip(amounts, prices, strict=True)]
+    total = _sum("+".join(products))
+    return Task(question.format(wanted), (*prices, total), f"The total is {total.result}.", catalogue)
+
+
+def _change(rng: random.Random, catalogue: Catalogue) -> Task:
+    """Change from a sum paid for one or two amounts: three or four segments."""
+    items = rng.sample(ITEMS, rng.randint(1, 2))
+    amounts = [rng.randint(2, 9) for _ in items]
+    prices = [_ask(catalogue, "price", item) for item in items]
+    products = [f"{n}*{call.result}" for n, call in zip(amounts, prices, strict=True)]
+    paid = 10 * (calculator("+".join(products)) // 10 + rng.randint(1, 20))
+    wanted = _listed([_amount(n, item) for n, item in zip(amounts, items, strict=True)])
+    question = rng.choice(("I buy {0} and pay {1}. What is my change?", "I pay {1} for {0}. How much comes back?"))
+    left = _sum("-".join([str(paid), *products]))
+    return Task(question.format(wanted, paid), (*prices, left), f"The change is {left.result}.", catalogue)
+
+
+def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
+    """How much dearer one item is: four segments."""
+    dear, cheap = sorted(rng.sample(ITEMS, 2), key=catalogue.price, reverse=True)
+    question = rng.choice(("How much more does a {} cost than a {}?", "By how much is a {} dearer than a {}?"))
+    prices = [_ask(catalogue, "price", item) for item in (dear, cheap)]
+    gap = _sum("-".join(str(call.result) for call in prices))
+    return Task(question.format(dear, cheap), (*prices, gap), f"The difference is {gap.result}.", catalogue)
+
+
+def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
+    """What is left of one item: three segments."""
+    item = rng.choice(ITEMS)
+    stock = _ask(catalogue, "stock", item)
+    sold = rng.randint(1, stock.result - 1)
+    question = rng.choice(("We sell {}. How many are left?", "How many are left if we sell {}?"))
+    left = _sum(f"{stock.result}-{sold}")
+    return Task(question.format(_amount(sold, item)), (stock, left), f"There are {left.result} left.", catalogue)
+
+
+def _stock_value(rng: random.Random, catalogue: Catalogue) -> Task:
+    """What the stock of one item is worth: four segments."""
+    item = rng.choice(ITEMS)
+    question = rng.choice(("What is our stock of {}s worth?", "How much are all our {}s worth?"))
+    calls = [_ask(catalogue, what, item) for what in ("stock", "price")]
+    worth = _sum("*".join(str(call.result) for call in calls))
+    return Task(question.format(item), (*calls, worth), f"The stock is worth {worth.result}.", catalogue)
+
+
+FAMILIES = (_total, _change, _difference, _stock_left, _stock_value)
+WEIGHTS = (8, 4, 2, 2, 1)

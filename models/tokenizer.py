@@ -1,0 +1,199 @@
+"""Text to tokens and back, and chats to text, from the files of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from .config import CheckpointError, read_json
+
+Message = Mapping[str, Any]
+
+INCOMPLETE = "\ufffd"
+"""What a decoder shows for bytes that are not (yet) a character."""
+
+
+class Tokenizer:
+    """Tokenizer, special tokens and chat template of one model.
+
+    Args:
+        tokenizer: of the ``tokenizers`` library.
+        bos_id: beginning-of-sequence token, if the model has one.
+        eos_ids: tokens that end a generation.
+        template: Jinja chat template, if the model has one.
+        special: named special tokens as templates refer to them, such as ``{"eos_token": "<|im_end|>"}``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None,
+        eos_ids: frozenset[int],
+        template: str | None,
+        special: Mapping[str, str],
+    ):
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        self._special = dict(special)
+        self._template = _compile(template) if template is not None else None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and the chat template.
+
+        Raises:
+            CheckpointError: there is no tokenizer, or a file is damaged.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        config = read_json(folder / "tokenizer_config.json", missing={})
+        special = {name: text for name in ("bos_token", "eos_token") if (text := _token_text(config.get(name)))}
+        generation = read_json(folder / "generation_config.json", missing={})
+        eos = _ids(generation.get("eos_token_id")) | _ids(read_json(folder / "config.json", missing={}).get("eos_token_id"))
+        if "eos_token" in special:
+            eos |= _ids(tokenizer.token_to_id(special["eos_token"]))
+        return cls(
+            tokenizer,
+            bos_id=tokenizer.token_to_id(special["bos_token"]) if "bos_token" in special else None,
+            eos_ids=frozenset(eos),
+            template=_template_text(folder, config),
+            special=special,
+        )
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Token ids of ``text``. Special tokens written in it count as such, as in rendered chats."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def stream(self) -> TextStream:
+        """A decoder for tokens that come one after the other."""
+        return TextStream(self.decode)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The chat as the model was trained to read it.
+
+        Args:
+            messages: OpenAI-shaped.
+            tools: OpenAI-shaped function schemas.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+
+        Raises:
+            CheckpointError: the model has no chat template.
+            ValueError: the template refuses the messages or fails on them.
+        """
+        if self._template is None:
+            raise CheckpointError("this model has no chat template (chat_template.jinja); give it plain text instead")
+        try:
+            return self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._special
+            )
+        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, OverflowError) as error:
+            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+
+
+class TextStream:
+    """Decodes tokens as they come and never shows half a character.
+
+    Tokens are decoded together with those before them, because some decoders drop the space at the beginning of what
+    they are given. Bytes that never become a character come out as U+FFFD at the next whole character, or at the end.
+    """
+
+    LONGEST = 64
+    """Tokens that are held back at most while they make no character."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._window: list[int] = []
+        self._context = 0
+        """Tokens at the beginning of the window that are out already."""
+        self._shown = 0
+        """Characters of the window that are out already."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Text that ``ids`` complete."""
+        self._window.extend(ids)
+        text = self._decode(self._window)
+        if text.endswith(INCOMPLETE) and len(self._window) - self._context < self.LONGEST:
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        return self._show(self._decode(self._window))
+
+    def _show(self, text: str) -> str:
+        new = text[self._shown :]
+        self._window = self._window[self._context :]
+        self._context = len(self._window)
+        self._shown = len(self._decode(self._window))
+        return new
+
+
+def _ids(value: Any) -> set[int]:
+    values = value if isinstance(value, list) else [value]
+    return {v for v in values if isinstance(v, int)}
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token of ``tokenizer_config.json``: plain text or a record with ``content``."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text()
+    value = config.get("chat_template")
+    if isinstance(value, list):  # several named ones
+        value = next((entry["template"] for entry in value if entry.get("name") == "default"), None)
+    return value
+
+
+def _compile(text: str) -> jinja2.Template:
+    """A template in Jinja's sandbox, with the names that Hugging Face templates may use."""
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # Jinja's own escapes HTML
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # noqa: DTZ005
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(f"the chat template is damaged: {error}") from error

@@ -1,0 +1,227 @@
+"""How fast the serving loop steps, against what this machine could do at best.
+
+The floors are measured in the same run: a decode step cannot be faster than reading the weights and the KV of its
+contexts at this machine's copy bandwidth, nor a prefill faster than its multiplications at the measured matmul rate.
+
+  python scripts/bench_step.py                                      astraea-tiny, 64 programs of 256 tokens
+  python scripts/bench_step.py --batch=32 --compare_transformers    the same weights in transformers, same machine
+  python scripts/bench_step.py --model=llama-3.2-1b --random_weights --batch=8 --context=128
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from astraea_jax.config import EngineConfig
+from astraea_jax.engine import Engine, StepTimes
+from astraea_jax.models import resolve
+from astraea_jax.models.checkpoint import load, random_decoder
+from astraea_jax.models.config import PUBLISHED, ModelConfig
+from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.progress import StartupDisplay
+from astraea_jax.sampling import SamplingParams
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a published shape.")
+flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
+flags.DEFINE_integer("batch", 64, "Programs that decode at once.", lower_bound=1)
+flags.DEFINE_integer("context", 256, "Prompt tokens of each program.", lower_bound=1)
+flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
+flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
+flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; the backend's default otherwise.")
+flags.DEFINE_bool("compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra).")
+flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What this machine can do, measured now."""
+
+    copy_gb_s: float
+    """Bytes read plus bytes written per second by a copy of a large array, in 1e9."""
+    matmul_tflop_s: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    decode_ms: float
+    decode_floor_ms: float
+    decode_tokens_s: float
+    host_ms: float
+    plan_ms: float
+    dispatch_ms: float
+    commit_ms: float
+    starved_share: float
+    prefill_ms: float
+    prefill_floor_ms: float
+    prefill_tokens_s: float
+
+
+def best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
+    """Shortest of several runs, after one to warm up."""
+    run().block_until_ready()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run().block_until_ready()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def measure_floors(dtype: jnp.dtype) -> Floors:
+    large = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**30, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    square = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda x: x @ x)
+    copied = 2 * large.nbytes / best_seconds(lambda: copy(large))
+    return Floors(copied / 1e9, 2 * n**3 / best_seconds(lambda: product(square)) / 1e12)
+
+
+def weight_count(c: ModelConfig) -> int:
+    """Weights that every step reads: all but the embedding rows of other tokens."""
+    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+
+
+def load_engine(display: StartupDisplay) -> Engine:
+    span = max(FLAGS.context + FLAGS.steps + 16, FLAGS.prefill + 8)
+    config = EngineConfig(max_seqs=FLAGS.batch, max_step_tokens=max(512, FLAGS.batch), dtype=FLAGS.dtype)
+    if FLAGS.random_weights:
+        if FLAGS.model not in PUBLISHED:
+            raise app.UsageError(f"--random_weights needs a published shape: {', '.join(PUBLISHED)}")
+        decoder = random_decoder(PUBLISHED[FLAGS.model], config.weight_dtype(), seed=0)
+        tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
+    else:
+        folder = resolve(FLAGS.model)
+        decoder = load(folder, config.weight_dtype(), progress=display.loading)
+        tokenizer = Tokenizer.from_folder(folder)
+    if span > decoder.config.max_position:
+        raise app.UsageError(f"{span} tokens are needed, the model has {decoder.config.max_position} positions")
+    return Engine(decoder, tokenizer, config)
+
+
+def prompt(length: int, vocab: int, salt: int) -> list[int]:
+    return [(7 * i + salt) % vocab for i in range(length)]
+
+
+async def decode(engine: Engine) -> tuple[float, StepTimes]:
+    """Seconds of ``--steps`` steps in which every program decodes, and what the loop did in them."""
+    vocab = engine.model_config.vocab_size
+    params = SamplingParams(max_tokens=FLAGS.steps + 16, ignore_eos=True)
+    running = [aiter(engine.generate(prompt(FLAGS.context, vocab, i), params)) for i in range(FLAGS.batch)]
+    for generation in running:  # all prompts are in
+        await anext(generation)
+    before, began = StepTimes(**asdict(engine.times)), time.perf_counter()
+    while engine.times.steps - before.steps < FLAGS.steps:
+        await asyncio.sleep(0.001)
+    took, after = time.perf_counter() - began, StepTimes(**asdict(engine.times))
+    for generation in running:
+        generation.cancel()
+    spent = {name: getattr(after, name) - getattr(before, name) for name in asdict(before)}
+    return took, StepTimes(**spent)
+
+
+async def prefill(engine: Engine) -> float:
+    """Shortest time to the first token of one program alone, in seconds."""
+    times = []
+    for salt in range(5):
+        ids = prompt(FLAGS.prefill, engine.model_config.vocab_size, salt)
+        began = time.perf_counter()
+        await engine.generate(ids, SamplingParams(max_tokens=1, ignore_eos=True)).text()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def measure(engine: Engine, floors: Floors) -> Figures:
+    prefill_s = asyncio.run(prefill(engine))
+    took, spent = asyncio.run(decode(engine))
+    c, item = engine.model_config, engine.layout.dtype.itemsize
+    kv = FLAGS.batch * (FLAGS.context + FLAGS.steps / 2) * engine.layout.page_bytes / engine.config.page_size
+    per_step = 1e3 / spent.steps
+    return Figures(
+        decode_ms=took * per_step,
+        decode_floor_ms=1e3 * (weight_count(c) * item + kv) / (floors.copy_gb_s * 1e9),
+        decode_tokens_s=spent.tokens / took,
+        host_ms=(spent.plan_s + spent.dispatch_s + spent.commit_s) * per_step,
+        plan_ms=spent.plan_s * per_step,
+        dispatch_ms=spent.dispatch_s * per_step,
+        commit_ms=spent.commit_s * per_step,
+        starved_share=spent.starved / spent.steps,
+        prefill_ms=1e3 * prefill_s,
+        prefill_floor_ms=1e3 * 2 * weight_count(c) * FLAGS.prefill / (floors.matmul_tflop_s * 1e12),
+        prefill_tokens_s=FLAGS.prefill / prefill_s,
+    )
+
+
+def transformers_tokens_s(folder: Path, dtype: str) -> float:
+    """Tokens per second of ``generate()`` with a static batch of the same prompts, its prefill left out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    ids = torch.tensor([prompt(FLAGS.context, model.config.vocab_size, i) for i in range(FLAGS.batch)])
+
+    def run(tokens: int) -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - began
+
+    run(4)
+    return FLAGS.batch * FLAGS.steps / (run(FLAGS.steps + 1) - run(1))
+
+
+def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> None:
+    device = jax.devices()[0]
+    table = Table(title=f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context}, {engine.layout.dtype.name}")
+    for name in ("", "measured", "floor", "floor / measured"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("decode step", f"{f.decode_ms:.2f} ms", f"{f.decode_floor_ms:.2f} ms", f"{f.decode_floor_ms / f.decode_ms:.0%}")
+    table.add_row("decode rate", f"{f.decode_tokens_s:,.0f} tokens/s", "", "")
+    table.add_row(
+        f"prefill of {FLAGS.prefill}", f"{f.prefill_ms:.2f} ms", f"{f.prefill_floor_ms:.2f} ms", f"{f.prefill_floor_ms / f.prefill_ms:.0%}"
+    )
+    table.add_row("prefill rate", f"{f.prefill_tokens_s:,.0f} tokens/s", "", "")
+    parts = f"plan {f.plan_ms:.2f}, dispatch {f.dispatch_ms:.2f}, commit {f.commit_ms:.2f}"
+    table.add_row("host work per step", f"{f.host_ms:.2f} ms", "", parts)
+    table.add_row("steps the device waited for", f"{f.starved_share:.0%}", "", "")
+    if rival is not None:
+        table.add_row("transformers generate()", f"{rival:,.0f} tokens/s", "", f"we are {f.decode_tokens_s / rival:.1f}x")
+    console = Console()
+    console.print(table)
+    console.print(f"floors: copy {floors.copy_gb_s:.1f} GB/s, matmul {floors.matmul_tflop_s:.3f} TFLOP/s")
+    console.print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, Python {platform.python_version()}")
+
+
+def main(_: list[str]) -> None:
+    with StartupDisplay() as display:
+        engine = load_engine(display)
+        engine.start(display.compiling)
+    floors = measure_floors(engine.layout.dtype)
+    figures = measure(engine, floors)
+    engine.shutdown(grace_s=0)
+    rival = None
+    if FLAGS.compare_transformers:
+        rival = transformers_tokens_s(resolve(FLAGS.model), engine.layout.dtype.name)
+    show(engine, floors, figures, rival)
+    if FLAGS.json:
+        record = {"command": sys.argv, **asdict(floors), **asdict(figures), "transformers_tokens_s": rival}
+        Path(FLAGS.json).write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,113 @@
+"""Serves a model over gRPC: JetStream's Orchestrator service, health and reflection.
+
+  python scripts/serve.py                                        astraea-tiny, the bundled model, on port 9000
+  python scripts/serve.py --model=/models/Qwen3-4B --port=9000   a Hugging Face or Orbax folder
+  python scripts/serve.py --model=llama-3.1-8b --random_weights  a published shape without weights, for benchmarks
+
+Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
+its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
+x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the second stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+
+from absl import app, flags, logging
+
+from astraea_jax.config import DTYPES, EngineConfig
+from astraea_jax.engine import Engine
+from astraea_jax.errors import StartupError
+from astraea_jax.models import CheckpointError, resolve
+from astraea_jax.models.checkpoint import random_decoder
+from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.progress import StartupDisplay
+from astraea_jax.rpc.server import Server
+from astraea_jax.scheduler.policy import POLICIES
+
+FLAGS = flags.FLAGS
+DEFAULT = EngineConfig()
+flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder, bundled model, or with --random_weights a shape.")
+flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
+flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready line.", 0, 65535)
+flags.DEFINE_integer("max_seqs", DEFAULT.max_seqs, "Segments that run at once.", lower_bound=1)
+flags.DEFINE_integer("max_step_tokens", DEFAULT.max_step_tokens, "Tokens of one step.", lower_bound=1)
+flags.DEFINE_integer("page_size", DEFAULT.page_size, "Tokens per KV page.", lower_bound=1)
+flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).")
+flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.")
+flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
+flags.DEFINE_enum("policy", DEFAULT.policy, sorted(POLICIES), "Order in which segments run.")
+flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
+flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
+
+
+def engine_config() -> EngineConfig:
+    names = ("max_seqs", "max_step_tokens", "page_size", "kv_bytes", "max_context", "dtype", "policy", "max_queued")
+    return EngineConfig(**{name: getattr(FLAGS, name) for name in names})
+
+
+def load_engine(display: StartupDisplay) -> Engine:
+    config = engine_config()
+    if not FLAGS.random_weights:
+        return Engine.from_folder(FLAGS.model, config, progress=display.loading)
+    if FLAGS.model not in PUBLISHED:
+        raise StartupError(f"--random_weights needs --model to be one of {', '.join(PUBLISHED)}, not {FLAGS.model!r}")
+    decoder = random_decoder(PUBLISHED[FLAGS.model], config.weight_dtype(), seed=0)
+    return Engine(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+async def serve(engine: Engine, began: float) -> None:
+    server = Server(engine, FLAGS.host, FLAGS.port)
+    port = await server.start()
+    layout = engine.layout
+    pages = layout.num_pages - 1
+    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {pages * layout.page_bytes / 2**20:.0f} MiB, context {layout.max_context}")
+    say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            say("stopped at once")
+            os._exit(1)
+        say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; once more to stop at once")
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    while not stop.is_set() and engine.live:
+        try:
+            await asyncio.wait_for(stop.wait(), timeout=1.0)
+        except TimeoutError:
+            continue
+    failed = not engine.live
+    await server.stop(0 if failed else FLAGS.grace_s)
+    await asyncio.to_thread(engine.shutdown, 0)
+    if failed:
+        raise SystemExit("the engine has failed; its log is above")
+
+
+def main(_: list[str]) -> None:
+    logging.use_absl_handler()
+    began = time.monotonic()
+    try:
+        with StartupDisplay() as display:
+            engine = load_engine(display)
+            engine.start(display.compiling)
+        asyncio.run(serve(engine, began))
+    except (CheckpointError, StartupError, OSError) as error:
+        raise SystemExit(f"cannot serve: {error}") from None
+
+
+if __name__ == "__main__":
+    app.run(main)

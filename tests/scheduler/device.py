@@ -1,0 +1,64 @@
+"""A device made of dictionaries: it keeps the token behind every KV slot, so a wrong page shows as a wrong token.
+
+Its model is a hash: the next token depends on every token of the context, in order, and nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from astraea_jax.scheduler.scheduler import Plan, Scheduler
+
+VOCABULARY = 50
+
+
+def next_token(context: list[int]) -> int:
+    value = 17
+    for token in context:
+        value = (value * 31 + token + 1) % 1_000_003
+    return value % VOCABULARY
+
+
+def complete(prompt: list[int], max_tokens: int, stops: frozenset[int] = frozenset()) -> list[int]:
+    """What a segment must output, whatever happens around it."""
+    output: list[int] = []
+    while len(output) < max_tokens and not (output and output[-1] in stops):
+        output.append(next_token([*prompt, *output]))
+    return output
+
+
+class Device:
+    """Runs plans in order of dispatch, as the real one does."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.page_size = scheduler.config.page_size
+        self.kv: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+
+    def run(self, plan: Plan) -> list[int]:
+        """Execute a step at dispatch: write its tokens into their pages, attend, sample one token per row."""
+        slots = [row.segment.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots) <= self.scheduler.config.max_seqs
+        assert plan.tokens == sum(row.count for row in plan.rows) <= self.scheduler.config.max_step_tokens
+        tables = [self.scheduler.page_table[slot].copy() for slot in slots]
+        for row, table in zip(plan.rows, tables, strict=True):
+            tokens = np.zeros(row.count, np.int32)
+            row.segment.copy_tokens(row.start, tokens)
+            for i, token in enumerate(tokens.tolist()):
+                at = self._slot(table, row.start + i)
+                assert at not in {self._slot(table, p) for p in range(row.start + i)}
+                self.kv[at] = self.last[row.segment.slot] if token < 0 else token
+        sampled = []
+        for row, table in zip(plan.rows, tables, strict=True):
+            context = [self.kv[self._slot(table, p)] for p in range(row.start + row.count)]
+            token = next_token(context)
+            if row.samples:
+                self.last[row.segment.slot] = token
+            sampled.append(token)
+        return sampled
+
+    def _slot(self, table: np.ndarray, position: int) -> int:
+        page = int(table[position // self.page_size])
+        assert page > 0, "the scrap page belongs to nobody"
+        return page * self.page_size + position % self.page_size

@@ -1,0 +1,305 @@
+"""The scheduler against a device that notices every misplaced page, one commit late as in the engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from astraea_jax.scheduler.policy import POLICIES, make_policy
+from astraea_jax.scheduler.program import QueueFull, Rejected
+from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig
+
+_spec = importlib.util.spec_from_file_location("device", Path(__file__).with_name("device.py"))
+device = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(device)
+Device, complete = device.Device, device.complete
+
+
+def make(policy: str = "fcfs", **changes) -> Scheduler:
+    sizes = {"num_pages": 17, "page_size": 4, "max_seqs": 4, "max_step_tokens": 12, "max_context": 48}
+    return Scheduler(SchedulerConfig(**{**sizes, **changes}), make_policy(policy))
+
+
+class Loop:
+    """The engine's loop: dispatch a plan before the one before it is committed."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler, self.device = scheduler, Device(scheduler)
+        self.now = 0.0
+        self.in_flight = None
+        self.log = []
+
+    def turn(self) -> bool:
+        self.now += 1.0
+        plan = self.scheduler.plan(self.now)
+        launched = None
+        if plan is not None:
+            self.log.append([(r.segment.number, r.start, r.count, r.samples) for r in plan.rows])
+            launched = (plan, self.device.run(plan))
+        if self.in_flight is not None:
+            self.scheduler.commit(*self.in_flight, self.now)
+        busy = launched is not None or self.in_flight is not None
+        self.in_flight = launched
+        return busy
+
+    def drain(self, limit: int = 5000) -> None:
+        while self.turn():
+            limit -= 1
+            assert limit > 0, "no end in sight"
+
+
+class Machine(RuleBasedStateMachine):
+    """Clients that come, return from tools, cancel and vanish, on a pool too small for them."""
+
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        page_size=st.sampled_from([1, 4]),
+        pages=st.integers(14, 40),
+        budget=st.sampled_from([4, 12, 64]),
+    )
+    def start(self, policy, page_size, pages, budget):
+        pages = pages * 4 // page_size
+        self.scheduler = make(policy, page_size=page_size, num_pages=pages + 1, max_step_tokens=budget, session_ttl_s=60)
+        self.loop = Loop(self.scheduler)
+        self.live, self.history, self.names = [], {}, 0
+
+    def submit(self, prompt, max_tokens, stops, name, final):
+        segment = self.scheduler.submit(prompt, max_tokens, stops, program=name, final=final, now=self.loop.now)
+        self.live.append(segment)
+        return segment
+
+    @rule(
+        prompt=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+        max_tokens=st.integers(1, 18),
+        stops=st.frozensets(st.integers(0, 49), max_size=4),
+        named=st.booleans(),
+    )
+    def arrive(self, prompt, max_tokens, stops, named):
+        self.names += 1
+        name = f"p{self.names}" if named else None
+        segment = self.submit(prompt, max_tokens, stops, name, False)
+        if name:
+            self.history[name] = segment
+
+    @precondition(lambda self: self.idle())
+    @rule(data=st.data(), keep=st.integers(0, 40), new=st.lists(st.integers(0, 9), min_size=1, max_size=6), final=st.booleans())
+    def come_back(self, data, keep, new, final):
+        name = data.draw(st.sampled_from(self.idle()))
+        before = self.history[name]
+        prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
+        self.history[name] = self.submit(prompt, 6, frozenset(), name, final)
+
+    def idle(self):
+        return sorted(name for name, s in self.history.items() if s.finish_reason is not None and not s.final)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def cancel(self, data):
+        segment = data.draw(st.sampled_from(self.live))
+        self.scheduler.finish(segment, "cancelled", self.loop.now)
+
+    @precondition(lambda self: self.history)
+    @rule(data=st.data())
+    def end(self, data):
+        name = data.draw(st.sampled_from(sorted(self.history)))
+        self.scheduler.end_program(name, self.loop.now)
+        del self.history[name]
+
+    @rule()
+    def pass_time(self):
+        self.loop.now += 30
+
+    @rule(turns=st.integers(1, 6))
+    def work(self, turns):
+        for _ in range(turns):
+            self.loop.turn()
+
+    @invariant()
+    def nothing_is_lost(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check()
+        for segment in self.live:
+            assert segment.output == complete(list(segment.prompt), len(segment.output))
+            if segment.finish_reason in ("stop", "length"):
+                assert segment.output == complete(list(segment.prompt), segment.max_tokens, segment.stops)
+        self.live = [s for s in self.live if s.finish_reason is None]
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self.loop.drain()
+        self.nothing_is_lost()
+        assert not self.live
+        for name in list(self.history):
+            self.scheduler.end_program(name, self.loop.now)
+        self.scheduler.check()
+        assert self.scheduler.stats().free_pages == self.scheduler.config.num_pages - 1
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_equal_inputs_give_equal_plans():
+    def logs():
+        loop, rng = Loop(make("program-fcfs")), random.Random(5)
+        for i in range(40):
+            loop.scheduler.submit([rng.randrange(9)] * rng.randint(1, 25), 12, program=f"p{i}", now=loop.now)
+            loop.turn()
+        loop.drain()
+        return loop.log
+
+    assert logs() == logs()
+
+
+def test_decode_goes_on_while_a_long_prompt_is_prefilled():
+    loop = Loop(make(num_pages=40))
+    first = loop.scheduler.submit([1, 2], 20, now=0)
+    loop.turn()
+    loop.scheduler.submit([3] * 40, 2, now=0)
+    before = len(first.output)
+    for _ in range(4):
+        loop.turn()
+    assert len(first.output) == before + 4
+    assert max(count for step in loop.log for *_, count, _ in step) <= 11  # a chunk leaves room for the decode
+
+
+def test_the_first_in_order_is_never_preempted():
+    loop = Loop(make(num_pages=13))
+    segments = [loop.scheduler.submit([i] * 8, 30, now=0) for i in range(4)]
+    loop.drain()
+    assert segments[0].preemptions == 0
+    assert loop.scheduler.stats().preemptions > 0
+    assert [s.finish_reason for s in segments] == ["length"] * 4
+
+
+def test_program_order_lets_a_returning_program_go_first():
+    def order(policy: str) -> list[str]:
+        loop = Loop(make(policy, max_seqs=1))
+        loop.scheduler.submit([1, 2, 3], 2, program="old", now=0)
+        loop.drain()
+        loop.scheduler.submit([7] * 5, 9, program="running", now=loop.now)
+        loop.turn()
+        loop.scheduler.submit([9] * 3, 2, program="new", now=loop.now)
+        loop.turn()
+        back = loop.scheduler.submit([1, 2, 3, 4], 2, program="old", now=loop.now)
+        loop.drain()
+        served = [number for step in loop.log for number, *_ in step]
+        return ["old" if n == back.number else "new" for n in dict.fromkeys(served) if n > 2]
+
+    assert order("fcfs") == ["new", "old"]
+    assert order("program-fcfs") == ["old", "new"]
+
+
+def test_a_returning_program_computes_only_what_is_new():
+    loop = Loop(make(num_pages=40))
+    first = loop.scheduler.submit([1, 2, 3, 4, 5], 6, program="p", now=0)
+    loop.drain()
+    prompt = [*first.prompt, *first.output, 9, 9]
+    second = loop.scheduler.submit(prompt, 3, program="p", now=loop.now)
+    loop.drain()
+    assert second.output == complete(prompt, 3)
+    assert second.cached_tokens == 10  # the last of eleven tokens was sampled but never fed back
+
+
+def test_under_pressure_the_longest_wait_gives_pages_first_and_from_the_end():
+    loop = Loop(make(num_pages=9))
+    for name in ("a", "b"):
+        loop.scheduler.submit([1] * 13, 3, program=name, now=loop.now)
+        loop.drain()
+    assert loop.scheduler.stats().free_pages == 0
+    loop.scheduler.submit([2] * 5, 3, now=loop.now)
+    loop.drain()
+    assert loop.scheduler.stats().reclaimed_pages == 2
+    back = {name: loop.scheduler.submit([1] * 14, 1, program=name, now=loop.now) for name in ("b", "a")}
+    loop.drain()
+    assert back["b"].cached_tokens == 13
+    assert back["a"].cached_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [([], 1, "at least 1"), ([1], 0, "at least 1"), ([1] * 40, 9, "40 tokens and max_tokens 9 exceed the 48")],
+)
+def test_segments_that_can_never_run_are_refused(prompt, max_tokens, words):
+    with pytest.raises(Rejected, match=words):
+        make().submit(prompt, max_tokens, now=0)
+
+
+def test_a_segment_larger_than_the_whole_pool_is_refused():
+    with pytest.raises(Rejected, match="exceed the 16 that fit"):
+        make(num_pages=5).submit([1] * 15, 2, now=0)
+
+
+def test_a_program_has_one_segment_at_a_time():
+    scheduler = make()
+    scheduler.submit([1], 1, program="p", now=0)
+    with pytest.raises(Rejected, match="'p' has a segment"):
+        scheduler.submit([1], 1, program="p", now=0)
+
+
+def test_queue_and_table_are_bounded():
+    scheduler = make(max_waiting=2)
+    for _ in range(2):
+        scheduler.submit([1], 1, now=0)
+    with pytest.raises(QueueFull, match="2 segments"):
+        scheduler.submit([1], 1, now=0)
+    loop = Loop(make(max_programs=2))
+    for name in "ab":
+        loop.scheduler.submit([1], 1, program=name, now=0)
+    with pytest.raises(QueueFull, match="2 programs"):
+        loop.scheduler.submit([1], 1, program="c", now=0)
+    loop.drain()
+    loop.scheduler.submit([1], 1, program="c", now=0)  # the longest idle makes room
+    loop.scheduler.check()
+    assert loop.scheduler.stats().expired == 1
+
+
+def test_idle_sessions_expire():
+    loop = Loop(make(session_ttl_s=10))
+    loop.scheduler.submit([1] * 9, 1, program="p", now=0)
+    loop.drain()
+    assert loop.scheduler.stats().retained_pages == 3
+    loop.scheduler.expire(loop.now + 6)
+    assert loop.scheduler.stats().programs == 1
+    loop.scheduler.expire(loop.now + 11)
+    stats = loop.scheduler.stats()
+    assert (stats.programs, stats.expired, stats.retained_pages) == (0, 1, 0)
+
+
+def test_a_token_the_device_could_not_choose_ends_the_segment():
+    scheduler = make()
+    segment = scheduler.submit([1], 5, program="p", now=0)
+    plan = scheduler.plan(0)
+    assert scheduler.commit(plan, [-1], 0) == [(segment, -1)]
+    assert segment.finish_reason == "error"
+    assert scheduler.stats().retained_pages == 0
+    scheduler.check()
+
+
+def test_ending_a_program_returns_its_live_segment():
+    scheduler = make()
+    segment = scheduler.submit([1], 5, program="p", now=0)
+    assert scheduler.end_program("p", 0) is segment
+    assert segment.finish_reason == "cancelled"
+    assert scheduler.end_program("p", 0) is None
+    scheduler.check()
+
+
+def test_copied_tokens_mark_what_only_the_device_knows():
+    segment = make().submit([1, 2, 3], 5, now=0)
+    segment.output += [4, 5]
+    segment.pending = 1
+    out = np.zeros(5, np.int32)
+    segment.copy_tokens(1, out)
+    assert out.tolist() == [2, 3, 4, 5, -1]
+    segment.copy_tokens(4, out[:2])
+    assert out[:2].tolist() == [5, -1]
