@@ -1,4 +1,4 @@
-"""The agent's loop over a model that says what the test wants; `test_end_to_end.py` has the real one."""
+"""The agent's loop, mostly over a model that says what the test wants."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 from astraea_jax.agent import ProgramResult, run_program
+from astraea_jax.engine import Engine
 from astraea_jax.errors import RequestError
 from astraea_jax.generation import Delta, Usage
 from astraea_jax.models.tokenizer import Tokenizer
@@ -221,3 +222,29 @@ async def test_bad_parameters() -> None:
         await run_program(Script("x"), QUESTION, [price, price])
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
         await run_program(Script("x"), QUESTION, max_steps=0)
+
+
+async def test_a_real_engine_serves_programs_side_by_side(engine: Engine) -> None:
+    """A random model calls no tools, but its programs come and go; one is cancelled in the middle."""
+    before = engine.stats()
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    longest = SamplingParams(max_tokens=200, ignore_eos=True)
+    doomed = asyncio.create_task(run_program(engine, QUESTION[1:], params=longest))
+    programs = [
+        run_program(engine, [{"role": "user", "content": f"{i}?"}], [price], params=params) for i in range(12)
+    ]
+    results = await asyncio.gather(*programs)
+    doomed.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await doomed
+    for result in results:
+        [segment] = result.segments
+        assert (result.finish_reason, segment.output_tokens) == ("length", 16)
+        assert segment.usage is not None
+        assert segment.usage.output_tokens == 16
+        assert result.messages[-1]["content"].strip() == result.text
+    async with asyncio.timeout(30):
+        while engine.stats().programs:
+            await asyncio.sleep(0.005)
+    assert engine.stats().created == before.created + 13
+    assert engine.stats().free_pages == before.free_pages
