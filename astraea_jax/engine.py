@@ -193,7 +193,8 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) + params.max_tokens > limit:
             raise RequestError(
-                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of {limit} tokens"
+                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} "
+                f"exceed the context of {limit} tokens"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise RequestError(f"prompt holds a token id outside the vocabulary [0, {vocab})")

@@ -92,7 +92,7 @@ def waiting(inner: Tool, rng: random.Random) -> Tool:
 
     async def call(**arguments: object) -> object:
         await asyncio.sleep(FLAGS.tool_scale * CLAUDE_CODE_TOOLS.draw(rng))
-        return await inner(**arguments)
+        return inner(**arguments)
 
     return inner.wrapped(call)
 

@@ -80,9 +80,8 @@ async def serve(engine: Engine, began: float) -> None:
     port = await server.start()
     layout = engine.layout
     pages = layout.num_pages - 1
-    say(
-        f"KV: {pages} pages of {FLAGS.page_size} tokens, {pages * layout.page_bytes / 2**20:.0f} MiB, context {layout.max_context}"
-    )
+    size = pages * layout.page_bytes / 2**20
+    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

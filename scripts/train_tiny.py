@@ -3,20 +3,24 @@
   python scripts/train_tiny.py                        the bundled model again, about half an hour on two cores
   python scripts/train_tiny.py --steps=200 --out=out/pilot
 
-"solved" is the share of held-out tasks in which every one of them is the
-likeliest under the true history; since decoding is greedy, the agent then reproduces the solution word for word.
+"solved" is the share of held-out tasks in which every token of the assistant is the likeliest under the true history;
+since decoding is greedy, the agent then reproduces the solution word for word.
 Needs optax (the dev extra).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+# Two devices of one thread each, with half a batch, are a third faster here than one device with two threads.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,7 @@ import optax
 import tokenizers
 from absl import app, flags
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -46,7 +51,7 @@ from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", str(BUNDLED / "astraea-tiny"), "Folder to write; its chat template is used if there is one.")
-flags.DEFINE_integer("steps", 4000, "Optimizer steps.", lower_bound=1)
+flags.DEFINE_integer("steps", 5500, "Optimizer steps.", lower_bound=1)
 flags.DEFINE_integer("tasks", 80_000, "Different training tasks.", lower_bound=100)
 flags.DEFINE_integer("held_out", 500, "Held-out tasks for the evaluation.", lower_bound=1)
 flags.DEFINE_integer("batch_tokens", 4096, "Tokens of a batch, padding included.", lower_bound=1024)
@@ -88,13 +93,12 @@ def solved_chat(task: Task, template: Tokenizer) -> str:
 def train_tokenizer(texts: Sequence[str]) -> tokenizers.Tokenizer:
     """Byte-level BPE that can write any text.
 
-    Digits and the spaces between words are tokens of their own, and a plural is the noun's token and an "s". So a
-    number or a name is the same tokens wherever it stands, and a small model learns fast to copy it.
+    Every digit is a token of its own, and a plural is the noun's token and an "s", so that numbers and names can be
+    copied token by token.
     """
     bpe = tokenizers.Tokenizer(models.BPE())
-    words = tokenizers.Regex(r" ?[^\sA-Za-z0-9]+|[A-Za-z]+|[0-9]|\s")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -148,13 +152,13 @@ class Examples:
         return cls(tokens, learned)
 
     def batches(self, batch_tokens: int, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """``(tokens, learned)``, each ``[B, L]``, of sequences of similar length; leftovers are dropped."""
+        """``(tokens, learned)``, each ``[B, L]``, of an even number of sequences of similar length."""
         waiting: dict[int, list[int]] = {}
         for i in order:
             length = -(-len(self.tokens[i]) // BUCKET) * BUCKET
             group = waiting.setdefault(length, [])
             group.append(i)
-            if len(group) == batch_tokens // length:
+            if len(group) == batch_tokens // length // 2 * 2:
                 yield self._padded(group, length)
                 group.clear()
 
@@ -222,7 +226,9 @@ def fit(config: ModelConfig, training: Examples, held_out: Examples) -> Decoder:
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(FLAGS.seed))
     graph, state = nnx.split(decoder)
     train, solved = make_steps(graph, optimizer)
-    moments = optimizer.init(state)
+    mesh = Mesh(np.array(jax.devices()), "data")
+    whole, halves = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    state, moments = jax.device_put((state, optimizer.init(state)), whole)
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -233,7 +239,7 @@ def fit(config: ModelConfig, training: Examples, held_out: Examples) -> Decoder:
         shown = bar.add_task("train", total=FLAGS.steps, loss=float("nan"))
         batches = endless(training, np.random.default_rng(FLAGS.seed))
         for step in range(1, FLAGS.steps + 1):
-            state, moments, value = train(state, moments, *next(batches))
+            state, moments, value = train(state, moments, *jax.device_put(next(batches), halves))
             if step % 25 == 0:
                 bar.update(shown, completed=step, loss=float(value))
             if step % 250 == 0 or step == FLAGS.steps:
@@ -263,9 +269,7 @@ def main(_: list[str]) -> None:
     write_tokenizer(out, bpe)
     training = Examples.of(texts, bpe)
     lengths = [len(ids) for ids in training.tokens]
-    console.print(
-        f"{len(texts)} tasks, {np.mean(lengths):.0f} tokens each, at most {max(lengths)}; vocabulary {bpe.get_vocab_size()}"
-    )
+    console.print(f"{len(texts)} tasks of {np.mean(lengths):.0f} tokens, {max(lengths)} at most")
     decoder = fit(
         model_config(bpe.get_vocab_size()),
         training,

@@ -230,9 +230,7 @@ async def test_a_real_engine_serves_programs_side_by_side(engine: Engine) -> Non
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     longest = SamplingParams(max_tokens=200, ignore_eos=True)
     doomed = asyncio.create_task(run_program(engine, QUESTION[1:], params=longest))
-    programs = [
-        run_program(engine, [{"role": "user", "content": f"{i}?"}], [price], params=params) for i in range(12)
-    ]
+    programs = [run_program(engine, [{"role": "user", "content": f"{i}?"}], [price], params=params) for i in range(12)]
     results = await asyncio.gather(*programs)
     doomed.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -70,7 +70,11 @@ class Client:
         session: str | None = None,
         final: bool = False,
     ) -> RemoteGeneration:
-        """As :meth:`astraea_jax.engine.Engine.generate`; errors come while iterating. Stop tokens are the model's own."""
+        """As :meth:`astraea_jax.engine.Engine.generate`, but what the server refuses is raised while iterating.
+
+        Raises:
+            RequestError: ``stop_token_ids`` are given; the protocol cannot carry them.
+        """
         params = params or SamplingParams()
         if params.stop_token_ids:
             raise RequestError("stop_token_ids cannot be sent over this protocol; use stop strings")

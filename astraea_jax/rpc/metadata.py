@@ -21,6 +21,7 @@ FINAL_KEYS = ("x-session-final", "x-dynamo-session-final")
 MAX_SESSION = 256
 
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
+STOPS = ("x-stop", "x-stop-bin")
 FINISH = "x-finish-reason"
 
 
@@ -29,13 +30,16 @@ def key_of(field: str) -> str:
     return f"x-{field.replace('_', '-')}"
 
 
+NUMBERS_AND_FLAGS = {*map(key_of, SAMPLING), "x-ignore-eos"}
+
+
 def read_sampling(metadata: Metadata, max_tokens: int) -> SamplingParams:
-    """Sampling parameters of a request; ``x-stop`` may come several times.
+    """Sampling parameters of a request. Stop strings may come several times, as ``x-stop-bin`` if not ASCII.
 
     Raises:
         RequestError: a value cannot be read or is out of bounds; names its key.
     """
-    values = {key: _text(key, value) for key, value in metadata if key.startswith("x-")}
+    values = {key: _text(key, value) for key, value in metadata if key in NUMBERS_AND_FLAGS}
     given: dict[str, Any] = {}
     for field, kind in SAMPLING.items():
         text = values.get(key_of(field))
@@ -45,15 +49,15 @@ def read_sampling(metadata: Metadata, max_tokens: int) -> SamplingParams:
             given[field] = kind(text)
         except ValueError:
             raise RequestError(f"metadata {key_of(field)} is {text[:60]!r}; it must be a number") from None
-    stops = tuple(_text(key, value) for key, value in metadata if key == "x-stop")
+    stops = tuple(_text(key, value) for key, value in metadata if key in STOPS)
     return SamplingParams(max_tokens=max_tokens, stop=stops, ignore_eos=_flag(values, "x-ignore-eos"), **given)
 
 
-def write_sampling(params: SamplingParams) -> list[tuple[str, str]]:
+def write_sampling(params: SamplingParams) -> list[tuple[str, str | bytes]]:
     """The metadata that :func:`read_sampling` reads."""
-    pairs = [(key_of(field), repr(getattr(params, field))) for field in SAMPLING]
-    pairs += [("x-stop", stop) for stop in params.stop]
-    return [*pairs, ("x-ignore-eos", str(params.ignore_eos).lower())]
+    pairs: list[tuple[str, str | bytes]] = [(key_of(field), repr(getattr(params, field))) for field in SAMPLING]
+    stops = [("x-stop-bin", stop.encode()) for stop in params.stop]
+    return [*pairs, *stops, ("x-ignore-eos", str(params.ignore_eos).lower())]
 
 
 def read_session(metadata: Metadata) -> tuple[str | None, bool]:
@@ -86,9 +90,12 @@ def read_usage(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[Usage | Non
 
 
 def _text(key: str, value: str | bytes) -> str:
-    if isinstance(value, bytes):
-        raise RequestError(f"metadata {key} must be text, not binary")
-    return value
+    if isinstance(value, str):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise RequestError(f"metadata {key} is not UTF-8") from None
 
 
 def _flag(values: Mapping[str, str], key: str) -> bool:

@@ -64,6 +64,7 @@ class Server:
         try:
             port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
+            await self._server.stop(None)
             raise OSError(f"cannot listen on {self._address}: {error}; choose another --port") from error
         await self._server.start()
         for name in ("", wire.ORCHESTRATOR):

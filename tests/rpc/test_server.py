@@ -1,0 +1,230 @@
+"""The endpoint over a real socket and a real engine: JetStream's semantics, clear statuses, nothing leaked."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from astraea_jax.config import EngineConfig
+from astraea_jax.engine import Engine
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.rpc import wire
+from astraea_jax.rpc.client import Client
+from astraea_jax.rpc.server import Server
+from astraea_jax.sampling import SamplingParams
+
+SMALL = EngineConfig(max_seqs=8, max_step_tokens=32, page_size=4, kv_bytes=2 * 2**20, dtype="float32")
+
+
+@pytest.fixture
+async def endpoint(engine):
+    server = Server(engine)
+    port = await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.fixture
+async def client(endpoint, engine):
+    async with Client(endpoint, engine.tokenizer) as client:
+        yield client
+
+
+@pytest.fixture
+async def decode(endpoint):
+    """A stock client: JetStream's request in, ``([(text, ids)], trailing metadata)`` out."""
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        method = channel.unary_stream(
+            f"/{wire.ORCHESTRATOR}/Decode",
+            request_serializer=wire.DecodeRequest.SerializeToString,
+            response_deserializer=wire.DecodeResponse.FromString,
+        )
+
+        async def call(metadata=(), timeout=None, **fields):
+            stream = method(wire.DecodeRequest(**fields), metadata=metadata, timeout=timeout)
+            samples = []
+            async for response in stream:
+                assert len(response.stream_content.samples) == 1
+                sample = response.stream_content.samples[0]
+                samples.append((sample.text, list(sample.token_ids)))
+            return samples, dict(await stream.trailing_metadata())
+
+        yield call
+
+
+NO_EOS = (("x-ignore-eos", "true"),)
+
+
+async def settled(engine: Engine) -> None:
+    while engine.stats().running or engine.stats().waiting:
+        await asyncio.sleep(0.005)
+
+
+async def test_text_request_gets_text_and_tokens_and_an_empty_last_sample(decode, engine, greedy):
+    samples, trailing = await decode(text_content={"text": "hello"}, max_tokens=6, metadata=NO_EOS)
+    expected = greedy(engine.tokenizer.encode("hello"), 6)
+    assert [token for _, ids in samples for token in ids] == expected
+    assert "".join(text for text, _ in samples) == engine.tokenizer.decode(expected)
+    assert samples[-1] == ("", [])
+    assert trailing["x-finish-reason"] == "length"
+    assert trailing["x-output-tokens"] == "6"
+
+
+async def test_token_request_gets_tokens_only(decode, greedy):
+    samples, _ = await decode(token_content={"token_ids": [1, 2, 3]}, max_tokens=5, metadata=NO_EOS)
+    assert [token for _, ids in samples for token in ids] == greedy([1, 2, 3], 5)
+    assert {text for text, _ in samples} == {""}
+
+
+async def test_sampling_by_metadata(decode):
+    async def draw(seed):
+        metadata = (*NO_EOS, ("x-temperature", "1.0"), ("x-top-p", "0.9"), ("x-seed", seed))
+        samples, _ = await decode(token_content={"token_ids": [1]}, max_tokens=12, metadata=metadata)
+        return [token for _, ids in samples for token in ids]
+
+    assert await draw("1") == await draw("1") != await draw("2")
+
+
+async def test_stop_by_metadata(decode, engine, greedy):
+    text = engine.tokenizer.decode(greedy([7, 8, 9], 24))
+    metadata = (*NO_EOS, ("x-stop-bin", text[4:6].encode()))
+    samples, trailing = await decode(
+        text_content={"text": engine.tokenizer.decode([7, 8, 9])}, max_tokens=24, metadata=metadata
+    )
+    assert "".join(piece for piece, _ in samples) == text[: text.find(text[4:6])]
+    assert trailing["x-finish-reason"] == "stop"
+
+
+@pytest.mark.parametrize("key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id"])
+async def test_a_session_keeps_its_cache(decode, engine, key):
+    session = (*NO_EOS, (key, f"by-{key}"))
+    await decode(token_content={"token_ids": list(range(1, 31))}, max_tokens=3, metadata=session)
+    final = (*session, ("x-session-final", "true"))
+    _, trailing = await decode(token_content={"token_ids": list(range(1, 41))}, max_tokens=3, metadata=final)
+    assert int(trailing["x-cached-tokens"]) == 30
+    await settled(engine)
+    assert engine.stats().retained_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "metadata", "status", "words"),
+    [
+        ({}, (), "INVALID_ARGUMENT", "text_content or token_content"),
+        ({"text_content": {"text": ""}}, (), "INVALID_ARGUMENT", "empty"),
+        ({"max_tokens": 0}, (), "INVALID_ARGUMENT", "max_tokens is 0"),
+        ({"max_tokens": -5}, (), "INVALID_ARGUMENT", "max_tokens is -5"),
+        ({"max_tokens": 2**31 - 1}, (), "INVALID_ARGUMENT", "context of 256"),
+        ({"token_content": {"token_ids": [1] * 300}}, (), "INVALID_ARGUMENT", "300 tokens"),
+        ({"token_content": {"token_ids": [9999]}}, (), "INVALID_ARGUMENT", "vocabulary"),
+        ({"num_samples": 3}, (), "INVALID_ARGUMENT", "num_samples is 3"),
+        ({"lora_adapter_id": "x"}, (), "NOT_FOUND", "'x'"),
+        ({}, (("x-temperature", "nan"),), "INVALID_ARGUMENT", "temperature is nan"),
+        ({}, (("x-temperature", "hot"),), "INVALID_ARGUMENT", "x-temperature"),
+        ({}, (("x-top-p", "inf"),), "INVALID_ARGUMENT", "top_p is inf"),
+        ({}, (("x-top-k", "1.5"),), "INVALID_ARGUMENT", "x-top-k"),
+        ({}, (("x-ignore-eos", "maybe"),), "INVALID_ARGUMENT", "x-ignore-eos"),
+        ({}, (("x-session-id", "s" * 300),), "INVALID_ARGUMENT", "300 characters"),
+    ],
+)
+async def test_bad_requests_get_one_clear_status(fields, metadata, status, words, decode, engine):
+    good = {"text_content": {"text": "a"}, "max_tokens": 4}
+    request = {**good, **fields}
+    if "token_content" in fields or (not fields and not metadata):
+        del request["text_content"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await decode(metadata=metadata, **request)
+    assert caught.value.code().name == status
+    assert words in caught.value.details()
+    samples, _ = await decode(**good)  # and the server goes on
+    assert samples
+
+
+async def test_cancel_and_deadline_free_the_pages(decode, client, engine):
+    generation = client.generate([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
+    iterator = aiter(generation)
+    await anext(iterator)
+    generation.cancel()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await decode(token_content={"token_ids": [1]}, max_tokens=250, timeout=0.05, metadata=NO_EOS)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await settled(engine)
+    assert engine.stats().free_pages == engine.layout.num_pages - 1
+
+
+async def test_our_client_sees_text_usage_and_errors(client, engine, greedy):
+    generation = client.generate([7, 8, 9], SamplingParams(max_tokens=10, ignore_eos=True), session="c")
+    deltas = [delta async for delta in generation]
+    assert [t for d in deltas for t in d.token_ids] == greedy([7, 8, 9], 10)
+    assert "".join(d.text for d in deltas) == engine.tokenizer.decode(greedy([7, 8, 9], 10))
+    assert deltas[-1].finish_reason == "length"
+    assert generation.usage.output_tokens == 10
+    client.end_session("c")
+    with pytest.raises(RequestError, match="vocabulary"):
+        [delta async for delta in client.generate([10**6], SamplingParams(max_tokens=1))]
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        client.generate([1], SamplingParams(stop_token_ids=(1,)))
+    while engine.stats().programs:
+        await asyncio.sleep(0.005)
+
+
+async def test_health_reflection_and_liveness(endpoint, client):
+    assert await client.is_live()
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", wire.ORCHESTRATOR):
+            reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        requests = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=wire.ORCHESTRATOR),
+        ]
+        replies = [reply async for reply in reflection.ServerReflectionInfo(iter(requests))]
+    names = {service.name for service in replies[0].list_services_response.service}
+    assert {wire.ORCHESTRATOR, wire.SESSIONS, "grpc.health.v1.Health"} <= names
+    assert b"DecodeRequest" in replies[1].file_descriptor_response.file_descriptor_proto[0]
+
+
+async def test_overload_and_a_dead_engine_are_told_apart(make_engine, random_folder):
+    engine = make_engine(dataclasses.replace(SMALL, max_queued=1, max_seqs=1, max_step_tokens=16))
+    server = Server(engine)
+    async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
+        busy = [client.generate([1], SamplingParams(max_tokens=100, ignore_eos=True)) for _ in range(2)]
+        while engine.stats().running + engine.stats().waiting < 2:
+            await asyncio.sleep(0.005)
+        with pytest.raises(Overloaded):
+            [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
+        for generation in busy:
+            generation.cancel()
+    await server.stop(0)
+    cold = Engine.from_folder(random_folder, SMALL)
+    server = Server(cold)
+    async with Client(f"127.0.0.1:{await server.start()}", cold.tokenizer) as client:
+        assert not await client.is_live()
+        with pytest.raises(EngineDead, match="not been started"):
+            [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
+    await server.stop(0)
+
+
+async def test_stopping_lets_running_requests_finish(engine):
+    server = Server(engine)
+    async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
+        iterator = aiter(client.generate([1, 2], SamplingParams(max_tokens=60, ignore_eos=True)))
+        tokens = [*(await anext(iterator)).token_ids]
+        stopping = asyncio.create_task(server.stop(20))
+        tokens += [token async for delta in iterator for token in delta.token_ids]
+        assert len(tokens) == 60
+        await stopping
+
+
+async def test_a_taken_port_is_an_error(engine):
+    server = Server(engine)
+    port = await server.start()
+    with pytest.raises(OSError, match="another --port"):
+        await Server(engine, port=port).start()
+    await server.stop(0)
