@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.device import Device, complete
 
 from astraea_jax.scheduler.policy import POLICIES, make_policy
 from astraea_jax.scheduler.program import QueueFull, Rejected
 from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig
-
-_spec = importlib.util.spec_from_file_location("device", Path(__file__).with_name("device.py"))
-device = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(device)
-Device, complete = device.Device, device.complete
 
 
 def make(policy: str = "fcfs", **changes) -> Scheduler:

@@ -1,0 +1,26 @@
+"""Checkpoints and answers written by transformers once (tests/support/variants.py), without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.parity import check_logits, check_tokens
+
+FOLDERS = sorted(path for path in Path(__file__).with_name("goldens").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_prefill_logits(folder):
+    check_logits(folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+async def test_greedy_tokens_in_a_batch(folder):
+    await check_tokens(folder)
+
+
+def test_the_goldens_cover_what_is_served():
+    text = " ".join(folder.name for folder in FOLDERS)
+    for word in ("llama", "qwen2", "qwen3", "gqa1", "gqa4", "gqa8", "tied", "sharded", "f16", "bf16"):
+        assert word in text
