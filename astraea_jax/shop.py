@@ -17,25 +17,12 @@ from dataclasses import dataclass
 from itertools import count as numbers
 from typing import Any, Literal
 
-ADJECTIVES = (
-    "blue",
-    "red",
-    "green",
-    "black",
-    "white",
-    "small",
-    "large",
-    "old",
-    "new",
-    "round",
-    "wooden",
-    "soft",
-)
 NOUNS = (
     *("lamp", "chair", "table", "mug", "plate", "spoon", "clock", "mirror"),
     *("pillow", "basket", "candle", "vase", "carpet", "bottle", "ladder", "mat"),
 )
-ITEMS = tuple(f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS)
+ARTICLES = range(10, 100)
+"""Article numbers: a thing is called by what it is and its number, such as "lamp no. 47"."""
 
 SYSTEM = "You answer questions about the shop."
 
@@ -49,31 +36,26 @@ class Catalogue:
     def __init__(self, seed: int):
         self._seed = seed
 
-    def price(self, item: str) -> str:
-        """Price of one item.
+    def price(self, article: int) -> int:
+        """Price of one piece.
 
         Args:
-            item: such as "blue lamp"
+            article: its number
         """
-        return f"{item}: {self.number('price', item)}"
+        return self._number("price", article)
 
-    def stock(self, item: str) -> str:
+    def stock(self, article: int) -> int:
         """How many are in stock.
 
         Args:
-            item: such as "blue lamp"
+            article: its number
         """
-        return f"{item}: {self.number('stock', item)}"
+        return self._number("stock", article)
 
-    def number(self, what: str, item: str) -> int:
-        """The number behind an answer.
-
-        Raises:
-            ValueError: the shop does not have the item.
-        """
-        if item not in ITEMS:
-            raise ValueError(f"there is no {item!r} in the shop")
-        return random.Random(f"{self._seed} {what} {item}").randint(2, 99)
+    def _number(self, what: str, article: int) -> int:
+        if article not in ARTICLES:
+            raise ValueError(f"there is no article {article}")
+        return random.Random(f"{self._seed} {what} {article}").randint(2, 99)
 
 
 OPERATORS: dict[type, Callable[[int, int], int]] = {
@@ -110,12 +92,11 @@ def calculator(expression: str) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call, the number that it returns, and what the agent says before it."""
+    """A tool call and what it returns."""
 
     name: str
-    arguments: dict[str, str]
+    arguments: dict[str, str | int]
     result: int
-    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +112,7 @@ class Task:
     def answer(self) -> int:
         return self.calls[-1].result
 
-    def tools(self) -> list[Callable[..., str | int]]:
+    def tools(self) -> list[Callable[..., int]]:
         """Plain functions; the catalogue is this task's."""
         return [self.catalogue.price, self.catalogue.stock, calculator]
 
@@ -141,14 +122,12 @@ class Task:
 
     def solution(self) -> list[dict[str, Any]]:
         """The whole conversation of an agent that does everything right."""
-        tools = {tool.__name__: tool for tool in self.tools()}
         conversation = self.messages()
         for call in self.calls:
             function = {"name": call.name, "arguments": call.arguments}
             entry = {"type": "function", "function": function}
-            conversation.append({"role": "assistant", "content": call.said, "tool_calls": [entry]})
-            result = tools[call.name](**call.arguments)
-            conversation.append({"role": "tool", "name": call.name, "content": str(result)})
+            conversation.append({"role": "assistant", "content": "", "tool_calls": [entry]})
+            conversation.append({"role": "tool", "name": call.name, "content": str(call.result)})
         return [*conversation, {"role": "assistant", "content": self.reply}]
 
     def is_right(self, text: str) -> bool:
@@ -178,85 +157,90 @@ def _first(count: int, tasks: Iterator[Task]) -> Iterator[Task]:
         yield task
 
 
-def _items(rng: random.Random, count: int) -> list[str]:
-    """Items that share neither adjective nor noun."""
-    pairs = zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)
-    return [f"{adjective} {noun}" for adjective, noun in pairs]
+@dataclass(frozen=True)
+class _Thing:
+    noun: str
+    article: int
+
+    def __str__(self) -> str:
+        return f"{self.noun} no. {self.article}"
+
+    def times(self, amount: int) -> str:
+        return f"{amount} {self.noun}{'s' * (amount > 1)} no. {self.article}"
 
 
-def _amount(number: int, item: str) -> str:
-    return f"{number} {item}s" if number > 1 else f"1 {item}"
+def _things(rng: random.Random, count: int) -> list[_Thing]:
+    """Things of different kinds."""
+    pairs = zip(rng.sample(NOUNS, count), rng.sample(ARTICLES, count), strict=True)
+    return [_Thing(noun, article) for noun, article in pairs]
 
 
 def _listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
-def _ask(catalogue: Catalogue, what: str, item: str) -> Call:
-    return Call(what, {"item": item}, catalogue.number(what, item))
+def _ask(catalogue: Catalogue, what: str, thing: _Thing) -> Call:
+    return Call(what, {"article": thing.article}, getattr(catalogue, what)(thing.article))
 
 
-def _sum(said: str, expression: str) -> Call:
-    return Call("calculator", {"expression": expression}, calculator(expression), said)
+def _sum(expression: str) -> Call:
+    return Call("calculator", {"expression": expression}, calculator(expression))
 
 
-def _order(rng: random.Random, catalogue: Catalogue, items: Sequence[str]) -> tuple[str, list[Call], str, list[str]]:
-    """Amounts of ``items``: as a wish, their price calls, the wish with prices, and the products to add."""
-    amounts = [rng.randint(1 if len(items) > 1 else 2, 9) for _ in items]
-    wishes = [_amount(n, item) for n, item in zip(amounts, items, strict=True)]
-    prices = [_ask(catalogue, "price", item) for item in items]
-    priced = [f"{wish} at {call.result}" for wish, call in zip(wishes, prices, strict=True)]
-    products = [f"{n}*{call.result}" for n, call in zip(amounts, prices, strict=True)]
-    return _listed(wishes), prices, ", ".join(priced) + ".", products
+def _order(rng: random.Random, catalogue: Catalogue, count: int) -> tuple[str, list[Call], list[str]]:
+    """Amounts of some things: the wish in words, the price calls, and the products to add."""
+    things = _things(rng, count)
+    amounts = [rng.randint(1 if count > 1 else 2, 9) for _ in things]
+    prices = [_ask(catalogue, "price", thing) for thing in things]
+    wish = _listed([thing.times(amount) for amount, thing in zip(amounts, things, strict=True)])
+    return wish, prices, [f"{amount}*{call.result}" for amount, call in zip(amounts, prices, strict=True)]
 
 
 def _total(rng: random.Random, catalogue: Catalogue) -> Task:
     """Price of several amounts: three to six segments."""
-    items = _items(rng, rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0])
-    wish, prices, said, products = _order(rng, catalogue, items)
+    wish, prices, products = _order(rng, catalogue, rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0])
     question = rng.choice(
         ("What is the total price of {}?", "How much do {} cost?", "I want {}. What do I pay?", "Total price of {}?")
     )
-    total = _sum(said, "+".join(products))
+    total = _sum("+".join(products))
     return Task(question.format(wish), (*prices, total), f"The total is {total.result}.", catalogue)
 
 
 def _change(rng: random.Random, catalogue: Catalogue) -> Task:
     """Change from a sum paid for one or two amounts: three or four segments."""
-    wish, prices, said, products = _order(rng, catalogue, _items(rng, rng.randint(1, 2)))
+    wish, prices, products = _order(rng, catalogue, rng.randint(1, 2))
     paid = 10 * (calculator("+".join(products)) // 10 + rng.randint(1, 20))
     question = rng.choice(("I buy {0} and pay {1}. What is my change?", "I pay {1} for {0}. How much comes back?"))
-    left = _sum(f"{paid} paid, {said}", "-".join([str(paid), *products]))
+    left = _sum("-".join([str(paid), *products]))
     return Task(question.format(wish, paid), (*prices, left), f"The change is {left.result}.", catalogue)
 
 
 def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
-    """How much dearer one item is: four segments."""
-    dear, cheap = sorted(_items(rng, 2), key=lambda item: catalogue.number("price", item), reverse=True)
-    question = rng.choice(("How much more does a {} cost than a {}?", "By how much is a {} dearer than a {}?"))
-    prices = [_ask(catalogue, "price", item) for item in (dear, cheap)]
-    said = f"{dear} at {prices[0].result}, {cheap} at {prices[1].result}."
-    gap = _sum(said, "-".join(str(call.result) for call in prices))
+    """How much dearer one thing is: four segments."""
+    dear, cheap = sorted(_things(rng, 2), key=lambda thing: catalogue.price(thing.article), reverse=True)
+    question = rng.choice(("How much more does {} cost than {}?", "By how much is {} dearer than {}?"))
+    prices = [_ask(catalogue, "price", thing) for thing in (dear, cheap)]
+    gap = _sum("-".join(str(call.result) for call in prices))
     return Task(question.format(dear, cheap), (*prices, gap), f"The difference is {gap.result}.", catalogue)
 
 
 def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
-    """What is left of one item: three segments."""
-    item = _items(rng, 1)[0]
-    stock = _ask(catalogue, "stock", item)
+    """What is left of one thing: three segments."""
+    [thing] = _things(rng, 1)
+    stock = _ask(catalogue, "stock", thing)
     sold = rng.randint(1, stock.result - 1)
     question = rng.choice(("We sell {}. How many are left?", "How many are left if we sell {}?"))
-    left = _sum(f"{stock.result} in stock, {sold} sold.", f"{stock.result}-{sold}")
-    return Task(question.format(_amount(sold, item)), (stock, left), f"There are {left.result} left.", catalogue)
+    left = _sum(f"{stock.result}-{sold}")
+    return Task(question.format(thing.times(sold)), (stock, left), f"There are {left.result} left.", catalogue)
 
 
 def _stock_value(rng: random.Random, catalogue: Catalogue) -> Task:
-    """What the stock of one item is worth: four segments."""
-    item = _items(rng, 1)[0]
-    question = rng.choice(("What is our stock of {}s worth?", "How much are all our {}s worth?"))
-    stock, price = (_ask(catalogue, what, item) for what in ("stock", "price"))
-    worth = _sum(f"{stock.result} in stock at {price.result}.", f"{stock.result}*{price.result}")
-    return Task(question.format(item), (stock, price, worth), f"The stock is worth {worth.result}.", catalogue)
+    """What the stock of one thing is worth: four segments."""
+    [thing] = _things(rng, 1)
+    question = rng.choice(("What is our stock of {} worth?", "How much is all our stock of {} worth?"))
+    stock, price = (_ask(catalogue, what, thing) for what in ("stock", "price"))
+    worth = _sum(f"{stock.result}*{price.result}")
+    return Task(question.format(thing), (stock, price, worth), f"The stock is worth {worth.result}.", catalogue)
 
 
 FAMILIES = (_total, _change, _difference, _stock_left, _stock_value)

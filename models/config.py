@@ -105,19 +105,19 @@ class ModelConfig:
             "rms_norm_eps": self.rms_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "hidden_act": "silu",
-            "attention_bias": False,
         }
 
 
 def _refuse_unserved(config: Json, architecture: str) -> None:
-    biased = architecture == "Qwen2ForCausalLM"
-    for field, served in (
+    served_fields: list[tuple[str, Any]] = [
         ("quantization_config", None),
         ("hidden_act", "silu"),
         ("use_sliding_window", False),
         ("mlp_bias", False),
-        ("attention_bias", biased),
-    ):
+    ]
+    if architecture != "Qwen2ForCausalLM":  # its query, key and value biases go without saying
+        served_fields.append(("attention_bias", False))
+    for field, served in served_fields:
         value = config.get(field, served)
         if value != served and value is not None:
             raise CheckpointError(f"{field} = {value!r} is not served for {architecture}, only {served!r}")

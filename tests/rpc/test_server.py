@@ -45,8 +45,8 @@ async def decode(endpoint):
             response_deserializer=wire.DecodeResponse.FromString,
         )
 
-        async def call(metadata=(), timeout=None, **fields):
-            stream = method(wire.DecodeRequest(**fields), metadata=metadata, timeout=timeout)
+        async def call(metadata=(), deadline_s=None, **fields):
+            stream = method(wire.DecodeRequest(**fields), metadata=metadata, timeout=deadline_s)
             samples = []
             async for response in stream:
                 assert len(response.stream_content.samples) == 1
@@ -150,7 +150,7 @@ async def test_cancel_and_deadline_free_the_pages(decode, client, engine):
     await anext(iterator)
     generation.cancel()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await decode(token_content={"token_ids": [1]}, max_tokens=250, timeout=0.05, metadata=NO_EOS)
+        await decode(token_content={"token_ids": [1]}, max_tokens=250, deadline_s=0.05, metadata=NO_EOS)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await settled(engine)
     assert engine.stats().free_pages == engine.layout.num_pages - 1

@@ -1,0 +1,182 @@
+"""Weights survive every way in and out; damaged folders are refused with the cause."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from astraea_jax.models import CheckpointError, resolve
+from astraea_jax.models.checkpoint import (
+    copy_beside,
+    hf_name,
+    load,
+    load_hf,
+    random_decoder,
+    save_hf,
+    save_orbax,
+)
+from astraea_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(64, 32, 48, 2, 4, 2, 16, 128, qkv_bias=True)
+
+
+def flat(decoder):
+    return {hf_name(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+
+
+def assert_same(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture
+def decoder():
+    return random_decoder(CONFIG, jnp.float32, seed=0)
+
+
+@pytest.fixture
+def folder(decoder, tmp_path):
+    save_hf(decoder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_there_and_back(dtype, tied, tmp_path):
+    decoder = random_decoder(dataclasses.replace(CONFIG, tie_embeddings=tied), dtype, seed=1)
+    save_hf(decoder, tmp_path / "hf")
+    assert_same(load(tmp_path / "hf", dtype), decoder)
+    save_orbax(decoder, tmp_path / "orbax")
+    assert_same(load(tmp_path / "orbax", dtype), decoder)
+
+
+def test_conversion_by_the_script(folder, tmp_path):
+    (folder / "tokenizer.json").write_text("{}")
+    for source, target, kind in ((folder, tmp_path / "o", "orbax"), (tmp_path / "o", tmp_path / "h", "hf")):
+        command = [sys.executable, "scripts/convert_checkpoint.py", f"--source={source}", f"--target={target}"]
+        subprocess.run([*command, f"--to={kind}", "--dtype=float32"], check=True, capture_output=True)
+    assert (tmp_path / "h" / "tokenizer.json").read_text() == "{}"
+    assert_same(load(tmp_path / "h", jnp.float32), load(folder, jnp.float32))
+
+
+def test_progress_ends_at_the_total(folder):
+    seen = []
+    load_hf(folder, jnp.bfloat16, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_wide_file_is_cast(folder):
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(load_hf(folder, jnp.bfloat16)))} == {jnp.dtype("bfloat16")}
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_tensor(folder):
+    rewrite(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(folder, jnp.float32)
+
+
+def test_wrong_shape_names_both(folder):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(7,\); config\.json makes it \(32,\)"):
+        load(folder, jnp.float32)
+
+
+def test_tensors_nobody_asked_for(folder):
+    rewrite(folder, lambda t: t.update({"model.rotary_emb.inv_freq": np.zeros(8, np.float32)}))
+    load(folder, jnp.float32)
+    rewrite(folder, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros((48, 32), np.float32)}))
+    with pytest.raises(CheckpointError, match=r"does not account for: model\.layers\.2"):
+        load(folder, jnp.float32)
+
+
+def test_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        load(folder, jnp.float32)
+
+
+def test_no_weights_at_all(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="only safetensors are read"):
+        load(folder, jnp.float32)
+
+
+def test_a_missing_shard_and_one_outside_the_folder(folder):
+    index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = list(load_file(folder / "model-1.safetensors"))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
+    load(folder, jnp.float32)
+    index.write_text(json.dumps({"weight_map": {names[0]: "model-2.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lacks model-2\.safetensors"):
+        load(folder, jnp.float32)
+    for bad in ("../model-1.safetensors", "/etc/passwd", 3):
+        index.write_text(json.dumps({"weight_map": {names[0]: bad}}))
+        with pytest.raises(CheckpointError, match="its own folder"):
+            load(folder, jnp.float32)
+
+
+def test_damaged_orbax(decoder, tmp_path):
+    save_orbax(decoder, tmp_path)
+    other = {**json.loads((tmp_path / "config.json").read_text()), "intermediate_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load(tmp_path, jnp.float32)
+
+
+def test_unknown_models_list_the_bundled():
+    with pytest.raises(CheckpointError, match=r"'no-such-model' is neither.*astraea-tiny"):
+        resolve("no-such-model")
+
+
+def test_copying_leaves_what_is_there(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("x")
+    target = tmp_path / "target"
+    shutil.copytree(folder, target)
+    (target / "chat_template.jinja").write_text("y")
+    copy_beside(folder, target)
+    assert (target / "chat_template.jinja").read_text() == "y"
+
+
+PEAK = """
+import resource, sys
+import jax, jax.numpy as jnp
+from pathlib import Path
+from astraea_jax.models.checkpoint import load_hf
+jnp.zeros(1).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decoder = load_hf(Path(sys.argv[1]), jnp.float32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_peak_memory_stays_near_one_copy(tmp_path):
+    config = ModelConfig(8000, 1024, 2048, 8, 8, 8, 128, 128)
+    decoder = random_decoder(config, jnp.float32, seed=0)
+    size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(decoder)))
+    save_hf(decoder, tmp_path)
+    del decoder
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], check=True, capture_output=True, text=True)
+    grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    # The file's pages that are mapped in count too: one copy of arrays, one of page cache, and a tensor.
+    assert grown < 2.3 * size, f"{grown / size:.2f} copies"

@@ -1,0 +1,136 @@
+"""Text in, text out: exact round trips, no half characters, templates in a sandbox."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.tokenizer import Tokenizer
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def wrap(raw: tokenizers.Tokenizer, template: str | None = None) -> Tokenizer:
+    return Tokenizer(raw, bos_id=None, eos_ids=frozenset(), template=template, special={"bos_token": "<s>"})
+
+
+def byte_level() -> Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(LETTERS)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    return wrap(raw)
+
+
+def byte_fallback() -> Tokenizer:
+    """Like Llama 2: pieces with ▁ for a space, and <0xNN> for bytes without a piece."""
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁a", "b", "c", "▁é"]
+    raw = tokenizers.Tokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    raw.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return wrap(raw)
+
+
+BYTES, PIECES = byte_level(), byte_fallback()
+
+
+@given(st.text())
+def test_any_text_survives(text):
+    assert BYTES.decode(BYTES.encode(text)) == text
+
+
+@given(st.lists(st.integers(0, 255), max_size=60), st.data())
+def test_streamed_bytes_add_up_to_the_whole(ids, data):
+    stream, text, at = BYTES.stream(), "", 0
+    while at < len(ids):
+        step = data.draw(st.integers(1, 3))
+        text += stream.push(ids[at : at + step])
+        at += step
+    assert text + stream.flush() == BYTES.decode(ids)
+
+
+@given(st.text("ab cé€🎉x", max_size=20))
+def test_streamed_pieces_add_up_to_the_whole(text):
+    ids = []
+    for letter in text:
+        raw = [{"a": 258, "b": 259, "c": 260, " ": 257}.get(letter)]
+        ids += raw if raw[0] is not None else [1 + byte for byte in letter.encode()]
+    stream = PIECES.stream()
+    parts = [stream.push([token]) for token in ids]
+    assert "".join(parts) + stream.flush() == PIECES.decode(ids)
+    assert not any("�" in part for part in parts)
+
+
+def test_half_characters_wait():
+    stream = BYTES.stream()
+    ids = BYTES.encode("€!")
+    assert [stream.push([token]) for token in ids] == ["", "", "€", "!"]
+
+
+def test_bytes_that_never_make_a_character_come_out_in_the_end():
+    stream = BYTES.stream()
+    lone = BYTES.encode("é")[:1]
+    assert stream.push(lone) == ""
+    assert stream.flush() == "�"
+    endless = "".join(BYTES.stream().push(lone * 200) for _ in range(1))
+    assert set(endless) == {"�"}
+
+
+@pytest.fixture
+def folder(random_folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((random_folder / name).read_bytes())
+    return tmp_path
+
+
+def test_end_tokens_come_from_every_file(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    assert Tokenizer.from_folder(folder).eos_ids == {3, 4, 257}
+
+
+def test_bos_is_added_once(folder):
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("a", add_bos=True) == [tokenizer.bos_id, *tokenizer.encode("a")]
+    assert tokenizer.encode("<|im_start|>a", add_bos=True) == tokenizer.encode("<|im_start|>a")
+
+
+def test_absent_and_damaged_files(folder):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match="template is damaged"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_model_without_a_template_says_so():
+    with pytest.raises(CheckpointError, match="no chat template"):
+        BYTES.render([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].content + 1 }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
+def test_templates_are_sandboxed_and_fail_as_values(template):
+    raw = tokenizers.Tokenizer(models.BPE())
+    with pytest.raises(ValueError, match="cannot render"):
+        wrap(raw, template).render([{"role": "user", "content": "a"}])

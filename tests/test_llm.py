@@ -1,0 +1,28 @@
+"""The synchronous front door on a random model."""
+
+from __future__ import annotations
+
+import pytest
+
+from astraea_jax import LLM, EngineConfig, RequestError, SamplingParams
+
+CONFIG = EngineConfig(max_seqs=4, max_step_tokens=16, page_size=4, kv_bytes=2**20, dtype="float32")
+
+
+def test_generate_and_chat(random_folder, greedy):
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    with LLM(random_folder, CONFIG) as llm:
+        encode = llm.engine.tokenizer.encode
+        completions = llm.generate(["hello", "x" * 30, "you"], params)
+        assert [list(c.token_ids) for c in completions] == [greedy(encode(p), 8) for p in ("hello", "x" * 30, "you")]
+        assert completions[0].text == llm.engine.tokenizer.decode(completions[0].token_ids)
+        [alone] = llm.generate("hello", params)
+        assert alone.token_ids == completions[0].token_ids
+        message = {"role": "user", "content": "hi"}
+        [one] = llm.chat([message], params=params)
+        two = llm.chat([[message], [message]], params=params)
+        assert {one.text} == {program.text for program in two}
+        with pytest.raises(RequestError, match="context"):
+            llm.generate("y" * 300)
+        assert llm.generate("hello", params)[0].token_ids == alone.token_ids
+        assert llm.engine.stats().programs == 0
