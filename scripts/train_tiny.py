@@ -3,8 +3,8 @@
   python scripts/train_tiny.py                        the bundled model again, about half an hour on two cores
   python scripts/train_tiny.py --steps=200 --out=out/pilot
 
-Only the assistant's tokens are learned. "solved" is the share of held-out tasks in which every token of the assistant is the likeliest under the true history;
-since decoding is greedy, the agent then reproduces the solution word for word.
+Only the assistant's tokens are learned. "solved" is the share of held-out tasks in which every one of them is the
+likeliest under the true history; since decoding is greedy, the agent then reproduces the solution word for word.
 Needs optax (the dev extra).
 """
 
