@@ -47,9 +47,18 @@ class EngineConfig:
     """An idle session is forgotten after so many seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("max_seqs", "max_step_tokens", "page_size", "max_queued", "max_programs"):
-            if getattr(self, name) < 1:
-                raise StartupError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in (
+            "max_seqs",
+            "max_step_tokens",
+            "page_size",
+            "kv_bytes",
+            "max_context",
+            "max_queued",
+            "max_programs",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StartupError(f"{name} is {value}; it must be at least 1")
         if self.max_step_tokens < self.max_seqs:
             raise StartupError(
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "

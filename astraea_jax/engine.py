@@ -210,9 +210,9 @@ class Engine:
         try:
             self._loop()
             self._fail_all("the engine was shut down")
-        except Exception as error:
+        except Exception:
             log.exception("the serving loop failed")
-            self._fail_all(f"the serving loop failed: {error}")
+            self._fail_all("the serving loop has failed; the log says why")
         finally:
             self._guard.disarm()
 

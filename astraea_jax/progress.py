@@ -29,6 +29,10 @@ class StartupDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they are and give the terminal back; a second call does nothing."""
         self._bars.stop()
 
     def loading(self, done: int, total: int) -> None:

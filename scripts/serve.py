@@ -12,6 +12,7 @@ x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from absl import app, flags, logging
 
 from astraea_jax.config import DTYPES, EngineConfig
 from astraea_jax.engine import Engine
-from astraea_jax.errors import StartupError
+from astraea_jax.errors import EngineDead, StartupError
 from astraea_jax.models import CheckpointError, resolve
 from astraea_jax.models.checkpoint import random_decoder
 from astraea_jax.models.config import PUBLISHED
@@ -39,8 +40,8 @@ flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready
 flags.DEFINE_integer("max_seqs", DEFAULT.max_seqs, "Segments that run at once.", lower_bound=1)
 flags.DEFINE_integer("max_step_tokens", DEFAULT.max_step_tokens, "Tokens of one step.", lower_bound=1)
 flags.DEFINE_integer("page_size", DEFAULT.page_size, "Tokens per KV page.", lower_bound=1)
-flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).")
-flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.")
+flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).", 1)
+flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.", 1)
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
 flags.DEFINE_enum("policy", DEFAULT.policy, sorted(POLICIES), "Order in which segments run.")
 flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
@@ -75,48 +76,63 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-async def serve(engine: Engine, began: float) -> None:
-    server = Server(engine, FLAGS.host, FLAGS.port)
-    port = await server.start()
-    layout = engine.layout
-    pages = layout.num_pages - 1
-    size = pages * layout.page_bytes / 2**20
-    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
-    say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
+def stop_on_signals(engine: Engine, display: StartupDisplay) -> asyncio.Event:
+    """The event that the first signal sets; the second one, or one before the engine serves, ends the process."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
-        if stop.is_set():
+        if stop.is_set() or not engine.live:
+            display.close()
             say("stopped at once")
             os._exit(1)
         say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; once more to stop at once")
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    while not stop.is_set() and engine.live:
-        try:
-            await asyncio.wait_for(stop.wait(), timeout=1.0)
-        except TimeoutError:
-            continue
-    failed = not engine.live
-    await server.stop(0 if failed else FLAGS.grace_s)
-    await asyncio.to_thread(engine.shutdown, 0)
-    if failed:
-        raise SystemExit("the engine has failed; its log is above")
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+async def serve(engine: Engine, display: StartupDisplay, began: float) -> None:
+    server = Server(engine, FLAGS.host, FLAGS.port)
+    port = await server.start()  # before the compilation: a taken port shows at once, health says "not serving"
+    stop = stop_on_signals(engine, display)
+    try:
+        await asyncio.to_thread(engine.start, display.compiling)
+        display.close()
+        await server.report_state()
+        announce(engine, port, began)
+        while not stop.is_set():
+            if not engine.live:
+                raise EngineDead("the engine has failed; its log is above")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), timeout=1.0)
+    finally:
+        await server.stop(FLAGS.grace_s if engine.live else 0)
+        await asyncio.to_thread(engine.shutdown, 0)
+
+
+def announce(engine: Engine, port: int, began: float) -> None:
+    layout = engine.layout
+    pages = layout.num_pages - 1
+    size = pages * layout.page_bytes / 2**20
+    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 
 
 def main(_: list[str]) -> None:
     logging.use_absl_handler()
+    if FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
     try:
         with StartupDisplay() as display:
             engine = load_engine(display)
-            engine.start(display.compiling)
-        asyncio.run(serve(engine, began))
-    except (CheckpointError, StartupError, OSError) as error:
+            asyncio.run(serve(engine, display, began))
+    except (CheckpointError, EngineDead, StartupError, OSError) as error:
         raise SystemExit(f"cannot serve: {error}") from None
+    except MemoryError:
+        raise SystemExit("cannot serve: out of memory; give a smaller --kv_bytes or --max_seqs") from None
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -102,3 +106,52 @@ def greedy(random_folder: Path) -> Callable[[list[int], int], list[int]]:
         return tokens[len(prompt) : len(prompt) + n].tolist()
 
     return generate
+
+
+SERVE = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "serve.py")]
+
+
+@dataclass
+class ServingProcess:
+    process: subprocess.Popen[str]
+    address: str
+    said: str
+    """Until it was ready."""
+
+
+@pytest.fixture(scope="session")
+def serve(random_folder: Path) -> Callable[..., AbstractContextManager[ServingProcess]]:
+    """``with serve(*flags) as server:`` runs scripts/serve.py with the random model on a free port."""
+
+    @contextmanager
+    def start(*arguments: str) -> Iterator[ServingProcess]:
+        sizes = ("--max_seqs=16", "--max_step_tokens=16", f"--kv_bytes={2 * 2**20}")
+        command = [*SERVE, f"--model={random_folder}", "--port=0", *sizes, *arguments]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert process.stderr is not None
+        try:
+            said = ""
+            for line in process.stderr:
+                said += line
+                if found := re.search(r"ready on (\S+) in", line):
+                    break
+            else:
+                pytest.fail(f"the server ended with status {process.wait()}: {said}")
+            yield ServingProcess(process, found[1], said)
+        finally:
+            process.kill()
+            process.communicate()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def serve_fails() -> Callable[..., str]:
+    """``serve_fails(*flags)`` is what scripts/serve.py says when it does not start; its exit status is 1."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1, done.stderr
+        return done.stderr
+
+    return run

@@ -114,6 +114,7 @@ class RemoteGeneration:
         self._call.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
+        reason: str | None = None
         try:
             async for response in self._call:
                 sample = response.stream_content.samples[0]
@@ -121,7 +122,13 @@ class RemoteGeneration:
                     text = "".join([self._output.push(token) for token in sample.token_ids])
                     yield Delta(text, tuple(sample.token_ids))
             self.usage, reason = read_usage(await self._call.trailing_metadata() or ())
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._call.cancelled() or (task is not None and task.cancelling()):
+                raise  # the caller is to stop, not only this request
+            reason = "cancelled"
         except grpc.aio.AioRpcError as error:
-            kind = ERRORS.get(error.code(), RuntimeError)
-            raise kind(f"{error.details()}") from error
+            if error.code() != grpc.StatusCode.CANCELLED:
+                raise ERRORS.get(error.code(), RuntimeError)(f"{error.details()}") from error
+            reason = "cancelled"
         yield Delta(self._output.flush(), (), reason or "stop")

@@ -1,13 +1,27 @@
-"""The gRPC endpoint: JetStream's ``Orchestrator``, standard health and reflection, and the end of sessions."""
+"""The gRPC endpoint: JetStream's ``Orchestrator``, standard health and reflection, and the end of sessions.
+
+A Decode answers as JetStream does: one sample per message, text only to a request in text, the end-of-sequence token
+among the tokens, an empty sample after a stop by length, and a beginning-of-sequence token unless ``has_bos`` is set
+or the prompt begins with one. Where JetStream truncates, ignores or dies, the request gets one clear status:
+
+    INVALID_ARGUMENT     no or malformed content, ``max_tokens`` below 1, more than one sample, a prompt beyond the
+                         context or the vocabulary, sampling that cannot be; the message names it
+    NOT_FOUND            an adapter, as none are served
+    RESOURCE_EXHAUSTED   too many requests; ``grpc-retry-pushback-ms`` says when to try again
+    UNAVAILABLE          compiling, shutting down, or failed
+    INTERNAL             a fault of ours; the server's log says which
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -19,7 +33,17 @@ from astraea_jax.rpc.metadata import read_sampling, read_session, write_usage
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 4 * 2**20
+OPTIONS = [
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.max_metadata_size", 2**16),  # what SamplingParams allows in stop strings has room
+    ("grpc.absolute_max_metadata_size", 2**16),
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error
+    ("grpc.keepalive_time_ms", 60_000),  # a client that has vanished from the network is found, its requests cancelled
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may ping while they wait in the queue
+]
+MAX_DETAILS = 1024
+"""Characters of a status message; gRPC drops what does not fit into its trailers, status and all."""
 LONG_TEXT = 4096
 """Characters from which a text is tokenised in a thread, so as not to hold up the other streams."""
 RETRY_AFTER_MS = "1000"
@@ -27,6 +51,10 @@ RETRY_AFTER_MS = "1000"
 
 class UnknownAdapter(LookupError):
     """A LoRA adapter that is not served."""
+
+
+class Cancelled(RuntimeError):
+    """A segment was ended by somebody other than its caller."""
 
 
 class Server:
@@ -42,13 +70,12 @@ class Server:
         self._engine = engine
         self._address = f"{host}:{port}"
         self._health = health.aio.HealthServicer()
+        self._draining = False
+        self._decoding: set[grpc.aio.ServicerContext] = set()
         limit = engine.config.max_queued + engine.config.max_seqs
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=2 * limit,  # beyond it gRPC itself answers RESOURCE_EXHAUSTED
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),  # a second server on the port is an error
-            ],
+            options=OPTIONS,
         )
         self._server.add_generic_rpc_handlers((_handlers(self),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -56,7 +83,7 @@ class Server:
         reflection.enable_server_reflection(names, self._server, pool=wire.POOL)
 
     async def start(self) -> int:
-        """Listen; returns the port.
+        """Listen, and report the engine's state; returns the port.
 
         Raises:
             OSError: the address cannot be used.
@@ -65,47 +92,60 @@ class Server:
             port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
             await self._server.stop(None)
-            raise OSError(f"cannot listen on {self._address}: {error}; choose another --port") from error
+            raise OSError(
+                f"cannot listen on {self._address}: the port is taken or the host is not this machine; "
+                "choose another --port or --host"
+            ) from error
+        await self.report_state()
         await self._server.start()
-        for name in ("", wire.ORCHESTRATOR):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(port)
 
-    async def stop(self, grace_s: float = 30.0) -> None:
-        """Report not serving, refuse new requests, let running ones finish for ``grace_s`` seconds."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+    async def report_state(self) -> None:
+        """Let the health service say what holds now; call it when the engine has started."""
+        status = health_pb2.HealthCheckResponse
+        for name in ("", wire.ORCHESTRATOR):
+            await self._health.set(name, status.SERVING if self._engine.live else status.NOT_SERVING)
 
-    async def decode(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """One segment, streamed. Leaving it, by cancel or deadline too, cancels the generation."""
+    async def stop(self, grace_s: float = 30.0) -> None:
+        """Report not serving, refuse new segments, let running ones finish for ``grace_s`` seconds, then hang up.
+
+        The port stays open meanwhile, so that balancers see the state; streams that watch it do not delay the end.
+        """
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+        deadline = time.monotonic() + grace_s
+        while self._decoding and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await self._server.stop(None)
+
+    async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        """One segment, streamed. The end of the call, by cancel or deadline too, cancels the generation."""
+        self._decoding.add(context)
+        context.add_done_callback(self._decoding.discard)
         try:
+            request = _parse(wire.DecodeRequest, data)
             generation = await self._generate(request, context)
-        except Exception as error:
-            await _abort(context, error)  # raises
-            return
-        as_text = request.WhichOneof("content") == "text_content"
-        last: Delta | None = None
-        try:
+            context.add_done_callback(lambda _: generation.cancel())
+            as_text = request.WhichOneof("content") == "text_content"
             async for delta in generation:
-                last = delta
                 yield _response(delta, as_text)
-        except (RequestError, Overloaded, EngineDead, RuntimeError) as error:
+            if delta.finish_reason == "cancelled":
+                raise Cancelled("the session was ended")
+            if delta.finish_reason == "length":
+                yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
+            if generation.usage is not None and delta.finish_reason is not None:
+                context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
+        except Exception as error:
             await _abort(context, error)
-        finally:
-            if last is None or last.finish_reason is None:
-                generation.cancel()
-        reason = last.finish_reason if last is not None and last.finish_reason else "cancelled"
-        if reason == "length":
-            yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
-        if generation.usage is not None:
-            context.set_trailing_metadata(write_usage(generation.usage, reason))
 
     async def _generate(self, request: Any, context: grpc.aio.ServicerContext) -> Generation:
+        if self._draining:
+            raise EngineDead("the server is shutting down; use another one")
         metadata = tuple(context.invocation_metadata() or ())
         params = read_sampling(metadata, request.max_tokens)
         session, final = read_session(metadata)
-        if request.num_samples > 1:
-            raise RequestError(f"num_samples is {request.num_samples}; only one sample per request is served")
+        if request.num_samples not in (0, 1):
+            raise RequestError(f"num_samples is {request.num_samples}; one sample per request is served")
         if request.lora_adapter_id:
             raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
         prompt = await self._prompt(request)
@@ -125,25 +165,28 @@ class Server:
                 return await asyncio.to_thread(tokenizer.encode, text, add_bos=not request.has_bos)
         raise RequestError("the request has no content; set text_content or token_content")
 
-    async def health_check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        return wire.HealthCheckResponse(is_live=self._engine.live)
+    async def health_check(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        return wire.HealthCheckResponse(is_live=self._engine.live and not self._draining)
 
-    async def end(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        self._engine.end_session(request.session)
+    async def end(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            self._engine.end_session(_parse(wire.EndRequest, data).session)
+        except RequestError as error:
+            await _abort(context, error)
         return wire.EndResponse()
 
 
 def _handlers(server: Server) -> grpc.GenericRpcHandler:
-    def entry(make: Any, method: Any, request: Any, response: Any) -> grpc.RpcMethodHandler:
-        return make(method, request_deserializer=request.FromString, response_serializer=response.SerializeToString)
-
+    """Requests come as bytes: where gRPC parses them, malformed ones get ``UNKNOWN`` and a traceback."""
     unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
     methods = {
-        f"/{wire.ORCHESTRATOR}/Decode": entry(stream, server.decode, wire.DecodeRequest, wire.DecodeResponse),
-        f"/{wire.ORCHESTRATOR}/HealthCheck": entry(
-            unary, server.health_check, wire.HealthCheckRequest, wire.HealthCheckResponse
+        f"/{wire.ORCHESTRATOR}/Decode": stream(
+            server.decode, response_serializer=wire.DecodeResponse.SerializeToString
         ),
-        f"/{wire.SESSIONS}/End": entry(unary, server.end, wire.EndRequest, wire.EndResponse),
+        f"/{wire.ORCHESTRATOR}/HealthCheck": unary(
+            server.health_check, response_serializer=wire.HealthCheckResponse.SerializeToString
+        ),
+        f"/{wire.SESSIONS}/End": unary(server.end, response_serializer=wire.EndResponse.SerializeToString),
     }
 
     class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
@@ -151,6 +194,13 @@ def _handlers(server: Server) -> grpc.GenericRpcHandler:
             return methods.get(call.method)
 
     return Handlers()
+
+
+def _parse(message: Any, data: bytes) -> Any:
+    try:
+        return message.FromString(data)
+    except DecodeError:
+        raise RequestError(f"the request is not a well-formed {message.DESCRIPTOR.full_name}") from None
 
 
 def _response(delta: Delta, as_text: bool) -> Any:
@@ -168,6 +218,8 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
             status = grpc.StatusCode.INVALID_ARGUMENT
         case UnknownAdapter():
             status = grpc.StatusCode.NOT_FOUND
+        case Cancelled():
+            status = grpc.StatusCode.CANCELLED
         case Overloaded():
             status, retry = grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", RETRY_AFTER_MS),)
         case EngineDead():
@@ -175,4 +227,4 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
         case _:
             log.error("a request failed", exc_info=error)
             status, error = grpc.StatusCode.INTERNAL, RuntimeError("internal error; the server's log has more")
-    await context.abort(status, str(error), retry)
+    await context.abort(status, str(error)[:MAX_DETAILS], retry)

@@ -19,6 +19,7 @@ from astraea_jax.rpc.server import Server
 from astraea_jax.sampling import SamplingParams
 
 SMALL = EngineConfig(max_seqs=8, max_step_tokens=32, page_size=4, kv_bytes=2 * 2**20, dtype="float32")
+ONE_AT_A_TIME = dataclasses.replace(SMALL, max_queued=1, max_seqs=1, max_step_tokens=16)
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ async def decode(endpoint):
             response_deserializer=wire.DecodeResponse.FromString,
         )
 
-        async def call(metadata=(), deadline_s=None, **fields):
-            stream = method(wire.DecodeRequest(**fields), metadata=metadata, timeout=deadline_s)
+        async def call(metadata=(), limit_s=None, **fields):
+            stream = method(wire.DecodeRequest(**fields), metadata=metadata, timeout=limit_s)
             samples = []
             async for response in stream:
                 assert len(response.stream_content.samples) == 1
@@ -122,6 +123,7 @@ async def test_a_session_keeps_its_cache(decode, engine, key):
         ({"token_content": {"token_ids": [1] * 300}}, (), "INVALID_ARGUMENT", "300 tokens"),
         ({"token_content": {"token_ids": [9999]}}, (), "INVALID_ARGUMENT", "vocabulary"),
         ({"num_samples": 3}, (), "INVALID_ARGUMENT", "num_samples is 3"),
+        ({"num_samples": -1}, (), "INVALID_ARGUMENT", "num_samples is -1"),
         ({"lora_adapter_id": "x"}, (), "NOT_FOUND", "'x'"),
         ({}, (("x-temperature", "nan"),), "INVALID_ARGUMENT", "temperature is nan"),
         ({}, (("x-temperature", "hot"),), "INVALID_ARGUMENT", "x-temperature"),
@@ -144,16 +146,88 @@ async def test_bad_requests_get_one_clear_status(fields, metadata, status, words
     assert samples
 
 
+@pytest.mark.parametrize("method", ["jetstream_proto.Orchestrator/Decode", "astraea.Sessions/End"])
+async def test_malformed_bytes_are_a_bad_request(method, endpoint, caplog):
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [_ async for _ in channel.unary_stream(f"/{method}")(b"\x0a\xff\xff\xff\xff")]
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "not a well-formed" in caught.value.details()
+    assert not caplog.records
+
+
+async def test_the_longest_stop_strings_fit(decode):
+    stops = [("x-stop-bin", ("長" * 255 + chr(0x4E00 + i)).encode()) for i in range(16)]
+    _, trailing = await decode(token_content={"token_ids": [1]}, max_tokens=2, metadata=(*NO_EOS, *stops))
+    assert trailing["x-finish-reason"] == "length"
+
+
+async def test_a_fault_of_ours_is_told_to_the_log_only(decode, engine, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(engine, "generate", broken)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await decode(token_content={"token_ids": [1]}, max_tokens=2)
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert "secret" not in caught.value.details()
+    assert "a secret" in caplog.text
+
+
 async def test_cancel_and_deadline_free_the_pages(decode, client, engine):
+    computed = engine.times.tokens
     generation = client.generate([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
     iterator = aiter(generation)
     await anext(iterator)
     generation.cancel()
+    assert [delta.finish_reason async for delta in iterator][-1] == "cancelled"  # as with an engine in this process
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await decode(token_content={"token_ids": [1]}, max_tokens=250, deadline_s=0.05, metadata=NO_EOS)
+        await decode(token_content={"token_ids": [1]}, max_tokens=250, limit_s=0.05, metadata=NO_EOS)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await settled(engine)
+    assert engine.times.tokens - computed < 400  # of the 450 that were asked for
     assert engine.stats().free_pages == engine.layout.num_pages - 1
+
+
+async def test_a_deadline_is_honoured_in_the_queue(make_engine):
+    engine = make_engine(ONE_AT_A_TIME)
+    server = Server(engine)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+        method = channel.unary_stream(f"/{wire.ORCHESTRATOR}/Decode")
+        request = wire.DecodeRequest(token_content={"token_ids": [1]}, max_tokens=250).SerializeToString()
+        computed = engine.times.tokens
+        running = method(request, metadata=NO_EOS)
+        await running.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [_ async for _ in method(request, metadata=NO_EOS, timeout=0.02)]
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await settled(engine)
+    assert engine.times.tokens - computed < 300  # the 250 of the one that ran, none of the one that waited
+    await server.stop(0)
+
+
+async def test_a_cancelled_task_stays_cancelled(client, engine):
+    async def consume():
+        async for _ in client.generate([1, 2], SamplingParams(max_tokens=200, ignore_eos=True)):
+            pass
+
+    task = asyncio.create_task(consume())
+    while not engine.stats().running:
+        await asyncio.sleep(0.002)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await settled(engine)
+
+
+async def test_a_session_ended_from_outside_is_no_whole_answer(decode, client, engine):
+    metadata = (*NO_EOS, ("x-session-id", "ended"))
+    call = asyncio.create_task(decode(token_content={"token_ids": [1]}, max_tokens=250, metadata=metadata))
+    while not engine.stats().running:
+        await asyncio.sleep(0.002)
+    client.end_session("ended")
+    with pytest.raises(grpc.aio.AioRpcError, match="session was ended"):
+        await call
 
 
 async def test_our_client_sees_text_usage_and_errors(client, engine, greedy):
@@ -191,14 +265,15 @@ async def test_health_reflection_and_liveness(endpoint, client):
 
 
 async def test_overload_and_a_dead_engine_are_told_apart(make_engine, random_folder):
-    engine = make_engine(dataclasses.replace(SMALL, max_queued=1, max_seqs=1, max_step_tokens=16))
+    engine = make_engine(ONE_AT_A_TIME)
     server = Server(engine)
     async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
         busy = [client.generate([1], SamplingParams(max_tokens=100, ignore_eos=True)) for _ in range(2)]
         while engine.stats().running + engine.stats().waiting < 2:
             await asyncio.sleep(0.005)
-        with pytest.raises(Overloaded):
+        with pytest.raises(Overloaded) as caught:
             [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
+        assert ("grpc-retry-pushback-ms", "1000") in tuple(caught.value.__cause__.trailing_metadata())
         for generation in busy:
             generation.cancel()
     await server.stop(0)
@@ -211,15 +286,24 @@ async def test_overload_and_a_dead_engine_are_told_apart(make_engine, random_fol
     await server.stop(0)
 
 
-async def test_stopping_lets_running_requests_finish(engine):
+async def test_stopping_lets_running_requests_finish_and_refuses_new_ones(engine):
     server = Server(engine)
-    async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
-        iterator = aiter(client.generate([1, 2], SamplingParams(max_tokens=60, ignore_eos=True)))
+    address = f"127.0.0.1:{await server.start()}"
+    async with Client(address, engine.tokenizer) as client, grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        iterator = aiter(client.generate([1, 2], SamplingParams(max_tokens=240, ignore_eos=True)))
         tokens = [*(await anext(iterator)).token_ids]
         stopping = asyncio.create_task(server.stop(20))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not await client.is_live()
+        with pytest.raises(EngineDead, match="shutting down"):
+            [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
         tokens += [token async for delta in iterator for token in delta.token_ids]
-        assert len(tokens) == 60
-        await stopping
+        assert len(tokens) == 240
+        async with asyncio.timeout(5):  # the watching stream does not hold it up
+            await stopping
 
 
 async def test_a_taken_port_is_an_error(engine):
