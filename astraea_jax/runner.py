@@ -24,7 +24,7 @@ from astraea_jax.cache.paged import PagedKV, make_pages
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.sampling import SamplingParams, sample
-from astraea_jax.scheduler.scheduler import Plan, Row
+from astraea_jax.scheduler.plan import Plan, Row
 
 PREFILL_TILE = 16
 """Query tokens of one row that attend together in a step with prefill."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .pages import PagePool
+from .plan import Plan, Row
 from .policy import Policy, WaitingQueue
 from .program import Program, QueueFull, Rejected, Segment
 
@@ -36,26 +37,6 @@ class SchedulerConfig:
     @property
     def pages_per_seq(self) -> int:
         return -(-self.max_context // self.page_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Tokens ``start … start + count - 1`` of a segment, and whether the step samples the one after."""
-
-    segment: Segment
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step."""
-
-    rows: list[Row]
-    admitted: list[Segment]
-    """Segments that have got a slot in this plan."""
-    tokens: int
 
 
 @dataclass(frozen=True)

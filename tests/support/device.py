@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from astraea_jax.scheduler.scheduler import Plan, Scheduler
+from astraea_jax.scheduler.plan import Plan
+from astraea_jax.scheduler.scheduler import Scheduler
 
 VOCABULARY = 50
 

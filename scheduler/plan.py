@@ -1,0 +1,27 @@
+"""What a step computes, as the scheduler hands it to whoever runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .program import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens ``start … start + count - 1`` of a segment, and whether the step samples the one after."""
+
+    segment: Segment
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step."""
+
+    rows: list[Row]
+    admitted: list[Segment]
+    """Segments that have got a slot in this plan."""
+    tokens: int
