@@ -210,9 +210,9 @@ class Engine:
         try:
             self._loop()
             self._fail_all("the engine was shut down")
-        except Exception:
+        except Exception as error:
             log.exception("the serving loop failed")
-            self._fail_all("the serving loop has failed; the log says why")
+            self._fail_all(f"the serving loop failed: {error}")
         finally:
             self._guard.disarm()
 

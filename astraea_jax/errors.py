@@ -12,7 +12,7 @@ class Overloaded(RuntimeError):
 
 
 class EngineDead(RuntimeError):
-    """The engine does not serve: not started, shut down, or its loop has failed; the message says which."""
+    """The engine does not serve: not started, shut down, or its loop has failed (the message says which)."""
 
 
 class StartupError(RuntimeError):

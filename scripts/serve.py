@@ -122,7 +122,7 @@ def announce(engine: Engine, port: int, began: float) -> None:
 
 def main(_: list[str]) -> None:
     logging.use_absl_handler()
-    if FLAGS["verbosity"].using_default_value:
+    if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
     try:
