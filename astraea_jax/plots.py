@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from astraea_jax.agent import ProgramResult, SegmentRecord
 
@@ -37,21 +38,16 @@ def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None
     """Draw one bar per program, in order of arrival: when it queued, was prefilled, decoded and waited for a tool."""
     ordered = sorted(programs, key=lambda program: program.segments[0].submitted)
     zero = ordered[0].segments[0].submitted
-    figure, axes = plt.subplots(figsize=(12, max(3.0, 1.2 + 0.09 * len(ordered))), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, max(4.0, 1.5 + 0.08 * len(ordered))), layout="constrained")
     for row, program in enumerate(ordered):
         for kind, found in spans(program.segments).items():
             shifted = [(start - zero, length) for start, length in found]
             axes.broken_barh(shifted, (row - 0.42, 0.84), facecolors=COLOURS[kind], linewidth=0)
     axes.set(xlabel="seconds", ylabel="program", title=title, ylim=(len(ordered) - 0.5, -0.5))
     axes.set_xlim(left=0)
-    axes.legend(
-        [Patch(color=colour) for colour in COLOURS.values()],
-        list(COLOURS),
-        ncols=len(COLOURS),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.06 if len(ordered) > 40 else -0.2),
-        frameon=False,
-    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    patches = [Patch(color=colour) for colour in COLOURS.values()]
+    figure.legend(patches, list(COLOURS), ncols=len(COLOURS), loc="outside lower center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
