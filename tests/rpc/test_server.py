@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 
 import grpc
 import pytest
@@ -154,6 +155,38 @@ async def test_malformed_bytes_are_a_bad_request(method, endpoint, caplog):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "not a well-formed" in caught.value.details()
     assert not caplog.records
+
+
+async def test_no_input_is_a_fault_of_ours(endpoint, engine, caplog):
+    """Requests with bytes changed at random, and metadata from a bag of odd values."""
+    rng = random.Random(0)
+    keys = ("x-temperature", "x-top-p", "x-top-k", "x-min-p", "x-seed", "x-stop", "x-ignore-eos", "x-session-id")
+    values = ("", "1", "-1", "0.5", "1e999", "nan", "9" * 400, "true", "None", "0x10", " 1 ", "s" * 300)
+    whole = wire.DecodeRequest(max_tokens=3, text_content={"text": "hello"}, has_bos=True).SerializeToString()
+    seen = set()
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        method = channel.unary_stream(f"/{wire.ORCHESTRATOR}/Decode")
+
+        async def one():
+            data = bytearray(whole)
+            for _ in range(rng.choice((0, 0, 1, 3))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            metadata = [(rng.choice(keys), rng.choice(values)) for _ in range(rng.randrange(3))]
+            try:
+                [_ async for _ in method(bytes(data), metadata=metadata)]
+                seen.add("OK")
+            except grpc.aio.AioRpcError as error:
+                seen.add(error.code().name)
+
+        for _ in range(300):
+            await one()
+    assert seen <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
+    assert "OK" in seen
+    assert not caplog.records
+    for session in values:
+        engine.end_session(session)
+    while engine.stats().programs:
+        await asyncio.sleep(0.005)
 
 
 async def test_the_longest_stop_strings_fit(decode):
