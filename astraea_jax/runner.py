@@ -172,7 +172,10 @@ class Runner:
 def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
     at = 0
     for row in rows:
-        row.segment.copy_tokens(row.start, tokens[at : at + row.count])
+        if row.start < row.segment.known:
+            row.segment.copy_tokens(row.start, tokens[at : at + row.count])
+        else:  # the usual decode: only the device knows its token yet
+            tokens[at] = -1
         at += row.count
 
 
