@@ -27,7 +27,10 @@ ARTICLES = range(10, 100)
 SYSTEM = "You answer questions about the shop."
 
 Split = Literal["train", "test"]
-"""A task is in the test split if the hash of its question, which names items and amounts, falls into one tenth."""
+"""A task is in the test split if the hash of its question falls into one tenth.
+
+No question is in both, but the same items and amounts can be, in other words and at other prices.
+"""
 
 
 class Catalogue:
