@@ -141,13 +141,25 @@ def load_orbax(folder: Path, dtype: Any) -> Decoder:
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     graph, state = _abstract(config, dtype)
+    wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata((folder / ORBAX).absolute()).item_metadata.tree
+            found = {".".join(str(key.key) for key in path): leaf.shape for path, leaf in _leaves(stored)}
+            if wanted != found:  # asked before the restore, which leaves its reads unawaited when one fails
+                differ = sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name))
+                raise CheckpointError(f"{folder / ORBAX} does not fit its config.json: {', '.join(differ[:5])}")
             arrays = checkpointer.restore((folder / ORBAX).absolute(), nnx.to_pure_dict(state))
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(f"{folder / ORBAX} does not fit its config.json or is damaged: {error}") from error
+    except (ValueError, KeyError, AttributeError, FileNotFoundError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / ORBAX} is damaged: {error}") from error
     nnx.replace_by_pure_dict(state, arrays)
     return nnx.merge(graph, state)
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[0]
 
 
 def copy_beside(source: Path, target: Path) -> None:
