@@ -8,6 +8,7 @@ runs step n + 1.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -18,10 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from astraea_jax.config import EngineConfig, Layout
-from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
 from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import Progress, load
+from astraea_jax.models.checkpoint import Progress, load, random_decoder
+from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
@@ -48,6 +50,8 @@ class StepTimes:
     wait_s: float = 0.0
     """Waiting for the device: the part that is not host work."""
     commit_s: float = 0.0
+    cpu_s: float = 0.0
+    """Processor time of the loop's thread; less than the three above where it shares the cores with the device."""
     starved: int = 0
     """Steps dispatched only after the one before had ended: the device waited for the host."""
 
@@ -124,9 +128,24 @@ class Engine:
         decoder = load(folder, config.weight_dtype(), progress=progress)
         return cls(decoder, Tokenizer.from_folder(folder), config)
 
+    @classmethod
+    def with_random_weights(cls, shape: str, config: EngineConfig | None = None) -> Engine:
+        """A model of a published shape whose weights are random, for measurements; it speaks astraea-tiny's tokens.
+
+        Raises:
+            StartupError: no such shape.
+        """
+        if shape not in PUBLISHED:
+            raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
+        config = config or EngineConfig()
+        decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), seed=0)
+        return cls(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config)
+
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile every step, then start the loop. ``progress(done, total)`` counts compiled steps."""
         self._runner.compile(progress)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: collections while serving need not look through it
         self._refusing = None
         self.live = True
         self._thread.start()
@@ -152,7 +171,7 @@ class Engine:
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
-            Overloaded: ``max_queued`` requests are waiting already.
+            Overloaded: ``max_queued`` requests are waiting already, or the session has one in progress.
             EngineDead: not serving.
         """
         params = params or SamplingParams()
@@ -221,9 +240,11 @@ class Engine:
         idle = True
         while not self._stopping:
             self._take_events(idle)
+            began = time.thread_time()
             launched = self._launch(in_flight)
             if in_flight is not None:
                 self._commit(in_flight)
+            self.times.cpu_s += time.thread_time() - began
             idle = launched is None and in_flight is None
             in_flight = launched
             self._deliver()
@@ -345,6 +366,7 @@ class Engine:
             self._refusing = reason
         while self._events:  # submissions that raced with the end get their error below
             self._events.popleft()()
+        self._events = deque(maxlen=0)  # nobody will take any more
         for request in list(self._requests.values()):
             self._scheduler.finish(request.segment, "error", time.monotonic())
             self._end(request, EngineDead(reason))

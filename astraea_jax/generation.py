@@ -11,7 +11,7 @@ from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.program import Segment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What a request has produced since the last one. ``finish_reason`` is set on the last only."""
 
@@ -111,7 +111,7 @@ class Output:
         """Text that is final after ``token``. Stop tokens make none."""
         if token in self._silent:
             return ""
-        text = self._held + self._stream.push([token])
+        text = self._held + self._stream.push(token)
         if not self._stops:
             return text
         return self._cut(text, len(text) - self._longest + 1)

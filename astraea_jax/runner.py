@@ -145,7 +145,7 @@ class Runner:
         # Fresh arrays for every step: on a CPU the device may read them in place while the host goes on.
         tokens, ints, floats, table = self._empty_batch(shape)
         head = ints[: len(rows)]
-        head[:, :4] = [(row.segment.slot, row.start, row.count, row.samples) for row in rows]
+        head[:, :4] = [(row.segment.slot, row.start, row.tokens, row.samples) for row in rows]
         slots = head[:, 0]
         head[:, 4:] = self._sampling_ints[slots]
         floats[: len(rows)] = self._sampling_floats[slots]
@@ -173,10 +173,10 @@ def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
     at = 0
     for row in rows:
         if row.start < row.segment.known:
-            row.segment.copy_tokens(row.start, tokens[at : at + row.count])
+            row.segment.copy_tokens(row.start, tokens[at : at + row.tokens])
         else:  # the usual decode: only the device knows its token yet
             tokens[at] = -1
-        at += row.count
+        at += row.tokens
 
 
 def _model(graph: Any, tree: Any, leaves: tuple[jax.Array, ...]) -> Decoder:
@@ -199,7 +199,7 @@ def _step(
 
     Args:
         model: rebuilds the decoder from its ``leaves``.
-        pages: per layer ``[P, S, 2K, H]``; donated.
+        pages: per layer ``[P, 2, K, S, H]``; donated.
         last: ``[max_seqs]`` int32, the token each slot sampled last; donated.
         tokens: ``[T]`` int32; -1 stands for the slot's last sampled token.
         ints: ``[R, 6]`` int32: slot, start, count, samples, top_k, seed; rows of padding have count 0.
@@ -211,7 +211,7 @@ def _step(
         The pages, ``last``, and ``[R]`` int32 sampled tokens (-1 where the logits were not finite).
     """
     slot, start, count, samples, top_k, seed = ints.T
-    size = pages[0].shape[1]
+    size = pages[0].shape[3]
     ends = jnp.cumsum(count)
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     index = jnp.arange(tokens.shape[0])

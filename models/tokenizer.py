@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,13 +12,11 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 from .config import CheckpointError, read_json
 
 Message = Mapping[str, Any]
-
-INCOMPLETE = "\ufffd"
-"""What a decoder shows for bytes that are not (yet) a character."""
 
 
 class Tokenizer:
@@ -92,7 +90,7 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one after the other."""
-        return TextStream(self.decode)
+        return TextStream(self._tokenizer)
 
     def render(
         self,
@@ -125,39 +123,36 @@ class Tokenizer:
 class TextStream:
     """Decodes tokens as they come and never shows half a character.
 
-    Tokens are decoded together with those before them, because some decoders drop the space at the beginning of what
-    they are given. Bytes that never become a character come out as U+FFFD at the next whole character, or at the end.
+    Bytes that never become a character come out as U+FFFD at the next whole character, or at the end.
     """
 
     LONGEST = 64
     """Tokens that are held back at most while they make no character."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self._decode = decode
-        self._window: list[int] = []
-        self._context = 0
-        """Tokens at the beginning of the window that are out already."""
-        self._shown = 0
-        """Characters of the window that are out already."""
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []
+        """Tokens that have made no text yet."""
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Text that ``ids`` complete."""
-        self._window.extend(ids)
-        text = self._decode(self._window)
-        if text.endswith(INCOMPLETE) and len(self._window) - self._context < self.LONGEST:
-            return ""
-        return self._show(text)
+    def push(self, token: int) -> str:
+        """Text that ``token`` completes."""
+        self._held.append(token)
+        try:
+            text: str | None = self._stream.step(self._tokenizer, token)
+        except Exception:  # the library raises a bare one where a decoder rewrites text that is out already
+            return self.flush()
+        if text is None:
+            return self.flush() if len(self._held) == self.LONGEST else ""
+        self._held.clear()
+        return text
 
     def flush(self) -> str:
         """What is left at the end."""
-        return self._show(self._decode(self._window))
-
-    def _show(self, text: str) -> str:
-        new = text[self._shown :]
-        self._window = self._window[self._context :]
-        self._context = len(self._window)
-        self._shown = len(self._decode(self._window))
-        return new
+        text: str = self._tokenizer.decode(self._held, skip_special_tokens=True) if self._held else ""
+        self._held.clear()
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return text
 
 
 def _ids(value: Any) -> set[int]:

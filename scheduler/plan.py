@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .program import Segment
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Tokens ``start … start + count - 1`` of a segment, and whether the step samples the one after."""
+class Row(NamedTuple):
+    """Tokens ``start … start + tokens - 1`` of a segment, and whether the step samples the one after."""
 
     segment: Segment
     start: int
-    count: int
+    tokens: int
     samples: bool
 
 

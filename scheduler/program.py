@@ -12,7 +12,7 @@ class Rejected(ValueError):
 
 
 class QueueFull(RuntimeError):
-    """A bound on waiting segments or live programs is reached; later it may work."""
+    """A bound on waiting segments, live programs or segments of one program is reached; later it may work."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,21 +59,24 @@ class Segment:
     preemptions: int = 0
     first_scheduled: float | None = None
     first_token: float | None = None
+    length: int = field(init=False)
+    """Tokens the device knows: prompt, output and pending ones."""
+    limit: int = field(init=False)
+    """Tokens that are ever computed; the last one it may generate is not fed back."""
+
+    def __post_init__(self) -> None:
+        self.length = len(self.prompt)
+        self.limit = self.length + self.max_tokens - 1
 
     @property
     def known(self) -> int:
         """Tokens the host knows."""
-        return len(self.prompt) + len(self.output)
-
-    @property
-    def length(self) -> int:
-        """Tokens the device knows."""
-        return len(self.prompt) + len(self.output) + self.pending
+        return self.length - self.pending
 
     @property
     def wanted(self) -> int:
-        """Tokens it could compute now. The last token it may generate is never fed back."""
-        return min(self.length, len(self.prompt) + self.max_tokens - 1) - self.computed
+        """Tokens it could compute now."""
+        return min(self.length, self.limit) - self.computed
 
     def copy_tokens(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with its tokens from ``start``; -1 where only the device knows them."""

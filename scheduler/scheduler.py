@@ -105,8 +105,8 @@ class Scheduler:
         """Queue a segment; of a named program the next one, which ends its tool wait.
 
         Raises:
-            Rejected: it can never run, or its program has a segment already.
-            QueueFull: too many segments wait, or too many programs are live.
+            Rejected: it can never run.
+            QueueFull: too many segments wait, too many programs are live, or its program has a segment already.
         """
         c, total = self.config, len(prompt) + max_tokens
         capacity = min(c.max_context, self._pool.size * c.page_size)
@@ -223,9 +223,11 @@ class Scheduler:
         self.expire(now)
         chosen: dict[Segment, int] = {}
         budget = self.config.max_step_tokens
-        wanted = [(segment, segment.wanted) for segment in self._running]
-        decodes = [pair for pair in wanted if pair[1] == 1]
-        chunks = [pair for pair in wanted if pair[1] > 1]
+        decodes: list[tuple[Segment, int]] = []
+        chunks: list[tuple[Segment, int]] = []
+        for segment in self._running:
+            if (wanted := segment.wanted) > 0:
+                (decodes if wanted == 1 else chunks).append((segment, wanted))
         for segment, count in decodes + chunks:
             if segment.slot < 0:
                 continue  # preempted by one before it
@@ -258,6 +260,7 @@ class Scheduler:
             segment.pending -= 1
             new.append((segment, token))
             if token < 0:
+                segment.length -= 1
                 self.finish(segment, "error", now)
                 continue
             segment.output.append(token)
@@ -274,6 +277,7 @@ class Scheduler:
         segment.computed = start + count
         samples = segment.computed == segment.length
         segment.pending += samples
+        segment.length += samples
         if segment.first_scheduled is None:
             segment.first_scheduled = now
         return Row(segment, start, count, samples)
@@ -311,17 +315,18 @@ class Scheduler:
         Pages come from the free ones, then from waiting programs, then from running segments after it in the order of
         the policy. So the first in order always gets on, and nothing waits for ever.
         """
-        held = len(segment.pages)
+        held, size = len(segment.pages), self.config.page_size
+        if segment.computed + count <= held * size:
+            return count
         need = self._pages_for(segment.computed + count) - held
-        if need > 0:
-            self._reclaim(need)
-            while self._pool.free < need and self._running[-1] is not segment:
-                victim = self._running[-1]
-                chosen.pop(victim, None)
-                self._preempt(victim)
-            new = self._pool.allocate(min(need, self._pool.free))
-            self.page_table[segment.slot, held : held + len(new)] = new
-            segment.pages += new
+        self._reclaim(need)
+        while self._pool.free < need and self._running[-1] is not segment:
+            victim = self._running[-1]
+            chosen.pop(victim, None)
+            self._preempt(victim)
+        new = self._pool.allocate(min(need, self._pool.free))
+        self.page_table[segment.slot, held : held + len(new)] = new
+        segment.pages += new
         return min(count, len(segment.pages) * self.config.page_size - segment.computed)
 
     def _reclaim(self, need: int) -> None:
@@ -372,7 +377,7 @@ class Scheduler:
         found = self._programs.get(name) if name is not None else None
         if found is not None:
             if found in self._live:
-                raise Rejected(f"session {name!r} has a segment in progress; it serves one at a time")
+                raise QueueFull(f"session {name!r} has a segment in progress; try again when it has ended")
             return found
         if len(self._programs) >= self.config.max_programs:
             if not self._idle:

@@ -1,13 +1,14 @@
 """How fast the serving loop steps, against what this machine could do at best.
 
 The floors are measured in the same run: a decode step cannot be faster than reading the weights and the KV of its
-contexts at this machine's copy bandwidth, nor a prefill faster than its multiplications at the measured matmul rate.
+contexts at this machine's read bandwidth, nor a prefill faster than its multiplications at the measured matmul rate.
 
 The device waits for the host only before steps that were dispatched after the one before had ended, and then for no
 longer than the host's work; that bounds the gap.
 
   python scripts/bench_step.py                                      astraea-tiny, 64 programs of 256 tokens
   python scripts/bench_step.py --batch=32 --compare_transformers    the same weights in transformers, same machine
+  python scripts/bench_step.py --batch=32 --spread=0.5 --compare_transformers    prompts of 128 to 384 tokens
   python scripts/bench_step.py --model=llama-3.2-1b --random_weights --batch=8 --context=128
 """
 
@@ -24,16 +25,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine, StepTimes
+from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import load, random_decoder
-from astraea_jax.models.config import PUBLISHED, ModelConfig
-from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.sampling import SamplingParams
 
@@ -44,6 +45,9 @@ flags.DEFINE_string(
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 flags.DEFINE_integer("batch", 64, "Programs that decode at once.", lower_bound=1)
 flags.DEFINE_integer("context", 256, "Prompt tokens of each program.", lower_bound=1)
+flags.DEFINE_float(
+    "spread", 0.0, "Prompts are this much shorter to longer than --context, evenly.", lower_bound=0.0, upper_bound=1.0
+)
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
 flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; the backend's default otherwise.")
@@ -57,8 +61,8 @@ flags.DEFINE_string("json", None, "Also write the figures to this file.")
 class Floors:
     """What this machine can do, measured now."""
 
-    copy_gb_s: float
-    """Bytes read plus bytes written per second by a copy of a large array, in 1e9."""
+    read_gb_s: float
+    """Bytes per second at which a large array is summed, in 1e9."""
     matmul_tflop_s: float
 
 
@@ -68,6 +72,9 @@ class Figures:
     decode_floor_ms: float
     decode_tokens_s: float
     host_ms: float
+    """The three below together, as the clock shows."""
+    host_cpu_ms: float
+    """Of processor time."""
     plan_ms: float
     dispatch_ms: float
     commit_ms: float
@@ -90,12 +97,12 @@ def best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
 
 def measure_floors(dtype: jnp.dtype) -> Floors:
     large = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**30, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
+    total = jax.jit(jnp.sum)
     n = 2048 if jax.default_backend() == "cpu" else 8192
     square = jnp.ones((n, n), dtype)
     product = jax.jit(lambda x: x @ x)
-    copied = 2 * large.nbytes / best_seconds(lambda: copy(large))
-    return Floors(copied / 1e9, 2 * n**3 / best_seconds(lambda: product(square)) / 1e12)
+    read = large.nbytes / best_seconds(lambda: total(large))
+    return Floors(read / 1e9, 2 * n**3 / best_seconds(lambda: product(square)) / 1e12)
 
 
 def weight_count(c: ModelConfig) -> int:
@@ -106,19 +113,14 @@ def weight_count(c: ModelConfig) -> int:
 
 def load_engine(display: StartupDisplay) -> Engine:
     config = EngineConfig(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), dtype=FLAGS.dtype)
-    span = max(FLAGS.context + output_tokens(), FLAGS.prefill + 1)
+    span = max(max(context_lengths()) + output_tokens(), FLAGS.prefill + 1)
     if FLAGS.random_weights:
-        if FLAGS.model not in PUBLISHED:
-            raise app.UsageError(f"--random_weights needs a published shape: {', '.join(PUBLISHED)}")
-        decoder = random_decoder(PUBLISHED[FLAGS.model], config.weight_dtype(), seed=0)
-        tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
+        engine = Engine.with_random_weights(FLAGS.model, config)
     else:
-        folder = resolve(FLAGS.model)
-        decoder = load(folder, config.weight_dtype(), progress=display.loading)
-        tokenizer = Tokenizer.from_folder(folder)
-    if span > decoder.config.max_position:
-        raise app.UsageError(f"{span} tokens are needed, the model has {decoder.config.max_position} positions")
-    return Engine(decoder, tokenizer, config)
+        engine = Engine.from_folder(FLAGS.model, config, progress=display.loading)
+    if span > engine.model_config.max_position:
+        raise app.UsageError(f"{span} tokens are needed, the model has {engine.model_config.max_position} positions")
+    return engine
 
 
 def step_tokens() -> int:
@@ -130,6 +132,12 @@ def output_tokens() -> int:
     return FLAGS.steps + FLAGS.batch * FLAGS.context // (step_tokens() - FLAGS.batch) + 32
 
 
+def context_lengths() -> list[int]:
+    """Prompt tokens of each program."""
+    low, high = (FLAGS.context * (1 + sign * FLAGS.spread) for sign in (-1, 1))
+    return [max(1, round(n)) for n in np.linspace(low, high, FLAGS.batch)]
+
+
 def prompt(length: int, vocab: int, salt: int) -> list[int]:
     return [(7 * i + salt) % vocab for i in range(length)]
 
@@ -138,7 +146,7 @@ async def decode(engine: Engine) -> tuple[float, StepTimes]:
     """Seconds of ``--steps`` steps in which every program decodes, and what the loop did in them."""
     vocab = engine.model_config.vocab_size
     params = SamplingParams(max_tokens=output_tokens(), ignore_eos=True)
-    running = [aiter(engine.generate(prompt(FLAGS.context, vocab, i), params)) for i in range(FLAGS.batch)]
+    running = [aiter(engine.generate(prompt(n, vocab, i), params)) for i, n in enumerate(context_lengths())]
     for generation in running:  # all prompts are in
         await anext(generation)
     before, began = StepTimes(**asdict(engine.times)), time.perf_counter()
@@ -170,9 +178,10 @@ def measure(engine: Engine, floors: Floors) -> Figures:
     per_step = 1e3 / spent.steps
     return Figures(
         decode_ms=took * per_step,
-        decode_floor_ms=1e3 * (weight_count(c) * item + kv) / (floors.copy_gb_s * 1e9),
+        decode_floor_ms=1e3 * (weight_count(c) * item + kv) / (floors.read_gb_s * 1e9),
         decode_tokens_s=spent.tokens / took,
         host_ms=(spent.plan_s + spent.dispatch_s + spent.commit_s) * per_step,
+        host_cpu_ms=spent.cpu_s * per_step,
         plan_ms=spent.plan_s * per_step,
         dispatch_ms=spent.dispatch_s * per_step,
         commit_ms=spent.commit_s * per_step,
@@ -189,14 +198,18 @@ def transformers_tokens_s(folder: Path, dtype: str) -> float:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    ids = torch.tensor([prompt(FLAGS.context, model.config.vocab_size, i) for i in range(FLAGS.batch)])
+    lengths = context_lengths()
+    ids, mask = torch.zeros((2, FLAGS.batch, max(lengths)), dtype=torch.long)
+    for i, n in enumerate(lengths):  # padded on the left, as generate() wants
+        ids[i, -n:] = torch.tensor(prompt(n, model.config.vocab_size, i))
+        mask[i, -n:] = 1
 
     def run(tokens: int) -> float:
         began = time.perf_counter()
         with torch.inference_mode():
             model.generate(
                 ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=False,
@@ -210,7 +223,8 @@ def transformers_tokens_s(folder: Path, dtype: str) -> float:
 
 def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> None:
     device = jax.devices()[0]
-    table = Table(title=f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context}, {engine.layout.dtype.name}")
+    title = f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context} ± {FLAGS.spread:.0%}"
+    table = Table(title=f"{title}, {engine.layout.dtype.name}")
     for name in ("", "measured", "floor", "floor / measured"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row(
@@ -229,6 +243,7 @@ def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> Non
     table.add_row("prefill rate", f"{f.prefill_tokens_s:,.0f} tokens/s", "", "")
     parts = f"plan {f.plan_ms:.2f}, dispatch {f.dispatch_ms:.2f}, commit {f.commit_ms:.2f}"
     table.add_row("host work per step", f"{f.host_ms:.2f} ms", "", parts)
+    table.add_row("  of processor time", f"{f.host_cpu_ms:.2f} ms", "", "")
     gap = f"at most {f.starved_share * f.host_ms:.3f} ms"
     table.add_row("host gap between steps", gap, "", f"device idle before {f.starved_share:.1%} of steps")
     if rival is not None:
@@ -240,7 +255,7 @@ def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> Non
         )
     console = Console()
     console.print(table)
-    console.print(f"floors: copy {floors.copy_gb_s:.1f} GB/s, matmul {floors.matmul_tflop_s:.3f} TFLOP/s")
+    console.print(f"floors: read {floors.read_gb_s:.1f} GB/s, matmul {floors.matmul_tflop_s:.3f} TFLOP/s")
     console.print(
         f"{device.device_kind} ({device.platform}), jax {jax.__version__}, Python {platform.python_version()}"
     )
@@ -248,7 +263,10 @@ def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> Non
 
 def main(_: list[str]) -> None:
     with StartupDisplay() as display:
-        engine = load_engine(display)
+        try:
+            engine = load_engine(display)
+        except (CheckpointError, StartupError) as error:
+            raise SystemExit(f"cannot measure: {error}") from None
         engine.start(display.compiling)
     floors = measure_floors(engine.layout.dtype)
     figures = measure(engine, floors)

@@ -17,6 +17,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,10 @@ class Outcome:
         return self.task.is_right(self.result.text)
 
 
+def relay(line: str) -> None:
+    console.print(f"[dim]server: {line.rstrip()}", highlight=False)
+
+
 @contextmanager
 def server() -> Iterator[str]:
     """A serving process; yields its address once it is ready."""
@@ -76,11 +81,12 @@ def server() -> Iterator[str]:
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            console.print(f"[dim]server: {line.rstrip()}", highlight=False)
+            relay(line)
             if found := re.search(r"ready on (\S+)", line):
                 break
         else:
             raise SystemExit(f"the server ended with status {process.wait()} before it was ready")
+        threading.Thread(target=lambda: [relay(line) for line in process.stderr], daemon=True).start()
         yield found[1]
     finally:
         process.terminate()

@@ -23,10 +23,8 @@ from absl import app, flags, logging
 from astraea_jax.config import DTYPES, EngineConfig
 from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, StartupError
-from astraea_jax.models import CheckpointError, resolve
-from astraea_jax.models.checkpoint import random_decoder
+from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
-from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.rpc.server import Server
 from astraea_jax.scheduler.policy import POLICIES
@@ -63,13 +61,9 @@ def engine_config() -> EngineConfig:
 
 
 def load_engine(display: StartupDisplay) -> Engine:
-    config = engine_config()
-    if not FLAGS.random_weights:
-        return Engine.from_folder(FLAGS.model, config, progress=display.loading)
-    if FLAGS.model not in PUBLISHED:
-        raise StartupError(f"--random_weights needs --model to be one of {', '.join(PUBLISHED)}, not {FLAGS.model!r}")
-    decoder = random_decoder(PUBLISHED[FLAGS.model], config.weight_dtype(), seed=0)
-    return Engine(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config)
+    if FLAGS.random_weights:
+        return Engine.with_random_weights(FLAGS.model, engine_config())
+    return Engine.from_folder(FLAGS.model, engine_config(), progress=display.loading)
 
 
 def say(line: str) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.sizes import SMALL
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from astraea_jax.config import EngineConfig
@@ -41,7 +42,6 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SMALL = EngineConfig(max_seqs=8, max_step_tokens=32, page_size=4, kv_bytes=2 * 2**20, dtype="float32")
 
 
 @pytest.fixture(scope="session")

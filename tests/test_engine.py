@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from support.sizes import SMALL
 
-from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.models.checkpoint import load_hf
@@ -20,7 +20,6 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.sampling import SamplingParams
 
-SMALL = EngineConfig(max_seqs=8, max_step_tokens=32, page_size=4, kv_bytes=2 * 2**20, dtype="float32")
 TIGHT = dataclasses.replace(SMALL, kv_bytes=40 * 2048, max_context=128)
 """Forty pages of four tokens: less than eight running requests want."""
 PAGE_BYTES = 2048
@@ -131,7 +130,7 @@ async def test_waiting_programs_give_their_pages_up_under_pressure(make_engine, 
 
 async def test_a_session_serves_one_segment_at_a_time(engine):
     first = engine.generate([1, 2], no_eos(50), session="busy")
-    with pytest.raises(RequestError, match="busy"):
+    with pytest.raises(Overloaded, match="busy"):
         await tokens(engine.generate([1, 2, 3], no_eos(5), session="busy"))
     assert len(await tokens(first)) == 50
     engine.end_session("busy")

@@ -12,8 +12,8 @@ from astraea_jax.sampling import SamplingParams
 class Letters:
     """A text stream in which every token is one character."""
 
-    def push(self, ids):
-        return "".join(map(chr, ids))
+    def push(self, token):
+        return chr(token)
 
     def flush(self):
         return ""

@@ -10,7 +10,7 @@ from astraea_jax.errors import StartupError
 from astraea_jax.models.config import ModelConfig
 
 PagedKV = tuple[jax.Array, ...]
-"""One ``[P, S, 2 * K, H]`` array per layer; the step donates and returns them."""
+"""One ``[P, 2, K, S, H]`` array per layer; the step donates and returns them."""
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
@@ -31,6 +31,6 @@ def pages_within(budget: int, model: ModelConfig, page_size: int, dtype: jnp.dty
 
 
 def make_pages(model: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> PagedKV:
-    """Zeroed pages ``[P, S, 2K, H]`` for every layer. Page 0 is scrap: padding writes land there."""
-    shape = (num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
+    """Zeroed pages ``[P, 2, K, S, H]`` for every layer. Page 0 is scrap: padding writes land there."""
+    shape = (num_pages, 2, model.num_kv_heads, page_size, model.head_dim)
     return tuple(jnp.zeros(shape, dtype) for _ in range(model.num_layers))

@@ -10,8 +10,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.sizes import SMALL
 
-from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.rpc import wire
@@ -19,7 +19,6 @@ from astraea_jax.rpc.client import Client
 from astraea_jax.rpc.server import Server
 from astraea_jax.sampling import SamplingParams
 
-SMALL = EngineConfig(max_seqs=8, max_step_tokens=32, page_size=4, kv_bytes=2 * 2**20, dtype="float32")
 ONE_AT_A_TIME = dataclasses.replace(SMALL, max_queued=1, max_seqs=1, max_step_tokens=16)
 
 

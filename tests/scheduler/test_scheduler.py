@@ -35,7 +35,7 @@ class Loop:
         plan = self.scheduler.plan(self.now)
         launched = None
         if plan is not None:
-            self.log.append([(r.segment.number, r.start, r.count, r.samples) for r in plan.rows])
+            self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
             launched = (plan, self.device.run(plan))
         if self.in_flight is not None:
             self.scheduler.commit(*self.in_flight, self.now)
@@ -247,7 +247,7 @@ def test_a_segment_larger_than_the_whole_pool_is_refused():
 def test_a_program_has_one_segment_at_a_time():
     scheduler = make()
     scheduler.submit([1], 1, program="p", now=0)
-    with pytest.raises(Rejected, match="'p' has a segment"):
+    with pytest.raises(QueueFull, match="'p' has a segment"):
         scheduler.submit([1], 1, program="p", now=0)
 
 
@@ -302,7 +302,7 @@ def test_ending_a_program_returns_its_live_segment():
 def test_copied_tokens_mark_what_only_the_device_knows():
     segment = make().submit([1, 2, 3], 5, now=0)
     segment.output += [4, 5]
-    segment.pending = 1
+    segment.length, segment.pending = 6, 1
     out = np.zeros(5, np.int32)
     segment.copy_tokens(1, out)
     assert out.tolist() == [2, 3, 4, 5, -1]

@@ -41,10 +41,10 @@ class Device:
         """Execute a step at dispatch: write its tokens into their pages, attend, sample one token per row."""
         slots = [row.segment.slot for row in plan.rows]
         assert len(set(slots)) == len(slots) <= self.scheduler.config.max_seqs
-        assert plan.tokens == sum(row.count for row in plan.rows) <= self.scheduler.config.max_step_tokens
+        assert plan.tokens == sum(row.tokens for row in plan.rows) <= self.scheduler.config.max_step_tokens
         tables = [self.scheduler.page_table[slot].copy() for slot in slots]
         for row, table in zip(plan.rows, tables, strict=True):
-            tokens = np.zeros(row.count, np.int32)
+            tokens = np.zeros(row.tokens, np.int32)
             row.segment.copy_tokens(row.start, tokens)
             for i, token in enumerate(tokens.tolist()):
                 at = self._slot(table, row.start + i)
@@ -52,7 +52,7 @@ class Device:
                 self.kv[at] = self.last[row.segment.slot] if token < 0 else token
         sampled = []
         for row, table in zip(plan.rows, tables, strict=True):
-            context = [self.kv[self._slot(table, p)] for p in range(row.start + row.count)]
+            context = [self.kv[self._slot(table, p)] for p in range(row.start + row.tokens)]
             token = next_token(context)
             if row.samples:
                 self.last[row.segment.slot] = token

@@ -31,7 +31,7 @@ def check_logits(folder: Path) -> None:
     table = jnp.arange(1, -(-length // size) + 1)[::-1][None]
     at = jnp.arange(length)
     slots = table[0, at // size] * size + at % size
-    pages = (jnp.zeros((table.shape[1] + 1, size, 2 * config.num_kv_heads, config.head_dim)),) * config.num_layers
+    pages = (jnp.zeros((table.shape[1] + 1, 2, config.num_kv_heads, size, config.head_dim)),) * config.num_layers
     lens, cu = jnp.array([length]), jnp.array([0, length])
 
     def attend(_, q, k, v, layer):
