@@ -28,7 +28,7 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
 from astraea_jax.sampling import SamplingParams
-from astraea_jax.scheduler.policy import make_policy
+from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 

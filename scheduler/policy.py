@@ -1,77 +1,128 @@
-"""In which order segments run. A policy gives every segment a key; the lowest goes first."""
+"""The interface of a policy: in which order segments are served, which may start, and whose KV goes first.
+
+A policy never looks at all waiting programs one by one. When a segment is queued the policy writes down a few numbers
+about it (``features``); when there is room, it scores all waiting segments at once from those columns and the time.
+"""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from .program import Segment
+import numpy as np
 
-Key = tuple[float, int]
+from .prediction import Predictor
+from .program import Program, Segment
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """The pool as policies see it."""
+
+    pages: int
+    free: int
+    retained: int
+    """Held by programs that do not run; free for the taking."""
+    running: int
 
 
 class Policy:
-    """First come, first served, by the segment's own arrival: what engines do that know no programs."""
+    """First come, first served, by the segment's own arrival: what engines do that know no programs.
 
-    def key(self, segment: Segment) -> Key:
-        """Its place; it holds from one queueing to the next. Ties go by order of submission."""
-        return segment.submitted, segment.number
-
-
-class ProgramFCFS(Policy):
-    """First come, first served, by the program's arrival: a program that returns from a tool keeps its place.
-
-    InferCept (arXiv 2402.01869) and Continuum (arXiv 2511.02230) order so.
+    KV of programs that wait for a tool goes least recently used first, as a prefix cache does it (vLLM).
     """
 
-    def key(self, segment: Segment) -> Key:
-        return segment.program.arrival, segment.number
+    columns = 1
+    """Numbers that :meth:`features` gives."""
+    backfill = 0
+    """Segments that do not fit and may be passed over in favour of later ones; 0: the first in order blocks."""
 
+    def __init__(self, predictor: Predictor):
+        self.predict = predictor
+        self.changed: list[Segment] = []
+        """Waiting segments whose features have changed; the scheduler takes them from here."""
 
-POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "program-fcfs": ProgramFCFS}
+    def features(self, segment: Segment) -> Sequence[float]:
+        """About a segment that is queued; fixed until something about its KV changes."""
+        return (segment.submitted,)
 
+    def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
+        """Of all waiting segments, ``[n]`` from ``features [n, columns]``; lowest is first, ties by submission."""
+        return features[:, 0]
 
-def make_policy(name: str) -> Policy:
-    """The policy of that name.
+    def rank(self, segment: Segment) -> tuple[float, ...]:
+        """Place among the running; the highest is preempted first, and the lowest never."""
+        return (segment.submitted, segment.number)
 
-    Raises:
-        ValueError: there is none; the message lists them.
-    """
-    if name not in POLICIES:
-        raise ValueError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}")
-    return POLICIES[name]()
+    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
+        """Whether a segment may start now, if it fits."""
+        return True
+
+    def victims(self, programs: Iterable[Program], now: float) -> Iterable[Program]:
+        """In which order programs that retain KV lose it; they come least recently used first."""
+        return programs
+
+    # -- events ------------------------------------------------------------------------------------------------
+
+    def queued(self, segment: Segment, now: float) -> None:
+        """A segment has arrived, returned from a tool, or has been preempted."""
+
+    def admitted(self, segment: Segment, now: float) -> None:
+        """A segment has got its pages."""
+
+    def ended(self, segment: Segment, now: float) -> None:
+        """A segment has ended; its program's history includes it."""
+
+    def forgotten(self, program: Program) -> None:
+        """A program has ended."""
 
 
 class WaitingQueue:
-    """Segments in the order of a policy; removal is lazy, so every operation is O(log n)."""
+    """Waiting segments and their features, as columns; every change is O(1)."""
 
-    def __init__(self, policy: Policy):
-        self._policy = policy
-        self._heap: list[tuple[Key, Segment]] = []
-        self._present: set[Segment] = set()
+    def __init__(self, columns: int):
+        self._segments: list[Segment] = []
+        self._at: dict[Segment, int] = {}
+        self._features = np.zeros((64, columns))
+        self._numbers = np.zeros(64, np.int64)
 
     def __len__(self) -> int:
-        return len(self._present)
+        return len(self._segments)
 
-    def push(self, segment: Segment) -> None:
-        self._present.add(segment)
-        heapq.heappush(self._heap, (self._policy.key(segment), segment))
+    def __contains__(self, segment: Segment) -> bool:
+        return segment in self._at
 
-    def peek(self) -> Segment | None:
-        while self._heap and self._heap[0][1] not in self._present:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+    def push(self, segment: Segment, features: Sequence[float]) -> None:
+        at = len(self._segments)
+        if at == len(self._features):
+            self._features = np.concatenate([self._features, np.zeros_like(self._features)])
+            self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
+        self._segments.append(segment)
+        self._at[segment] = at
+        self._features[at] = features
+        self._numbers[at] = segment.number
 
-    def pop(self) -> Segment:
-        segment = self.peek()
-        if segment is None:
-            raise IndexError("no segment waits")
-        heapq.heappop(self._heap)
-        self._present.remove(segment)
-        return segment
+    def update(self, segment: Segment, features: Sequence[float]) -> None:
+        self._features[self._at[segment]] = features
 
     def remove(self, segment: Segment) -> None:
-        self._present.discard(segment)
-        if len(self._heap) > 2 * len(self._present) + 64:  # removed ones must not pile up behind a stuck head
-            self._heap = [entry for entry in self._heap if entry[1] in self._present]
-            heapq.heapify(self._heap)
+        at = self._at.pop(segment)
+        last = self._segments.pop()
+        if last is not segment:
+            n = len(self._segments)
+            self._segments[at], self._at[last] = last, at
+            self._features[at], self._numbers[at] = self._features[n], self._numbers[n]
+
+    def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> list[Segment]:
+        """The first ``count`` segments in the order of the policy."""
+        n = len(self._segments)
+        if n == 0:
+            return []
+        scores = policy.scores(self._features[:n], now, pressure)
+        if count < n:
+            bound = np.partition(scores, count - 1)[count - 1] if count > 1 else scores.min()
+            near = np.flatnonzero(scores <= bound)
+        else:
+            near = np.arange(n)
+        order = near[np.lexsort((self._numbers[near], scores[near]))]
+        return [self._segments[i] for i in order[:count]]

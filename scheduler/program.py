@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .residency import Transfer
 
 
 class Rejected(ValueError):
@@ -17,15 +22,39 @@ class QueueFull(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """One agent's life, named by a session."""
+    """One agent's life, named by a session, and its history as policies see it."""
 
     id: str
     arrival: float
+    turns: int = 0
+    """Segments that have ended."""
+    service: float = 0.0
+    """Tokens computed for it so far: prefill that was not cached, and decode."""
+    output_tokens: int = 0
+    """Sampled by the segments that have ended."""
+    waited_s: float = 0.0
+    """In the queue, over all segments so far."""
+    ran_s: float = 0.0
+    """On a slot, over all segments so far."""
+    level: int = 0
+    """Of policies that have levels; 0 is served first."""
+    tool: str | None = None
+    """The tool it waits for, if the client has said so."""
     wait_began: float = 0.0
     """When its present tool wait began."""
-    tokens: list[int] = field(default_factory=list)
-    """The tokens whose KV is in ``pages``, while none of its segments runs."""
+    wait_s: float = 0.0
+    """How long its last tool wait took."""
+
+    last: Segment | None = None
+    """The segment whose KV is retained while none of its segments runs."""
+    kept: int = 0
+    """Tokens of that segment whose KV is retained, from the first on."""
     pages: list[int] = field(default_factory=list)
+    """Device pages of the first of these tokens."""
+    hosted: int = 0
+    """Pages in host memory, of the tokens after those."""
+    moving: int = 0
+    """Transfers to the host that have not ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,13 +68,19 @@ class Segment:
     number: int
     """Order of submission."""
     program: Program
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     max_tokens: int
     stops: frozenset[int]
     """Tokens that end it."""
     final: bool
     """Its program ends with it."""
     submitted: float
+    matched: int = 0
+    """Tokens it shares with what its program retained when it was submitted."""
+    queued: float = 0.0
+    """When it last entered the queue."""
+    started: float = 0.0
+    """When it last got a slot."""
     output: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose KV is written, or will be by a dispatched step."""
@@ -53,6 +88,8 @@ class Segment:
     slot: int = -1
     """Its row in the page table while it runs; -1 otherwise."""
     pages: list[int] = field(default_factory=list)
+    loading: Transfer | None = None
+    """Brings back what the host holds of it; it computes nothing until that has ended."""
     finish_reason: str | None = None
     cached_tokens: int = 0
     """Prompt tokens whose KV its program still held when it was first admitted."""
@@ -67,6 +104,7 @@ class Segment:
     def __post_init__(self) -> None:
         self.length = len(self.prompt)
         self.limit = self.length + self.max_tokens - 1
+        self.queued = self.submitted
 
     @property
     def known(self) -> int:
@@ -77,6 +115,18 @@ class Segment:
     def wanted(self) -> int:
         """Tokens it could compute now."""
         return min(self.length, self.limit) - self.computed
+
+    @property
+    def reusable(self) -> int:
+        """Tokens whose KV its program retains; while it waits. One is always left to compute."""
+        return min(self.matched, self.program.kept, self.known - 1)
+
+    def shared_with(self, prompt: Sequence[int]) -> int:
+        """Length of the common prefix of its tokens and ``prompt``."""
+        shared = _common(self.prompt, prompt)
+        if shared == len(self.prompt):
+            shared += _common(self.output, list(prompt[shared : shared + len(self.output)]))
+        return shared
 
     def copy_tokens(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with its tokens from ``start``; -1 where only the device knows them."""
@@ -89,3 +139,11 @@ class Segment:
             first = max(start, prompt)
             tail = self.output[first - prompt : stop - prompt]
             out[first - start : first - start + len(tail)] = tail
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    n = min(len(a), len(b))
+    if type(a) is type(b) and a[:n] == b[:n]:  # the usual case, at the speed of C
+        return n
+    return next((i for i in range(n) if a[i] != b[i]), n)

@@ -18,8 +18,9 @@ import numpy as np
 
 from .pages import PagePool
 from .plan import Plan, Row
-from .policy import Policy, WaitingQueue
+from .policy import Policy, Pressure, WaitingQueue
 from .program import Program, QueueFull, Rejected, Segment
+from .residency import HostTier, Residency, Transfer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SchedulerConfig:
     max_waiting: int = 1024
     max_programs: int = 8192
     session_ttl_s: float = 600.0
+    host: HostTier = HostTier()
 
     @property
     def pages_per_seq(self) -> int:
@@ -55,9 +57,15 @@ class SchedulerStats:
     free_pages: int
     retained_pages: int
     """Held by programs without a running segment; can be had at any time."""
+    computed_tokens: int
     reused_tokens: int
+    """Tokens of admitted segments whose KV was still there, on the device or the host."""
+    recomputed_tokens: int
+    """Tokens computed again because their KV had been dropped."""
     reclaimed_pages: int
-    """Taken from waiting programs under pressure."""
+    """Dropped under pressure."""
+    offloaded_pages: int
+    restored_pages: int
 
 
 @dataclass
@@ -67,8 +75,9 @@ class _Counts:
     failed: int = 0
     expired: int = 0
     preemptions: int = 0
+    computed_tokens: int = 0
     reused_tokens: int = 0
-    reclaimed_pages: int = 0
+    recomputed_tokens: int = 0
 
 
 class Scheduler:
@@ -80,15 +89,16 @@ class Scheduler:
         """Pages of each slot, in order."""
         self._policy = policy
         self._pool = PagePool(config.num_pages)
-        self._queue = WaitingQueue(policy)
+        self._residency = Residency(self._pool, config.page_size, config.host, policy.victims, self._on_loss)
+        self._queue = WaitingQueue(policy.columns)
         self._running: list[Segment] = []  # in the order of the policy
         self._slots = list(range(config.max_seqs - 1, -1, -1))
         self._programs: dict[str, Program] = {}
         self._live: dict[Program, Segment] = {}
         self._idle: dict[Program, None] = {}  # in a tool wait, longest first
-        self._retaining: dict[Program, None] = {}  # with pages but no running segment, longest first
         self._counts = _Counts()
         self._submitted = 0
+        self._fresh: list[Segment] = []  # admitted since the last plan with rows
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -108,30 +118,28 @@ class Scheduler:
             Rejected: it can never run.
             QueueFull: too many segments wait, too many programs are live, or its program has a segment already.
         """
-        c, total = self.config, len(prompt) + max_tokens
-        capacity = min(c.max_context, self._pool.size * c.page_size)
-        if not prompt or max_tokens < 1:
-            raise Rejected(f"a prompt of {len(prompt)} tokens and max_tokens {max_tokens}: both must be at least 1")
-        if total > capacity:
-            raise Rejected(
-                f"a prompt of {len(prompt)} tokens and max_tokens {max_tokens} exceed the {capacity} that fit"
-            )
-        if len(self._queue) >= c.max_waiting:
+        self._check_size(len(prompt), max_tokens)
+        if len(self._queue) >= self.config.max_waiting:
             raise QueueFull(f"{len(self._queue)} segments are waiting; try again later")
         owner = self._program(program, now)
-        self._idle.pop(owner, None)
         self._submitted += 1
         segment = Segment(
             number=self._submitted,
             program=owner,
-            prompt=tuple(prompt),
+            prompt=prompt,
             max_tokens=max_tokens,
             stops=stops,
             final=final or program is None,
             submitted=now,
         )
+        if owner.last is not None:
+            self._idle.pop(owner, None)
+            owner.wait_s = now - owner.wait_began
+            self._policy.predict.returned(owner)
+            segment.matched = owner.last.shared_with(prompt)
+            self._residency.trim(owner, segment.reusable)
         self._live[owner] = segment
-        self._queue.push(segment)
+        self._enqueue(segment, now)
         return segment
 
     def finish(self, segment: Segment, reason: str, now: float) -> None:
@@ -141,24 +149,31 @@ class Scheduler:
         segment.finish_reason = reason
         program = segment.program
         del self._live[program]
-        keeps = not segment.final and reason != "error"
         if segment.slot >= 0:
-            program.tokens = [*segment.prompt, *segment.output][: segment.computed] if keeps else []
-            program.pages = self._vacate(segment, keep=len(program.tokens))
+            self._vacate(segment, now)
         else:
             self._queue.remove(segment)
+        program.turns += 1
+        program.output_tokens += len(segment.output)
+        program.wait_began, program.tool = now, None
+        self._policy.predict.ended(segment)
+        self._policy.ended(segment, now)
         if segment.final:
             failed = reason == "error"
             self._counts.failed += failed
             self._counts.finished += not failed
             self._forget(program)
         else:
-            program.wait_began = now
-            if not keeps:
-                self._discard(program)
+            program.last = program.last or segment
+            if reason == "error":
+                self._residency.trim(program, 0)
             self._idle[program] = None
-            if program.pages:
-                self._retaining[program] = None
+
+    def tool_called(self, program: str, tool: str) -> None:
+        """Say which tool a program waits for. Unknown programs are ignored."""
+        found = self._programs.get(program)
+        if found is not None and found in self._idle:
+            found.tool = tool
 
     def end_program(self, program: str, now: float) -> Segment | None:
         """End a program; returns the live segment that was cancelled with it, if any. Unknown ones are ignored."""
@@ -183,27 +198,36 @@ class Scheduler:
             self._counts.expired += 1
             self._forget(program)
 
+    def transferred(self, transfer: Transfer) -> None:
+        """A transfer that a plan has begun has ended."""
+        self._residency.ended(transfer)
+
     def stats(self) -> SchedulerStats:
+        counts, residency = self._counts, self._residency
         return SchedulerStats(
             running=len(self._running),
             waiting=len(self._queue),
             programs=len(self._programs),
             in_tool_wait=len(self._idle),
-            created=self._counts.created,
-            finished=self._counts.finished,
-            failed=self._counts.failed,
-            expired=self._counts.expired,
-            preemptions=self._counts.preemptions,
+            created=counts.created,
+            finished=counts.finished,
+            failed=counts.failed,
+            expired=counts.expired,
+            preemptions=counts.preemptions,
             free_pages=self._pool.free,
-            retained_pages=self._pool.size - self._pool.free - sum(len(s.pages) for s in self._running),
-            reused_tokens=self._counts.reused_tokens,
-            reclaimed_pages=self._counts.reclaimed_pages,
+            retained_pages=residency.retained,
+            computed_tokens=counts.computed_tokens,
+            reused_tokens=counts.reused_tokens,
+            recomputed_tokens=counts.recomputed_tokens,
+            reclaimed_pages=residency.reclaimed,
+            offloaded_pages=residency.moved[0],
+            restored_pages=residency.moved[1],
         )
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        owners = [segment.pages for segment in self._running] + [p.pages for p in self._programs.values()]
-        self._pool.check(owners)
+        self._pool.check([s.pages for s in self._running] + [p.pages for p in self._programs.values()])
+        self._residency.check()
         c = self._counts
         assert c.created == len(self._programs) + c.finished + c.failed + c.expired, "programs do not add up"
         assert len(self._programs) == len(self._live) + len(self._idle), "a program is neither live nor in a tool wait"
@@ -213,38 +237,75 @@ class Scheduler:
             assert self.page_table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
             assert segment.computed <= len(segment.pages) * self.config.page_size, "computed tokens without a page"
         for program in self._programs.values():
-            assert bool(program.pages) == (program in self._retaining), "retained pages that cannot be reclaimed"
-            assert len(program.tokens) <= len(program.pages) * self.config.page_size, "tokens without a page"
+            held = len(program.pages) + program.hosted
+            assert (self._live.get(program) in self._running) or program.kept <= held * self.config.page_size
 
     # -- a step ----------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Plan | None:
-        """The next step, or None if nothing can run. It must be dispatched; its pages and tokens count as computed."""
+        """The next step, or None if nothing can run. It must be dispatched; its pages and tokens count as computed.
+
+        Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
+        """
         self.expire(now)
         chosen: dict[Segment, int] = {}
         budget = self.config.max_step_tokens
         decodes: list[tuple[Segment, int]] = []
         chunks: list[tuple[Segment, int]] = []
         for segment in self._running:
-            if (wanted := segment.wanted) > 0:
+            if (wanted := segment.wanted) > 0 and segment.loading is None:
                 (decodes if wanted == 1 else chunks).append((segment, wanted))
         for segment, count in decodes + chunks:
             if segment.slot < 0:
                 continue  # preempted by one before it
-            count = self._hold(segment, min(count, budget), chosen)
+            count = self._hold(segment, min(count, budget), chosen, now)
             if count > 0:
                 chosen[segment] = count
                 budget -= count
-        admitted = []
-        while budget > 0 and (newcomer := self._admissible()) is not None:
-            self._admit(newcomer)
-            admitted.append(newcomer)
-            chosen[newcomer] = self._hold(newcomer, min(newcomer.wanted, budget), chosen)
-            budget -= chosen[newcomer]
+        admitted = self._admit_waiting(budget, now)
+        for segment in admitted:
+            if segment.loading is None and budget > 0:
+                chosen[segment] = min(segment.wanted, budget)
+                budget -= chosen[segment]
+        self._residency.spill(now)
+        self._fresh += admitted
         if not chosen:
             return None
         rows = [self._row(segment, count, now) for segment, count in chosen.items()]
-        return Plan(rows, admitted, self.config.max_step_tokens - budget)
+        fresh, self._fresh = self._fresh, []
+        return Plan(rows, fresh, self.config.max_step_tokens - budget)
+
+    def extend(self, plan: Plan, times: int) -> int:
+        """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now.
+
+        It can if every running segment decodes, until the first has its last token or there are no free pages.
+        """
+        rows = plan.rows
+        if len(rows) < len(self._running) or plan.tokens > len(rows) or not all(row.samples for row in rows):
+            return 1
+        segments = [row.segment for row in rows]
+        times = min(times, 1 + min(s.limit + 1 - s.length for s in segments))
+        while times > 1:
+            needs = [self._pages_for(s.computed + times - 1) - len(s.pages) for s in segments]
+            if sum(n for n in needs if n > 0) <= self._pool.free:
+                break
+            times //= 2
+        for segment, need in zip(segments, needs if times > 1 else (), strict=False):
+            if need > 0:
+                held = len(segment.pages)
+                segment.pages += self._pool.allocate(need)
+                self.page_table[segment.slot, held : held + need] = segment.pages[held:]
+            segment.computed += times - 1
+            segment.length += times - 1
+            segment.pending += times - 1
+            segment.program.service += times - 1
+        self._counts.computed_tokens += len(rows) * (max(times, 1) - 1)
+        return max(times, 1)
+
+    def take_transfers(self) -> list[Transfer]:
+        """Transfers begun since the last call, in order. Offloads read their pages before the next step is dispatched."""
+        begun, self._residency.transfers = self._residency.transfers, []
+        return begun
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Segment, int]]:
         """Take in what a dispatched plan sampled, ``tokens`` one per row; returns the new token of each live segment.
@@ -278,98 +339,137 @@ class Scheduler:
         samples = segment.computed == segment.length
         segment.pending += samples
         segment.length += samples
+        segment.program.service += count
+        self._counts.computed_tokens += count
         if segment.first_scheduled is None:
             segment.first_scheduled = now
         return Row(segment, start, count, samples)
 
-    def _admissible(self) -> Segment | None:
-        """The first waiting segment, if it has a slot and all its known tokens can have pages without preemption."""
-        segment = self._queue.peek()
-        if segment is None or not self._slots or segment.pending:
-            return None  # a preempted one whose last token is still on the device waits for its commit
-        spoken_for = sum(max(len(s.pages), self._pages_for(s.known)) for s in self._running)
-        return segment if self._pages_for(segment.known) <= self._pool.size - spoken_for else None
+    # -- admission -------------------------------------------------------------------------------------------
 
-    def _admit(self, segment: Segment) -> None:
-        self._queue.pop()
+    def _admit_waiting(self, budget: int, now: float) -> list[Segment]:
+        """Give slots and pages to waiting segments, in the order of the policy, while both last."""
+        admitted: list[Segment] = []
+        policy = self._policy
+        while budget > 0 and self._slots and len(self._queue):
+            self._refresh()
+            for segment in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
+                if policy.admits(segment, now, self._pressure()) and self._fits(segment, now):
+                    break
+            else:
+                break
+            self._admit(segment, now)
+            admitted.append(segment)
+            budget -= 0 if segment.loading else segment.wanted
+        return admitted
+
+    def _fits(self, segment: Segment, now: float) -> bool:
+        """Whether all known tokens of a waiting segment can have pages now without preemption."""
         program = segment.program
-        self._retaining.pop(program, None)
-        kept = min(_common(program.tokens, segment.prompt), segment.known - 1)
-        keep = self._pages_for(kept)
-        self._pool.release(program.pages[keep:])
-        segment.pages, program.pages, program.tokens = program.pages[:keep], [], []
-        segment.computed = kept
-        if segment.first_scheduled is None:
-            segment.cached_tokens = kept
-            self._counts.reused_tokens += kept
+        if segment.pending or program.moving:
+            return False  # its last token is still on the device, or its pages are on their way to the host
+        need = self._pages_for(segment.known) - min(len(program.pages), self._pages_for(segment.reusable))
+        reserve = len(self._running) // 2 if self._running else 0  # so that those who run can grow
+        if need + reserve > self._residency.obtainable - len(program.pages):
+            return False
+        return self._residency.reclaim(need, now, wait=True, spare=program)
+
+    def _admit(self, segment: Segment, now: float) -> None:
+        self._queue.remove(segment)
+        program = segment.program
+        reused = segment.reusable
+        segment.pages, hosted = self._residency.take(segment)
+        segment.computed = reused
+        if hosted:
+            segment.pages += (new := self._pool.allocate(hosted))
+            segment.loading = self._residency.restore(segment, new)
+        segment.pages += self._pool.allocate(self._pages_for(segment.known) - len(segment.pages))
+        if segment.first_scheduled is None and segment.preemptions == 0:
+            segment.cached_tokens = reused
+        self._counts.reused_tokens += reused
+        self._counts.recomputed_tokens += max(0, segment.matched - reused - 1)
         segment.slot = self._slots.pop()
-        self.page_table[segment.slot, :keep] = segment.pages
+        self.page_table[segment.slot, : len(segment.pages)] = segment.pages
+        program.waited_s += now - segment.queued
+        segment.started = now
         self._running.append(segment)
-        self._running.sort(key=self._policy.key)
+        self._running.sort(key=self._policy.rank)
+        self._policy.admitted(segment, now)
+
+    def _enqueue(self, segment: Segment, now: float) -> None:
+        segment.queued = now
+        self._policy.queued(segment, now)
+        self._queue.push(segment, self._policy.features(segment))
+
+    def _on_loss(self, program: Program) -> None:
+        segment = self._live.get(program)
+        if segment is not None and segment in self._queue:
+            self._policy.changed.append(segment)
+
+    def _refresh(self) -> None:
+        """Bring features up to date."""
+        changed, self._policy.changed = self._policy.changed, []
+        for segment in changed:
+            if segment in self._queue:
+                self._queue.update(segment, self._policy.features(segment))
+
+    def _pressure(self) -> Pressure:
+        return Pressure(self._pool.size, self._pool.free, self._residency.retained, len(self._running))
 
     # -- pages -----------------------------------------------------------------------------------------------
 
-    def _hold(self, segment: Segment, count: int, chosen: dict[Segment, int]) -> int:
+    def _hold(self, segment: Segment, count: int, chosen: dict[Segment, int], now: float) -> int:
         """Give ``segment`` pages for ``count`` more tokens; returns how many tokens it has pages for, at most that.
 
-        Pages come from the free ones, then from waiting programs, then from running segments after it in the order of
-        the policy. So the first in order always gets on, and nothing waits for ever.
+        Pages come from the free ones, then from programs that do not run, then from running segments after it in the
+        order of the policy. So the first in order always gets on, and nothing waits for ever.
         """
         held, size = len(segment.pages), self.config.page_size
         if segment.computed + count <= held * size:
             return count
         need = self._pages_for(segment.computed + count) - held
-        self._reclaim(need)
-        while self._pool.free < need and self._running[-1] is not segment:
+        while not self._residency.reclaim(need, now, wait=False) and self._running[-1] is not segment:
             victim = self._running[-1]
             chosen.pop(victim, None)
-            self._preempt(victim)
+            self._preempt(victim, now)
         new = self._pool.allocate(min(need, self._pool.free))
         self.page_table[segment.slot, held : held + len(new)] = new
         segment.pages += new
-        return min(count, len(segment.pages) * self.config.page_size - segment.computed)
+        return min(count, len(segment.pages) * size - segment.computed)
 
-    def _reclaim(self, need: int) -> None:
-        """Make ``need`` pages free if waiting programs hold enough: longest wait first, last pages first.
-
-        The one place that decides what a waiting program's KV is worth; the residency manager will stand here.
-        """
-        while self._pool.free < need and self._retaining:
-            program = next(iter(self._retaining))
-            take = min(need - self._pool.free, len(program.pages))
-            keep = len(program.pages) - take
-            self._pool.release(program.pages[keep:])
-            del program.pages[keep:]
-            del program.tokens[keep * self.config.page_size :]
-            self._counts.reclaimed_pages += take
-            if not program.pages:
-                del self._retaining[program]
-
-    def _preempt(self, victim: Segment) -> None:
-        """Take everything from a running segment; it is computed again from its tokens later."""
-        self._vacate(victim, keep=0)
-        victim.computed = 0
+    def _preempt(self, victim: Segment, now: float) -> None:
+        """Take a running segment off its slot; its KV is kept like that of a waiting program, for as long as it can."""
+        self._vacate(victim, now)
+        victim.matched = victim.length
         victim.preemptions += 1
         self._counts.preemptions += 1
-        self._queue.push(victim)
+        self._enqueue(victim, now)
 
-    def _vacate(self, segment: Segment, keep: int) -> list[int]:
-        """Take a segment off its slot; returns the pages of its first ``keep`` tokens, the others are released."""
+    def _vacate(self, segment: Segment, now: float) -> None:
+        """Take a segment off its slot; its program retains the KV that has been computed."""
         self._running.remove(segment)
         self._slots.append(segment.slot)
         segment.slot = -1
+        segment.program.ran_s += now - segment.started
         pages, segment.pages = segment.pages, []
-        kept = self._pages_for(keep)
-        self._pool.release(pages[kept:])
-        return pages[:kept]
-
-    def _discard(self, program: Program) -> None:
-        self._pool.release(program.pages)
-        program.pages, program.tokens = [], []
-        self._retaining.pop(program, None)
+        keep = self._pages_for(segment.computed)
+        if segment.loading is not None:  # what it waits for stays in host memory
+            keep -= len(segment.loading.pages)
+            segment.loading = None
+        self._pool.release(pages[keep:])
+        self._residency.retain(segment.program, segment, pages[:keep], segment.computed)
+        segment.computed = 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
+
+    def _check_size(self, prompt: int, max_tokens: int) -> None:
+        c = self.config
+        capacity = min(c.max_context, self._pool.size * c.page_size)
+        if not prompt or max_tokens < 1:
+            raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens}: both must be at least 1")
+        if prompt + max_tokens > capacity:
+            raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens} exceed the {capacity} that fit")
 
     # -- programs --------------------------------------------------------------------------------------------
 
@@ -390,14 +490,8 @@ class Scheduler:
         return program
 
     def _forget(self, program: Program) -> None:
-        self._discard(program)
+        self._residency.trim(program, 0)
         self._idle.pop(program, None)
         del self._programs[program.id]
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    n = min(len(a), len(b))
-    if list(a[:n]) == list(b[:n]):
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+        self._policy.forgotten(program)
+        self._policy.predict.forgotten(program)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device import Device, complete
 
-from astraea_jax.scheduler.policy import POLICIES, make_policy
+from astraea_jax.scheduler.policies import POLICIES, make_policy
 from astraea_jax.scheduler.program import QueueFull, Rejected
 from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig
 

@@ -1,0 +1,77 @@
+"""What a step and a transfer cost on a machine, for the simulator.
+
+A step takes ``base + per_token * new tokens + per_context * context tokens read``. The CPU preset is fitted to measured
+steps (`scripts/bench_jct.py --calibrate`). The accelerator presets are **computed from data sheets and not measured**:
+base reads all weights at 75 % of the memory bandwidth, a new token costs two operations per weight at 50 % of the
+peak, a context token its KV at 75 % of the bandwidth; transfers run at 80 % of the host link.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CostModel:
+    base_s: float
+    per_token_s: float
+    per_context_s: float
+    page_bytes_per_token: int
+    """KV of one token over all layers."""
+    link_bytes_s: float
+    """Between device and host, each way."""
+    measured: bool
+    """False: computed from hardware constants."""
+
+    def step_s(self, tokens: int, context: int) -> float:
+        return self.base_s + self.per_token_s * tokens + self.per_context_s * context
+
+    def transfer_s(self, tokens: int) -> float:
+        return 50e-6 + tokens * self.page_bytes_per_token / self.link_bytes_s
+
+
+def computed(
+    *, parameters: float, kv_bytes: int, bandwidth: float, peak: float, link: float, chips: int = 1
+) -> CostModel:
+    """From hardware constants.
+
+    Args:
+        parameters: weights of the model, two bytes each.
+        kv_bytes: of one token over all layers.
+        bandwidth: of one chip's memory, bytes per second.
+        peak: of one chip, operations per second in bfloat16.
+        link: between one chip and its host, bytes per second each way.
+        chips: that share the model.
+    """
+    return CostModel(
+        base_s=1e-3 + 2 * parameters / (0.75 * bandwidth * chips),
+        per_token_s=2 * parameters / (0.5 * peak * chips),
+        per_context_s=kv_bytes / (0.75 * bandwidth * chips),
+        page_bytes_per_token=kv_bytes,
+        link_bytes_s=0.8 * link * chips,
+        measured=False,
+    )
+
+
+H200 = {"bandwidth": 4.8e12, "peak": 989e12, "link": 64e9}
+V5E = {"bandwidth": 0.82e12, "peak": 197e12, "link": 16e9}
+V6E = {"bandwidth": 1.64e12, "peak": 918e12, "link": 32e9}
+LLAMA_1B = {"parameters": 1.24e9, "kv_bytes": 32 * 1024}
+LLAMA_8B = {"parameters": 8.03e9, "kv_bytes": 128 * 1024}
+LLAMA_70B = {"parameters": 70.6e9, "kv_bytes": 320 * 1024}
+
+MACHINES: dict[str, CostModel] = {
+    "h200-1b": computed(**LLAMA_1B, **H200),
+    "h200-8b": computed(**LLAMA_8B, **H200),
+    "h200x4-70b": computed(**LLAMA_70B, **H200, chips=4),
+    "v5e-8b": computed(**LLAMA_8B, **V5E, chips=4),
+    "v6e-8b": computed(**LLAMA_8B, **V6E),
+    "cpu-tiny": CostModel(
+        base_s=1.1e-3,
+        per_token_s=3.4e-5,
+        per_context_s=2.6e-7,
+        page_bytes_per_token=2048,
+        link_bytes_s=3e9,
+        measured=True,
+    ),
+}

@@ -1,0 +1,225 @@
+"""What policies may know about the future: learned online, or told by an oracle in studies.
+
+No decision waits for a prediction; with nothing learned yet the answers are rough and positive.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from .program import Program, Segment
+from .trace import TraceProgram, TraceSegment
+
+WINDOW = 1024
+"""Recent observations that a distribution keeps."""
+ENOUGH = 30
+"""Observations below which a narrower distribution gives way to a wider one."""
+
+
+class StepCosts:
+    """Seconds of a step, ``base + per_token * tokens + per_context * context``, fitted to the steps as they come.
+
+    Least squares over a sliding exponential window, solved again every few steps.
+    """
+
+    FORGET = 0.998
+    EVERY = 64
+
+    def __init__(self, base: float = 5e-3, per_token: float = 5e-5, per_context: float = 5e-8):
+        self.base, self.per_token, self.per_context = base, per_token, per_context
+        self.steps = 0
+        self.mean_step_s = base
+        """Of recent steps: how long one decoded token takes at the present load."""
+        self._scale = np.array([1.0, 1e-2, 1e-5])  # so that the columns are of one size
+        self._gram = np.zeros((3, 3))
+        self._right = np.zeros(3)
+
+    def observe(self, tokens: int, context: int, seconds: float) -> None:
+        """A step of ``tokens`` new tokens that attended to ``context`` tokens took ``seconds``."""
+        row = self._scale * (1.0, tokens, context)
+        self._gram = self.FORGET * self._gram + np.outer(row, row)
+        self._right = self.FORGET * self._right + seconds * row
+        self.steps += 1
+        self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
+        if self.steps % self.EVERY == 0:
+            ridge = 1e-6 * np.trace(self._gram) * np.eye(3)
+            fitted = np.linalg.solve(self._gram + ridge, self._right) * self._scale
+            self.base, self.per_token, self.per_context = np.maximum(fitted, 0.0).tolist()
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds of step time that prefilling ``tokens`` adds."""
+        return self.per_token * tokens
+
+    def decode_s(self, tokens: float) -> float:
+        """Seconds until ``tokens`` more tokens are decoded, at the present load."""
+        return self.mean_step_s * tokens
+
+
+class Distribution:
+    """The last ``WINDOW`` observations of a quantity."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._sum = 0.0
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, value: float) -> None:
+        self._recent.append(value)
+        bisect.insort(self._sorted, value)
+        self._sum += value
+        if len(self._recent) > WINDOW:
+            oldest = self._recent.popleft()
+            del self._sorted[bisect.bisect_left(self._sorted, oldest)]
+            self._sum -= oldest
+
+    @property
+    def values(self) -> list[float]:
+        """In rising order."""
+        return self._sorted
+
+    def mean(self, default: float) -> float:
+        return self._sum / len(self._recent) if self._recent else default
+
+    def quantile(self, q: float, default: float) -> float:
+        return self._sorted[min(len(self._sorted) - 1, int(q * len(self._sorted)))] if self._sorted else default
+
+    def mean_beyond(self, elapsed: float, default: float) -> float:
+        """Expected remainder of a quantity that has reached ``elapsed``."""
+        beyond = self._sorted[bisect.bisect_right(self._sorted, elapsed) :]
+        return sum(beyond) / len(beyond) - elapsed if beyond else max(elapsed, default)
+
+
+class Predictor:
+    """Learns from what has ended: output lengths, tool times per tool, turns per program, seconds per step."""
+
+    def __init__(self) -> None:
+        self.costs = StepCosts()
+        self.outputs = Distribution()
+        """Tokens per segment."""
+        self.tools: dict[str | None, Distribution] = {None: Distribution()}
+        """Seconds per tool wait, by tool; under None of all."""
+        self.turns = Distribution()
+        """Segments per program."""
+        self._progress = [0.0] * 6  # decaying sums over ended programs' moments k: n, k, r, kk, rr, kr
+
+    # -- questions ---------------------------------------------------------------------------------------------
+
+    def output_tokens(self, segment: Segment) -> float:
+        """Tokens it will still output."""
+        program = segment.program
+        prior = self.outputs.mean(100.0)
+        own = (program.output_tokens + 2 * prior) / (program.turns + 2)  # its own mean, drawn to everybody's
+        return max(own - len(segment.output), 0.1 * own)
+
+    def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
+        """Seconds that its present or next tool wait goes on after ``elapsed_s``."""
+        return self.tool_times(program.tool).mean_beyond(elapsed_s, 1.0)
+
+    def tool_times(self, tool: str | None) -> Distribution:
+        """Of that tool if enough is known about it, or of all."""
+        own = self.tools.get(tool)
+        return own if own is not None and len(own) >= ENOUGH else self.tools[None]
+
+    def remaining_turns(self, program: Program) -> float:
+        """Segments it will still run, the present or next one included: the mean of those who got as far."""
+        return max(1.0, self.turns.mean_beyond(program.turns, 4.0))
+
+    def remaining_s(self, segment: Segment) -> float:
+        """Seconds of model time until its program ends, were it alone: this segment and those after it."""
+        own = self.costs.decode_s(self.output_tokens(segment))
+        later = self.costs.decode_s(self.outputs.mean(100.0))
+        fresh = self.costs.prefill_s(max(1, segment.known - segment.reusable))
+        return fresh + own + (self.remaining_turns(segment.program) - 1) * later
+
+    def segment_s(self, segment: Segment) -> float:
+        """Seconds of model time of this segment, were it alone."""
+        fresh = self.costs.prefill_s(max(1, segment.known - segment.reusable))
+        return fresh + self.costs.decode_s(self.output_tokens(segment))
+
+    def eta(self) -> float:
+        """Whether progress predicts completion: ``-Corr(k, N - k)`` of served against remaining turns over programs
+        that have ended (Continuum, arXiv 2511.02230): 1 for a fixed number, 0 for a geometric one, below for more."""
+        n, k, r, kk, rr, kr = self._progress
+        if n < ENOUGH:
+            return 1.0
+        variance = (kk / n - (k / n) ** 2) * (rr / n - (r / n) ** 2)
+        return 1.0 if variance <= 1e-12 else -(kr / n - k * r / n**2) / math.sqrt(variance)
+
+    # -- events ------------------------------------------------------------------------------------------------
+
+    def ended(self, segment: Segment) -> None:
+        """A segment has ended."""
+        if segment.finish_reason in ("stop", "length"):
+            self.outputs.add(len(segment.output))
+
+    def returned(self, program: Program) -> None:
+        """A tool wait has ended."""
+        self.tools[None].add(program.wait_s)
+        if program.tool is not None:
+            if program.tool not in self.tools and len(self.tools) < WINDOW:  # names come from clients
+                self.tools[program.tool] = Distribution()
+            if program.tool in self.tools:
+                self.tools[program.tool].add(program.wait_s)
+
+    def forgotten(self, program: Program) -> None:
+        """A program has ended."""
+        if program.turns == 0:
+            return
+        self.turns.add(program.turns)
+        total = program.turns
+        k = np.arange(total)
+        r = total - k
+        moments = (total, k.sum(), r.sum(), (k * k).sum(), (r * r).sum(), (k * r).sum())
+        self._progress = [0.995 * old + float(new) for old, new in zip(self._progress, moments, strict=True)]
+
+
+class Oracle(Predictor):
+    """Knows the programs of a trace, exactly or with noise; for studies only.
+
+    Args:
+        truth: programs by name.
+        noise: relative standard deviation of every answer; each question about a segment has one wrong answer.
+        seed: of the noise.
+    """
+
+    def __init__(self, truth: Iterable[TraceProgram], noise: float = 0.0, seed: int = 0):
+        super().__init__()
+        self._truth: Mapping[str, TraceProgram] = {p.id: p for p in truth}
+        self._noise, self._seed = noise, seed
+
+    def _wrong(self, program: Program, question: str) -> float:
+        if self._noise == 0:
+            return 1.0
+        rng = random.Random(f"{self._seed} {program.id} {program.turns} {question}")
+        return max(0.05, 1.0 + self._noise * rng.gauss(0.0, 1.0))
+
+    def _left(self, program: Program) -> tuple[TraceSegment, ...]:
+        return self._truth[program.id].segments[program.turns :]
+
+    def output_tokens(self, segment: Segment) -> float:
+        total = self._left(segment.program)[0].output * self._wrong(segment.program, "output")
+        return max(1.0, total - len(segment.output))
+
+    def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
+        segments = self._truth[program.id].segments
+        at = program.turns - 1 if program.tool is not None else min(program.turns, len(segments) - 1)
+        return max(0.0, segments[at].tool_s * self._wrong(program, "tool") - elapsed_s)
+
+    def remaining_turns(self, program: Program) -> float:
+        return max(1.0, len(self._left(program)) * self._wrong(program, "turns"))
+
+    def remaining_s(self, segment: Segment) -> float:
+        left = self._left(segment.program)
+        fresh = max(1, segment.known - segment.reusable) + sum(s.new for s in left[1:])
+        decoded = sum(s.output for s in left) - len(segment.output)
+        exact = self.costs.prefill_s(fresh) + self.costs.decode_s(decoded)
+        return exact * self._wrong(segment.program, "rest")

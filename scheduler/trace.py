@@ -1,0 +1,149 @@
+"""Agent programs as recorded or generated: what they ask of the model and how long their tools take.
+
+One JSON object per line is one program: ``{"program", "arrival_s", "source", "segments": [{"new_prompt_tokens",
+"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds"} | null}]}``. A segment's prompt is its cached plus
+its new tokens; cached is what a perfect cache of the program's own earlier tokens holds. The last segment has no tool.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+class TraceError(ValueError):
+    """A trace cannot be replayed; the message names the program and the fault."""
+
+
+@dataclass(frozen=True)
+class TraceSegment:
+    cached: int
+    """Prompt tokens that repeat the program's earlier tokens."""
+    new: int
+    output: int
+    tool: str | None = None
+    """The tool that ends it; None at the end of the program."""
+    tool_s: float = 0.0
+
+    @property
+    def prompt(self) -> int:
+        return self.cached + self.new
+
+    @property
+    def context(self) -> int:
+        """Tokens at its end."""
+        return self.prompt + self.output
+
+
+@dataclass(frozen=True)
+class TraceProgram:
+    id: str
+    segments: tuple[TraceSegment, ...]
+    arrival_s: float | None = None
+    """None: the experiment chooses."""
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise TraceError(f"program {self.id!r} has no segments")
+        if self.arrival_s is not None and not (math.isfinite(self.arrival_s) and self.arrival_s >= 0):
+            raise TraceError(f"program {self.id!r} arrives at {self.arrival_s}; it must be finite and not negative")
+        held = 0
+        for i, s in enumerate(self.segments):
+            if min(s.cached, s.new - 1, s.output - 1) < 0:
+                raise TraceError(
+                    f"program {self.id!r}, segment {i}: {s.cached} cached, {s.new} new and {s.output} output tokens; "
+                    "cached may be 0, the others must be at least 1"
+                )
+            if s.cached > held:
+                raise TraceError(f"program {self.id!r}, segment {i}: {s.cached} tokens cached, but only {held} exist")
+            if not (math.isfinite(s.tool_s) and s.tool_s >= 0):
+                raise TraceError(f"program {self.id!r}, segment {i}: its tool takes {s.tool_s} s")
+            if (s.tool is None) != (i == len(self.segments) - 1):
+                raise TraceError(f"program {self.id!r}, segment {i}: all but the last segment end in a tool")
+            held = s.context
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest context."""
+        return max(s.context for s in self.segments)
+
+    @property
+    def tool_s(self) -> float:
+        return sum(s.tool_s for s in self.segments)
+
+    def scaled(self, tokens: float, tool_s: float = 1.0) -> TraceProgram:
+        """The same program with all lengths, and all tool times, multiplied; for small models."""
+        segments: list[TraceSegment] = []
+        for s in self.segments:
+            held = segments[-1].context if segments else 0
+            cached = min(held, round(s.cached * tokens))
+            segments.append(
+                TraceSegment(
+                    cached, max(1, round(s.new * tokens)), max(1, round(s.output * tokens)), s.tool, s.tool_s * tool_s
+                )
+            )
+        return replace(self, segments=tuple(segments))
+
+
+def load_trace(path: Path) -> list[TraceProgram]:
+    """Read a trace file.
+
+    Raises:
+        TraceError: it is empty, a line is not such a program, or arrivals run backwards; the message names the line.
+    """
+    programs = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                programs.append(_program(json.loads(line)))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise TraceError(f"{path}, line {number}: {error!r}") from error
+    if not programs:
+        raise TraceError(f"{path} holds no programs")
+    arrivals = [p.arrival_s for p in programs if p.arrival_s is not None]
+    if arrivals != sorted(arrivals):
+        raise TraceError(f"{path}: arrivals run backwards")
+    if len({p.id for p in programs}) < len(programs):
+        raise TraceError(f"{path}: two programs have the same name")
+    return programs
+
+
+def save_trace(path: Path, programs: Iterable[TraceProgram], source: str) -> None:
+    """Write programs as a trace file."""
+    with path.open("w") as file:
+        for p in programs:
+            record = {"program": p.id, "arrival_s": p.arrival_s, "source": source, "segments": _records(p.segments)}
+            file.write(json.dumps(record) + "\n")
+
+
+def _records(segments: Sequence[TraceSegment]) -> list[dict[str, Any]]:
+    return [
+        {
+            "new_prompt_tokens": s.new,
+            "cached_prompt_tokens": s.cached,
+            "output_tokens": s.output,
+            "tool": None if s.tool is None else {"name": s.tool, "seconds": s.tool_s},
+        }
+        for s in segments
+    ]
+
+
+def _program(record: dict[str, Any]) -> TraceProgram:
+    segments = []
+    for entry in record["segments"]:
+        tool = entry["tool"]
+        segments.append(
+            TraceSegment(
+                cached=int(entry["cached_prompt_tokens"]),
+                new=int(entry["new_prompt_tokens"]),
+                output=int(entry["output_tokens"]),
+                tool=None if tool is None else str(tool["name"]),
+                tool_s=0.0 if tool is None else float(tool["seconds"]),
+            )
+        )
+    arrival = record.get("arrival_s")
+    return TraceProgram(str(record["program"]), tuple(segments), None if arrival is None else float(arrival))
