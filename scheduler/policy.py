@@ -19,6 +19,7 @@ from .program import Program, Segment
 class Pressure:
     """The pool as policies see it."""
 
+    page_size: int
     pages: int
     free: int
     retained: int
@@ -72,6 +73,9 @@ class Policy:
 
     def ended(self, segment: Segment, now: float) -> None:
         """A segment has ended; its program's history includes it."""
+
+    def tool_called(self, program: Program, now: float) -> None:
+        """A program has said which tool it waits for."""
 
     def forgotten(self, program: Program) -> None:
         """A program has ended."""

@@ -174,6 +174,7 @@ class Scheduler:
         found = self._programs.get(program)
         if found is not None and found in self._idle:
             found.tool = tool
+            self._policy.tool_called(found, found.wait_began)
 
     def end_program(self, program: str, now: float) -> Segment | None:
         """End a program; returns the live segment that was cancelled with it, if any. Unknown ones are ignored."""
@@ -414,7 +415,7 @@ class Scheduler:
                 self._queue.update(segment, self._policy.features(segment))
 
     def _pressure(self) -> Pressure:
-        return Pressure(self._pool.size, self._pool.free, self._residency.retained, len(self._running))
+        return Pressure(self.config.page_size, self._pool.size, self._pool.free, self._residency.retained, len(self._running))
 
     # -- pages -----------------------------------------------------------------------------------------------
 

@@ -6,14 +6,28 @@ from collections.abc import Callable
 
 from ..policy import Policy
 from ..prediction import Predictor
+from .agentsched import AgentSched
+from .astraea_paper import AstraeaPaper
+from .continuum import Continuum
 from .fcfs import FCFS, ProgramFCFS
+from .infercept import InferCept
+from .lamps import LAMPS
+from .plas import PLAS
 from .shortest import HRRN, SJF, SRPT
+from .thunderagent import ThunderAgent
 
 POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "fcfs": FCFS,
     "program-fcfs": ProgramFCFS,
     "sjf": SJF,
     "hrrn": HRRN,
+    "plas": PLAS,
+    "lamps": LAMPS,
+    "infercept": InferCept,
+    "continuum": Continuum,
+    "agentsched": AgentSched,
+    "thunderagent": ThunderAgent,
+    "astraea-paper": AstraeaPaper,
     "srpt-clairvoyant": SRPT,
 }
 

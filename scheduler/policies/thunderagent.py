@@ -1,0 +1,96 @@
+"""ThunderAgent (arXiv 2602.13692): programs are paused when their contexts outgrow the KV memory.
+
+Every ``INTERVAL_S`` seconds: if the contexts of programs that reason, plus those of programs that act (wait for a
+tool) weighted by ``2 ** -t`` after t seconds, exceed the capacity, programs are paused, acting ones first and then
+shortest context first; else paused ones are restored, reasoning ones first and then shortest first, while they fit.
+New programs wait while anything is paused. Order is that of the engine below: first come, first served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..policy import Policy, Pressure
+from ..prediction import Predictor
+from ..program import Program, Segment
+
+INTERVAL_S = 5.0
+
+
+class ThunderAgent(Policy):
+    columns = 2
+
+    def __init__(self, predictor: Predictor):
+        super().__init__(predictor)
+        self._context: dict[Program, int] = {}
+        self._acting: dict[Program, float] = {}  # since when
+        self._waiting: dict[Program, Segment] = {}
+        self._paused: dict[Program, None] = {}
+        self._next = 0.0
+        self._capacity = float("inf")
+
+    def features(self, segment: Segment) -> Sequence[float]:
+        return segment.program in self._paused, segment.submitted
+
+    def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
+        paused, submitted = features.T
+        return paused * 1e12 + submitted
+
+    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
+        self._capacity = pressure.pages * pressure.page_size
+        if now >= self._next:
+            self._next = now + INTERVAL_S
+            self._tick(now)
+        return segment.program not in self._paused
+
+    def queued(self, segment: Segment, now: float) -> None:
+        program = segment.program
+        if program not in self._context and (self._paused or self._used(now) + segment.known > self._capacity):
+            self._paused[program] = None
+        self._context[program] = segment.known
+        self._acting.pop(program, None)
+        self._waiting[program] = segment
+
+    def admitted(self, segment: Segment, now: float) -> None:
+        self._waiting.pop(segment.program, None)
+
+    def ended(self, segment: Segment, now: float) -> None:
+        self._waiting.pop(segment.program, None)
+        self._context[segment.program] = segment.known
+        self._acting[segment.program] = now
+
+    def forgotten(self, program: Program) -> None:
+        for known in (self._context, self._acting, self._waiting, self._paused):
+            known.pop(program, None)
+
+    def _used(self, now: float) -> float:
+        return sum(self._weight(p, c, now) for p, c in self._context.items() if p not in self._paused)
+
+    def _weight(self, program: Program, context: int, now: float) -> float:
+        since = self._acting.get(program)
+        return float(context) if since is None else context * 2.0 ** -min(60.0, now - since)
+
+    def _tick(self, now: float) -> None:
+        used = self._used(now)
+        order = sorted(self._context, key=lambda p: (p not in self._acting, self._context[p], p.id))
+        for program in order:
+            if used <= self._capacity:
+                break
+            if program not in self._paused and (program in self._acting or program in self._waiting):
+                used -= self._weight(program, self._context[program], now)
+                self._pause(program, True)
+        for program in sorted(self._paused, key=lambda p: (p in self._acting, self._context[p], p.id)):
+            used += self._weight(program, self._context[program], now)
+            if used > self._capacity and len(self._paused) < len(self._context):
+                break
+            self._pause(program, False)
+
+    def _pause(self, program: Program, paused: bool) -> None:
+        if paused:
+            self._paused[program] = None
+        else:
+            del self._paused[program]
+        if program in self._waiting:
+            self.changed.append(self._waiting[program])
