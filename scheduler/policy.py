@@ -25,6 +25,8 @@ class Pressure:
     retained: int
     """Held by programs that do not run; free for the taking."""
     running: int
+    host: bool
+    """There is a host tier, so that KV under pressure moves instead of being lost."""
 
 
 class Policy:

@@ -98,6 +98,62 @@ class Distribution:
         return sum(beyond) / len(beyond) - elapsed if beyond else max(elapsed, default)
 
 
+class TurnHazards:
+    """Chance that a program ends at its k-th segment, given that it gets there (Kaplan and Meier 1958).
+
+    Programs that still live count among those at risk, so that the estimate is not drawn to short programs. Hazards
+    are smoothed over neighbouring turns and towards their overall mean.
+    """
+
+    LONGEST = 256
+    EVERY = 64
+    """Segments after which the tables are made anew."""
+    PRIOR = 6.0
+    """Weight of the overall mean, in observations."""
+    WIDTH = 2.0
+    """Of the smoothing, in turns."""
+
+    def __init__(self) -> None:
+        n = self.LONGEST
+        self._risk, self._ends = np.zeros(n), np.zeros(n)
+        self._seen = 0
+        turns = np.arange(n)
+        self._kernel = np.exp(-np.abs(turns[:, None] - turns) / self.WIDTH)
+        self._remaining, self._index = np.ones(n), np.ones(n)
+        self._make_tables()
+
+    def observe(self, turn: int, last: bool) -> None:
+        """A program's segment number ``turn``, from 0, has ended, and was its last or not."""
+        at = min(turn, self.LONGEST - 1)
+        self._risk[at] += 1
+        self._ends[at] += last
+        self._seen += 1
+        if self._seen % self.EVERY == 0:
+            self._make_tables()
+
+    def remaining(self, turn: int) -> float:
+        """Expected segments from number ``turn`` on, itself included."""
+        return float(self._remaining[min(turn, self.LONGEST - 1)])
+
+    def index(self, turn: int) -> float:
+        """Inverse Gittins index: the least expected segments per chance to end, over all horizons (Gittins 1979)."""
+        return float(self._index[min(turn, self.LONGEST - 1)])
+
+    def _make_tables(self) -> None:
+        n = self.LONGEST
+        mean = (self._ends.sum() + 1) / (self._risk.sum() + 8)
+        hazard = (self._kernel @ self._ends + self.PRIOR * mean) / (self._kernel @ self._risk + self.PRIOR)
+        hazard = np.clip(hazard, 1e-3, 1.0)
+        after = 1 / mean
+        for turn in range(n - 1, -1, -1):
+            self._remaining[turn] = after = 1 + (1 - hazard[turn]) * after
+        padded = np.concatenate([hazard, np.full(64, mean)])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 64)[:n]
+        alive = np.cumprod(1 - windows, axis=1)  # after each turn of the horizon
+        run = 1 + np.concatenate([np.zeros((n, 1)), np.cumsum(alive[:, :-1], axis=1)], axis=1)
+        self._index = 1 / ((1 - alive) / run).max(axis=1)
+
+
 class Predictor:
     """Learns from what has ended: output lengths, tool times per tool, turns per program, seconds per step."""
 
@@ -109,6 +165,7 @@ class Predictor:
         """Seconds per tool wait, by tool; under None of all."""
         self.turns = Distribution()
         """Segments per program."""
+        self.hazards = TurnHazards()
         self._progress = [0.0] * 6  # decaying sums over ended programs' moments k: n, k, r, kk, rr, kr
 
     # -- questions ---------------------------------------------------------------------------------------------
@@ -130,8 +187,16 @@ class Predictor:
         return own if own is not None and len(own) >= ENOUGH else self.tools[None]
 
     def remaining_turns(self, program: Program) -> float:
-        """Segments it will still run, the present or next one included: the mean of those who got as far."""
-        return max(1.0, self.turns.mean_beyond(program.turns, 4.0))
+        """Segments it will still run, the present or next one included."""
+        return self.hazards.remaining(program.turns)
+
+    def turns_index(self, program: Program) -> float:
+        """Segments that it is worth to wait for its end; see :meth:`TurnHazards.index`."""
+        return self.hazards.index(program.turns)
+
+    def program_s(self) -> float:
+        """Seconds that a typical program runs in all."""
+        return self.costs.decode_s(self.outputs.mean(100.0) * self.turns.mean(8.0))
 
     def remaining_s(self, segment: Segment) -> float:
         """Seconds of model time until its program ends, were it alone: this segment and those after it."""
@@ -160,6 +225,7 @@ class Predictor:
         """A segment has ended."""
         if segment.finish_reason in ("stop", "length"):
             self.outputs.add(len(segment.output))
+            self.hazards.observe(segment.program.turns - 1, segment.final)
 
     def returned(self, program: Program) -> None:
         """A tool wait has ended."""
@@ -216,6 +282,9 @@ class Oracle(Predictor):
 
     def remaining_turns(self, program: Program) -> float:
         return max(1.0, len(self._left(program)) * self._wrong(program, "turns"))
+
+    def turns_index(self, program: Program) -> float:
+        return self.remaining_turns(program)
 
     def remaining_s(self, segment: Segment) -> float:
         left = self._left(segment.program)

@@ -75,6 +75,7 @@ class Segment:
     final: bool
     """Its program ends with it."""
     submitted: float
+    page_size: int
     matched: int = 0
     """Tokens it shares with what its program retained when it was submitted."""
     queued: float = 0.0

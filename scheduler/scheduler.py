@@ -131,6 +131,7 @@ class Scheduler:
             stops=stops,
             final=final or program is None,
             submitted=now,
+            page_size=self.config.page_size,
         )
         if owner.last is not None:
             self._idle.pop(owner, None)
@@ -415,7 +416,8 @@ class Scheduler:
                 self._queue.update(segment, self._policy.features(segment))
 
     def _pressure(self) -> Pressure:
-        return Pressure(self.config.page_size, self._pool.size, self._pool.free, self._residency.retained, len(self._running))
+        c = self.config
+        return Pressure(c.page_size, self._pool.size, self._pool.free, self._residency.retained, len(self._running), c.host.pages > 0)
 
     # -- pages -----------------------------------------------------------------------------------------------
 

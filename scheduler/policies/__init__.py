@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..policy import Policy
 from ..prediction import Predictor
 from .agentsched import AgentSched
+from .astraea import Astraea
 from .astraea_paper import AstraeaPaper
 from .continuum import Continuum
 from .fcfs import FCFS, ProgramFCFS
@@ -17,6 +18,8 @@ from .shortest import HRRN, SJF, SRPT
 from .thunderagent import ThunderAgent
 
 POLICIES: dict[str, Callable[[Predictor], Policy]] = {
+    "astraea": Astraea,
+    "astraea-paper": AstraeaPaper,
     "fcfs": FCFS,
     "program-fcfs": ProgramFCFS,
     "sjf": SJF,
@@ -27,7 +30,6 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "continuum": Continuum,
     "agentsched": AgentSched,
     "thunderagent": ThunderAgent,
-    "astraea-paper": AstraeaPaper,
     "srpt-clairvoyant": SRPT,
 }
 

@@ -1,0 +1,120 @@
+"""Astraea's idea, highest response ratio next over stateful programs, at the level of iterations and memory.
+
+What is kept of arXiv 2512.14142: the unit is the program with its history; the response ratio weighs the wait that it
+has accumulated over all its segments; short remaining work goes first, and waiting makes everybody rise. What differs,
+and why (each is a row of the ablation table, `python scripts/bench_jct.py --policies=ablation`):
+
+* Segments start as soon as memory allows, not in batches that run to completion.
+* The scarce good is memory, so a program's size is memory times time: the pages its segment holds (those it would
+  newly take count in full, those it still has by half) times its expected remaining turns.
+* Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
+  still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
+  fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
+* The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its segments,
+  tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
+  program whose wait exceeds ``PATIENCE`` times a typical running time jumps the queue, oldest first.
+* Aging jumps the queue but never evicts a running segment: preempting by priority was measured to cost a factor.
+* Without a host tier new programs start only while live contexts fit into the pool (those in tool waits fade with a
+  half-life), because a dropped context costs its whole prefill; with one such a gate only idles memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..policy import Policy, Pressure
+from ..prediction import Predictor
+from ..program import Program, Segment
+
+EXPONENT = 1.4
+RESIDENT = 0.5
+"""How much less a page counts that the program still holds."""
+TYPICAL = 0.5
+"""Share of a typical program's running time in the ratio's numerator."""
+PATIENCE = 20.0
+"""Typical running times after which a waiting program jumps the queue."""
+HALF_LIFE_S = 10.0
+"""In which the context of a program in a tool wait counts half as much for the gate."""
+
+
+class Astraea(Policy):
+    columns = 2
+
+    def __init__(self, predictor: Predictor):
+        super().__init__(predictor)
+        self._gate = Gate()
+
+    def features(self, segment: Segment) -> Sequence[float]:
+        program = segment.program
+        since = segment.queued - program.waited_s - program.ran_s
+        held = min(segment.reusable, len(program.pages) * segment.page_size)
+        size = self.predict.turns_index(program) * (segment.known - RESIDENT * held)
+        return since, size**EXPONENT
+
+    def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
+        since, size = features.T
+        typical = self.predict.program_s()
+        age = now - since
+        return np.where(age > PATIENCE * typical, -1e18 - age, -(age + TYPICAL * typical) / size)
+
+    def rank(self, segment: Segment) -> tuple[float, ...]:
+        return (segment.program.arrival, segment.number)
+
+    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
+        return pressure.host or self._gate.passes(segment, now, pressure)
+
+    def admitted(self, segment: Segment, now: float) -> None:
+        self._gate.runs(segment, now)
+
+    def ended(self, segment: Segment, now: float) -> None:
+        self._gate.waits(segment, now)
+
+    def forgotten(self, program: Program) -> None:
+        self._gate.forget(program)
+
+
+class Gate:
+    """Lets new programs start only while the contexts of those that have started fit into the pool.
+
+    Programs in a tool wait count with ``2 ** -(waited / HALF_LIFE_S)``. Every operation is O(1): contexts that fade
+    alike fade as one sum.
+    """
+
+    def __init__(self) -> None:
+        self._active: dict[Program, float] = {}
+        self._running = 0.0
+        self._fading: dict[Program, tuple[float, float]] = {}
+        """Context and time of those in a tool wait."""
+        self._faded, self._at = 0.0, 0.0
+
+    def passes(self, segment: Segment, now: float, pressure: Pressure) -> bool:
+        """Whether a waiting segment may start."""
+        if segment.program in self._active or segment.program in self._fading or not self._active:
+            return True
+        self._fade(now)
+        return self._running + self._faded + segment.known <= pressure.pages * pressure.page_size
+
+    def runs(self, segment: Segment, now: float) -> None:
+        """A segment has started."""
+        self.forget(segment.program, now)
+        self._active[segment.program] = float(segment.known)
+        self._running += segment.known
+
+    def waits(self, segment: Segment, now: float) -> None:
+        """A segment has ended, and its program waits for a tool."""
+        self.forget(segment.program, now)
+        self._fading[segment.program] = float(segment.known), now
+        self._faded += segment.known
+
+    def forget(self, program: Program, now: float | None = None) -> None:
+        """A program has ended, or changes sides."""
+        self._fade(self._at if now is None else now)
+        self._running -= self._active.pop(program, 0.0)
+        context, since = self._fading.pop(program, (0.0, self._at))
+        self._faded = max(0.0, self._faded - context * 2.0 ** -((self._at - since) / HALF_LIFE_S))
+
+    def _fade(self, now: float) -> None:
+        self._faded *= 2.0 ** -((now - self._at) / HALF_LIFE_S)
+        self._at = now
