@@ -38,7 +38,7 @@ class EngineConfig:
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
     """Of weights and KV. None: float32 on a CPU, bfloat16 elsewhere."""
-    policy: str = "fcfs"
+    policy: str = "astraea"
     max_queued: int = 1024
     """Requests that may wait; beyond that they are refused."""
     max_programs: int = 8192

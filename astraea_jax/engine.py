@@ -29,6 +29,7 @@ from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.prediction import Predictor, StepCosts
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 
@@ -96,7 +97,8 @@ class Engine:
             max_programs=c.max_programs,
             session_ttl_s=c.session_ttl_s,
         )
-        self._scheduler = Scheduler(scheduler_config, make_policy(c.policy))
+        self._predictor = Predictor()
+        self._scheduler = Scheduler(scheduler_config, make_policy(c.policy, self._predictor))
         self._runner = Runner(
             decoder,
             num_pages=layout.num_pages,
@@ -114,6 +116,7 @@ class Engine:
         self._requests: dict[Segment, _Request] = {}
         self._by_generation: dict[Generation, _Request] = {}
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Delta | Exception]]] = {}
+        self._step_ended = 0.0
         self._refusing: str | None = "the engine has not been started"
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="astraea-engine", daemon=True)
@@ -190,9 +193,18 @@ class Engine:
         """End a program that waits for a tool: its KV is dropped. Unknown sessions are ignored."""
         self._post(partial(self._end_session, session))
 
+    def tool_called(self, session: str, tool: str) -> None:
+        """Say which tool a waiting program waits for, so that the scheduler learns its times."""
+        self._post(partial(self._scheduler.tool_called, session, tool))
+
     def stats(self) -> SchedulerStats:
         """Counts of programs, segments and pages as of the last step."""
         return self._scheduler.stats()
+
+    @property
+    def step_costs(self) -> StepCosts:
+        """What steps cost here, fitted to those taken so far."""
+        return self._predictor.costs
 
     def shutdown(self, grace_s: float = 30.0) -> None:
         """Refuse new requests, let running ones finish for ``grace_s`` seconds, cancel the rest, stop the loop."""
@@ -296,6 +308,8 @@ class Engine:
                     request,
                     Delta(text, (token,), "stop" if request.output.stopped else segment.finish_reason),
                 )
+        self._scheduler.observe(step.plan, arrived - max(step.dispatched, self._step_ended))
+        self._step_ended = arrived
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived
 

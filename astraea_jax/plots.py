@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -13,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from astraea_jax.agent import ProgramResult, SegmentRecord
+from astraea_jax.scheduler.simulator import ProgramRecord
 
 COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
 Span = tuple[float, float]
@@ -37,13 +39,66 @@ def spans(segments: Sequence[SegmentRecord]) -> dict[str, list[Span]]:
 def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None:
     """Draw one bar per program, in order of arrival: when it queued, was prefilled, decoded and waited for a tool."""
     ordered = sorted(programs, key=lambda program: program.segments[0].submitted)
-    zero = ordered[0].segments[0].submitted
-    figure, axes = plt.subplots(figsize=(12, max(4.0, 1.5 + 0.08 * len(ordered))), layout="constrained")
-    for row, program in enumerate(ordered):
-        for kind, found in spans(program.segments).items():
+    _bars([spans(program.segments) for program in ordered], ordered[0].segments[0].submitted, path, title)
+
+
+def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str) -> None:
+    """As :func:`timelines`, of simulated or replayed programs."""
+    rows = []
+    for record in sorted(records, key=lambda record: record.arrival):
+        found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
+        for i, (submitted, scheduled, first, ended) in enumerate(record.spans):
+            found["queue"].append((submitted, scheduled - submitted))
+            found["prefill"].append((scheduled, first - scheduled))
+            found["decode"].append((first, ended - first))
+            found["tool wait"].append((ended, record.program.segments[i].tool_s))
+        rows.append(found)
+    _bars(rows, 0.0, path, title)
+
+
+def distributions(jct: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
+    """Draw the cumulative distribution of job completion times, a line per policy."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, values) in enumerate(jct.items()):
+        share = [(k + 1) / len(values) for k in range(len(values))]
+        axes.plot(sorted(values), share, label=name, **_style(name, i))
+    axes.set(xlabel="job completion time, s", ylabel="share of programs", title=title, xscale="log", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path, title: str) -> None:
+    """Draw the mean completion time over oversubscription: per policy (x, mean, low, high), with a band."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, points) in enumerate(lines.items()):
+        x, mean, low, high = zip(*points, strict=True)
+        style = _style(name, i)
+        axes.plot(x, mean, marker="o", markersize=3, label=name, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="KV oversubscription", ylabel="mean job completion time, s", title=title, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _style(name: str, index: int) -> dict[str, Any]:
+    if name.startswith("astraea") and "paper" not in name:
+        return {"color": "#c62828", "linewidth": 2.4, "zorder": 5}
+    if "clairvoyant" in name or "unlimited" in name:
+        return {"color": "#555555", "linewidth": 1.4, "linestyle": "--"}
+    return {"color": mpl.colormaps["tab20"](index % 20), "linewidth": 1.3}
+
+
+def _bars(rows: Sequence[Mapping[str, Sequence[Span]]], zero: float, path: Path, title: str) -> None:
+    figure, axes = plt.subplots(figsize=(12, max(4.0, 1.5 + 0.08 * len(rows))), layout="constrained")
+    for row, kinds in enumerate(rows):
+        for kind, found in kinds.items():
             shifted = [(start - zero, length) for start, length in found]
             axes.broken_barh(shifted, (row - 0.42, 0.84), facecolors=COLOURS[kind], linewidth=0)
-    axes.set(xlabel="seconds", ylabel="program", title=title, ylim=(len(ordered) - 0.5, -0.5))
+    axes.set(xlabel="seconds", ylabel="program", title=title, ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlim(left=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     patches = [Patch(color=colour) for colour in COLOURS.values()]

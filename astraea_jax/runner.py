@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class InFlight:
     plan: Plan
     tokens: jax.Array
     """``[R]`` int32: what each row sampled; -1 where the logits were not finite."""
+    dispatched: float
+    """By ``time.perf_counter``."""
 
     @property
     def done(self) -> bool:
@@ -153,7 +156,7 @@ class Runner:
         _fill_tokens(tokens, rows)
         sampled = self._launch(shape, (tokens, ints, floats, table))
         sampled.copy_to_host_async()
-        return InFlight(plan, sampled)
+        return InFlight(plan, sampled, time.perf_counter())
 
     def _fitting(self, rows: int, tokens: int) -> StepShape:
         """The smallest shape that holds the step."""

@@ -25,3 +25,5 @@ class Plan:
     admitted: list[Segment]
     """Segments that have got a slot in this plan."""
     tokens: int
+    context: int
+    """Tokens that its rows attend to, all together."""

@@ -275,7 +275,12 @@ class Scheduler:
             return None
         rows = [self._row(segment, count, now) for segment, count in chosen.items()]
         fresh, self._fresh = self._fresh, []
-        return Plan(rows, fresh, self.config.max_step_tokens - budget)
+        context = sum(segment.computed for segment in chosen)
+        return Plan(rows, fresh, self.config.max_step_tokens - budget, context)
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """Say how long a step took, for predictions."""
+        self._policy.predict.costs.observe(plan.tokens, plan.context, seconds)
 
     def extend(self, plan: Plan, times: int) -> int:
         """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now.

@@ -109,7 +109,7 @@ class Simulator:
         *,
         record_plans: bool = False,
     ):
-        self._costs, self._sizes, self._policy = costs, sizes, policy
+        self._costs, self._sizes = costs, sizes
         self.scheduler = Scheduler(sizes.config(max(p.longest for p in programs) + 1), policy)
         self._records = {p.id: ProgramRecord(p, p.arrival_s or 0.0) for p in programs}
         self._events: list[tuple[float, int, str, object]] = []
@@ -160,9 +160,8 @@ class Simulator:
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step: how many equal ones it stands for, when the last of them starts, and when it ends."""
-        context = sum(row.start + row.tokens for row in plan.rows)
-        step_s = self._costs.step_s(plan.tokens, context)
-        self._policy.predict.costs.observe(plan.tokens, context, step_s)
+        step_s = self._costs.step_s(plan.tokens, plan.context)
+        self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1
         growth = self._costs.per_context_s * len(plan.rows)

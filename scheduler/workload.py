@@ -94,18 +94,22 @@ def swe_batch(rng: random.Random) -> tuple[TraceSegment, ...]:
 
 
 def interactive(rng: random.Random) -> tuple[TraceSegment, ...]:
-    """C: coding with a human in the loop, after TraceLab (arXiv 2606.30560). Turns log-normal, median 16; every ninth
-    wait or so is the human's. Contexts are compacted at 120k tokens to a quarter (an assumption), and turns end at 150
-    instead of 1,500 so that a run of some hundred programs has a steady state."""
-    turns = min(150, max(1, round(LogNormal(16, 1.75).draw(rng))))
+    """C: coding with a human in the loop, after TraceLab (arXiv 2606.30560): turns log-normal with median 16, every
+    ninth wait or so the human's.
+
+    The source's tails are cut so that a run of some hundred programs reaches a steady state: 60 turns instead of 1,500,
+    waits of ten minutes instead of an hour, outputs of 4,000 tokens. Contexts that reach 120k tokens are compacted to
+    30k (an assumption).
+    """
+    turns = min(60, max(1, round(LogNormal(16, 1.75).draw(rng))))
     segments: list[TraceSegment] = []
     held, cached, fresh = 0, 0, 14000
     for i in range(turns):
-        output = min(8000, max(1, round(LogNormal(214, 1.6).draw(rng))))
+        output = min(4000, max(1, round(LogNormal(214, 1.6).draw(rng))))
         if rng.random() < 1 / 9:
-            tool, wait = "human", min(3600.0, LogNormal(85, 2.1).draw(rng))
+            tool, wait = "human", min(600.0, LogNormal(85, 2.1).draw(rng))
         else:
-            tool, wait = "tool", min(3600.0, LogNormal(0.3, 2.9).draw(rng))
+            tool, wait = "tool", min(600.0, LogNormal(0.3, 2.9).draw(rng))
         last = i == turns - 1
         segments.append(TraceSegment(cached, fresh, output, None if last else tool, 0.0 if last else wait))
         held = cached + fresh + output

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..policy import Policy
 from ..prediction import Predictor
 from .agentsched import AgentSched
-from .astraea import Astraea
+from .astraea import Astraea, Terms
 from .astraea_paper import AstraeaPaper
 from .continuum import Continuum
 from .fcfs import FCFS, ProgramFCFS
@@ -18,8 +19,6 @@ from .shortest import HRRN, SJF, SRPT
 from .thunderagent import ThunderAgent
 
 POLICIES: dict[str, Callable[[Predictor], Policy]] = {
-    "astraea": Astraea,
-    "astraea-paper": AstraeaPaper,
     "fcfs": FCFS,
     "program-fcfs": ProgramFCFS,
     "sjf": SJF,
@@ -30,8 +29,21 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "continuum": Continuum,
     "agentsched": AgentSched,
     "thunderagent": ThunderAgent,
+    "astraea-paper": AstraeaPaper,
+    "astraea": Astraea,
     "srpt-clairvoyant": SRPT,
 }
+ABLATION: dict[str, Callable[[Predictor], Policy]] = {
+    "astraea": Astraea,
+    "astraea-turns": partial(Astraea, terms=Terms(turns=False)),
+    "astraea-memory": partial(Astraea, terms=Terms(memory=False)),
+    "astraea-resident": partial(Astraea, terms=Terms(resident=0.0)),
+    "astraea-wait": partial(Astraea, terms=Terms(wait=False)),
+    "astraea-typical": partial(Astraea, terms=Terms(typical=0.01)),
+    "astraea-exponent": partial(Astraea, terms=Terms(exponent=1.0)),
+    "astraea-gate": partial(Astraea, terms=Terms(gate=False)),
+}
+"""``astraea`` with one term left out, for studies."""
 
 
 def make_policy(name: str, predictor: Predictor | None = None) -> Policy:
@@ -40,6 +52,7 @@ def make_policy(name: str, predictor: Predictor | None = None) -> Policy:
     Raises:
         ValueError: there is none; the message lists them.
     """
-    if name not in POLICIES:
+    make = POLICIES.get(name) or ABLATION.get(name)
+    if make is None:
         raise ValueError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}")
-    return POLICIES[name](predictor or Predictor())
+    return make(predictor or Predictor())

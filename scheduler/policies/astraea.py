@@ -21,6 +21,7 @@ and why (each is a row of the ablation table, `python scripts/bench_jct.py --pol
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,42 +29,62 @@ from ..policy import Policy, Pressure
 from ..prediction import Predictor
 from ..program import Program, Segment
 
-EXPONENT = 1.4
-RESIDENT = 0.5
-"""How much less a page counts that the program still holds."""
-TYPICAL = 0.5
-"""Share of a typical program's running time in the ratio's numerator."""
 PATIENCE = 20.0
 """Typical running times after which a waiting program jumps the queue."""
 HALF_LIFE_S = 10.0
 """In which the context of a program in a tool wait counts half as much for the gate."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The terms of the score, so that studies can leave one out."""
+
+    exponent: float = 1.4
+    """Of the size, against the response."""
+    resident: float = 0.5
+    """How much less a page counts that the program still holds."""
+    typical: float = 0.5
+    """Share of a typical program's running time in the response."""
+    turns: bool = True
+    """Remaining turns by the hazard of ending."""
+    memory: bool = True
+    """The pages that a segment holds."""
+    wait: bool = True
+    """Accumulated wait and running time."""
+    gate: bool = True
+    """For new programs where there is no host tier."""
+
+
 class Astraea(Policy):
     columns = 2
 
-    def __init__(self, predictor: Predictor):
+    def __init__(self, predictor: Predictor, terms: Terms | None = None):
         super().__init__(predictor)
+        self._terms = terms or Terms()
         self._gate = Gate()
 
     def features(self, segment: Segment) -> Sequence[float]:
-        program = segment.program
-        since = segment.queued - program.waited_s - program.ran_s
-        held = min(segment.reusable, len(program.pages) * segment.page_size)
-        size = self.predict.turns_index(program) * (segment.known - RESIDENT * held)
-        return since, size**EXPONENT
+        program, terms = segment.program, self._terms
+        size = 1.0
+        if terms.turns:
+            size *= self.predict.turns_index(program)
+        if terms.memory:
+            held = min(segment.reusable, len(program.pages) * segment.page_size)
+            size *= segment.known - terms.resident * held
+        return segment.queued - program.waited_s - program.ran_s, size**terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         since, size = features.T
         typical = self.predict.program_s()
         age = now - since
-        return np.where(age > PATIENCE * typical, -1e18 - age, -(age + TYPICAL * typical) / size)
+        response = (age if self._terms.wait else 0.0) + self._terms.typical * typical
+        return np.where(age > PATIENCE * typical, -1e18 - age, -response / size)
 
     def rank(self, segment: Segment) -> tuple[float, ...]:
         return (segment.program.arrival, segment.number)
 
     def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
-        return pressure.host or self._gate.passes(segment, now, pressure)
+        return pressure.host or not self._terms.gate or self._gate.passes(segment, now, pressure)
 
     def admitted(self, segment: Segment, now: float) -> None:
         self._gate.runs(segment, now)

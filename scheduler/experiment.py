@@ -1,0 +1,187 @@
+"""One cell of a study: a workload at a load, on a machine, under a policy, a predictor and a residency.
+
+Rate and pool are chosen so that cells compare: programs arrive at ``load`` times the rate at which the machine with
+unlimited memory works off all programs at once (until four fifths have ended), and the pool holds ``1 /
+oversubscription`` of the contexts that are alive in the mean when memory is unlimited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .costs import MACHINES, CostModel
+from .policies import make_policy
+from .prediction import Oracle, Predictor
+from .simulator import Outcome, ProgramRecord, Simulator, Sizes
+from .trace import TraceProgram, load_trace
+from .workload import GENERATORS, generate, resample, with_arrivals
+
+TRACES = Path(__file__).parent / "traces"
+RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
+"""Shipped traces, as workloads; see README.md beside them."""
+WORKLOADS = (*RECORDED, *GENERATORS)
+PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
+"""Relative noise of the oracle; None: learned online."""
+RESIDENCIES = ("keep-lru", "host", "unlimited")
+"""``keep-lru``: a prefix cache without a host tier. ``unlimited``: nothing is ever taken, a bound that ignores memory."""
+UNLIMITED = 2**40
+"""Tokens of a host tier that is never full."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    workload: str
+    """A name, or the path of a trace file."""
+    policy: str
+    predictor: str = "online"
+    residency: str = "host"
+    oversubscription: float = 1.5
+    seed: int = 0
+    programs: int = 300
+    load: float = 0.85
+    machine: str = "h200-8b"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Programs with arrivals, and what they would hold in unlimited memory."""
+
+    programs: tuple[TraceProgram, ...]
+    live_context: float
+
+
+def draw(workload: str, count: int, seed: int) -> list[TraceProgram]:
+    """Programs of a workload by name, or of a trace file.
+
+    Raises:
+        ValueError: there is no such workload.
+        TraceError: the file cannot be replayed.
+    """
+    if workload in GENERATORS:
+        return generate(workload, count, seed)
+    path = RECORDED.get(workload, Path(workload))
+    if not path.is_file():
+        raise ValueError(f"no workload or trace file is called {workload!r}; there are {', '.join(WORKLOADS)}")
+    return resample(load_trace(path), count, seed)
+
+
+@lru_cache(maxsize=64)
+def prepare(workload: str, count: int, seed: int, load: float, machine: str) -> Prepared:
+    """Draw programs and let them arrive."""
+    costs = MACHINES[machine]
+    programs = draw(workload, count, seed)
+    sizes = Sizes(everything(programs))
+    if all(p.arrival_s is None for p in programs):
+        at_once = [replace(p, arrival_s=0.0) for p in programs]
+        ends = sorted(r.ended for r in _run(at_once, "fcfs", Predictor(), costs, sizes).records)
+        done = max(1, int(0.8 * count))
+        programs = with_arrivals(programs, load * done / ends[done - 1], seed)
+    return Prepared(tuple(programs), _run(programs, "fcfs", Predictor(), costs, sizes).mean_live_context)
+
+
+def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
+    """Run a cell.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    prepared = prepare(cell.workload, cell.programs, cell.seed, cell.load, cell.machine)
+    longest = max(p.longest for p in prepared.programs)
+    pool = max(int(prepared.live_context / cell.oversubscription), longest + 4096)
+    sizes = {
+        "keep-lru": Sizes(pool),
+        "host": Sizes(pool, host_tokens=UNLIMITED),
+        "unlimited": Sizes(everything(prepared.programs)),
+    }[cell.residency]
+    predictor = predictor_for(cell, prepared.programs)
+    return _run(prepared.programs, cell.policy, predictor, MACHINES[cell.machine], sizes, record_plans)
+
+
+def everything(programs: Sequence[TraceProgram]) -> int:
+    """Tokens of a pool that all programs fit into at once."""
+    return sum(p.longest + 2 * Sizes.page_size for p in programs) + 4096
+
+
+def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
+    noise = PREDICTORS[cell.predictor]
+    if cell.policy == "srpt-clairvoyant":
+        noise = 0.0
+    return Predictor() if noise is None else Oracle(programs, noise, cell.seed)
+
+
+def _run(
+    programs: Sequence[TraceProgram],
+    policy: str,
+    predictor: Predictor,
+    costs: CostModel,
+    sizes: Sizes,
+    record_plans: bool = False,
+) -> Outcome:
+    return Simulator(programs, make_policy(policy, predictor), costs, sizes, record_plans=record_plans).run()
+
+
+def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048) -> float:
+    """Seconds that a program takes on an idle machine, tool waits included."""
+    total = program.tool_s
+    for s in program.segments:
+        steps = -(-s.new // max_step_tokens)
+        total += steps * costs.base_s + costs.per_token_s * s.new + costs.per_context_s * steps * s.prompt
+        total += (s.output - 1) * costs.step_s(1, s.prompt + s.output // 2)
+    return total
+
+
+def summary(cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    """The figures of a run, as a row of a table. Times in seconds."""
+    records = [r for r in outcome.records if r.spans]
+    jct = np.array([r.jct_s for r in records])
+    alone = np.array([alone_s(r.program, MACHINES[cell.machine]) for r in records])
+    p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
+    s, page = outcome.stats, Sizes.page_size
+    return {
+        "workload": cell.workload,
+        "policy": cell.policy,
+        "predictor": "oracle" if cell.policy == "srpt-clairvoyant" else cell.predictor,
+        "residency": cell.residency,
+        "oversubscription": cell.oversubscription,
+        "seed": cell.seed,
+        "machine": cell.machine,
+        "load": cell.load,
+        "programs": len(records),
+        "refused": outcome.refused,
+        "mean_jct_s": float(jct.mean()),
+        "p50_jct_s": p50,
+        "p90_jct_s": p90,
+        "p95_jct_s": p95,
+        "p99_jct_s": p99,
+        "mean_jct_no_tool_s": float(np.mean([r.jct_no_tool_s for r in records])),
+        "p99_jct_no_tool_s": float(np.percentile([r.jct_no_tool_s for r in records], 99)),
+        "mean_queue_s": float(np.mean([r.queue_s for r in records])),
+        "max_slowdown": float((jct / alone).max()),
+        "programs_per_s": len(records) / outcome.makespan_s,
+        "output_tokens_per_s": sum(x.output for r in records for x in r.program.segments) / outcome.makespan_s,
+        "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
+        "recomputed_tokens": s.recomputed_tokens,
+        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * MACHINES[cell.machine].page_bytes_per_token,
+        "preemptions": s.preemptions,
+        "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
+        "steps": outcome.steps,
+    }
+
+
+def _prefilled(records: Sequence[ProgramRecord], recomputed: int) -> int:
+    return recomputed + sum(s.new for r in records for s in r.program.segments)
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean."""
+    data = np.asarray(values, float)
+    rng = np.random.default_rng(seed)
+    means = data[rng.integers(0, len(data), (2000, len(data)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

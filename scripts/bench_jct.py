@@ -1,0 +1,211 @@
+"""Job completion times of agent programs under every scheduling policy: which one finishes whole agents soonest?
+
+  python scripts/bench_jct.py                                     the shipped trace, five policies, a minute
+  python scripts/bench_jct.py --policies=all --workload=swe-batch --oversubscription=0.5,1,1.5,2.5 --seeds=5 --plots=out
+  python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --json=out/mine.json
+  python scripts/bench_jct.py --backend=engine --policies=fcfs,plas,astraea   the real engine, and the simulator beside it
+
+The simulator runs the engine's own scheduler on a virtual clock (`scheduler/simulator.py`). Accelerator machines are
+computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`): keep-lru
+has no host memory, host models a host tier that the engine itself does not have yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from astraea_jax.scheduler.costs import MACHINES
+from astraea_jax.scheduler.experiment import (
+    PREDICTORS,
+    RESIDENCIES,
+    WORKLOADS,
+    Cell,
+    draw,
+    interval,
+    simulate,
+    summary,
+)
+from astraea_jax.scheduler.policies import ABLATION, POLICIES
+from astraea_jax.scheduler.simulator import ProgramRecord
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("backend", "sim", ["sim", "engine"], "Simulate, or replay against the real engine on this machine.")
+flags.DEFINE_multi_string("trace", [], "Trace file to replay; repeatable.")
+flags.DEFINE_list("workload", [], f"Workloads, of {', '.join(WORKLOADS)}; claude-code if neither is given.")
+flags.DEFINE_list(
+    "policies",
+    ["fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant"],
+    f"Of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time.",
+)
+flags.DEFINE_list("predictor", ["online"], f"Of {', '.join(PREDICTORS)}.")
+flags.DEFINE_list("residency", ["host"], f"Of {', '.join(RESIDENCIES)}.")
+flags.DEFINE_list("oversubscription", ["1.5"], "Live contexts over the KV pool.")
+flags.DEFINE_integer("programs", 300, "Programs of a run.", lower_bound=1)
+flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
+flags.DEFINE_float("load", 0.85, "Share of the machine's throughput that arrives.", lower_bound=0.01)
+flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of the simulated machine.")
+flags.DEFINE_string("json", None, "Write all rows to this file.")
+flags.DEFINE_string("plots", None, "Draw pictures into this folder.")
+
+console = Console(width=max(140, Console().width))
+
+
+def policies() -> list[str]:
+    names: list[str] = []
+    for name in FLAGS.policies:
+        names += list(POLICIES) if name == "all" else list(ABLATION) if name == "ablation" else [name]
+    for name in names:
+        if name not in POLICIES and name not in ABLATION:
+            raise app.UsageError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}")
+    return names
+
+
+def one_of(flag: str, allowed: Iterable[str]) -> list[str]:
+    for value in FLAGS[flag].value:
+        if value not in allowed:
+            raise app.UsageError(f"--{flag}: {value!r} is none of {', '.join(allowed)}")
+    return list(FLAGS[flag].value)
+
+
+def cells() -> list[Cell]:
+    """Of the whole study, cells of the same programs together."""
+    try:
+        factors = [float(x) for x in FLAGS.oversubscription]
+    except ValueError:
+        raise app.UsageError(f"--oversubscription: {FLAGS.oversubscription} are not all numbers") from None
+    if not all(0 < x < float("inf") for x in factors):
+        raise app.UsageError("--oversubscription: every factor must be above 0")
+    workloads = [*FLAGS.trace, *FLAGS.workload] or ["claude-code"]
+    for workload in workloads:
+        try:
+            draw(workload, 1, 0)
+        except ValueError as error:
+            raise app.UsageError(str(error)) from None
+    return [
+        Cell(workload, policy, predictor, residency, factor, seed, FLAGS.programs, FLAGS.load, FLAGS.machine)
+        for workload in workloads
+        for seed in range(FLAGS.seeds)
+        for residency in one_of("residency", RESIDENCIES)
+        for factor in factors
+        for predictor in one_of("predictor", PREDICTORS)
+        for policy in policies()
+    ]
+
+
+def run(cell: Cell) -> tuple[dict[str, Any], list[ProgramRecord]]:
+    outcome = simulate(cell)
+    return summary(cell, outcome), outcome.records
+
+
+def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
+    """Every cell, several at a time."""
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=console) as bar, ProcessPoolExecutor(os.cpu_count()) as pool:
+        shown = bar.add_task("runs", total=len(study))
+        chunk = max(1, min(len(policies()), len(study) // (2 * (os.cpu_count() or 1))))
+        for result in pool.map(run, study, chunksize=chunk):
+            results.append(result)
+            bar.update(shown, advance=1)
+    return results
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]]:
+    """(workload, residency, oversubscription) -> (policy, predictor) -> its rows, one per seed."""
+    found: dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
+    for row in rows:
+        group = found.setdefault((row["workload"], row["residency"], row["oversubscription"]), {})
+        group.setdefault((row["policy"], row["predictor"]), []).append(row)
+    return found
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    for (workload, residency, factor), group in groups(rows).items():
+        first = next((runs for (policy, _), runs in group.items() if policy == "fcfs"), next(iter(group.values())))
+        table = Table(
+            title=f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, {first[0]['programs']} programs, "
+            f"{len(first)} seeds, {first[0]['machine']}"
+        )
+        for name in (
+            *("policy", "mean JCT s", "95 %", f"vs {first[0]['policy']}", "P50", "P90", "P99", "no tools", "max slow-"),
+            *("hit", "again", "moved GB", "preempt", "us/step"),
+        ):
+            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        base = np.array([r["mean_jct_s"] for r in first])
+        for (policy, predictor), runs in group.items():
+            mean = lambda key, runs=runs: float(np.mean([r[key] for r in runs]))  # noqa: E731
+            low, high = interval([r["mean_jct_s"] for r in runs])
+            ratio = float(np.mean(np.array([r["mean_jct_s"] for r in runs]) / base))
+            table.add_row(
+                policy if predictor == "online" else f"{policy} ({predictor})",
+                f"{mean('mean_jct_s'):.1f}",
+                f"{low:.0f}-{high:.0f}",
+                f"{ratio:.3f}",
+                *(f"{mean(k):.0f}" for k in ("p50_jct_s", "p90_jct_s", "p99_jct_s", "mean_jct_no_tool_s")),
+                f"{mean('max_slowdown'):.1f}",
+                f"{mean('prefix_hit'):.0%}",
+                f"{mean('recomputed_tokens') / 1e6:.1f}M",
+                f"{mean('moved_bytes') / 1e9:.0f}",
+                f"{mean('preemptions'):.0f}",
+                f"{mean('scheduler_us_per_step'):.0f}",
+            )
+        console.print(table)
+
+
+def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], folder: Path) -> None:
+    from astraea_jax.plots import distributions, simulated_timelines, sweep
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row, _ in results]
+    lines: dict[tuple[str, str], dict[str, list[tuple[float, float, float, float]]]] = {}
+    for (workload, residency, factor), group in groups(rows).items():
+        name = f"{Path(workload).stem}_{residency}_{factor:g}x"
+        jct: dict[str, list[float]] = {}
+        for (policy, predictor), runs in group.items():
+            label = policy if predictor in ("online", "oracle") else f"{policy} ({predictor})"
+            jct[label] = [r.jct_s for row, records in results if row in runs for r in records]
+            means = [r["mean_jct_s"] for r in runs]
+            lines.setdefault((Path(workload).stem, residency), {}).setdefault(label, []).append(
+                (factor, float(np.mean(means)), *interval(means))
+            )
+        distributions(jct, folder / f"cdf_{name}.png", f"{workload}, KV {residency}, {factor:g}x oversubscribed")
+    for (workload, residency), found in lines.items():
+        if len(next(iter(found.values()))) > 1:
+            sweep(found, folder / f"sweep_{workload}_{residency}.png", f"{workload}, KV {residency}")
+    for row, records in results:
+        if row["seed"] == 0 and row["policy"] in ("fcfs", "astraea") and row["predictor"] == "online":
+            name = f"{Path(row['workload']).stem}_{row['residency']}_{row['oversubscription']:g}x_{row['policy']}"
+            simulated_timelines(records[:100], folder / f"timeline_{name}.png", name.replace("_", ", "))
+    console.print(f"pictures in {folder}")
+
+
+def main(_: list[str]) -> None:
+    if FLAGS.backend == "engine":
+        from astraea_jax.replay import compare
+
+        study = cells()
+        results = compare(study, console)
+    else:
+        results = run_all(cells())
+    rows = [row for row, _ in results]
+    show(rows)
+    if FLAGS.json:
+        Path(FLAGS.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(FLAGS.json).write_text(json.dumps({"rows": rows}, indent=1))
+    if FLAGS.plots:
+        draw_plots(results, Path(FLAGS.plots))
+
+
+if __name__ == "__main__":
+    app.run(main)
