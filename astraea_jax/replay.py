@@ -74,8 +74,7 @@ def calibrate(programs: Sequence[TraceProgram]) -> CostModel:
     engine = _engine("fcfs", None)
     try:
         asyncio.run(replay(engine, [replace(p.scaled(1.0, 0.0), arrival_s=0.0) for p in programs]))
-        costs, token = engine.step_costs, engine.layout.page_bytes // PAGE
-        return CostModel(costs.base, costs.per_token, costs.per_context, token, link_bytes_s=1e9, measured=True)
+        return _costs(engine)
     finally:
         engine.shutdown(grace_s=0)
 
@@ -97,13 +96,19 @@ def simulated(programs: Sequence[TraceProgram], policy: str, costs: CostModel, p
 
 def measured(
     programs: Sequence[TraceProgram], policy: str, pool_tokens: int, progress: Callable[[], None]
-) -> list[ProgramRecord]:
-    """The real engine, with as many KV pages."""
+) -> tuple[list[ProgramRecord], CostModel]:
+    """The real engine, with as many KV pages; and what its steps have cost."""
     engine = _engine(policy, pool_tokens)
     try:
-        return asyncio.run(replay(engine, programs, progress))
+        return asyncio.run(replay(engine, programs, progress)), _costs(engine)
     finally:
         engine.shutdown(grace_s=0)
+
+
+def _costs(engine: Engine) -> CostModel:
+    costs, token = engine.step_costs, engine.layout.page_bytes // PAGE
+    fitted = (costs.base, costs.per_prefill, costs.per_token, costs.per_context)
+    return CostModel(*fitted, token, link_bytes_s=1e9, measured=True)
 
 
 def _engine(policy: str, pool_tokens: int | None) -> Engine:

@@ -1,7 +1,8 @@
 """What a step and a transfer cost on a machine, for the simulator.
 
-A step takes ``base + per_token * new tokens + per_context * context tokens read``. The CPU preset is fitted to measured
-steps (`scripts/bench_jct.py --calibrate`). The accelerator presets are **computed from data sheets and not measured**:
+A step takes ``base + per_token * new tokens + per_context * context tokens read``, and ``per_prefill`` more if any row
+prefills (other compiled shapes, padded). The CPU preset was fitted to the engine's own steps
+(`scripts/bench_jct.py --backend=engine` fits anew). The accelerator presets are **computed from data sheets and not measured**:
 base reads all weights at 75 % of the memory bandwidth, a new token costs two operations per weight at 50 % of the
 peak, a context token its KV at 75 % of the bandwidth; transfers run at 80 % of the host link.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class CostModel:
     base_s: float
+    per_prefill_s: float
     per_token_s: float
     per_context_s: float
     page_bytes_per_token: int
@@ -23,8 +25,10 @@ class CostModel:
     measured: bool
     """False: computed from hardware constants."""
 
-    def step_s(self, tokens: int, context: int) -> float:
-        return self.base_s + self.per_token_s * tokens + self.per_context_s * context
+    def step_s(self, rows: int, tokens: int, context: int) -> float:
+        """Of a step with so many rows, new tokens and tokens attended to."""
+        prefill = self.per_prefill_s if tokens > rows else 0.0
+        return self.base_s + prefill + self.per_token_s * tokens + self.per_context_s * context
 
     def transfer_s(self, tokens: int) -> float:
         return 50e-6 + tokens * self.page_bytes_per_token / self.link_bytes_s
@@ -45,6 +49,7 @@ def computed(
     """
     return CostModel(
         base_s=1e-3 + 2 * parameters / (0.75 * bandwidth * chips),
+        per_prefill_s=0.0,
         per_token_s=2 * parameters / (0.5 * peak * chips),
         per_context_s=kv_bytes / (0.75 * bandwidth * chips),
         page_bytes_per_token=kv_bytes,
@@ -68,8 +73,9 @@ MACHINES: dict[str, CostModel] = {
     "v6e-8b": computed(**LLAMA_8B, **V6E),
     "cpu-tiny": CostModel(
         base_s=1.1e-3,
-        per_token_s=3.4e-5,
-        per_context_s=2.6e-7,
+        per_prefill_s=8.6e-3,
+        per_token_s=1.5e-5,
+        per_context_s=1.1e-6,
         page_bytes_per_token=2048,
         link_bytes_s=3e9,
         measured=True,

@@ -131,8 +131,8 @@ def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048
     total = program.tool_s
     for s in program.segments:
         steps = -(-s.new // max_step_tokens)
-        total += steps * costs.base_s + costs.per_token_s * s.new + costs.per_context_s * steps * s.prompt
-        total += (s.output - 1) * costs.step_s(1, s.prompt + s.output // 2)
+        total += steps * costs.step_s(0, s.new // steps, s.prompt)
+        total += (s.output - 1) * costs.step_s(1, 1, s.prompt + s.output // 2)
     return total
 
 

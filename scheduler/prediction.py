@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from .plan import Plan
 from .program import Program, Segment
 from .trace import TraceProgram, TraceSegment
 
@@ -23,7 +24,8 @@ ENOUGH = 30
 
 
 class StepCosts:
-    """Seconds of a step, ``base + per_token * tokens + per_context * context``, fitted to the steps as they come.
+    """Seconds of a step, fitted to the steps as they come: ``base``, ``per_prefill`` more if any row prefills,
+    ``per_token`` new token and ``per_context`` token attended to.
 
     Least squares over a sliding exponential window, solved again every few steps.
     """
@@ -31,30 +33,30 @@ class StepCosts:
     FORGET = 0.998
     EVERY = 64
 
-    def __init__(self, base: float = 5e-3, per_token: float = 5e-5, per_context: float = 5e-8):
-        self.base, self.per_token, self.per_context = base, per_token, per_context
+    def __init__(self) -> None:
+        self.base, self.per_prefill, self.per_token, self.per_context = 5e-3, 0.0, 5e-5, 5e-8
         self.steps = 0
-        self.mean_step_s = base
+        self.mean_step_s = self.base
         """Of recent steps: how long one decoded token takes at the present load."""
-        self._scale = np.array([1.0, 1e-2, 1e-5])  # so that the columns are of one size
-        self._gram = np.zeros((3, 3))
-        self._right = np.zeros(3)
+        self._scale = np.array([1.0, 1.0, 1e-2, 1e-5])  # so that the columns are of one size
+        self._gram = np.zeros((4, 4))
+        self._right = np.zeros(4)
 
-    def observe(self, tokens: int, context: int, seconds: float) -> None:
-        """A step of ``tokens`` new tokens that attended to ``context`` tokens took ``seconds``."""
-        row = self._scale * (1.0, tokens, context)
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """A step took so long."""
+        row = self._scale * (1.0, plan.tokens > len(plan.rows), plan.tokens, plan.context)
         self._gram = self.FORGET * self._gram + np.outer(row, row)
         self._right = self.FORGET * self._right + seconds * row
         self.steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
         if self.steps % self.EVERY == 0:
-            ridge = 1e-6 * np.trace(self._gram) * np.eye(3)
+            ridge = 1e-6 * np.trace(self._gram) * np.eye(4)
             fitted = np.linalg.solve(self._gram + ridge, self._right) * self._scale
-            self.base, self.per_token, self.per_context = np.maximum(fitted, 0.0).tolist()
+            self.base, self.per_prefill, self.per_token, self.per_context = np.maximum(fitted, 0.0).tolist()
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds of step time that prefilling ``tokens`` adds."""
-        return self.per_token * tokens
+        return self.per_prefill + self.per_token * tokens
 
     def decode_s(self, tokens: float) -> float:
         """Seconds until ``tokens`` more tokens are decoded, at the present load."""

@@ -160,7 +160,7 @@ class Simulator:
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step: how many equal ones it stands for, when the last of them starts, and when it ends."""
-        step_s = self._costs.step_s(plan.tokens, plan.context)
+        step_s = self._costs.step_s(len(plan.rows), plan.tokens, plan.context)
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1

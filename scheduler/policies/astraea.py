@@ -14,12 +14,13 @@ and why (each is a row of the ablation table, `python scripts/bench_jct.py --pol
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
   program whose wait exceeds ``PATIENCE`` times a typical running time jumps the queue, oldest first.
 * Aging jumps the queue but never evicts a running segment: preempting by priority was measured to cost a factor.
-* Without a host tier new programs start only while live contexts fit into the pool (those in tool waits fade with a
-  half-life), because a dropped context costs its whole prefill; with one such a gate only idles memory.
+* Without a host tier a dropped context costs its whole prefill, so a gate holds new programs back while those that
+  return lose their KV and queue for it; with a host tier such a gate only idles memory, and there is none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,8 @@ class Astraea(Policy):
         return pressure.host or not self._terms.gate or self._gate.passes(segment, now, pressure)
 
     def admitted(self, segment: Segment, now: float) -> None:
+        lost = max(0, segment.matched - segment.reusable - 1)
+        self._gate.recomputes(self.predict.costs.per_token * lost, now)
         self._gate.runs(segment, now)
 
     def ended(self, segment: Segment, now: float) -> None:
@@ -97,24 +100,38 @@ class Astraea(Policy):
 
 
 class Gate:
-    """Lets new programs start only while the contexts of those that have started fit into the pool.
+    """Holds new programs back while the machine spends much of its time computing lost KV again.
 
-    Programs in a tool wait count with ``2 ** -(waited / HALF_LIFE_S)``. Every operation is O(1): contexts that fade
-    alike fade as one sum.
+    It shuts when that share of the time exceeds ``SHUT``, and opens below ``OPEN``. While shut, a new program starts
+    only if the contexts of those that have started fit into the pool with it; programs in a tool wait count with ``2 **
+    -(waited / HALF_LIFE_S)`` (after ThunderAgent). Every operation is O(1): contexts that fade alike fade as one sum.
     """
 
+    SHUT, OPEN = 0.25, 0.05
+    WINDOW_S = 60.0
+    """Over which the share fades."""
+
     def __init__(self) -> None:
+        self.shut = False
+        self._again_s = 0.0
         self._active: dict[Program, float] = {}
         self._running = 0.0
         self._fading: dict[Program, tuple[float, float]] = {}
         """Context and time of those in a tool wait."""
         self._faded, self._at = 0.0, 0.0
 
+    def recomputes(self, seconds: float, now: float) -> None:
+        """A segment starts that computes lost KV again for so long."""
+        self._fade(now)
+        self._again_s += seconds
+
     def passes(self, segment: Segment, now: float, pressure: Pressure) -> bool:
         """Whether a waiting segment may start."""
-        if segment.program in self._active or segment.program in self._fading or not self._active:
-            return True
         self._fade(now)
+        share = self._again_s / self.WINDOW_S
+        self.shut = share > (self.OPEN if self.shut else self.SHUT)
+        if not self.shut or segment.program in self._active or segment.program in self._fading or not self._active:
+            return True
         return self._running + self._faded + segment.known <= pressure.pages * pressure.page_size
 
     def runs(self, segment: Segment, now: float) -> None:
@@ -138,4 +155,5 @@ class Gate:
 
     def _fade(self, now: float) -> None:
         self._faded *= 2.0 ** -((now - self._at) / HALF_LIFE_S)
+        self._again_s *= math.exp(-(now - self._at) / self.WINDOW_S)
         self._at = now

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from astraea_jax.scheduler.plan import Plan
+from astraea_jax.scheduler.program import Program
+from astraea_jax.scheduler.residency import Transfer
 from astraea_jax.scheduler.scheduler import Scheduler
 
 VOCABULARY = 50
@@ -36,6 +38,27 @@ class Device:
         self.page_size = scheduler.config.page_size
         self.kv: dict[int, int] = {}
         self.last: dict[int, int] = {}
+        self.host: dict[Program, list[list[int | None]]] = {}
+        """Contents of the pages that the host holds of a program."""
+
+    def begin(self, transfer: Transfer) -> None:
+        """Start a transfer: an offload reads its pages now, before anything later writes them."""
+        if transfer.segment is None:
+            program, pages = transfer.program, [self._read(page) for page in transfer.pages]
+            kept = program.hosted - len(pages)  # of those from before, the last may have been given up
+            self.host[program] = pages + self.host.get(program, [])[: max(kept, 0)]
+
+    def end(self, transfer: Transfer) -> None:
+        """A transfer has arrived: a restore writes its pages, if its segment still wants them."""
+        segment = transfer.segment
+        if segment is not None and segment.loading is transfer:
+            for page, content in zip(transfer.pages, self.host[transfer.program], strict=False):
+                for offset, token in enumerate(content):
+                    self.kv[page * self.page_size + offset] = -1 if token is None else token
+        self.scheduler.transferred(transfer)
+
+    def _read(self, page: int) -> list[int | None]:
+        return [self.kv.get(page * self.page_size + offset) for offset in range(self.page_size)]
 
     def run(self, plan: Plan) -> list[int]:
         """Execute a step at dispatch: write its tokens into their pages, attend, sample one token per row."""
