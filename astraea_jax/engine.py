@@ -28,10 +28,11 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
 from astraea_jax.sampling import SamplingParams
+from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.prediction import Predictor, StepCosts
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
-from astraea_jax.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from astraea_jax.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

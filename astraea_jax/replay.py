@@ -16,11 +16,10 @@ from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.costs import CostModel
+from astraea_jax.scheduler.experiment import Prepared, everything, prepared
 from astraea_jax.scheduler.policies import make_policy
-from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.simulator import Outcome, ProgramRecord, Simulator, Sizes
 from astraea_jax.scheduler.trace import TraceProgram
-from astraea_jax.scheduler.workload import with_arrivals
 
 MODEL = "astraea-tiny"
 SEQS, STEP_TOKENS, PAGE = 32, 256, 16
@@ -69,53 +68,41 @@ def fitting(programs: Sequence[TraceProgram], longest: int, tool_scale: float) -
     return [replace(p.scaled(factor, tool_scale), arrival_s=p.arrival_s) for p in programs]
 
 
-def calibrate(programs: Sequence[TraceProgram]) -> CostModel:
-    """What steps of the bundled model cost on this machine: a few programs are served, all at once."""
-    engine = _engine("fcfs", None)
-    try:
-        asyncio.run(replay(engine, [replace(p.scaled(1.0, 0.0), arrival_s=0.0) for p in programs]))
-        return _costs(engine)
-    finally:
-        engine.shutdown(grace_s=0)
-
-
-def arriving(programs: Sequence[TraceProgram], costs: CostModel, load: float, seed: int) -> tuple[list[TraceProgram], float]:
-    """Programs with arrivals at ``load``, and the context that is live in the mean with unlimited memory."""
-    ample = sum(p.longest + 2 * PAGE for p in programs)
-    ends = sorted(r.ended for r in simulated([replace(p, arrival_s=0.0) for p in programs], "fcfs", costs, ample).records)
-    done = max(1, int(0.8 * len(programs)))
-    arrived = with_arrivals(programs, load * done / ends[done - 1], seed)
-    return arrived, simulated(arrived, "fcfs", costs, ample).mean_live_context
+def arriving(programs: Sequence[TraceProgram], costs: CostModel, load: float, seed: int) -> Prepared:
+    """Programs with arrivals, as :func:`prepare` would choose them for the engine here."""
+    return prepared(programs, costs, _sizes(everything(programs)), load, seed)
 
 
 def simulated(programs: Sequence[TraceProgram], policy: str, costs: CostModel, pool_tokens: int) -> Outcome:
     """The same engine, simulated."""
-    sizes = Sizes(pool_tokens, page_size=PAGE, max_seqs=SEQS, max_step_tokens=STEP_TOKENS)
-    return Simulator(programs, make_policy(policy, Predictor()), costs, sizes).run()
+    return Simulator(programs, make_policy(policy), costs, _sizes(pool_tokens)).run()
 
 
 def measured(
-    programs: Sequence[TraceProgram], policy: str, pool_tokens: int, progress: Callable[[], None]
-) -> tuple[list[ProgramRecord], CostModel]:
-    """The real engine, with as many KV pages; and what its steps have cost."""
-    engine = _engine(policy, pool_tokens)
+    programs: Sequence[TraceProgram], policy: str, pool_tokens: int, progress: Callable[[], None] = lambda: None
+) -> tuple[Outcome, CostModel]:
+    """The real engine with so many tokens of KV; and what its steps have cost."""
+    config = EngineConfig(max_seqs=SEQS, max_step_tokens=STEP_TOKENS, page_size=PAGE, policy=policy, max_queued=8192)
+    page_bytes = Engine.from_folder(MODEL, config).layout.page_bytes
+    engine = Engine.from_folder(MODEL, replace(config, kv_bytes=(1 + -(-pool_tokens // PAGE)) * page_bytes))
+    engine.start()
     try:
-        return asyncio.run(replay(engine, programs, progress)), _costs(engine)
+        records = asyncio.run(replay(engine, programs, progress))
     finally:
         engine.shutdown(grace_s=0)
+    times, fitted = engine.times, engine.step_costs
+    outcome = Outcome(
+        records=records,
+        stats=engine.stats(),
+        makespan_s=max(record.ended for record in records),
+        steps=times.steps,
+        scheduler_s=times.plan_s + times.commit_s,
+        mean_live_context=0.0,
+        refused=0,
+    )
+    costs = (fitted.base, fitted.per_prefill, fitted.per_token, fitted.per_context)
+    return outcome, CostModel(*costs, page_bytes / PAGE, link_bytes_s=1e9, measured=True)
 
 
-def _costs(engine: Engine) -> CostModel:
-    costs, token = engine.step_costs, engine.layout.page_bytes // PAGE
-    fitted = (costs.base, costs.per_prefill, costs.per_token, costs.per_context)
-    return CostModel(*fitted, token, link_bytes_s=1e9, measured=True)
-
-
-def _engine(policy: str, pool_tokens: int | None) -> Engine:
-    config = EngineConfig(max_seqs=SEQS, max_step_tokens=STEP_TOKENS, page_size=PAGE, policy=policy, max_queued=8192)
-    engine = Engine.from_folder(MODEL, config)
-    if pool_tokens is not None:
-        pages = 1 + -(-pool_tokens // PAGE)
-        engine = Engine.from_folder(MODEL, replace(config, kv_bytes=pages * engine.layout.page_bytes))
-    engine.start()
-    return engine
+def _sizes(pool_tokens: int) -> Sizes:
+    return Sizes(pool_tokens, page_size=PAGE, max_seqs=SEQS, max_step_tokens=STEP_TOKENS)

@@ -2,9 +2,9 @@
 
 A step takes ``base + per_token * new tokens + per_context * context tokens read``, and ``per_prefill`` more if any row
 prefills (other compiled shapes, padded). The CPU preset was fitted to the engine's own steps
-(`scripts/bench_jct.py --backend=engine` fits anew). The accelerator presets are **computed from data sheets and not measured**:
-base reads all weights at 75 % of the memory bandwidth, a new token costs two operations per weight at 50 % of the
-peak, a context token its KV at 75 % of the bandwidth; transfers run at 80 % of the host link.
+(`scripts/bench_jct.py --backend=engine` fits anew). The accelerator presets are **computed from data sheets and not
+measured**: base reads all weights at 75 % of the memory bandwidth, a new token costs two operations per weight at 50 %
+of the peak, a context token its KV at 75 % of the bandwidth; transfers run at 80 % of the host link.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class CostModel:
     per_prefill_s: float
     per_token_s: float
     per_context_s: float
-    page_bytes_per_token: int
+    kv_bytes: float
     """KV of one token over all layers."""
     link_bytes_s: float
     """Between device and host, each way."""
@@ -31,11 +31,11 @@ class CostModel:
         return self.base_s + prefill + self.per_token_s * tokens + self.per_context_s * context
 
     def transfer_s(self, tokens: int) -> float:
-        return 50e-6 + tokens * self.page_bytes_per_token / self.link_bytes_s
+        return 50e-6 + tokens * self.kv_bytes / self.link_bytes_s
 
 
 def computed(
-    *, parameters: float, kv_bytes: int, bandwidth: float, peak: float, link: float, chips: int = 1
+    *, parameters: float, kv_bytes: float, bandwidth: float, peak: float, link: float, chips: float = 1
 ) -> CostModel:
     """From hardware constants.
 
@@ -52,7 +52,7 @@ def computed(
         per_prefill_s=0.0,
         per_token_s=2 * parameters / (0.5 * peak * chips),
         per_context_s=kv_bytes / (0.75 * bandwidth * chips),
-        page_bytes_per_token=kv_bytes,
+        kv_bytes=kv_bytes,
         link_bytes_s=0.8 * link * chips,
         measured=False,
     )
@@ -76,7 +76,7 @@ MACHINES: dict[str, CostModel] = {
         per_prefill_s=8.6e-3,
         per_token_s=1.5e-5,
         per_context_s=1.1e-6,
-        page_bytes_per_token=2048,
+        kv_bytes=2048.0,
         link_bytes_s=3e9,
         measured=True,
     ),

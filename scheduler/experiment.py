@@ -29,7 +29,7 @@ WORKLOADS = (*RECORDED, *GENERATORS)
 PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
 """Relative noise of the oracle; None: learned online."""
 RESIDENCIES = ("keep-lru", "host", "unlimited")
-"""``keep-lru``: a prefix cache without a host tier. ``unlimited``: nothing is ever taken, a bound that ignores memory."""
+"""``keep-lru``: a prefix cache, no host tier. ``unlimited``: nothing is ever taken, a bound that ignores memory."""
 UNLIMITED = 2**40
 """Tokens of a host tier that is never full."""
 
@@ -74,15 +74,18 @@ def draw(workload: str, count: int, seed: int) -> list[TraceProgram]:
 @lru_cache(maxsize=64)
 def prepare(workload: str, count: int, seed: int, load: float, machine: str) -> Prepared:
     """Draw programs and let them arrive."""
-    costs = MACHINES[machine]
     programs = draw(workload, count, seed)
-    sizes = Sizes(everything(programs))
-    if all(p.arrival_s is None for p in programs):
+    return prepared(programs, MACHINES[machine], Sizes(everything(programs)), load, seed)
+
+
+def prepared(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes, load: float, seed: int) -> Prepared:
+    """Let programs arrive, unless they say when they do."""
+    if any(p.arrival_s is None for p in programs):
         at_once = [replace(p, arrival_s=0.0) for p in programs]
-        ends = sorted(r.ended for r in _run(at_once, "fcfs", Predictor(), costs, sizes).records)
-        done = max(1, int(0.8 * count))
+        ends = sorted(r.ended for r in _run(at_once, "fcfs", Predictor(), costs, ample).records)
+        done = max(1, int(0.8 * len(programs)))
         programs = with_arrivals(programs, load * done / ends[done - 1], seed)
-    return Prepared(tuple(programs), _run(programs, "fcfs", Predictor(), costs, sizes).mean_live_context)
+    return Prepared(tuple(programs), _run(programs, "fcfs", Predictor(), costs, ample).mean_live_context)
 
 
 def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
@@ -136,11 +139,12 @@ def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048
     return total
 
 
-def summary(cell: Cell, outcome: Outcome) -> dict[str, Any]:
-    """The figures of a run, as a row of a table. Times in seconds."""
+def summary(cell: Cell, outcome: Outcome, costs: CostModel | None = None) -> dict[str, Any]:
+    """The figures of a run, as a row of a table. Times in seconds; ``costs`` if they are not the named machine's."""
+    costs = costs or MACHINES[cell.machine]
     records = [r for r in outcome.records if r.spans]
     jct = np.array([r.jct_s for r in records])
-    alone = np.array([alone_s(r.program, MACHINES[cell.machine]) for r in records])
+    alone = np.array([alone_s(r.program, costs) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
     s, page = outcome.stats, Sizes.page_size
     return {
@@ -167,7 +171,7 @@ def summary(cell: Cell, outcome: Outcome) -> dict[str, Any]:
         "output_tokens_per_s": sum(x.output for r in records for x in r.program.segments) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
-        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * MACHINES[cell.machine].page_bytes_per_token,
+        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * costs.kv_bytes,
         "preemptions": s.preemptions,
         "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
         "steps": outcome.steps,

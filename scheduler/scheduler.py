@@ -16,56 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
 from .plan import Plan, Row
 from .policy import Policy, Pressure, WaitingQueue
 from .program import Program, QueueFull, Rejected, Segment
-from .residency import HostTier, Residency, Transfer
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    num_pages: int
-    """Scrap page included."""
-    page_size: int
-    max_seqs: int
-    max_step_tokens: int
-    max_context: int
-    max_waiting: int = 1024
-    max_programs: int = 8192
-    session_ttl_s: float = 600.0
-    host: HostTier = HostTier()
-
-    @property
-    def pages_per_seq(self) -> int:
-        return -(-self.max_context // self.page_size)
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """Programs conserve: created = live + finished + failed + expired."""
-
-    running: int
-    waiting: int
-    programs: int
-    in_tool_wait: int
-    created: int
-    finished: int
-    failed: int
-    expired: int
-    preemptions: int
-    free_pages: int
-    retained_pages: int
-    """Held by programs without a running segment; can be had at any time."""
-    computed_tokens: int
-    reused_tokens: int
-    """Tokens of admitted segments whose KV was still there, on the device or the host."""
-    recomputed_tokens: int
-    """Tokens computed again because their KV had been dropped."""
-    reclaimed_pages: int
-    """Dropped under pressure."""
-    offloaded_pages: int
-    restored_pages: int
+from .residency import Residency, Transfer
 
 
 @dataclass
@@ -310,7 +266,7 @@ class Scheduler:
         return max(times, 1)
 
     def take_transfers(self) -> list[Transfer]:
-        """Transfers begun since the last call, in order. Offloads read their pages before the next step is dispatched."""
+        """Transfers begun since the last call, in order; offloads read their pages before the next step."""
         begun, self._residency.transfers = self._residency.transfers, []
         return begun
 
@@ -422,7 +378,14 @@ class Scheduler:
 
     def _pressure(self) -> Pressure:
         c = self.config
-        return Pressure(c.page_size, self._pool.size, self._pool.free, self._residency.retained, len(self._running), c.host.pages > 0)
+        return Pressure(
+            c.page_size,
+            self._pool.size,
+            self._pool.free,
+            self._residency.retained,
+            len(self._running),
+            c.host.pages > 0,
+        )
 
     # -- pages -----------------------------------------------------------------------------------------------
 

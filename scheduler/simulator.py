@@ -8,16 +8,20 @@ they are the steps that would have been taken one by one.
 from __future__ import annotations
 
 import heapq
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
+from .config import SchedulerConfig, SchedulerStats
 from .costs import CostModel
 from .plan import Plan
 from .policy import Policy
 from .program import Rejected, Segment
 from .residency import HostTier, Transfer
-from .scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from .scheduler import Scheduler
 from .trace import TraceProgram
 
 STRIDE = 64
@@ -112,7 +116,7 @@ class Simulator:
         self._costs, self._sizes = costs, sizes
         self.scheduler = Scheduler(sizes.config(max(p.longest for p in programs) + 1), policy)
         self._records = {p.id: ProgramRecord(p, p.arrival_s or 0.0) for p in programs}
-        self._events: list[tuple[float, int, str, object]] = []
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
         self._segments: dict[Segment, tuple[ProgramRecord, int]] = {}
         self._link = [0.0, 0.0]  # when each direction is free
@@ -121,7 +125,7 @@ class Simulator:
         self._held_area = self._held_at = 0.0
         self._refused = 0
         for p in programs:
-            self._at(p.arrival_s or 0.0, "submit", (self._records[p.id], 0))
+            self._at(p.arrival_s or 0.0, partial(self._submit, self._records[p.id], 0))
 
     def run(self) -> Outcome:
         """Until every program has ended."""
@@ -130,7 +134,8 @@ class Simulator:
         running: tuple[Plan, int] | None = None
         while True:
             while self._events and self._events[0][0] <= now:
-                self._happen(*heapq.heappop(self._events))
+                when, _, event = heapq.heappop(self._events)
+                event(when)
             began = time.perf_counter()
             plan = self.scheduler.plan(now)
             spent += time.perf_counter() - began
@@ -152,7 +157,8 @@ class Simulator:
                 waiting = self.scheduler.stats().waiting
                 if not self._events and not waiting:
                     break
-                now = min([self._events[0][0]] * bool(self._events) + [now + IDLE_S] * bool(waiting))
+                soon = now + IDLE_S if waiting else math.inf
+                now = min(soon, self._events[0][0]) if self._events else soon
             running = launched
             if launched is not None:
                 now, end = max(now, next_plan), next_end
@@ -171,15 +177,11 @@ class Simulator:
 
     # -- events ------------------------------------------------------------------------------------------------
 
-    def _at(self, when: float, kind: str, what: object) -> None:
+    def _at(self, when: float, event: Callable[[float], None]) -> None:
         self._number += 1
-        heapq.heappush(self._events, (when, self._number, kind, what))
+        heapq.heappush(self._events, (when, self._number, event))
 
-    def _happen(self, when: float, _: int, kind: str, what: object) -> None:
-        if kind == "transfer":
-            self.scheduler.transferred(what)  # type: ignore[arg-type]
-            return
-        record, index = what  # type: ignore[misc]
+    def _submit(self, record: ProgramRecord, index: int, when: float) -> None:
         trace = record.program.segments[index]
         try:
             segment = self.scheduler.submit(
@@ -193,14 +195,14 @@ class Simulator:
             self._refused += 1
             self._end(record, when)
             self.scheduler.end_program(record.program.id, when)
-            return
-        self._segments[segment] = record, index
+        else:
+            self._segments[segment] = record, index
 
     def _start(self, transfer: Transfer, now: float) -> None:
         way = 0 if transfer.segment is None else 1
         tokens = len(transfer.pages) * self._sizes.page_size
         self._link[way] = max(self._link[way], now) + self._costs.transfer_s(tokens)
-        self._at(self._link[way], "transfer", transfer)
+        self._at(self._link[way], lambda _: self.scheduler.transferred(transfer))
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:
         for _ in range(times - 1):  # nothing can end before the last
@@ -214,16 +216,14 @@ class Simulator:
     def _finished(self, segment: Segment, now: float) -> None:
         record, index = self._segments.pop(segment)
         record.queue_s += (segment.first_scheduled or now) - segment.submitted
-        record.spans.append(
-            (segment.submitted, segment.first_scheduled or now, segment.first_token or now, now)
-        )
+        record.spans.append((segment.submitted, segment.first_scheduled or now, segment.first_token or now, now))
         trace = record.program.segments[index]
         self._hold(trace.context - (record.program.segments[index - 1].context if index else 0), now)
         if trace.tool is None:
             self._end(record, now)
         else:
             self.scheduler.tool_called(record.program.id, trace.tool)
-            self._at(now + trace.tool_s, "submit", (record, index + 1))
+            self._at(now + trace.tool_s, partial(self._submit, record, index + 1))
 
     def _end(self, record: ProgramRecord, now: float) -> None:
         record.ended = now
@@ -251,7 +251,7 @@ def prompt_of(program: TraceProgram, index: int) -> Sequence[int]:
     """Tokens of a segment's prompt. A token is its position, so that a prompt repeats exactly what the trace says is
     cached; what replaces earlier text, as after a compaction, gets tokens of its own."""
     segments = program.segments[: index + 1]
-    if all(s.cached == before.context for before, s in zip(segments, segments[1:], strict=False)):
+    if all(s.cached == before.context for before, s in pairwise(segments)):
         return range(segments[-1].prompt)
     text: list[int] = []
     for i, segment in enumerate(segments):

@@ -159,9 +159,7 @@ def with_arrivals(programs: Sequence[TraceProgram], rate: float, seed: int) -> l
     return arriving
 
 
-def _chain(
-    new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]
-) -> tuple[TraceSegment, ...]:
+def _chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceSegment, ...]:
     """Segments each of which continues the one before."""
     segments: list[TraceSegment] = []
     held = 0
@@ -172,8 +170,6 @@ def _chain(
     return tuple(segments)
 
 
-def _with_tools(
-    segments: tuple[TraceSegment, ...], times: Mixture, rng: random.Random
-) -> tuple[TraceSegment, ...]:
+def _with_tools(segments: tuple[TraceSegment, ...], times: Mixture, rng: random.Random) -> tuple[TraceSegment, ...]:
     """The same segments with other tool times."""
     return tuple(s if s.tool is None else replace(s, tool="shell", tool_s=times.draw(rng)) for s in segments)

@@ -1,13 +1,16 @@
 """Job completion times of agent programs under every scheduling policy: which one finishes whole agents soonest?
 
-  python scripts/bench_jct.py                                     the shipped trace, five policies, a minute
-  python scripts/bench_jct.py --policies=all --workload=swe-batch --oversubscription=0.5,1,1.5,2.5 --seeds=5 --plots=out
-  python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --json=out/mine.json
-  python scripts/bench_jct.py --backend=engine --policies=fcfs,plas,astraea   the real engine, and the simulator beside it
+  python scripts/bench_jct.py                       the shipped trace, five policies, half a minute
+  python scripts/bench_jct.py --policies=all --workload=swe-batch --oversubscription=0.5,1,1.5,2.5 --seeds=5
+  python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --plots=out
+  python scripts/bench_jct.py --backend=engine --policies=fcfs,plas,astraea --workload=infercept-mix --programs=120
 
 The simulator runs the engine's own scheduler on a virtual clock (`scheduler/simulator.py`). Accelerator machines are
-computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`): keep-lru
-has no host memory, host models a host tier that the engine itself does not have yet.
+computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
+keep-lru has no host memory; host models a host tier that the engine itself does not have yet.
+
+The engine backend serves astraea-tiny here, with lengths scaled to its context and tools sped up by --tool_scale, and
+prints beside each run the simulation of that run, with the step costs fitted to it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,7 @@ flags.DEFINE_integer("programs", 300, "Programs of a run.", lower_bound=1)
 flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
 flags.DEFINE_float("load", 0.85, "Share of the machine's throughput that arrives.", lower_bound=0.01)
 flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of the simulated machine.")
+flags.DEFINE_float("tool_scale", 0.1, "Factor on tool times of the engine backend.", lower_bound=0.0)
 flags.DEFINE_string("json", None, "Write all rows to this file.")
 flags.DEFINE_string("plots", None, "Draw pictures into this folder.")
 
@@ -121,6 +126,25 @@ def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRec
     return results
 
 
+def run_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
+    """Every cell on the real engine, and its simulation."""
+    from astraea_jax.replay import arriving, fitting, measured, simulated
+
+    results = []
+    columns = (TextColumn("programs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        shown = bar.add_task("programs", total=sum(cell.programs for cell in study))
+        for cell in (replace(cell, residency="keep-lru", machine="cpu-tiny") for cell in study):
+            programs = fitting(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
+            prepared = arriving(programs, MACHINES[cell.machine], cell.load, cell.seed)
+            pool = max(int(prepared.live_context / cell.oversubscription), 1100)
+            real, costs = measured(prepared.programs, cell.policy, pool, lambda: bar.update(shown, advance=1))
+            for name, outcome in (("", real), (" simulated", simulated(prepared.programs, cell.policy, costs, pool))):
+                row = summary(replace(cell, policy=cell.policy + name), outcome, costs)
+                results.append((row, outcome.records))
+    return results
+
+
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]]:
     """(workload, residency, oversubscription) -> (policy, predictor) -> its rows, one per seed."""
     found: dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
@@ -134,8 +158,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for (workload, residency, factor), group in groups(rows).items():
         first = next((runs for (policy, _), runs in group.items() if policy == "fcfs"), next(iter(group.values())))
         table = Table(
-            title=f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, {first[0]['programs']} programs, "
-            f"{len(first)} seeds, {first[0]['machine']}"
+            title=f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, "
+            f"{first[0]['programs']} programs, {len(first)} seeds, {first[0]['machine']}"
         )
         for name in (
             *("policy", "mean JCT s", "95 %", f"vs {first[0]['policy']}", "P50", "P90", "P99", "no tools", "max slow-"),
@@ -191,13 +215,7 @@ def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], fo
 
 
 def main(_: list[str]) -> None:
-    if FLAGS.backend == "engine":
-        from astraea_jax.replay import compare
-
-        study = cells()
-        results = compare(study, console)
-    else:
-        results = run_all(cells())
+    results = (run_engine if FLAGS.backend == "engine" else run_all)(cells())
     rows = [row for row, _ in results]
     show(rows)
     if FLAGS.json:

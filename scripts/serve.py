@@ -27,7 +27,7 @@ from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.rpc.server import Server
-from astraea_jax.scheduler.policies import POLICIES
+from astraea_jax.scheduler.policies import SERVING
 
 FLAGS = flags.FLAGS
 DEFAULT = EngineConfig()
@@ -41,7 +41,7 @@ flags.DEFINE_integer("page_size", DEFAULT.page_size, "Tokens per KV page.", lowe
 flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).", 1)
 flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.", 1)
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
-flags.DEFINE_enum("policy", DEFAULT.policy, [name for name in POLICIES if name != "srpt-clairvoyant"], "Order in which segments run.")
+flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
 flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
 flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
 

@@ -17,7 +17,7 @@ FLOORS = (
     {"cache", "sampling", "tools", "tool_calls"},
     {"config", "generation", "runner"},
     {"engine"},
-    {"agent", "shop"},
+    {"agent", "shop", "replay"},
     {"llm", "rpc", "plots"},
     {"__init__"},
 )

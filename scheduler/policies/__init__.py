@@ -33,6 +33,8 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "astraea": Astraea,
     "srpt-clairvoyant": SRPT,
 }
+SERVING = [name for name in POLICIES if name != "srpt-clairvoyant"]
+"""Those that need no oracle."""
 ABLATION: dict[str, Callable[[Predictor], Policy]] = {
     "astraea": Astraea,
     "astraea-turns": partial(Astraea, terms=Terms(turns=False)),

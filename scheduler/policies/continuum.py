@@ -15,6 +15,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from ..policy import Policy, Pressure
 from ..prediction import Predictor
 from ..program import Program, Segment
@@ -47,14 +49,16 @@ class Continuum(Policy):
         pinned = self._until.get(segment.program, -1.0) >= segment.submitted
         return 0 if segment.preemptions else 1 if pinned else 2, segment.program.arrival
 
-    def scores(self, features, now, pressure):  # type: ignore[no-untyped-def]
-        return features[:, 0] * 1e9 + features[:, 1]
+    def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
+        scores: np.ndarray = features[:, 0] * 1e9 + features[:, 1]
+        return scores
 
     def rank(self, segment: Segment) -> tuple[float, ...]:
         return (segment.program.arrival, segment.number)
 
     def victims(self, programs: Iterable[Program], now: float) -> Iterable[Program]:
-        free, pinned = [], []
+        free: list[Program] = []
+        pinned: list[Program] = []
         for program in programs:
             (pinned if self._until.get(program, -1.0) >= now else free).append(program)
         pinned.sort(key=lambda p: -p.arrival)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..prediction import Predictor
 from ..program import Program, Segment
 from .fcfs import ProgramFCFS
 
 
 class InferCept(ProgramFCFS):
-    def __init__(self, predictor):  # type: ignore[no-untyped-def]
+    def __init__(self, predictor: Predictor):
         super().__init__(predictor)
         self._batch = 0.0  # tokens of context of those who run
 

@@ -22,7 +22,6 @@ from astraea_jax.scheduler.simulator import Simulator, Sizes
 from astraea_jax.scheduler.trace import TraceProgram, TraceSegment
 
 ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host=True)
-ONLINE = sorted(set(POLICIES) - {"srpt-clairvoyant"})
 
 
 def segment(number, program=None, prompt=100, submitted=0.0, **history) -> Segment:
@@ -170,7 +169,11 @@ def test_algorithm_1_of_astraea_on_a_small_case():
     a.service, b.service, c.service = 510.0, 20.0, 30.0
     for s in first:
         policy.ended(s, 100.0)
-    assert [p.level for p in (a, b, c)] == [1, 0, 0]  # 510 > theta_0 demotes, tool calls below it promote (to 0 at most)
+    assert [p.level for p in (a, b, c)] == [
+        1,
+        0,
+        0,
+    ]  # 510 > theta_0 demotes; tool calls promote
     assert policy.admits(late, 101.0, ROOM)
 
 
@@ -184,7 +187,7 @@ def test_the_lowest_queue_of_astraea_paper_ages():
 
 def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it():
     predictor = Predictor()
-    for n in range(200):  # everybody runs exactly five segments
+    for _ in range(200):  # everybody runs exactly five segments
         for turn in range(5):
             predictor.hazards.observe(turn, last=turn == 4)
         predictor.turns.add(5)
@@ -201,7 +204,7 @@ def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it
 def test_the_gate_counts_contexts_that_fade():
     gate = Gate()
     room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
-    one, two, three = (segment(n, prompt=100) for n in (1, 2, 3))
+    one, two = (segment(n, prompt=100) for n in (1, 2))
     assert gate.passes(one, 0.0, room)
     gate.runs(one, 0.0)
     assert gate.passes(two, 0.0, room)  # nothing has been computed again: it is open
@@ -263,9 +266,7 @@ def test_every_program_ends_under_every_policy(name, programs, host, tightness):
 
 @pytest.mark.parametrize("name", ["astraea", "program-fcfs", "hrrn", "plas"])
 def test_a_large_program_gets_its_turn_in_an_endless_stream_of_small_ones(name):
-    small = [
-        TraceProgram(f"s{i}", (TraceSegment(0, 40, 20, None, 0.0),), arrival_s=0.004 * i) for i in range(3000)
-    ]
+    small = [TraceProgram(f"s{i}", (TraceSegment(0, 40, 20, None, 0.0),), arrival_s=0.004 * i) for i in range(3000)]
     large = TraceProgram("large", (TraceSegment(0, 900, 50, "t", 0.1), TraceSegment(950, 30, 50)), arrival_s=0.5)
     sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256)
     outcome = Simulator([*small, large], make_policy(name), MACHINES["cpu-tiny"], sizes).run()

@@ -1,0 +1,54 @@
+"""Sizes of a scheduler, and its counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .residency import HostTier
+
+NO_HOST = HostTier()
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    num_pages: int
+    """Scrap page included."""
+    page_size: int
+    max_seqs: int
+    max_step_tokens: int
+    max_context: int
+    max_waiting: int = 1024
+    max_programs: int = 8192
+    session_ttl_s: float = 600.0
+    host: HostTier = NO_HOST
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_context // self.page_size)
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """Programs conserve: created = live + finished + failed + expired."""
+
+    running: int
+    waiting: int
+    programs: int
+    in_tool_wait: int
+    created: int
+    finished: int
+    failed: int
+    expired: int
+    preemptions: int
+    free_pages: int
+    retained_pages: int
+    """Held by programs without a running segment; can be had at any time."""
+    computed_tokens: int
+    reused_tokens: int
+    """Tokens of admitted segments whose KV was still there, on the device or the host."""
+    recomputed_tokens: int
+    """Tokens computed again because their KV had been dropped."""
+    reclaimed_pages: int
+    """Dropped under pressure."""
+    offloaded_pages: int
+    restored_pages: int

@@ -1,0 +1,118 @@
+"""What is learned, against what made it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astraea_jax.scheduler.plan import Plan
+from astraea_jax.scheduler.prediction import Distribution, Oracle, Predictor, StepCosts, TurnHazards
+from astraea_jax.scheduler.program import Program, Segment
+from astraea_jax.scheduler.trace import TraceProgram, TraceSegment
+
+
+def test_step_costs_are_found_from_steps():
+    costs, rng = StepCosts(), random.Random(0)
+    for _ in range(2000):
+        rows = rng.randint(1, 64)
+        tokens = rows + rng.choice([0, 0, rng.randint(1, 500)])
+        context = rng.randint(0, 100_000)
+        seconds = 2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context
+        costs.observe(Plan([None] * rows, [], tokens, context), seconds * rng.uniform(0.95, 1.05))
+    assert costs.base == pytest.approx(2e-3, rel=0.1)
+    assert costs.per_prefill == pytest.approx(5e-3, rel=0.15)
+    assert costs.per_token == pytest.approx(3e-5, rel=0.1)
+    assert costs.per_context == pytest.approx(4e-8, rel=0.1)
+    assert 2e-3 < costs.mean_step_s < 3e-2
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=60), st.floats(0, 120))
+def test_distributions_are_those_of_their_values(values, elapsed):
+    known = Distribution()
+    for value in values:
+        known.add(value)
+    assert known.values == sorted(values)
+    assert known.mean(0) == pytest.approx(np.mean(values))
+    beyond = [v for v in values if v > elapsed]
+    expected = np.mean(beyond) - elapsed if beyond else max(elapsed, 1.0)
+    assert known.mean_beyond(elapsed, 1.0) == pytest.approx(expected, abs=1e-9)
+
+
+def test_distributions_forget():
+    known = Distribution()
+    for i in range(5000):
+        known.add(i)
+    assert len(known) == 1024
+    assert known.values[0] == 5000 - 1024
+
+
+def learn(lengths) -> TurnHazards:
+    hazards = TurnHazards()
+    for n in lengths:
+        for turn in range(n):
+            hazards.observe(turn, last=turn == n - 1)
+    return hazards
+
+
+def test_fixed_lengths_reward_progress_and_heavy_tails_do_not():
+    rng = np.random.default_rng(0)
+    fixed = learn([10] * 500)
+    assert fixed.remaining(0) > fixed.remaining(4) > fixed.remaining(8)
+    assert fixed.remaining(0) == pytest.approx(10, rel=0.25)
+    geometric = learn(rng.geometric(0.1, 3000))
+    assert geometric.remaining(0) == pytest.approx(10, rel=0.15)
+    assert geometric.remaining(12) == pytest.approx(10, rel=0.2)
+    heavy = learn([1] * 900 + [200] * 100)
+    assert heavy.index(0) < heavy.index(20)  # a newcomer is worth a try, who has stayed is not
+
+
+def test_programs_that_live_on_count():
+    hazards = TurnHazards()
+    for _ in range(300):  # three hundred have gone ten segments, only thirty have ended
+        for turn in range(10):
+            hazards.observe(turn, last=False)
+    for _ in range(30):
+        hazards.observe(0, last=True)
+    assert hazards.remaining(5) > 20
+
+
+def test_eta_by_kind_of_length():
+    rng = np.random.default_rng(0)
+
+    def eta(lengths):
+        predictor = Predictor()
+        for n in lengths:
+            predictor.forgotten(Program("p", 0.0, turns=int(n)))
+        return predictor.eta()
+
+    assert eta([10] * 100) == pytest.approx(1.0)
+    assert eta(rng.geometric(0.1, 3000)) == pytest.approx(0.0, abs=0.15)
+    assert eta(np.clip(rng.lognormal(np.log(16), 1.75, 3000), 1, 1500)) < -0.05
+
+
+def test_tools_are_known_apart_once_there_is_enough():
+    predictor, program = Predictor(), Program("p", 0.0)
+    for i in range(100):
+        program.tool, program.wait_s = ("slow", 10.0) if i % 2 else ("fast", 0.1)
+        predictor.returned(program)
+    program.tool = "slow"
+    assert predictor.tool_s(program) == pytest.approx(10.0)
+    assert predictor.tool_s(program, elapsed_s=4.0) == pytest.approx(6.0)
+    program.tool = "never seen"
+    assert predictor.tool_s(program) == pytest.approx(5.05)
+
+
+def test_the_oracle_knows_and_its_noise_is_steady():
+    truth = TraceProgram("p", (TraceSegment(0, 5, 40, "t", 3.0), TraceSegment(45, 5, 60)))
+    segment = Segment(1, Program("p", 0.0), range(5), 100, frozenset(), False, 0.0, page_size=16)
+    exact = Oracle([truth])
+    assert exact.output_tokens(segment) == 40
+    assert exact.tool_s(segment.program) == 3.0
+    assert exact.remaining_turns(segment.program) == 2
+    noisy = [Oracle([truth], 0.5, seed).output_tokens(segment) for seed in range(400)]
+    assert np.std(noisy) / 40 == pytest.approx(0.5, rel=0.15)
+    assert Oracle([truth], 0.5, 7).output_tokens(segment) == Oracle([truth], 0.5, 7).output_tokens(segment)
