@@ -35,6 +35,8 @@ class SchedulerStats:
     waiting: int
     programs: int
     in_tool_wait: int
+    io_intensive: int
+    """Live programs of that class; the others are compute-intensive."""
     created: int
     finished: int
     failed: int

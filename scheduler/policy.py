@@ -61,9 +61,9 @@ class Policy:
         """Whether a segment may start now, if it fits."""
         return True
 
-    def victims(self, programs: Iterable[Program], now: float) -> Iterable[Program]:
-        """In which order programs that retain KV lose it; they come least recently used first."""
-        return programs
+    def victims(self, programs: Iterable[Program], now: float) -> Iterable[Program] | None:
+        """In which order programs that retain KV lose it; None: least recently used first, as they come."""
+        return None
 
     # -- events ------------------------------------------------------------------------------------------------
 

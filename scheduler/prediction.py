@@ -163,6 +163,8 @@ class Predictor:
         self.costs = StepCosts()
         self.outputs = Distribution()
         """Tokens per segment."""
+        self.service = Distribution()
+        """Tokens computed per segment, as each program's mean."""
         self.tools: dict[str | None, Distribution] = {None: Distribution()}
         """Seconds per tool wait, by tool; under None of all."""
         self.turns = Distribution()
@@ -228,6 +230,7 @@ class Predictor:
         if segment.finish_reason in ("stop", "length"):
             self.outputs.add(len(segment.output))
             self.hazards.observe(segment.program.turns - 1, segment.final)
+            self.service.add(segment.program.service / segment.program.turns)
 
     def returned(self, program: Program) -> None:
         """A tool wait has ended."""

@@ -36,6 +36,9 @@ class Program:
     """In the queue, over all segments so far."""
     ran_s: float = 0.0
     """On a slot, over all segments so far."""
+    io_intensive: bool = True
+    """Its segments cost fewer tokens than the average segment (Astraea's class, arXiv 2512.14142 §4.3); new ones count
+    so."""
     level: int = 0
     """Of policies that have levels; 0 is served first."""
     tool: str | None = None
@@ -89,6 +92,10 @@ class Segment:
     slot: int = -1
     """Its row in the page table while it runs; -1 otherwise."""
     pages: list[int] = field(default_factory=list)
+    room: int = 0
+    """Tokens that these pages hold."""
+    reused: int = 0
+    """Tokens that it had not to compute when it last got a slot."""
     loading: Transfer | None = None
     """Brings back what the host holds of it; it computes nothing until that has ended."""
     finish_reason: str | None = None

@@ -8,14 +8,15 @@ one, or if it is full, they are dropped and computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .pages import PagePool
 from .program import Program, Segment
 
-Victims = Callable[[Iterable[Program], float], Iterable[Program]]
-"""Given programs that retain device pages, least recently used first, and the time: whose to take, in order."""
+Victims = Callable[[Iterable[Program], float], Iterable[Program] | None]
+"""Given programs that retain device pages, least recently used first, and the time: whose to take, in order; None: in
+the order they come."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,6 @@ class Residency:
             self._unhost(program, program.hosted)
             self.moved[1] += len(transfer.pages)
 
-    def touch(self, program: Program) -> None:
-        """Make a program the most recently used."""
-        if program in self._lru:
-            del self._lru[program]
-            self._lru[program] = None
-
     # -- pressure ----------------------------------------------------------------------------------------------
 
     @property
@@ -129,9 +124,9 @@ class Residency:
             wait: rather have fewer pages now than drop KV for which the host only lacks staging.
             spare: not to be taken from.
         """
-        if self.pool.free < need and self._lru:
-            for program in list(self._victims(self._lru, now)):
-                if program is not spare and not self._evict(program, need - self.pool.free, wait):
+        if self.pool.free < need:
+            for program in self._in_order(now, spare):
+                if not self._evict(program, need - self.pool.free, wait):
                     break
                 if self.pool.free >= need:
                     break
@@ -140,12 +135,23 @@ class Residency:
     def spill(self, now: float) -> None:
         """Above the mark, move the KV of the most idle programs to the host ahead of need."""
         spare = int((1 - self._host.spill_above) * self.pool.size)
-        if self._room() and self.pool.free < spare and self._lru:
-            for program in list(self._victims(self._lru, now)):
-                want = min(spare - self.pool.free, self._room())
-                if want <= 0:
-                    return
-                self._offload(program, min(want, len(program.pages)))
+        if self._room() > 0 and self.pool.free < spare:
+            for program in self._in_order(now):
+                self._offload(program, min(spare - self.pool.free, self._room(), len(program.pages)))
+                if self.pool.free >= spare or self._room() <= 0:
+                    break
+
+    def _in_order(self, now: float, spare: Program | None = None) -> Iterator[Program]:
+        """Programs with device pages, but ``spare``; the caller empties one before it asks for the next."""
+        order = self._victims(self._lru, now)
+        if order is not None:
+            yield from [program for program in order if program is not spare]
+            return
+        if spare in self._lru:  # it is used next, so it belongs at the end
+            del self._lru[spare]
+            self._lru[spare] = None
+        while self._lru and (first := next(iter(self._lru))) is not spare:
+            yield first
 
     def check(self) -> None:
         """Raise AssertionError unless the books balance (for tests; O(everything))."""

@@ -54,6 +54,7 @@ class Scheduler:
         self._idle: dict[Program, None] = {}  # in a tool wait, longest first
         self._counts = _Counts()
         self._submitted = 0
+        self._io_intensive = 0
         self._fresh: list[Segment] = []  # admitted since the last plan with rows
 
     # -- events ----------------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ class Scheduler:
         program.wait_began, program.tool = now, None
         self._policy.predict.ended(segment)
         self._policy.ended(segment, now)
+        self._classify(program)
         if segment.final:
             failed = reason == "error"
             self._counts.failed += failed
@@ -167,6 +169,7 @@ class Scheduler:
             waiting=len(self._queue),
             programs=len(self._programs),
             in_tool_wait=len(self._idle),
+            io_intensive=self._io_intensive,
             created=counts.created,
             finished=counts.finished,
             failed=counts.failed,
@@ -189,6 +192,7 @@ class Scheduler:
         c = self._counts
         assert c.created == len(self._programs) + c.finished + c.failed + c.expired, "programs do not add up"
         assert len(self._programs) == len(self._live) + len(self._idle), "a program is neither live nor in a tool wait"
+        assert self._io_intensive == sum(p.io_intensive for p in self._programs.values()), "classes do not add up"
         assert {s for s in self._live.values() if s.slot >= 0} == set(self._running), "a running segment is not live"
         assert sorted([s.slot for s in self._running] + self._slots) == list(range(self.config.max_seqs)), "slots leak"
         for segment in self._running:
@@ -206,17 +210,12 @@ class Scheduler:
         Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
         """
         self.expire(now)
-        chosen: dict[Segment, int] = {}
-        budget = self.config.max_step_tokens
-        decodes: list[tuple[Segment, int]] = []
-        chunks: list[tuple[Segment, int]] = []
-        for segment in self._running:
-            if (wanted := segment.wanted) > 0 and segment.loading is None:
-                (decodes if wanted == 1 else chunks).append((segment, wanted))
-        for segment, count in decodes + chunks:
+        chosen, others = self._decoding()
+        budget = self.config.max_step_tokens - len(chosen)
+        for segment in others:
             if segment.slot < 0:
                 continue  # preempted by one before it
-            count = self._hold(segment, min(count, budget), chosen, now)
+            count = self._hold(segment, min(segment.wanted, budget), chosen, now)
             if count > 0:
                 chosen[segment] = count
                 budget -= count
@@ -231,8 +230,24 @@ class Scheduler:
             return None
         rows = [self._row(segment, count, now) for segment, count in chosen.items()]
         fresh, self._fresh = self._fresh, []
-        context = sum(segment.computed for segment in chosen)
-        return Plan(rows, fresh, self.config.max_step_tokens - budget, context)
+        tokens = sum(chosen.values())
+        self._counts.computed_tokens += tokens
+        return Plan(rows, fresh, tokens, sum([segment.computed for segment in chosen]))
+
+    def _decoding(self) -> tuple[dict[Segment, int], list[Segment]]:
+        """Of the running segments those that decode one more token into a page they have; and the others with work,
+        decodes first. Every step goes through here with every running segment, so it is as short as can be."""
+        usual: dict[Segment, int] = {}
+        decodes: list[Segment] = []
+        chunks: list[Segment] = []
+        for segment in self._running:
+            computed = segment.computed
+            left = segment.length - computed
+            if left == 1 and computed < segment.room and computed < segment.limit and segment.pending:
+                usual[segment] = 1
+            elif segment.loading is None and (wanted := segment.wanted) > 0:
+                (decodes if wanted == 1 else chunks).append(segment)
+        return usual, decodes + chunks
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Say how long a step took, for predictions."""
@@ -261,7 +276,7 @@ class Scheduler:
             segment.computed += times - 1
             segment.length += times - 1
             segment.pending += times - 1
-            segment.program.service += times - 1
+            segment.room = len(segment.pages) * self.config.page_size
         self._counts.computed_tokens += len(rows) * (max(times, 1) - 1)
         return max(times, 1)
 
@@ -298,12 +313,13 @@ class Scheduler:
 
     def _row(self, segment: Segment, count: int, now: float) -> Row:
         start = segment.computed
-        segment.computed = start + count
-        samples = segment.computed == segment.length
-        segment.pending += samples
-        segment.length += samples
-        segment.program.service += count
-        self._counts.computed_tokens += count
+        end = segment.computed = start + count
+        if end < segment.length:
+            samples = False
+        else:
+            samples = True
+            segment.pending += 1
+            segment.length += 1
         if segment.first_scheduled is None:
             segment.first_scheduled = now
         return Row(segment, start, count, samples)
@@ -340,7 +356,7 @@ class Scheduler:
     def _admit(self, segment: Segment, now: float) -> None:
         self._queue.remove(segment)
         program = segment.program
-        reused = segment.reusable
+        reused = segment.reused = segment.reusable
         segment.pages, hosted = self._residency.take(segment)
         segment.computed = reused
         if hosted:
@@ -351,6 +367,7 @@ class Scheduler:
             segment.cached_tokens = reused
         self._counts.reused_tokens += reused
         self._counts.recomputed_tokens += max(0, segment.matched - reused - 1)
+        segment.room = len(segment.pages) * self.config.page_size
         segment.slot = self._slots.pop()
         self.page_table[segment.slot, : len(segment.pages)] = segment.pages
         program.waited_s += now - segment.queued
@@ -396,7 +413,7 @@ class Scheduler:
         order of the policy. So the first in order always gets on, and nothing waits for ever.
         """
         held, size = len(segment.pages), self.config.page_size
-        if segment.computed + count <= held * size:
+        if segment.computed + count <= segment.room:
             return count
         need = self._pages_for(segment.computed + count) - held
         while not self._residency.reclaim(need, now, wait=False) and self._running[-1] is not segment:
@@ -406,7 +423,8 @@ class Scheduler:
         new = self._pool.allocate(min(need, self._pool.free))
         self.page_table[segment.slot, held : held + len(new)] = new
         segment.pages += new
-        return min(count, len(segment.pages) * size - segment.computed)
+        segment.room = len(segment.pages) * size
+        return min(count, segment.room - segment.computed)
 
     def _preempt(self, victim: Segment, now: float) -> None:
         """Take a running segment off its slot; its KV is kept like that of a waiting program, for as long as it can."""
@@ -422,6 +440,7 @@ class Scheduler:
         self._slots.append(segment.slot)
         segment.slot = -1
         segment.program.ran_s += now - segment.started
+        segment.program.service += segment.computed - segment.reused
         pages, segment.pages = segment.pages, []
         keep = self._pages_for(segment.computed)
         if segment.loading is not None:  # what it waits for stays in host memory
@@ -456,13 +475,20 @@ class Scheduler:
             self._counts.expired += 1
             self._forget(next(iter(self._idle)))
         self._counts.created += 1
+        self._io_intensive += 1
         program = Program(name if name is not None else f"#{self._counts.created}", now)
         self._programs[program.id] = program
         return program
+
+    def _classify(self, program: Program) -> None:
+        cost = program.service / program.turns
+        before, program.io_intensive = program.io_intensive, cost <= self._policy.predict.service.mean(cost)
+        self._io_intensive += program.io_intensive - before
 
     def _forget(self, program: Program) -> None:
         self._residency.trim(program, 0)
         self._idle.pop(program, None)
         del self._programs[program.id]
+        self._io_intensive -= program.io_intensive
         self._policy.forgotten(program)
         self._policy.predict.forgotten(program)

@@ -320,3 +320,15 @@ def test_copied_tokens_mark_what_only_the_device_knows():
     assert out.tolist() == [2, 3, 4, 5, -1]
     segment.copy_tokens(4, out[:2])
     assert out[:2].tolist() == [5, -1]
+
+
+def test_programs_are_classed_by_what_their_segments_cost():
+    loop = Loop(make(num_pages=60))
+    for n in range(3):
+        loop.scheduler.submit([n] * 4, 2, program=f"small{n}", now=loop.now)
+        loop.drain()
+    assert loop.scheduler.stats().io_intensive == 3
+    loop.scheduler.submit([9] * 40, 4, program="large", now=loop.now)
+    loop.drain()
+    stats = loop.scheduler.stats()
+    assert (stats.programs, stats.io_intensive) == (4, 3)
