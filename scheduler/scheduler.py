@@ -11,6 +11,7 @@ away at once, because the device runs steps in the order of dispatch: a late wri
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -228,7 +229,7 @@ class Scheduler:
         self._fresh += admitted
         if not chosen:
             return None
-        rows = [self._row(segment, count, now) for segment, count in chosen.items()]
+        rows = self._rows(chosen, now)
         fresh, self._fresh = self._fresh, []
         tokens = sum(chosen.values())
         self._counts.computed_tokens += tokens
@@ -292,9 +293,8 @@ class Scheduler:
         last, or negative: that is, if the device could not choose one.
         """
         new = []
-        for row, token in zip(plan.rows, tokens, strict=True):
-            segment = row.segment
-            if not row.samples or segment.finish_reason is not None:
+        for (segment, _, _, samples), token in zip(plan.rows, tokens, strict=True):
+            if not samples or segment.finish_reason is not None:
                 continue
             segment.pending -= 1
             new.append((segment, token))
@@ -311,18 +311,21 @@ class Scheduler:
                 self.finish(segment, "length", now)
         return new
 
-    def _row(self, segment: Segment, count: int, now: float) -> Row:
-        start = segment.computed
-        end = segment.computed = start + count
-        if end < segment.length:
-            samples = False
-        else:
-            samples = True
-            segment.pending += 1
-            segment.length += 1
-        if segment.first_scheduled is None:
-            segment.first_scheduled = now
-        return Row(segment, start, count, samples)
+    @staticmethod
+    def _rows(chosen: dict[Segment, int], now: float) -> list[Row]:
+        """The rows of a step; from now on their tokens count as computed."""
+        rows, new = [], tuple.__new__  # Row(…) without its keyword arguments, which cost as much as all the rest
+        for segment, count in chosen.items():
+            start = segment.computed
+            segment.computed = end = start + count
+            samples = end == segment.length
+            if samples:
+                segment.pending += 1
+                segment.length = end + 1
+            if segment.first_scheduled is None:
+                segment.first_scheduled = now
+            rows.append(new(Row, (segment, start, count, samples)))
+        return rows
 
     # -- admission -------------------------------------------------------------------------------------------
 
@@ -372,8 +375,7 @@ class Scheduler:
         self.page_table[segment.slot, : len(segment.pages)] = segment.pages
         program.waited_s += now - segment.queued
         segment.started = now
-        self._running.append(segment)
-        self._running.sort(key=self._policy.rank)
+        bisect.insort(self._running, segment, key=self._policy.rank)
         self._policy.admitted(segment, now)
 
     def _enqueue(self, segment: Segment, now: float) -> None:
