@@ -17,6 +17,7 @@ from astraea_jax.agent import ProgramResult, SegmentRecord
 from astraea_jax.scheduler.simulator import ProgramRecord
 
 COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
+COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in range(20) if i not in (6, 7)]  # red is astraea's
 Span = tuple[float, float]
 """(start, length) in seconds."""
 
@@ -78,8 +79,11 @@ def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path
         axes.plot(x, mean, marker="o", markersize=3, label=name, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="KV oversubscription", ylabel="mean job completion time, s", title=title, yscale="log")
+    axes.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
+    for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        of("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -89,7 +93,7 @@ def _style(name: str, index: int) -> dict[str, Any]:
         return {"color": "#c62828", "linewidth": 2.4, "zorder": 5}
     if "clairvoyant" in name or "unlimited" in name:
         return {"color": "#555555", "linewidth": 1.4, "linestyle": "--"}
-    return {"color": mpl.colormaps["tab20"](index % 20), "linewidth": 1.3}
+    return {"color": COLOURS_OF_LINES[index % len(COLOURS_OF_LINES)], "linewidth": 1.3}
 
 
 def _bars(rows: Sequence[Mapping[str, Sequence[Span]]], zero: float, path: Path, title: str) -> None:
