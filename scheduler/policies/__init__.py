@@ -9,7 +9,7 @@ from ..policy import Policy
 from ..prediction import Predictor
 from .agentsched import AgentSched
 from .astraea import Astraea, Terms
-from .astraea_paper import AstraeaPaper
+from .astraea_paper import AstraeaPaper, BatchedFCFS
 from .continuum import Continuum
 from .fcfs import FCFS, ProgramFCFS
 from .infercept import InferCept
@@ -44,8 +44,9 @@ ABLATION: dict[str, Callable[[Predictor], Policy]] = {
     "astraea-typical": partial(Astraea, terms=Terms(typical=0.01)),
     "astraea-exponent": partial(Astraea, terms=Terms(exponent=1.0)),
     "astraea-gate": partial(Astraea, terms=Terms(gate=False)),
+    "fcfs-batches": BatchedFCFS,
 }
-"""``astraea`` with one term left out, for studies."""
+"""``astraea`` with one term left out, and the paper's batches without its order; for studies."""
 
 
 def make_policy(name: str, predictor: Predictor | None = None) -> Policy:

@@ -81,3 +81,13 @@ class AstraeaPaper(Policy):
 
     def forgotten(self, program: Program) -> None:
         self._cost.pop(program, None)
+
+
+class BatchedFCFS(AstraeaPaper):
+    """The same batches, run to completion, in order of arrival: what the paper's order gains by itself."""
+
+    def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
+        return features[:, 1]
+
+    def features(self, segment: Segment) -> Sequence[float]:
+        return 0.0, segment.submitted, 1.0
