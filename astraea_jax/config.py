@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
 from astraea_jax.models.config import ModelConfig
+from astraea_jax.scheduler.strategies import STRATEGIES
+from astraea_jax.scheduler.transfer import HostTier
+
+log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 512 * 2**20
+STAGING_PAGES = 4 * LARGEST_BLOCK
+"""Of device memory for KV on its way to the host, and as many for KV on its way back; a small pool gives an eighth."""
 DEVICE_KV_SHARE = 0.85
 """Of the accelerator memory that is free once the weights are loaded; the rest is for activations."""
+HOST_SHARE = 0.5
+"""Of the host's memory, that an accelerator's host tier may take if nobody says how much."""
+GPU_PINNED_BYTES = 60 * 2**30
+"""XLA pins at most 64 GiB on a GPU's host unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,6 +47,11 @@ class EngineConfig:
     """Tokens per KV page."""
     kv_bytes: int | None = None
     """Device memory for KV pages. None: most of what is free on an accelerator, 512 MiB on a CPU."""
+    host_kv_bytes: int | None = None
+    """Pinned host memory for KV of programs that wait, under memory pressure. 0: none. None: half of the host's memory
+    (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
+    residency: str | None = None
+    """Strategy for the KV of programs that wait; None: the policy's own, or else adaptive."""
     max_context: int | None = None
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
@@ -64,6 +82,10 @@ class EngineConfig:
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
                 "a step must hold one token of every running segment"
             )
+        if self.host_kv_bytes is not None and self.host_kv_bytes < 0:
+            raise StartupError(f"host_kv_bytes is {self.host_kv_bytes}; it must be 0, for no host tier, or more")
+        if self.residency is not None and self.residency not in STRATEGIES:
+            raise StartupError(f"residency {self.residency!r} is unknown; choose one of {', '.join(STRATEGIES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise StartupError(f"dtype {self.dtype!r} is not served; choose one of {', '.join(DTYPES)}")
 
@@ -82,13 +104,15 @@ class Layout:
     page_bytes: int
     max_context: int
     pages_per_seq: int
+    host: HostTier
 
     @classmethod
     def plan(cls, config: EngineConfig, model: ModelConfig) -> Layout:
         """Fit the pages into memory, once the weights are loaded.
 
         Raises:
-            StartupError: ``max_context`` exceeds the model's limit or the pages; the message gives the numbers.
+            StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
+                message gives the numbers.
         """
         dtype = config.weight_dtype()
         budget = config.kv_bytes if config.kv_bytes is not None else _free_memory()
@@ -99,13 +123,39 @@ class Layout:
             raise StartupError(f"max_context {wanted} exceeds the model's {model.max_position} positions")
         if wanted > held:
             raise StartupError(f"max_context {wanted} exceeds the {held} tokens that the KV pages hold; raise kv_bytes")
+        one = page_bytes(model, config.page_size, dtype)
         return cls(
             dtype=dtype,
             num_pages=num_pages,
-            page_bytes=page_bytes(model, config.page_size, dtype),
+            page_bytes=one,
+            host=_host_tier(config.host_kv_bytes, one, num_pages - 1),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
+
+
+def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
+    """The host tier that fits into ``budget`` bytes, for pages of ``page`` bytes and a pool of ``pool`` pages."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pinned = has_pinned_host()
+    if budget is None:
+        if jax.default_backend() == "cpu":
+            return HostTier()
+        if not pinned:
+            log.warning("this backend cannot pin host memory: KV under pressure is computed again, not moved")
+            return HostTier()
+        budget = min(int(HOST_SHARE * installed), GPU_PINNED_BYTES)
+    if budget == 0:
+        return HostTier()
+    if budget > installed:
+        raise StartupError(f"host_kv_bytes {budget} exceeds the {installed} bytes of this machine's memory")
+    if not pinned:
+        raise StartupError("this backend cannot pin host memory; start with host_kv_bytes 0, without a host tier")
+    if budget < page:
+        raise StartupError(
+            f"host_kv_bytes {budget} holds no page of {page} bytes; raise it, or give 0 for no host tier"
+        )
+    return HostTier(budget // page, staging=max(1, min(STAGING_PAGES, pool // 8)))
 
 
 def _free_memory() -> int:

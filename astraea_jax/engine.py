@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from astraea_jax.cache.host import HostStore
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
@@ -31,6 +32,7 @@ from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.prediction import Predictor, StepCosts
+from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler
 
@@ -38,6 +40,10 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 1.0
 """How often an idle loop looks for expired sessions, in seconds."""
+POLL_S = 2e-4
+"""How often it looks for transfers that have ended, if any are under way."""
+MAX_SALT = 256
+"""Characters of a cache salt."""
 
 
 @dataclass
@@ -97,9 +103,10 @@ class Engine:
             max_waiting=c.max_queued + c.max_seqs,
             max_programs=c.max_programs,
             session_ttl_s=c.session_ttl_s,
+            host=layout.host,
         )
         self._predictor = Predictor()
-        self._scheduler = Scheduler(scheduler_config, make_policy(c.policy, self._predictor))
+        self._scheduler = Scheduler(scheduler_config, make_policy(c.policy, self._predictor, c.residency))
         self._runner = Runner(
             decoder,
             num_pages=layout.num_pages,
@@ -108,7 +115,11 @@ class Engine:
             max_step_tokens=c.max_step_tokens,
             max_pages_per_seq=layout.pages_per_seq,
             kv_dtype=layout.dtype,
+            staging=layout.host.staging,
         )
+        self._store: HostStore | None = None
+        if layout.host.pages:
+            self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging)
         self._guard = CompileGuard()
         self._events: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -163,6 +174,7 @@ class Engine:
         *,
         session: str | None = None,
         final: bool = False,
+        salt: str = "",
     ) -> Generation:
         """Queue one segment and return it as an async iterator; call it with an event loop running.
 
@@ -172,6 +184,8 @@ class Engine:
             session: names the program. When the segment ends, the program waits for its tool with its KV kept while
                 memory allows; the next ``generate`` of the session resumes it. None: a program of one segment.
             final: the program ends with this segment.
+            salt: programs share the KV of equal beginnings of their prompts with those of equal salt only; tenants
+                that must not learn from each other's timing get one each.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
@@ -180,6 +194,8 @@ class Engine:
         """
         params = params or SamplingParams()
         self._check(prompt, params)
+        if len(salt) > MAX_SALT:
+            raise RequestError(f"the cache salt has {len(salt)} characters; at most {MAX_SALT} are allowed")
         with self._lock:
             if self._refusing is not None:
                 raise EngineDead(self._refusing)
@@ -187,7 +203,7 @@ class Engine:
                 raise Overloaded(f"{self._admitted} requests are in progress; try again later")
             self._admitted += 1
             generation = Generation(lambda g: self._post(partial(self._cancel, g)))
-            self._post(partial(self._submit, generation, tuple(prompt), params, session, final))
+            self._post(partial(self._submit, generation, tuple(prompt), params, session, final, salted(salt)))
         return generation
 
     def end_session(self, session: str) -> None:
@@ -196,7 +212,7 @@ class Engine:
 
     def tool_called(self, session: str, tool: str) -> None:
         """Say which tool a waiting program waits for, so that the scheduler learns its times."""
-        self._post(partial(self._scheduler.tool_called, session, tool))
+        self._post(lambda: self._scheduler.tool_called(session, tool, time.monotonic()))
 
     def stats(self) -> SchedulerStats:
         """Counts of programs, segments and pages as of the last step."""
@@ -254,6 +270,7 @@ class Engine:
         while not self._stopping:
             self._take_events(idle)
             began = time.thread_time()
+            self._end_transfers()
             launched = self._launch(in_flight)
             if in_flight is not None:
                 self._commit(in_flight)
@@ -265,7 +282,7 @@ class Engine:
 
     def _take_events(self, idle: bool) -> None:
         if idle:
-            self._wake.wait(IDLE_S)
+            self._wake.wait(POLL_S if self._store is not None and self._store.busy else IDLE_S)
         self._wake.clear()
         while self._events:
             self._events.popleft()()
@@ -274,6 +291,8 @@ class Engine:
         began = time.perf_counter()
         plan = self._scheduler.plan(time.monotonic())
         planned = time.perf_counter()
+        if self._store is not None:  # before the step: it may write on the pages that an offload reads
+            self._store.start(*self._scheduler.take_transfers())
         if plan is None:
             return None
         for segment in plan.admitted:
@@ -285,6 +304,12 @@ class Engine:
         self.times.plan_s += planned - began
         self.times.dispatch_s += time.perf_counter() - planned
         return step
+
+    def _end_transfers(self) -> None:
+        if self._store is not None and self._store.busy:
+            now = time.monotonic()
+            for transfer, failed in self._store.poll():
+                self._scheduler.transferred(transfer, now, failed=failed)
 
     def _commit(self, step: InFlight) -> None:
         began = time.perf_counter()
@@ -321,12 +346,13 @@ class Engine:
         params: SamplingParams,
         session: str | None,
         final: bool,
+        salt: bytes,
     ) -> None:
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         stops = eos.union(params.stop_token_ids)
         try:
             segment = self._scheduler.submit(
-                prompt, params.max_tokens, stops, program=session, final=final, now=time.monotonic()
+                prompt, params.max_tokens, stops, program=session, final=final, salt=salt, now=time.monotonic()
             )
         except Rejected as error:
             self._release(generation, RequestError(str(error)))

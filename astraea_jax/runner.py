@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from astraea_jax.cache.paged import PagedKV, make_pages
+from astraea_jax.cache.host import block_sharding, block_sizes
+from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.sampling import SamplingParams, sample
@@ -85,6 +86,7 @@ class Runner:
         max_step_tokens: tokens of the largest step.
         max_pages_per_seq: width of the page table.
         kv_dtype: of the pages.
+        staging: pages of the largest transfer to or from the host; 0: there are none.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Runner:
         max_step_tokens: int,
         max_pages_per_seq: int,
         kv_dtype: Any,
+        staging: int = 0,
     ):
         graph, state = nnx.split(decoder)
         leaves, tree = jax.tree.flatten(state)
@@ -107,11 +110,17 @@ class Runner:
         self._table_width = max_pages_per_seq
         self._shapes = step_shapes(max_seqs, max_step_tokens)
         self._compiled: dict[StepShape, Any] = {}
+        self._blocks = block_sizes(staging)
+        self.block_sharding = block_sharding(self._pages[0])
+        """Of a block of pages on the device."""
+        self._gathers: dict[int, Any] = {}
+        self._scatters: dict[int, Any] = {}
         self._sampling_ints = np.zeros((max_seqs, 2), np.int32)  # top_k, seed bits
         self._sampling_floats = np.zeros((max_seqs, 3), np.float32)  # temperature, top_p, min_p
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
+        self._compile_transfers()
         shapes = self._shapes
         jitted = jax.jit(self._step, donate_argnums=(1, 2), static_argnames="q_tile")
 
@@ -127,6 +136,25 @@ class Runner:
                 progress(lowered, len(shapes))
         for shape in shapes:
             self._launch(shape, self._empty_batch(shape)).block_until_ready()
+
+    def _compile_transfers(self) -> None:
+        gather = jax.jit(gather_pages, out_shardings=self.block_sharding)
+        scatter = jax.jit(scatter_pages, donate_argnums=0)
+        for size in self._blocks:
+            ids = np.zeros(size, np.int32)
+            self._gathers[size] = gather.lower(self._pages, ids).compile()
+            block = self.gather([0] * size)
+            self._scatters[size] = scatter.lower(self._pages, block, ids).compile()
+            self.scatter(block, np.full(size, -1, np.int32))
+
+    def gather(self, pages: Sequence[int]) -> jax.Array:
+        """Read pages into one block ``[n, L, 2, K, S, H]``; they may be written again at once. n is a block size."""
+        block: jax.Array = self._gathers[len(pages)](self._pages, np.asarray(pages, np.int32))
+        return block
+
+    def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
+        """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
+        self._pages = self._scatters[len(pages)](self._pages, block, pages)
 
     def _empty_batch(self, shape: StepShape) -> tuple[np.ndarray, ...]:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .residency import HostTier
+from .transfer import HostTier
 
 NO_HOST = HostTier()
 
@@ -45,6 +45,8 @@ class SchedulerStats:
     free_pages: int
     retained_pages: int
     """Held by programs without a running segment; can be had at any time."""
+    cached_pages: int
+    """Free, and still found by programs whose tokens begin alike."""
     computed_tokens: int
     reused_tokens: int
     """Tokens of admitted segments whose KV was still there, on the device or the host."""
@@ -54,3 +56,6 @@ class SchedulerStats:
     """Dropped under pressure."""
     offloaded_pages: int
     restored_pages: int
+    failed_transfers: int
+    decisions: dict[str, int]
+    """Of the residency manager: "what: why", and how often."""

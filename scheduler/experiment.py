@@ -19,6 +19,7 @@ from .costs import MACHINES, CostModel
 from .policies import make_policy
 from .prediction import Oracle, Predictor
 from .simulator import Outcome, ProgramRecord, Simulator, Sizes
+from .strategies import STRATEGIES, make_strategy
 from .trace import TraceProgram, load_trace
 from .workload import GENERATORS, generate, resample, with_arrivals
 
@@ -28,8 +29,14 @@ RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
 WORKLOADS = (*RECORDED, *GENERATORS)
 PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
 """Relative noise of the oracle; None: learned online."""
-RESIDENCIES = ("keep-lru", "host", "unlimited")
-"""``keep-lru``: a prefix cache, no host tier. ``unlimited``: nothing is ever taken, a bound that ignores memory."""
+RESIDENCIES: Mapping[str, tuple[bool, str | None]] = {
+    "keep-lru": (False, None),
+    "host": (True, None),
+    "unlimited": (False, None),
+    **{name: (True, name) for name in STRATEGIES},
+}
+"""Whether there is a host tier, and the strategy; None: the policy's own, or else ``adaptive`` with a host tier and
+``always-keep`` without. ``keep-lru``: a prefix cache, no host tier. ``unlimited``: a bound that ignores memory."""
 UNLIMITED = 2**40
 """Tokens of a host tier that is never full."""
 
@@ -82,10 +89,10 @@ def prepared(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes, l
     """Let programs arrive, unless they say when they do."""
     if any(p.arrival_s is None for p in programs):
         at_once = [replace(p, arrival_s=0.0) for p in programs]
-        ends = sorted(r.ended for r in _run(at_once, "fcfs", Predictor(), costs, ample).records)
+        ends = sorted(r.ended for r in _run(at_once, costs, ample).records)
         done = max(1, int(0.8 * len(programs)))
         programs = with_arrivals(programs, load * done / ends[done - 1], seed)
-    return Prepared(tuple(programs), _run(programs, "fcfs", Predictor(), costs, ample).mean_live_context)
+    return Prepared(tuple(programs), _run(programs, costs, ample).mean_live_context)
 
 
 def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
@@ -97,13 +104,14 @@ def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
     prepared = prepare(cell.workload, cell.programs, cell.seed, cell.load, cell.machine)
     longest = max(p.longest for p in prepared.programs)
     pool = max(int(prepared.live_context / cell.oversubscription), longest + 4096)
-    sizes = {
-        "keep-lru": Sizes(pool),
-        "host": Sizes(pool, host_tokens=UNLIMITED),
-        "unlimited": Sizes(everything(prepared.programs)),
-    }[cell.residency]
-    predictor = predictor_for(cell, prepared.programs)
-    return _run(prepared.programs, cell.policy, predictor, MACHINES[cell.machine], sizes, record_plans)
+    host, strategy = RESIDENCIES[cell.residency]
+    sizes = Sizes(pool, host_tokens=UNLIMITED if host else 0)
+    if cell.residency == "unlimited":
+        sizes = Sizes(everything(prepared.programs))
+    policy = make_policy(cell.policy, predictor_for(cell, prepared.programs), strategy)
+    if strategy is None and not host and policy.residency is None:
+        policy.strategy = make_strategy("always-keep", policy.predict)
+    return Simulator(prepared.programs, policy, MACHINES[cell.machine], sizes, record_plans=record_plans).run()
 
 
 def everything(programs: Sequence[TraceProgram]) -> int:
@@ -118,15 +126,8 @@ def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
     return Predictor() if noise is None else Oracle(programs, noise, cell.seed)
 
 
-def _run(
-    programs: Sequence[TraceProgram],
-    policy: str,
-    predictor: Predictor,
-    costs: CostModel,
-    sizes: Sizes,
-    record_plans: bool = False,
-) -> Outcome:
-    return Simulator(programs, make_policy(policy, predictor), costs, sizes, record_plans=record_plans).run()
+def _run(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes) -> Outcome:
+    return Simulator(programs, make_policy("fcfs"), costs, ample).run()
 
 
 def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048) -> float:

@@ -1,4 +1,4 @@
-"""The interface of a policy: in which order segments are served, which may start, and whose KV goes first.
+"""The interface of a policy: in which order segments are served, and which may start.
 
 A policy never looks at all waiting programs one by one. When a segment is queued the policy writes down a few numbers
 about it (``features``); when there is room, it scores all waiting segments at once from those columns and the time.
@@ -6,13 +6,14 @@ about it (``features``); when there is room, it scores all waiting segments at o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .prediction import Predictor
 from .program import Program, Segment
+from .strategies import make_strategy
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Pressure:
 class Policy:
     """First come, first served, by the segment's own arrival: what engines do that know no programs.
 
-    KV of programs that wait for a tool goes least recently used first, as a prefix cache does it (vLLM).
+    What becomes of the KV of programs that wait is the choice of its ``strategy``.
     """
 
     columns = 1
@@ -40,8 +41,12 @@ class Policy:
     backfill = 0
     """Segments that do not fit and may be passed over in favour of later ones; 0: the first in order blocks."""
 
+    residency: str | None = None
+    """The strategy that belongs to the policy, by name; None: any."""
+
     def __init__(self, predictor: Predictor):
         self.predict = predictor
+        self.strategy = make_strategy(self.residency or "adaptive", predictor)
         self.changed: list[Segment] = []
         """Waiting segments whose features have changed; the scheduler takes them from here."""
 
@@ -60,10 +65,6 @@ class Policy:
     def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
         """Whether a segment may start now, if it fits."""
         return True
-
-    def victims(self, programs: Iterable[Program], now: float) -> Iterable[Program] | None:
-        """In which order programs that retain KV lose it; None: least recently used first, as they come."""
-        return None
 
     # -- events ------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,31 @@ class StepCosts:
         return self.mean_step_s * tokens
 
 
+class TransferCosts:
+    """Seconds that pages take between device and host: ``latency`` and ``per_page``, by least squares over the
+    transfers as they end, in a sliding exponential window."""
+
+    FORGET = 0.98
+
+    def __init__(self) -> None:
+        self.latency, self.per_page = 0.0, 1e-4
+        self._sums = [0.0] * 5
+
+    def observe(self, pages: int, seconds: float) -> None:
+        """A transfer took so long, waiting for others and for the loop to notice included."""
+        new = (1.0, pages, seconds, pages * pages, pages * seconds)
+        self._sums = [self.FORGET * old + more for old, more in zip(self._sums, new, strict=True)]
+        n, x, y, xx, xy = self._sums
+        spread = n * xx - x * x
+        slope = (n * xy - x * y) / spread if spread > 1e-6 * xx else y / x
+        self.per_page = min(max(slope, 0.0), y / x)
+        self.latency = (y - self.per_page * x) / n
+
+    def seconds(self, pages: int) -> float:
+        """Of a transfer of so many pages."""
+        return self.latency + self.per_page * pages
+
+
 class Distribution:
     """The last ``WINDOW`` observations of a quantity."""
 
@@ -98,6 +123,11 @@ class Distribution:
         """Expected remainder of a quantity that has reached ``elapsed``."""
         beyond = self._sorted[bisect.bisect_right(self._sorted, elapsed) :]
         return sum(beyond) / len(beyond) - elapsed if beyond else max(elapsed, default)
+
+    def median_beyond(self, elapsed: float, default: float) -> float:
+        """Median remainder of a quantity that has reached ``elapsed``."""
+        beyond = self._sorted[bisect.bisect_right(self._sorted, elapsed) :]
+        return beyond[len(beyond) // 2] - elapsed if beyond else max(elapsed, default)
 
 
 class TurnHazards:
@@ -161,6 +191,7 @@ class Predictor:
 
     def __init__(self) -> None:
         self.costs = StepCosts()
+        self.transfers = TransferCosts()
         self.outputs = Distribution()
         """Tokens per segment."""
         self.service = Distribution()
@@ -184,6 +215,10 @@ class Predictor:
     def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
         """Seconds that its present or next tool wait goes on after ``elapsed_s``."""
         return self.tool_times(program.tool).mean_beyond(elapsed_s, 1.0)
+
+    def returns_in(self, program: Program, elapsed_s: float) -> float:
+        """Seconds until its tool wait is as likely over as not."""
+        return self.tool_times(program.tool).median_beyond(elapsed_s, 1.0)
 
     def tool_times(self, tool: str | None) -> Distribution:
         """Of that tool if enough is known about it, or of all."""
@@ -284,6 +319,9 @@ class Oracle(Predictor):
         segments = self._truth[program.id].segments
         at = program.turns - 1 if program.tool is not None else min(program.turns, len(segments) - 1)
         return max(0.0, segments[at].tool_s * self._wrong(program, "tool") - elapsed_s)
+
+    def returns_in(self, program: Program, elapsed_s: float) -> float:
+        return self.tool_s(program, elapsed_s)
 
     def remaining_turns(self, program: Program) -> float:
         return max(1.0, len(self._left(program)) * self._wrong(program, "turns"))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .prefix import page_keys
+
 if TYPE_CHECKING:
-    from .residency import Transfer
+    from .transfer import HostCopy, Transfer
 
 
 class Rejected(ValueError):
@@ -26,6 +28,8 @@ class Program:
 
     id: str
     arrival: float
+    salt: bytes | None = None
+    """Programs of equal salt share KV of equal prefixes; None: with nobody."""
     turns: int = 0
     """Segments that have ended."""
     service: float = 0.0
@@ -54,10 +58,15 @@ class Program:
     """Tokens of that segment whose KV is retained, from the first on."""
     pages: list[int] = field(default_factory=list)
     """Device pages of the first of these tokens."""
-    hosted: int = 0
-    """Pages in host memory, of the tokens after those."""
-    moving: int = 0
-    """Transfers to the host that have not ended."""
+    copies: list[HostCopy] = field(default_factory=list)
+    """Host copies of pages, by rising index and apart from each other. Every page of the tokens kept is on the device,
+    in a copy, or both."""
+    fetching: Transfer | None = None
+    """A restore of its KV that is under way."""
+    running: bool = False
+    """One of its segments runs and owns the device pages."""
+    expected: float = -1.0
+    """Beginning of the last tool wait whose end was predicted, to bring KV back in time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +100,8 @@ class Segment:
     pending: int = 0
     slot: int = -1
     """Its row in the page table while it runs; -1 otherwise."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of its first full pages, by content; none if its program shares with nobody."""
     pages: list[int] = field(default_factory=list)
     room: int = 0
     """Tokens that these pages hold."""
@@ -135,6 +146,14 @@ class Segment:
         if shared == len(self.prompt):
             shared += _common(self.output, list(prompt[shared : shared + len(self.output)]))
         return shared
+
+    def extend_keys(self) -> None:
+        """Give every full page of known tokens its key."""
+        salt, start, stop = self.program.salt, len(self.keys) * self.page_size, self.known
+        if salt is not None and stop - start >= self.page_size:
+            tokens = np.empty(stop - start, np.int32)
+            self.copy_tokens(start, tokens)
+            self.keys += page_keys(tokens, self.page_size, self.keys[-1] if self.keys else salt)
 
     def copy_tokens(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with its tokens from ``start``; -1 where only the device knows them."""

@@ -1,77 +1,107 @@
-"""Where the KV of programs lies that are not running: on the device, in host memory, or nowhere any more.
+"""Where the KV of programs lies that are not running: on the device, in host memory, both, or nowhere any more.
 
 A program keeps its KV on the device when its segment ends, and when it is preempted. It can always be taken: pages
-are taken from the end of a program's tokens, so that what is left is a prefix. With a host tier they are moved there:
-gathered into a staging buffer, after which the device pages are free at once, and copied while steps go on. Without
-one, or if it is full, they are dropped and computed again.
+are taken from the end of a program's tokens, so that what is left is a prefix. With a host tier, pages are copied
+there, ahead of need or when they are needed: gathered into a staging buffer, after which the device pages are free at
+once, and copied while steps go on. Without one, or if it is full of what is worth more, they are lost and computed
+again. A *clean* page has a host copy, so it can be had at once. Pages that several programs share stay until nothing
+else is left, because taking them from one program frees nothing.
+
+What is copied, kept or lost is the choice of a :class:`~.strategies.Strategy`; the mechanism is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import heapq
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
 
 from .pages import PagePool
 from .program import Program, Segment
+from .strategies import DISCARD, KEEP, LAST, Strategy
+from .transfer import HostCopy, HostTier, Part, Transfer
 
-Victims = Callable[[Iterable[Program], float], Iterable[Program] | None]
-"""Given programs that retain device pages, least recently used first, and the time: whose to take, in order; None: in
-the order they come."""
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class HostTier:
-    """Sizes of the host's part, in pages. The default is: there is none."""
-
-    pages: int = 0
-    staging: int = 0
-    """Pages on their way to the host at most: the device memory given to staging."""
-    spill_above: float = 0.7
-    """Share of the pool in use above which the most idle programs' KV moves to the host ahead of need."""
-
-
-@dataclass(frozen=True, eq=False)
-class Transfer:
-    """A copy between device and host, for whoever runs the plan; report its end to ``Scheduler.transferred``."""
-
-    program: Program
-    pages: tuple[int, ...]
-    """Device pages, read by an offload before anything later is dispatched, written by a restore."""
-    segment: Segment | None = None
-    """The segment that waits for a restore; None: an offload."""
+CHUNK = 32
+"""Pages copied together at least, if a program has so many and staging has room."""
+CANDIDATES = 8
+"""Programs that are compared when the host is full."""
+MARGIN = 0.05
+"""Share of the pool that must stay free when KV is brought back ahead of need."""
 
 
 class Residency:
-    """Owns every page that no running segment owns."""
+    """Owns every page that no running segment owns.
+
+    Args:
+        pool: device pages.
+        page_size: tokens per page.
+        host: sizes of the host tier.
+        strategy: what to keep, copy and lose.
+        lost: told of every program that loses KV.
+    """
 
     def __init__(
-        self, pool: PagePool, page_size: int, host: HostTier, victims: Victims, lost: Callable[[Program], None]
+        self, pool: PagePool, page_size: int, host: HostTier, strategy: Strategy, lost: Callable[[Program], None]
     ):
         self.pool = pool
-        self.retained = 0
-        """Device pages of programs without a running segment."""
         self.reclaimed = 0
-        """Pages dropped under pressure, in all."""
+        """Pages lost under pressure, in all."""
         self.moved = [0, 0]
-        """Pages moved to the host and back, in all."""
+        """Pages copied to the host and back, in all."""
+        self.failed = 0
+        """Transfers that went wrong."""
+        self.decisions: Counter[str] = Counter()
+        """How often pages were kept, copied, dropped or brought back, each with its reason."""
         self.transfers: list[Transfer] = []
-        """Begun since the last plan."""
+        """Begun since they were last taken."""
+        self.dropped: list[HostCopy] = []
+        """Copies that nobody wants any more, since they were last taken."""
         self._size = page_size
         self._host = host
-        self._hosted = 0  # pages in host memory, those on their way included
+        self._strategy = strategy
+        self._lost = lost
+        self._hosted = 0  # pages of host memory in use
         self._staged = 0
-        self._victims = victims
-        self._lost = lost  # told of every program that loses KV
-        self._lru: dict[Program, None] = {}  # with device pages but no running segment, least recently used first
+        self._spilling = False
+        self._lru: OrderedDict[Program, None] = OrderedDict()  # with device pages but not running, least recent first
+        self._dirty: OrderedDict[Program, None] = OrderedDict()  # of those, with pages that could be copied
+        self._clean: OrderedDict[Program, int] = OrderedDict()  # of those, with so many clean pages at the end
+        self._clean_pages = 0
+        self._bound: dict[Program, None] = {}  # whose last page is shared
+        self._holders: OrderedDict[Program, None] = OrderedDict()  # with host copies, least recently used first
+        self._fetches: dict[Transfer, None] = {}  # restores ahead of need that are under way
+        self._returns: list[tuple[float, int, Program, float]] = []  # when to bring back whose KV, of which wait
+        self._pushed = 0
 
     # -- programs ----------------------------------------------------------------------------------------------
 
     def retain(self, program: Program, segment: Segment, pages: list[int], tokens: int) -> None:
         """Take over the KV of the first ``tokens`` tokens of a segment that stops running, on ``pages``."""
         program.last, program.kept, program.pages = segment, tokens, pages
-        self.retained += len(pages)
-        if pages:
-            self._lru[program] = None
+        program.running, program.fetching = False, None
+        self._strategy.stopped(segment)
+        if program in self._holders:
+            self._holders.move_to_end(program)
+        self._list(program)
+
+    def waits(self, program: Program, now: float) -> None:
+        """A program begins to wait for a tool, or has named the tool."""
+        slack = (self.pool.free + self._clean_pages) / self.pool.size
+        action, why = self._strategy.waits(program, slack, now)
+        if program.tool is None or action != KEEP:
+            self._note(program, action, why, len(program.pages))
+        if action == DISCARD and program.kept:
+            self.reclaimed += -(-program.kept // self._size)
+            self.trim(program, 0)
+        elif action == LAST:
+            for order in (self._lru, self._dirty, self._clean):
+                if program in order:
+                    order.move_to_end(program, last=False)
 
     def trim(self, program: Program, tokens: int) -> None:
         """Drop the KV of all but the first ``tokens`` tokens."""
@@ -79,41 +109,134 @@ class Residency:
             return
         program.kept = tokens
         keep = -(-tokens // self._size)
-        self._unhost(program, max(0, len(program.pages) + program.hosted - max(keep, len(program.pages))))
+        self._cut_copies(program, keep)
         self._release(program, keep)
 
-    def take(self, segment: Segment) -> tuple[list[int], int]:
-        """Hand a segment that is admitted the device pages it can reuse, and how many are to be restored after them."""
+    def take(self, segment: Segment, found: list[int], now: float) -> tuple[list[int], list[Part]]:
+        """Hand a segment that is admitted the device pages it can reuse, and the host pages that belong after them.
+
+        Shared pages among them are full and all their tokens are known, so nothing is ever written on a page that
+        somebody else reads: no copy-on-write is needed.
+
+        Args:
+            segment: it.
+            found: by :meth:`found`, one reference to each taken already.
+            now: seconds.
+        """
         program = segment.program
         self.trim(program, segment.reusable)
-        pages, program.pages = program.pages, []
-        self.retained -= len(pages)
-        self._lru.pop(program, None)
-        return pages, program.hosted
+        pages, program.pages, program.running = program.pages + found, [], True
+        self._unlist(program)
+        kept = -(-program.kept // self._size)
+        parts = self._parts(program, len(pages), kept)
+        tokens = max(program.kept, len(pages) * self._size if found else 0)
+        inside = tokens // self._size
+        if not parts and inside < len(pages):  # its next token is written on a page that has some already
+            if self.pool.shared(pages[inside]):
+                self.pool.release([pages.pop()])
+                tokens = inside * self._size
+            else:
+                self.pool.withdraw(pages[inside])
+        segment.computed = segment.reused = tokens
+        if not parts:
+            self._cut_copies(program, inside)
+        self._strategy.started(segment, now)
+        return pages, parts
 
-    def restore(self, segment: Segment, pages: list[int]) -> Transfer:
-        """Bring the hosted part of a segment's KV back to ``pages``."""
-        transfer = Transfer(segment.program, tuple(pages), segment)
+    def forgotten(self, program: Program) -> None:
+        """A program has ended; full pages of it can still be found as long as nobody needs the memory."""
+        self.trim(program, 0)
+        self._strategy.forgotten(program)
+
+    def spoil(self, program: Program) -> None:
+        """What a program has computed cannot be trusted: drop it, and let nobody find it."""
+        for page in program.pages:
+            self.pool.withdraw(page)
+        self.trim(program, 0)
+
+    def found(self, segment: Segment) -> list[int]:
+        """Pages of equal content, computed by anybody, that continue those which the segment's program has."""
+        last = (segment.known - 1) // self._size  # one token is always left to compute
+        held = min(len(segment.program.pages), -(-segment.reusable // self._size))
+        return self.pool.find(islice(segment.keys, held, last)) if held * self._size <= segment.reusable else []
+
+    def needs(self, segment: Segment, found: list[int]) -> int:
+        """Free pages that a segment needs for all its known tokens."""
+        pages, reusable = segment.program.pages, segment.reusable
+        held = min(len(pages), -(-reusable // self._size))
+        split = held * self._size > reusable and self.pool.shared(pages[held - 1])  # see take
+        return -(-segment.known // self._size) - held - len(found) + split
+
+    def restorable(self, segment: Segment) -> bool:
+        """Whether nothing that a segment would reuse is still on its way."""
+        program = segment.program
+        if program.fetching is not None:
+            return False
+        kept, held = -(-segment.reusable // self._size), len(program.pages)
+        return all(copy.ready for copy in program.copies if copy.end > held and copy.first < kept)
+
+    def restore(self, segment: Segment, pages: list[int], parts: list[Part], now: float) -> Transfer:
+        """Bring host pages of a segment that has been admitted back to ``pages``."""
+        transfer = Transfer(segment.program, tuple(pages), tuple(parts), False, now, segment)
+        segment.program.fetching = transfer
         self.transfers.append(transfer)
         return transfer
 
-    def ended(self, transfer: Transfer) -> None:
+    # -- transfers ---------------------------------------------------------------------------------------------
+
+    def ended(self, transfer: Transfer, now: float) -> None:
         """A transfer has ended."""
-        program, segment = transfer.program, transfer.segment
-        if segment is None:
-            self._staged -= len(transfer.pages)
-            program.moving -= 1
+        program, segment, count = transfer.program, transfer.segment, len(transfer.pages)
+        self._strategy.predict.transfers.observe(count, now - transfer.began)
+        self.moved[not transfer.to_host] += count
+        if transfer.to_host:
+            self._arrived(transfer)
+        elif segment is None:
+            self._fetched(transfer, count)
         elif segment.loading is transfer:
-            segment.loading = None
-            self._unhost(program, program.hosted)
-            self.moved[1] += len(transfer.pages)
+            segment.loading = program.fetching = None
+            self._cut_copies(program, segment.reused // self._size)
+
+    def broken(self, transfer: Transfer) -> None:
+        """A transfer has failed: what it was to bring is lost, and will be computed again."""
+        program, segment = transfer.program, transfer.segment
+        self.failed += 1
+        start = transfer.parts[0].copy.first + transfer.parts[0].offset
+        if transfer.to_host:
+            copy = self._arrived(transfer)
+            if not copy.dropped:
+                self._lose(program, copy)
+        elif segment is None:
+            self._fetched(transfer, 0)
+            self._cut_to(program, start)
+        elif segment.loading is transfer:
+            segment.loading = program.fetching = None
+            segment.computed = segment.reused = start * self._size
+            self._cut_copies(program, start)
+
+    def _arrived(self, transfer: Transfer) -> HostCopy:
+        self._staged -= len(transfer.pages)
+        copy = transfer.parts[0].copy
+        copy.ready = True
+        if copy.dropped:  # while it was on its way
+            self._hosted -= copy.pages
+        return copy
+
+    def _fetched(self, transfer: Transfer, count: int) -> None:
+        """End a restore ahead of need whose first ``count`` pages have arrived."""
+        program = transfer.program
+        del self._fetches[transfer]
+        self.pool.unpin(transfer.pages)
+        first = transfer.parts[0].copy.first + transfer.parts[0].offset
+        if program.fetching is not transfer or len(program.pages) != first:
+            count = 0
+        program.fetching = None
+        count = min(count, max(0, -(-program.kept // self._size) - first))
+        self.pool.release(transfer.pages[count:])
+        program.pages += transfer.pages[:count]
+        self._list(program)
 
     # -- pressure ----------------------------------------------------------------------------------------------
-
-    @property
-    def obtainable(self) -> int:
-        """Pages that can be had without taking them from a running segment, sooner or later."""
-        return self.pool.free + self.retained
 
     def reclaim(self, need: int, now: float, *, wait: bool, spare: Program | None = None) -> bool:
         """Make ``need`` pages free if programs that do not run hold enough; whether they are free now.
@@ -121,91 +244,303 @@ class Residency:
         Args:
             need: pages.
             now: seconds.
-            wait: rather have fewer pages now than drop KV for which the host only lacks staging.
+            wait: rather have fewer pages now than lose KV for which the host only lacks staging.
             spare: not to be taken from.
         """
-        if self.pool.free < need:
-            for program in self._in_order(now, spare):
-                if not self._evict(program, need - self.pool.free, wait):
-                    break
-                if self.pool.free >= need:
-                    break
+        if self.pool.free >= need:
+            return True
+        order = self._strategy.order(self._lru, now)
+        if order is None:
+            self._take_clean(need, now, spare)
+        for program in self._oldest(self._lru, spare) if order is None else list(order):
+            if self.pool.free >= need:
+                return True
+            if program is not spare and not self._evict(program, need, now, wait):
+                return False
+        if self.pool.free < min(need, self.pool.obtainable):
+            self._take_shared(need, spare)
         return self.pool.free >= need
 
     def spill(self, now: float) -> None:
-        """Above the mark, move the KV of the most idle programs to the host ahead of need."""
-        spare = int((1 - self._host.spill_above) * self.pool.size)
-        if self._room() > 0 and self.pool.free < spare:
-            for program in self._in_order(now):
-                self._offload(program, min(spare - self.pool.free, self._room(), len(program.pages)))
-                if self.pool.free >= spare or self._room() <= 0:
-                    break
-
-    def _in_order(self, now: float, spare: Program | None = None) -> Iterator[Program]:
-        """Programs with device pages, but ``spare``; the caller empties one before it asks for the next."""
-        order = self._victims(self._lru, now)
-        if order is not None:
-            yield from [program for program in order if program is not spare]
+        """Copy the most idle programs' KV to the host ahead of need, if little of the pool is free or clean."""
+        if not self._dirty or self._host.pages == 0:
             return
-        if spare in self._lru:  # it is used next, so it belongs at the end
-            del self._lru[spare]
-            self._lru[spare] = None
-        while self._lru and (first := next(iter(self._lru))) is not spare:
+        low, high = (int(share * self.pool.size) for share in self._strategy.ahead)
+        self._spilling = self.pool.free + self._clean_pages < (high if self._spilling else low)
+        while self._spilling and self._dirty and (wanted := high - self.pool.free - self._clean_pages) > 0:
+            program = next(iter(self._dirty))
+            first, end = self._copyable(program)
+            if end > first and self._strategy.moves(program):
+                count = min(max(wanted, CHUNK), end - first, self._room())
+                if count <= 0:
+                    return
+                self._copy(program, end - count, count, "ahead of need", now)
+            else:
+                del self._dirty[program]
+            if self._strategy.releases:
+                self._release(program, len(program.pages) - self._clean.get(program, 0))
+
+    def prefetch(self, now: float) -> None:
+        """Bring back the KV of programs that are about to return, where memory is free for it."""
+        while self._returns and self._returns[0][0] <= now:
+            _, _, program, began = heapq.heappop(self._returns)
+            held, kept = len(program.pages), -(-program.kept // self._size)
+            if program.running or program.wait_began != began or program.fetching or held == kept:
+                continue
+            if not all(copy.ready for copy in program.copies):
+                continue
+            count = kept - held
+            if self.pool.free - count < MARGIN * self.pool.size:
+                self._note(program, "leave", "no room to bring it back early", count)
+                continue
+            self._note(program, "bring back", "it returns soon", count)
+            parts = self._parts(program, held, kept)
+            self._unlist(program)
+            pages = self.pool.allocate(count)
+            self.pool.pin(pages)
+            program.fetching = Transfer(program, tuple(pages), tuple(parts), False, now)
+            self._fetches[program.fetching] = None
+            self.transfers.append(program.fetching)
+
+    def _take_clean(self, need: int, now: float, spare: Program | None) -> None:
+        """Free pages that have a host copy."""
+        for program in self._oldest(self._clean, spare):
+            count = min(need - self.pool.free, self._clean[program])
+            if count <= 0:
+                return
+            self._note(program, "free", "it has a host copy", count)
+            self._release(program, len(program.pages) - count)
+            self._expect(program, now)
+
+    def _evict(self, program: Program, need: int, now: float, wait: bool) -> bool:
+        """Take pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
+        while self.pool.free < need and program.pages:
+            want, held = need - self.pool.free, len(program.pages)
+            if clean := self._clean.get(program, 0):
+                self._release(program, held - min(want, clean))
+                self._expect(program, now)
+                continue
+            first, end = self._copyable(program)
+            if end < held or first == end:
+                self._unlist(program)
+                self._bound[program] = None
+                return True
+            want = min(want, end - first)
+            if self._host.pages and self._strategy.moves(program):
+                self._make_room(want, program, now)
+                count = min(max(want, CHUNK), end - first, self._room())
+                if count > 0:
+                    self._copy(program, end - count, count, "its pages are needed", now)
+                    continue
+                if wait and self._hosted + want <= self._host.pages:
+                    return False
+                self._drop(program, want, "the host has no room")
+            else:
+                self._drop(program, want, "it is cheap to compute" if self._host.pages else "there is no host tier")
+        return True
+
+    def _take_shared(self, need: int, spare: Program | None) -> None:
+        """Last resort: take pages from programs that share them among each other."""
+        for program in [p for p in self._bound if p is not spare]:
+            if self.pool.unpinned(program.pages):
+                self._drop(program, len(program.pages), "nothing else is left")
+            if self.pool.free >= need:
+                return
+
+    def _oldest(self, programs: OrderedDict[Program, Any], spare: Program | None) -> Iterator[Program]:
+        """Programs as they come; each leaves the order before the next is asked for, or the caller stops."""
+        if spare is not None and spare in programs:  # it is used next, so it belongs at the end
+            programs.move_to_end(spare)
+        while programs and (first := next(iter(programs))) is not spare:
             yield first
 
-    def check(self) -> None:
-        """Raise AssertionError unless the books balance (for tests; O(everything))."""
-        assert self.retained == sum(len(p.pages) for p in self._lru)
-        assert all(p.pages for p in self._lru)
-        assert 0 <= self._staged <= max(self._host.staging, 0)
-        assert 0 <= self._hosted <= self._host.pages
-
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- copies ------------------------------------------------------------------------------------------------
 
     def _room(self) -> int:
         return min(self._host.pages - self._hosted, self._host.staging - self._staged)
 
-    def _evict(self, program: Program, need: int, wait: bool) -> bool:
-        """Take up to ``need`` pages of a program; False: the host only lacks staging, so wait for it."""
-        want = min(need, len(program.pages))
-        moved = min(want, self._room())
-        if moved > 0:
-            self._offload(program, moved)
-            want -= moved
-        if want > 0:
-            if wait and self._hosted + want <= self._host.pages:
-                return False
-            self._drop(program, want)
-        return True
-
-    def _offload(self, program: Program, count: int) -> None:
-        keep = len(program.pages) - count
-        self.transfers.append(Transfer(program, tuple(program.pages[keep:])))
-        program.hosted += count
-        program.moving += 1
+    def _copy(self, program: Program, first: int, count: int, why: str, now: float) -> None:
+        """Copy pages ``first … first + count - 1`` of a program to the host."""
+        self._note(program, "copy", why, count)
+        copy = HostCopy(first, count, count)
+        program.copies = sorted([*program.copies, copy], key=lambda c: c.first)
+        pages = tuple(program.pages[first : first + count])
+        self.transfers.append(Transfer(program, pages, (Part(copy, 0, count),), True, now))
+        self._holders[program] = None
         self._hosted += count
         self._staged += count
-        self.moved[0] += count
-        self._release(program, keep)
+        self._recount(program)
 
-    def _drop(self, program: Program, count: int) -> None:
+    def _copyable(self, program: Program) -> tuple[int, int]:
+        """The last run of device pages without copies, as (first, end), that nobody shares."""
+        end = len(program.pages)
+        first = 0
+        for copy in reversed(program.copies):
+            if copy.end < end:
+                first = copy.end
+                break
+            end = min(end, copy.first)
+        at = end
+        while at > first and not self.pool.shared(program.pages[at - 1]):
+            at -= 1
+        return at, end
+
+    def _parts(self, program: Program, first: int, end: int) -> list[Part]:
+        """Host pages for the pages ``first … end - 1`` of a program."""
+        parts = []
+        for copy in program.copies:
+            low, high = max(first, copy.first), min(end, copy.end)
+            if low < high:
+                parts.append(Part(copy, low - copy.first, high - low))
+        return parts
+
+    def _cut_copies(self, program: Program, keep: int) -> None:
+        """Drop the copies of all but the first ``keep`` pages."""
+        while program.copies and program.copies[-1].end > keep:
+            copy = program.copies[-1]
+            if copy.first < keep:
+                copy.used = keep - copy.first
+            else:
+                self._discard(program.copies.pop())
+        if not program.copies:
+            self._holders.pop(program, None)
+        self._recount(program)
+
+    def _discard(self, copy: HostCopy) -> None:
+        copy.dropped = True
+        self.dropped.append(copy)
+        if copy.ready:
+            self._hosted -= copy.pages
+
+    def _lose(self, program: Program, copy: HostCopy) -> None:
+        """A copy is gone; what only it held is lost."""
+        program.copies.remove(copy)
+        self._discard(copy)
+        if not program.running and copy.end > len(program.pages):
+            self._cut_to(program, max(copy.first, len(program.pages)))
+        elif program in self._lru:
+            self._dirty[program] = None
+            self._recount(program)
+        if not program.copies:
+            self._holders.pop(program, None)
+
+    def _cut_to(self, program: Program, keep: int) -> None:
+        """Nothing is left of a program after its first ``keep`` pages."""
+        if program.kept > keep * self._size:
+            self.trim(program, keep * self._size)
+            self._lost(program)
+
+    def _make_room(self, count: int, program: Program, now: float) -> None:
+        """Drop copies that are worth less than those of ``program`` would be, until ``count`` pages fit."""
+        while self._host.pages - self._hosted < count:
+            victim = self._least_worth(program, now)
+            if victim is None:
+                return
+            copy = victim.copies[-1]
+            lost = 0 if victim.running else max(0, copy.end - max(copy.first, len(victim.pages)))
+            self._note(victim, "drop copy", "the host is full", copy.used)
+            self.reclaimed += lost
+            self._lose(victim, copy)
+
+    def _least_worth(self, program: Program, now: float) -> Program | None:
+        """Of the holders used least recently, one that needs no copy, or else the one that is idle longest to come."""
+        idle_s = self._strategy.predict.tool_s
+        best, worst_s = None, idle_s(program, max(0.0, now - program.wait_began))
+        for other in islice(self._holders, CANDIDATES):
+            if other is program or other.fetching or not all(copy.ready for copy in other.copies):
+                continue
+            if other.running or other.copies[-1].end <= len(other.pages):
+                return other
+            expected = idle_s(other, max(0.0, now - other.wait_began))
+            if expected > worst_s:
+                best, worst_s = other, expected
+        return best
+
+    # -- books -------------------------------------------------------------------------------------------------
+
+    def _drop(self, program: Program, count: int, why: str) -> None:
         """Lose the last device pages of a program, and what the host holds after them."""
         keep = len(program.pages) - count
-        self.reclaimed += count + program.hosted
-        self._unhost(program, program.hosted)
+        self._note(program, "drop", why, count)
+        self.reclaimed += -(-program.kept // self._size) - keep
         program.kept = min(program.kept, keep * self._size)
+        self._cut_copies(program, keep)
         self._release(program, keep)
         self._lost(program)
 
     def _release(self, program: Program, keep: int) -> None:
+        """Give the device pages of a program back but for the first ``keep``."""
         gone = program.pages[keep:]
         if gone:
             self.pool.release(gone)
             del program.pages[keep:]
-            self.retained -= len(gone)
-            if not program.pages:
-                del self._lru[program]
+        if not program.pages:
+            self._unlist(program)
+        self._recount(program)
 
-    def _unhost(self, program: Program, count: int) -> None:
-        program.hosted -= count
-        self._hosted -= count
+    def _list(self, program: Program) -> None:
+        """A program that does not run has device pages that may be taken; now it counts as used last."""
+        self._unlist(program)
+        if program.pages and program.fetching is None:
+            self._lru[program] = self._dirty[program] = None
+            self._recount(program)
+
+    def _unlist(self, program: Program) -> None:
+        self._lru.pop(program, None)
+        self._dirty.pop(program, None)
+        self._bound.pop(program, None)
+        self._clean_pages -= self._clean.pop(program, 0)
+
+    def _recount(self, program: Program) -> None:
+        """Count the clean pages at the end of a program anew."""
+        if program not in self._lru:
+            return
+        held = at = len(program.pages)
+        for copy in reversed(program.copies):
+            if copy.end < at:
+                break
+            at = min(at, copy.first)
+        self._clean_pages += held - at - self._clean.get(program, 0)
+        if held > at:
+            self._clean[program] = held - at
+        else:
+            self._clean.pop(program, None)
+
+    def _expect(self, program: Program, now: float) -> None:
+        """Plan to bring KV that only the host has back in time."""
+        if self._strategy.prefetches and program.expected != program.wait_began:
+            program.expected = program.wait_began
+            idle_s = self._strategy.predict.returns_in(program, now - program.wait_began)
+            due = now + idle_s - self._strategy.predict.transfers.seconds(-(-program.kept // self._size))
+            self._pushed += 1
+            heapq.heappush(self._returns, (due, self._pushed, program, program.wait_began))
+
+    def _note(self, program: Program, action: str, why: str, pages: int) -> None:
+        self.decisions[f"{action}: {why}"] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %d pages of %s: %s", action, pages, program.id, why)
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def pinning(self) -> list[tuple[int, ...]]:
+        """Pages that restores ahead of need will fill."""
+        return [transfer.pages for transfer in self._fetches]
+
+    def check(self, programs: list[Program]) -> None:
+        """Raise AssertionError unless the books balance (for tests; O(everything))."""
+        for program in programs:
+            if program.running:
+                assert not program.pages
+                continue
+            listed = program in self._lru or program in self._bound
+            assert listed == bool(program.pages and program.fetching is None), "pages that nobody could take"
+            held, kept = len(program.pages), -(-program.kept // self._size)
+            inside = sum(part.pages for part in self._parts(program, held, kept))
+            assert held + inside == kept, f"of {kept} pages kept, {held} are on the device and {inside} on the host"
+        assert self._clean_pages == sum(self._clean.values())
+        assert self._clean.keys() <= self._lru.keys() >= self._dirty.keys()
+        copies = [copy for program in programs for copy in program.copies]
+        assert not any(copy.dropped for copy in copies)
+        assert self._holders.keys() == {program for program in programs if program.copies}
+        assert sum(copy.pages for copy in copies) <= self._hosted <= self._host.pages
+        assert 0 <= self._staged <= max(self._host.staging, 0)

@@ -22,7 +22,8 @@ from .pages import PagePool
 from .plan import Plan, Row
 from .policy import Policy, Pressure, WaitingQueue
 from .program import Program, QueueFull, Rejected, Segment
-from .residency import Residency, Transfer
+from .residency import Residency
+from .transfer import HostCopy, Transfer
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Scheduler:
         """Pages of each slot, in order."""
         self._policy = policy
         self._pool = PagePool(config.num_pages)
-        self._residency = Residency(self._pool, config.page_size, config.host, policy.victims, self._on_loss)
+        self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._queue = WaitingQueue(policy.columns)
         self._running: list[Segment] = []  # in the order of the policy
         self._slots = list(range(config.max_seqs - 1, -1, -1))
@@ -68,18 +69,22 @@ class Scheduler:
         *,
         program: str | None = None,
         final: bool = False,
+        salt: bytes | None = None,
         now: float,
     ) -> Segment:
         """Queue a segment; of a named program the next one, which ends its tool wait.
 
+        Its program shares the KV of full pages with every program of equal ``salt`` (:func:`~.prefix.salted`) whose
+        tokens begin alike; None: with nobody.
+
         Raises:
-            Rejected: it can never run.
+            Rejected: it can never run, or its program has another salt.
             QueueFull: too many segments wait, too many programs are live, or its program has a segment already.
         """
         self._check_size(len(prompt), max_tokens)
         if len(self._queue) >= self.config.max_waiting:
             raise QueueFull(f"{len(self._queue)} segments are waiting; try again later")
-        owner = self._program(program, now)
+        owner = self._program(program, salt, now)
         self._submitted += 1
         segment = Segment(
             number=self._submitted,
@@ -96,7 +101,9 @@ class Scheduler:
             owner.wait_s = now - owner.wait_began
             self._policy.predict.returned(owner)
             segment.matched = owner.last.shared_with(prompt)
+            segment.keys = owner.last.keys[: segment.matched // self.config.page_size]
             self._residency.trim(owner, segment.reusable)
+        segment.extend_keys()
         self._live[owner] = segment
         self._enqueue(segment, now)
         return segment
@@ -118,6 +125,8 @@ class Scheduler:
         self._policy.predict.ended(segment)
         self._policy.ended(segment, now)
         self._classify(program)
+        if reason == "error":
+            self._residency.spoil(program)
         if segment.final:
             failed = reason == "error"
             self._counts.failed += failed
@@ -125,16 +134,16 @@ class Scheduler:
             self._forget(program)
         else:
             program.last = program.last or segment
-            if reason == "error":
-                self._residency.trim(program, 0)
             self._idle[program] = None
+            self._residency.waits(program, now)
 
-    def tool_called(self, program: str, tool: str) -> None:
+    def tool_called(self, program: str, tool: str, now: float) -> None:
         """Say which tool a program waits for. Unknown programs are ignored."""
         found = self._programs.get(program)
         if found is not None and found in self._idle:
             found.tool = tool
             self._policy.tool_called(found, found.wait_began)
+            self._residency.waits(found, now)
 
     def end_program(self, program: str, now: float) -> Segment | None:
         """End a program; returns the live segment that was cancelled with it, if any. Unknown ones are ignored."""
@@ -159,9 +168,12 @@ class Scheduler:
             self._counts.expired += 1
             self._forget(program)
 
-    def transferred(self, transfer: Transfer) -> None:
-        """A transfer that a plan has begun has ended."""
-        self._residency.ended(transfer)
+    def transferred(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
+        """A transfer that a plan has begun has ended; what one that failed was to bring is computed again."""
+        if failed:
+            self._residency.broken(transfer)
+        else:
+            self._residency.ended(transfer, now)
 
     def stats(self) -> SchedulerStats:
         counts, residency = self._counts, self._residency
@@ -177,19 +189,23 @@ class Scheduler:
             expired=counts.expired,
             preemptions=counts.preemptions,
             free_pages=self._pool.free,
-            retained_pages=residency.retained,
+            retained_pages=self._pool.obtainable - self._pool.free,
+            cached_pages=self._pool.cached,
             computed_tokens=counts.computed_tokens,
             reused_tokens=counts.reused_tokens,
             recomputed_tokens=counts.recomputed_tokens,
             reclaimed_pages=residency.reclaimed,
             offloaded_pages=residency.moved[0],
             restored_pages=residency.moved[1],
+            failed_transfers=residency.failed,
+            decisions=dict(residency.decisions),
         )
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        self._pool.check([s.pages for s in self._running] + [p.pages for p in self._programs.values()])
-        self._residency.check()
+        used = [s.pages for s in self._running] + self._residency.pinning()
+        self._pool.check(used + [p.pages for p in self._programs.values()], used)
+        self._residency.check(list(self._programs.values()))
         c = self._counts
         assert c.created == len(self._programs) + c.finished + c.failed + c.expired, "programs do not add up"
         assert len(self._programs) == len(self._live) + len(self._idle), "a program is neither live nor in a tool wait"
@@ -199,9 +215,7 @@ class Scheduler:
         for segment in self._running:
             assert self.page_table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
             assert segment.computed <= len(segment.pages) * self.config.page_size, "computed tokens without a page"
-        for program in self._programs.values():
-            held = len(program.pages) + program.hosted
-            assert (self._live.get(program) in self._running) or program.kept <= held * self.config.page_size
+            assert segment.program.running
 
     # -- a step ----------------------------------------------------------------------------------------------
 
@@ -226,6 +240,8 @@ class Scheduler:
                 chosen[segment] = min(segment.wanted, budget)
                 budget -= chosen[segment]
         self._residency.spill(now)
+        if not len(self._queue):
+            self._residency.prefetch(now)
         self._fresh += admitted
         if not chosen:
             return None
@@ -272,8 +288,9 @@ class Scheduler:
         for segment, need in zip(segments, needs if times > 1 else (), strict=False):
             if need > 0:
                 held = len(segment.pages)
-                segment.pages += self._pool.allocate(need)
-                self.page_table[segment.slot, held : held + need] = segment.pages[held:]
+                segment.pages += (new := self._pool.allocate(need))
+                self._pool.pin(new)
+                self.page_table[segment.slot, held : held + need] = new
             segment.computed += times - 1
             segment.length += times - 1
             segment.pending += times - 1
@@ -281,10 +298,13 @@ class Scheduler:
         self._counts.computed_tokens += len(rows) * (max(times, 1) - 1)
         return max(times, 1)
 
-    def take_transfers(self) -> list[Transfer]:
-        """Transfers begun since the last call, in order; offloads read their pages before the next step."""
-        begun, self._residency.transfers = self._residency.transfers, []
-        return begun
+    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
+        """Transfers begun since the last call, in order, whose offloads read their pages before the next step; and host
+        copies that may be forgotten once these have been started."""
+        residency = self._residency
+        begun, residency.transfers = residency.transfers, []
+        dropped, residency.dropped = residency.dropped, []
+        return begun, dropped
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Segment, int]]:
         """Take in what a dispatched plan sampled, ``tokens`` one per row; returns the new token of each live segment.
@@ -311,8 +331,7 @@ class Scheduler:
                 self.finish(segment, "length", now)
         return new
 
-    @staticmethod
-    def _rows(chosen: dict[Segment, int], now: float) -> list[Row]:
+    def _rows(self, chosen: dict[Segment, int], now: float) -> list[Row]:
         """The rows of a step; from now on their tokens count as computed."""
         rows, new = [], tuple.__new__  # Row(…) without its keyword arguments, which cost as much as all the rest
         for segment, count in chosen.items():
@@ -325,7 +344,15 @@ class Scheduler:
             if segment.first_scheduled is None:
                 segment.first_scheduled = now
             rows.append(new(Row, (segment, start, count, samples)))
+            if count > 1 and segment.keys:
+                self._publish(segment, start)
         return rows
+
+    def _publish(self, segment: Segment, start: int) -> None:
+        """Let others find the full pages from token ``start`` on that are computed, or will be by a dispatched step."""
+        size = self.config.page_size
+        for i in range(start // size, min(segment.computed // size, len(segment.keys))):
+            self._pool.publish(segment.pages[i], segment.keys[i])
 
     # -- admission -------------------------------------------------------------------------------------------
 
@@ -336,40 +363,50 @@ class Scheduler:
         while budget > 0 and self._slots and len(self._queue):
             self._refresh()
             for segment in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
-                if policy.admits(segment, now, self._pressure()) and self._fits(segment, now):
-                    break
+                if policy.admits(segment, now, self._pressure()):
+                    found = self._fitting(segment, now)
+                    if found is not None:
+                        break
             else:
                 break
-            self._admit(segment, now)
+            self._admit(segment, found, now)
             admitted.append(segment)
             budget -= 0 if segment.loading else segment.wanted
         return admitted
 
-    def _fits(self, segment: Segment, now: float) -> bool:
-        """Whether all known tokens of a waiting segment can have pages now without preemption."""
+    def _fitting(self, segment: Segment, now: float) -> list[int] | None:
+        """If all known tokens of a waiting segment can have pages now without preemption: the pages that others have
+        computed for it, one more reference taken; else None."""
         program = segment.program
-        if segment.pending or program.moving:
-            return False  # its last token is still on the device, or its pages are on their way to the host
-        need = self._pages_for(segment.known) - min(len(program.pages), self._pages_for(segment.reusable))
+        if segment.pending or not self._residency.restorable(segment):
+            return None  # its last token is still on the device, or its pages are on their way
+        found = self._residency.found(segment)
+        self._pool.share(found)
+        need = self._residency.needs(segment, found)
         reserve = len(self._running) // 2 if self._running else 0  # so that those who run can grow
-        if need + reserve > self._residency.obtainable - len(program.pages):
-            return False
-        return self._residency.reclaim(need, now, wait=True, spare=program)
+        spare = self._pool.obtainable - need - reserve
+        own = program.pages + found
+        if spare < len(own) and spare < self._pool.unpinned(set(own)):
+            fits = False
+        else:
+            fits = self._residency.reclaim(need, now, wait=True, spare=program)
+        if not fits:
+            self._pool.release(found)
+        return found if fits else None
 
-    def _admit(self, segment: Segment, now: float) -> None:
+    def _admit(self, segment: Segment, found: list[int], now: float) -> None:
         self._queue.remove(segment)
         program = segment.program
-        reused = segment.reused = segment.reusable
-        segment.pages, hosted = self._residency.take(segment)
-        segment.computed = reused
-        if hosted:
-            segment.pages += (new := self._pool.allocate(hosted))
-            segment.loading = self._residency.restore(segment, new)
-        segment.pages += self._pool.allocate(self._pages_for(segment.known) - len(segment.pages))
+        pages, parts = self._residency.take(segment, found, now)
+        segment.pages = pages + self._pool.allocate(self._pages_for(segment.known) - len(pages))
+        self._pool.pin(segment.pages)
+        if parts:
+            end = len(pages) + sum(part.pages for part in parts)
+            segment.loading = self._residency.restore(segment, segment.pages[len(pages) : end], parts, now)
         if segment.first_scheduled is None and segment.preemptions == 0:
-            segment.cached_tokens = reused
-        self._counts.reused_tokens += reused
-        self._counts.recomputed_tokens += max(0, segment.matched - reused - 1)
+            segment.cached_tokens = segment.reused
+        self._counts.reused_tokens += segment.reused
+        self._counts.recomputed_tokens += max(0, segment.matched - segment.reused - 1)
         segment.room = len(segment.pages) * self.config.page_size
         segment.slot = self._slots.pop()
         self.page_table[segment.slot, : len(segment.pages)] = segment.pages
@@ -401,9 +438,9 @@ class Scheduler:
             c.page_size,
             self._pool.size,
             self._pool.free,
-            self._residency.retained,
+            self._pool.obtainable - self._pool.free,
             len(self._running),
-            c.host.pages > 0,
+            c.host.pages > 0 and self._policy.strategy.hosts,
         )
 
     # -- pages -----------------------------------------------------------------------------------------------
@@ -423,6 +460,7 @@ class Scheduler:
             chosen.pop(victim, None)
             self._preempt(victim, now)
         new = self._pool.allocate(min(need, self._pool.free))
+        self._pool.pin(new)
         self.page_table[segment.slot, held : held + len(new)] = new
         segment.pages += new
         segment.room = len(segment.pages) * size
@@ -443,11 +481,15 @@ class Scheduler:
         segment.slot = -1
         segment.program.ran_s += now - segment.started
         segment.program.service += segment.computed - segment.reused
-        pages, segment.pages = segment.pages, []
+        self._pool.unpin(segment.pages)
         keep = self._pages_for(segment.computed)
         if segment.loading is not None:  # what it waits for stays in host memory
             keep -= len(segment.loading.pages)
             segment.loading = None
+        else:
+            segment.extend_keys()
+            self._publish(segment, 0)
+        pages, segment.pages = segment.pages, []
         self._pool.release(pages[keep:])
         self._residency.retain(segment.program, segment, pages[:keep], segment.computed)
         segment.computed = 0
@@ -465,9 +507,11 @@ class Scheduler:
 
     # -- programs --------------------------------------------------------------------------------------------
 
-    def _program(self, name: str | None, now: float) -> Program:
+    def _program(self, name: str | None, salt: bytes | None, now: float) -> Program:
         found = self._programs.get(name) if name is not None else None
         if found is not None:
+            if found.salt != salt:
+                raise Rejected(f"session {name!r} was begun with another cache salt; end it first, or use its salt")
             if found in self._live:
                 raise QueueFull(f"session {name!r} has a segment in progress; try again when it has ended")
             return found
@@ -478,7 +522,7 @@ class Scheduler:
             self._forget(next(iter(self._idle)))
         self._counts.created += 1
         self._io_intensive += 1
-        program = Program(name if name is not None else f"#{self._counts.created}", now)
+        program = Program(name if name is not None else f"#{self._counts.created}", now, salt)
         self._programs[program.id] = program
         return program
 
@@ -488,9 +532,9 @@ class Scheduler:
         self._io_intensive += program.io_intensive - before
 
     def _forget(self, program: Program) -> None:
-        self._residency.trim(program, 0)
         self._idle.pop(program, None)
         del self._programs[program.id]
         self._io_intensive -= program.io_intensive
+        self._residency.forgotten(program)
         self._policy.forgotten(program)
         self._policy.predict.forgotten(program)

@@ -20,9 +20,9 @@ from .costs import CostModel
 from .plan import Plan
 from .policy import Policy
 from .program import Rejected, Segment
-from .residency import HostTier, Transfer
 from .scheduler import Scheduler
 from .trace import TraceProgram
+from .transfer import HostTier, Transfer
 
 STRIDE = 64
 """Steps taken at once at most."""
@@ -139,7 +139,7 @@ class Simulator:
             began = time.perf_counter()
             plan = self.scheduler.plan(now)
             spent += time.perf_counter() - began
-            for transfer in self.scheduler.take_transfers():
+            for transfer in self.scheduler.take_transfers()[0]:
                 self._start(transfer, now)
             launched, next_plan = None, now
             if plan is not None:
@@ -199,10 +199,10 @@ class Simulator:
             self._segments[segment] = record, index
 
     def _start(self, transfer: Transfer, now: float) -> None:
-        way = 0 if transfer.segment is None else 1
+        way = 0 if transfer.to_host else 1
         tokens = len(transfer.pages) * self._sizes.page_size
         self._link[way] = max(self._link[way], now) + self._costs.transfer_s(tokens)
-        self._at(self._link[way], lambda _: self.scheduler.transferred(transfer))
+        self._at(self._link[way], partial(self.scheduler.transferred, transfer))
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:
         for _ in range(times - 1):  # nothing can end before the last
@@ -222,7 +222,7 @@ class Simulator:
         if trace.tool is None:
             self._end(record, now)
         else:
-            self.scheduler.tool_called(record.program.id, trace.tool)
+            self.scheduler.tool_called(record.program.id, trace.tool, now)
             self._at(now + trace.tool_s, partial(self._submit, record, index + 1))
 
     def _end(self, record: ProgramRecord, now: float) -> None:

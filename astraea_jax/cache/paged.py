@@ -34,3 +34,13 @@ def make_pages(model: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dt
     """Zeroed pages ``[P, 2, K, S, H]`` for every layer. Page 0 is scrap: padding writes land there."""
     shape = (num_pages, 2, model.num_kv_heads, page_size, model.head_dim)
     return tuple(jnp.zeros(shape, dtype) for _ in range(model.num_layers))
+
+
+def gather_pages(pages: PagedKV, ids: jax.Array) -> jax.Array:
+    """A block ``[n, L, 2, K, S, H]`` of the pages ``ids [n]`` int32, one contiguous piece each."""
+    return jnp.stack([layer[ids] for layer in pages], axis=1)
+
+
+def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array) -> PagedKV:
+    """Write a block to the pages ``ids [n]`` int32, all different; ids beyond the pool are passed over."""
+    return tuple(layer.at[ids].set(block[:, i], mode="drop", unique_indices=True) for i, layer in enumerate(pages))

@@ -7,6 +7,7 @@ from functools import partial
 
 from ..policy import Policy
 from ..prediction import Predictor
+from ..strategies import make_strategy
 from .agentsched import AgentSched
 from .astraea import Astraea, Terms
 from .astraea_paper import AstraeaPaper, BatchedFCFS
@@ -49,8 +50,8 @@ ABLATION: dict[str, Callable[[Predictor], Policy]] = {
 """``astraea`` with one term left out, and the paper's batches without its order; for studies."""
 
 
-def make_policy(name: str, predictor: Predictor | None = None) -> Policy:
-    """The policy of that name.
+def make_policy(name: str, predictor: Predictor | None = None, strategy: str | None = None) -> Policy:
+    """The policy of that name; its residency strategy by name, or else the one that belongs to it.
 
     Raises:
         ValueError: there is none; the message lists them.
@@ -58,4 +59,7 @@ def make_policy(name: str, predictor: Predictor | None = None) -> Policy:
     make = POLICIES.get(name) or ABLATION.get(name)
     if make is None:
         raise ValueError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}")
-    return make(predictor or Predictor())
+    policy = make(predictor or Predictor())
+    if strategy is not None:
+        policy.strategy = make_strategy(strategy, policy.predict)
+    return policy

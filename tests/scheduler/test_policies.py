@@ -13,7 +13,6 @@ from astraea_jax.scheduler.costs import MACHINES
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
 from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, Gate
 from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
-from astraea_jax.scheduler.policies.continuum import time_to_live
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Oracle, Predictor
@@ -94,27 +93,10 @@ def test_lamps_orders_by_memory_time_area():
     assert order(policy, [second, first], now=1) == [2, 1]
 
 
-def test_infercept_gives_up_what_wastes_most():
-    policy = make_policy("infercept", told({"p1": [1]}))
-    policy.predict.costs.per_token = 1e-3
-    small_long = Program("a", 0.0, wait_began=0.0, kept=100)
-    large_short = Program("b", 0.0, wait_began=9.0, kept=500)
-    # At 10 s, keeping wastes 10 * 100 = 1000 and 1 * 500; dropping 0.1 * 100 = 10 and 0.5 * 500 = 250.
-    assert [p.id for p in policy.victims([large_short, small_long], now=10.0)] == ["a", "b"]
-
-
-def test_continuum_weighs_the_chance_to_return_against_the_time():
-    assert time_to_live([1.0, 1.0, 1.0, 9.0], benefit_s=4.0) == 1.0  # 0.75 * 4 - 1 = 2 against 1 * 4 - 9
-    assert time_to_live([1.0, 1.0, 1.0, 9.0], benefit_s=1.0) == 0.0
-    assert time_to_live([1.0, 1.0, 1.0, 9.0], benefit_s=100.0) == 9.0
-    assert time_to_live([], benefit_s=100.0) == 0.0
-
-
-def test_continuum_protects_pins_and_serves_them_first():
+def test_continuum_serves_pinned_programs_first():
     policy = make_policy("continuum", told({}))
-    old, young, free = (Program(name, arrival) for name, arrival in (("old", 1.0), ("young", 2.0), ("free", 3.0)))
-    policy._until.update({old: 10.0, young: 10.0})
-    assert [p.id for p in policy.victims([old, young, free], now=5.0)] == ["free", "young", "old"]
+    old, young = Program("old", 1.0), Program("young", 2.0)
+    policy.strategy._until.update({old: 10.0, young: 10.0})
     back, fresh = segment(1, young, submitted=5.0), segment(2, Program("fresh", 0.0), submitted=0.0)
     preempted = segment(3, Program("last", 4.0), submitted=4.0)
     preempted.preemptions = 1

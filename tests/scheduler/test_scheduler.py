@@ -13,14 +13,16 @@ from support.device import Device, complete
 
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.policies import SERVING, make_policy
+from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected
-from astraea_jax.scheduler.residency import HostTier
 from astraea_jax.scheduler.scheduler import Scheduler
+from astraea_jax.scheduler.strategies import STRATEGIES
+from astraea_jax.scheduler.transfer import HostTier
 
 
-def make(policy: str = "fcfs", **changes) -> Scheduler:
+def make(policy: str = "fcfs", strategy: str | None = None, **changes) -> Scheduler:
     sizes = {"num_pages": 17, "page_size": 4, "max_seqs": 4, "max_step_tokens": 12, "max_context": 48}
-    return Scheduler(SchedulerConfig(**{**sizes, **changes}), make_policy(policy))
+    return Scheduler(SchedulerConfig(**{**sizes, **changes}), make_policy(policy, strategy=strategy))
 
 
 class Loop:
@@ -32,17 +34,20 @@ class Loop:
         self.in_flight = None
         self.transfers = []  # on their way, in order
         self.delay = 0
+        self.faults = 0
+        """Transfers from now on that fail."""
         self.log = []
 
     def turn(self) -> bool:
         self.now += 1.0
         while self.transfers and self.transfers[0][0] <= self.now:
-            self.device.end(self.transfers.pop(0)[1])
+            self.device.end(self.transfers.pop(0)[1], self.now, failed=self.faults > 0)
+            self.faults = max(0, self.faults - 1)
         plan = self.scheduler.plan(self.now)
         launched = None
-        for transfer in self.scheduler.take_transfers():
-            self.device.begin(transfer)
-            self.transfers.append((self.now + self.delay, transfer))
+        transfers, dropped = self.scheduler.take_transfers()
+        self.device.begin(transfers, dropped)
+        self.transfers += [(self.now + self.delay, transfer) for transfer in transfers]
         if plan is not None:
             self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
             launched = (plan, self.device.run(plan))
@@ -64,35 +69,41 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from(SERVING),
+        strategy=st.sampled_from([None, *STRATEGIES]),
         page_size=st.sampled_from([1, 4]),
         pages=st.integers(14, 40),
         budget=st.sampled_from([4, 12, 64]),
         host=st.sampled_from([HostTier(), HostTier(pages=12, staging=3), HostTier(pages=400, staging=40)]),
         delay=st.integers(0, 5),
     )
-    def start(self, policy, page_size, pages, budget, host, delay):
+    def start(self, policy, strategy, page_size, pages, budget, host, delay):
         pages = pages * 4 // page_size
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
-        self.scheduler = make(policy, **sizes, host=host)
+        self.scheduler = make(policy, strategy, **sizes, host=host)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
 
-    def submit(self, prompt, max_tokens, stops, name, final):
-        segment = self.scheduler.submit(prompt, max_tokens, stops, program=name, final=final, now=self.loop.now)
+    def submit(self, prompt, max_tokens, stops, name, final, salt):
+        segment = self.scheduler.submit(
+            prompt, max_tokens, stops, program=name, final=final, salt=salt, now=self.loop.now
+        )
         self.live.append(segment)
         return segment
 
     @rule(
         prompt=st.lists(st.integers(0, 9), min_size=1, max_size=30),
-        max_tokens=st.integers(1, 18),
+        system=st.integers(0, 20),
+        max_tokens=st.integers(1, 16),
         stops=st.frozensets(st.integers(0, 49), max_size=4),
         named=st.booleans(),
+        salt=st.sampled_from([None, salted(""), salted("a")]),
     )
-    def arrive(self, prompt, max_tokens, stops, named):
+    def arrive(self, prompt, system, max_tokens, stops, named, salt):
         self.names += 1
         name = f"p{self.names}" if named else None
-        segment = self.submit(prompt, max_tokens, stops, name, False)
+        prompt = [*range(system), *prompt][:32]
+        segment = self.submit(prompt, max_tokens, stops, name, False, salt)
         if name:
             self.history[name] = segment
 
@@ -107,7 +118,7 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
         prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
-        self.history[name] = self.submit(prompt, 6, frozenset(), name, final)
+        self.history[name] = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
 
     def idle(self):
         return sorted(name for name, s in self.history.items() if s.finish_reason is not None and not s.final)
@@ -128,6 +139,15 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def pass_time(self):
         self.loop.now += 30
+
+    @rule(count=st.integers(1, 3))
+    def break_transfers(self, count):
+        self.loop.faults = count
+
+    @precondition(lambda self: self.idle())
+    @rule(data=st.data(), tool=st.sampled_from(["fast", "slow"]))
+    def name_tool(self, data, tool):
+        self.scheduler.tool_called(data.draw(st.sampled_from(self.idle())), tool, self.loop.now)
 
     @rule(turns=st.integers(1, 6))
     def work(self, turns):
@@ -155,6 +175,9 @@ class Machine(RuleBasedStateMachine):
             self.scheduler.end_program(name, self.loop.now)
         self.scheduler.check()
         assert self.scheduler.stats().free_pages == self.scheduler.config.num_pages - 1
+        self.loop.drain()
+        self.loop.turn()
+        assert not self.loop.device.host, "host copies that nobody owns"
 
 
 TestMachine = Machine.TestCase

@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from astraea_jax.scheduler.plan import Plan
-from astraea_jax.scheduler.program import Program
-from astraea_jax.scheduler.residency import Transfer
 from astraea_jax.scheduler.scheduler import Scheduler
+from astraea_jax.scheduler.transfer import HostCopy, Transfer
 
 VOCABULARY = 50
 
@@ -38,24 +37,33 @@ class Device:
         self.page_size = scheduler.config.page_size
         self.kv: dict[int, int] = {}
         self.last: dict[int, int] = {}
-        self.host: dict[Program, list[list[int | None]]] = {}
-        """Contents of the pages that the host holds of a program."""
+        self.host: dict[HostCopy, list[list[int | None]]] = {}
+        """Contents of the pages of every host copy."""
+        self.restoring: dict[Transfer, list[list[int | None]]] = {}
 
-    def begin(self, transfer: Transfer) -> None:
-        """Start a transfer: an offload reads its pages now, before anything later writes them."""
-        if transfer.segment is None:
-            program, pages = transfer.program, [self._read(page) for page in transfer.pages]
-            kept = program.hosted - len(pages)  # of those from before, the last may have been given up
-            self.host[program] = pages + self.host.get(program, [])[: max(kept, 0)]
+    def begin(self, transfers: list[Transfer], dropped: list[HostCopy]) -> None:
+        """Start transfers: an offload reads its pages now, before anything later writes them."""
+        for transfer in transfers:
+            if transfer.to_host:
+                (part,) = transfer.parts
+                assert part.pages == part.copy.pages == len(transfer.pages)
+                self.host[part.copy] = [self._read(page) for page in transfer.pages]
+            else:
+                parts = [self.host[copy][offset : offset + pages] for copy, offset, pages in transfer.parts]
+                self.restoring[transfer] = [content for part in parts for content in part]
+                assert len(self.restoring[transfer]) == len(transfer.pages)
+        for copy in dropped:
+            del self.host[copy]
 
-    def end(self, transfer: Transfer) -> None:
-        """A transfer has arrived: a restore writes its pages, if its segment still wants them."""
-        segment = transfer.segment
-        if segment is not None and segment.loading is transfer:
-            for page, content in zip(transfer.pages, self.host[transfer.program], strict=False):
-                for offset, token in enumerate(content):
-                    self.kv[page * self.page_size + offset] = -1 if token is None else token
-        self.scheduler.transferred(transfer)
+    def end(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
+        """A transfer has arrived: a restore writes its pages, if they are still wanted."""
+        if not transfer.to_host:
+            contents = self.restoring.pop(transfer)
+            if transfer.wanted and not failed:
+                for page, content in zip(transfer.pages, contents, strict=True):
+                    for offset, token in enumerate(content):
+                        self.kv[page * self.page_size + offset] = -1 if token is None else token
+        self.scheduler.transferred(transfer, now, failed=failed)
 
     def _read(self, page: int) -> list[int | None]:
         return [self.kv.get(page * self.page_size + offset) for offset in range(self.page_size)]

@@ -1,0 +1,69 @@
+"""Copies of KV in host memory, and the transfers that make and read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .program import Program, Segment
+
+
+@dataclass(frozen=True)
+class HostTier:
+    """Sizes of the host's part, in pages. The default is: there is none."""
+
+    pages: int = 0
+    staging: int = 0
+    """Pages on their way to the host at most: the device memory given to staging."""
+
+
+@dataclass(slots=True, eq=False)
+class HostCopy:
+    """Consecutive pages of one program in host memory, made by one transfer.
+
+    Each is an object of its own and never used for anything else, so a late transfer cannot be taken for a new one:
+    that is what generation numbers of host slots are for elsewhere.
+    """
+
+    first: int
+    """Index of its first page among the program's."""
+    pages: int
+    """Of host memory."""
+    used: int
+    """Pages that still count, from the first on."""
+    ready: bool = False
+    """The copy has arrived."""
+    dropped: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.first + self.used
+
+
+class Part(NamedTuple):
+    """``pages`` pages of a copy, from the ``offset``-th on."""
+
+    copy: HostCopy
+    offset: int
+    pages: int
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """A copy between device and host, for whoever runs the plan; report its end to ``Scheduler.transferred``."""
+
+    program: Program
+    pages: tuple[int, ...]
+    """Device pages: read by an offload before anything later is dispatched; written by a restore."""
+    parts: tuple[Part, ...]
+    """Host pages, as many: one whole copy of an offload; what a restore reads, in order."""
+    to_host: bool
+    began: float
+    segment: Segment | None = None
+    """That waits for this restore; None: an offload, or a restore ahead of need."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a restore's pages are still its own to write."""
+        return self.program.fetching is self
