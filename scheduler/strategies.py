@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from .prediction import Predictor
+from .prediction import ENOUGH, Predictor
 from .program import Program, Segment
 
 KEEP, OFFLOAD, DISCARD, LAST = "keep", "offload", "discard", "give first"
@@ -97,8 +97,8 @@ class Adaptive(Strategy):
 
     With less than ``ahead`` of the pool free or copied, the KV that is idle longest is copied to the host *and stays on
     the device*: pages can then be had at once, and a program that returns before anybody needed them has lost nothing.
-    A program whose tool is expected to take ``LONG`` times its way to the host and back goes first. Where computing KV
-    again is cheaper than bringing it back, it is dropped instead. No pressure: nothing ever moves.
+    A program whose tool usually takes ``LONG`` times its way to the host and back goes before those. Where computing
+    KV again is cheaper than bringing it back, it is dropped instead. No pressure: nothing ever moves.
     """
 
     ahead = (0.30, 0.35)
@@ -109,9 +109,10 @@ class Adaptive(Strategy):
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         if slack > self.ahead[1]:
             return Decision(KEEP, "no pressure")
-        idle_s = self.predict.tool_s(program, now - program.wait_began)
+        if len(self.predict.tool_times(program.tool)) < ENOUGH:
+            return Decision(KEEP, "nothing is known of its tool")
         way_s = 2 * self.predict.transfers.seconds(len(program.pages))
-        if idle_s > self.LONG * way_s:
+        if self.predict.returns_in(program, now - program.wait_began) > self.LONG * way_s:
             return Decision(LAST, "its tool takes long")
         return Decision(KEEP, "it returns soon")
 
