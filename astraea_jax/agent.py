@@ -1,7 +1,7 @@
 """The agent's loop: model, tools, model, …, within one program.
 
-The model is anything with an engine's ``generate`` and ``end_session``: the engine in this process, or the
-client of a server. One loop serves both.
+The model is anything with an engine's ``generate``, ``tool_called`` and ``end_session``: the engine in this process,
+or the client of a server. One loop serves both.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Model(Protocol):
     def generate(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, session: str | None, final: bool
     ) -> Stream: ...
+    def tool_called(self, session: str, tool: str) -> None: ...
     def end_session(self, session: str) -> None: ...
 
 
@@ -125,6 +126,8 @@ async def run_program(
                 reason = "max_steps" if calls else record.finish_reason
                 return ProgramResult(session, content, conversation, reason, tuple(records))
             calls_made += len(calls)
+            if names := sorted({call.name for call in calls if call.name in by_name}):
+                model.tool_called(session, "+".join(names))
             done = await asyncio.gather(*(_call(call, by_name) for call in calls))
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -217,6 +217,17 @@ class Engine:
     def stats(self) -> SchedulerStats:
         """Counts of programs, segments and pages as of the last step."""
         return self._scheduler.stats()
+
+    def counts(self) -> dict[str, int]:
+        """:meth:`stats` as flat numbers: each of its fields, ``decisions`` by what and why, and bytes moved."""
+        fields = asdict(self.stats())
+        decisions: dict[str, int] = fields.pop("decisions")
+        moved = {name: fields[f"{name}_pages"] * self.layout.page_bytes for name in ("offloaded", "restored")}
+        return {
+            **fields,
+            **{f"{name}_bytes": count for name, count in moved.items()},
+            **{f"kv {what}": count for what, count in decisions.items()},
+        }
 
     @property
     def step_costs(self) -> StepCosts:

@@ -28,6 +28,7 @@ from astraea_jax.models.config import PUBLISHED
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.rpc.server import Server
 from astraea_jax.scheduler.policies import SERVING
+from astraea_jax.scheduler.strategies import STRATEGIES
 
 FLAGS = flags.FLAGS
 DEFAULT = EngineConfig()
@@ -39,6 +40,14 @@ flags.DEFINE_integer("max_seqs", DEFAULT.max_seqs, "Segments that run at once.",
 flags.DEFINE_integer("max_step_tokens", DEFAULT.max_step_tokens, "Tokens of one step.", lower_bound=1)
 flags.DEFINE_integer("page_size", DEFAULT.page_size, "Tokens per KV page.", lower_bound=1)
 flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).", 1)
+flags.DEFINE_integer(
+    "host_kv_bytes",
+    None,
+    "Pinned host memory for KV of waiting programs, used under memory pressure; 0: none. By default half of the host's "
+    "memory on an accelerator, none on a CPU.",
+    0,
+)
+flags.DEFINE_enum("residency", None, list(STRATEGIES), "What becomes of KV while a program waits; by default adaptive.")
 flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.", 1)
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
 flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
@@ -52,6 +61,8 @@ def engine_config() -> EngineConfig:
         "max_step_tokens",
         "page_size",
         "kv_bytes",
+        "host_kv_bytes",
+        "residency",
         "max_context",
         "dtype",
         "policy",
@@ -111,6 +122,8 @@ def announce(engine: Engine, port: int, began: float) -> None:
     pages = layout.num_pages - 1
     size = pages * layout.page_bytes / 2**20
     say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    if layout.host.pages:
+        say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 
 

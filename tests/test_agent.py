@@ -64,6 +64,8 @@ class Script:
         self.prompts: list[str] = []
         self.finals: list[bool] = []
         self.live: set[str] = set()
+        self.waits: list[str] = []
+        """Tools that a program was said to wait for."""
         self.segments: list[Turn] = []
 
     def generate(
@@ -76,6 +78,10 @@ class Script:
         text = self._turns[min(len(self.segments), len(self._turns) - 1)]
         self.segments.append(Turn(text, self._finish_reason))
         return self.segments[-1]
+
+    def tool_called(self, session: str, tool: str) -> None:
+        assert session in self.live
+        self.waits.append(tool)
 
     def end_session(self, session: str) -> None:
         self.live.discard(session)
@@ -106,6 +112,7 @@ async def test_a_program_from_question_to_answer() -> None:
     program = await run_program(model, QUESTION, [price], session="mine")
     assert (program.text, program.finish_reason, program.session) == ("It is 23.", "stop", "mine")
     assert results(program) == ["14", "9"]
+    assert model.waits == ["price", "price"]
     assert [m["role"] for m in program.messages] == [
         "system",
         "user",

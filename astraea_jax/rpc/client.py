@@ -12,7 +12,7 @@ from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.generation import Delta, Output, Usage
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.rpc import wire
-from astraea_jax.rpc.metadata import read_usage, write_sampling
+from astraea_jax.rpc.metadata import SALT, read_usage, write_sampling
 from astraea_jax.sampling import SamplingParams
 
 ERRORS: dict[grpc.StatusCode, type[Exception]] = {
@@ -42,7 +42,9 @@ class Client:
             f"{wire.ORCHESTRATOR}/HealthCheck", wire.HealthCheckRequest, wire.HealthCheckResponse
         )
         self._end = self._unary(f"{wire.SESSIONS}/End", wire.EndRequest, wire.EndResponse)
-        self._ending: set[asyncio.Task[None]] = set()
+        self._tool = self._unary(f"{wire.SESSIONS}/ToolCalled", wire.ToolCalledRequest, wire.ToolCalledResponse)
+        self._stats = self._unary(f"{wire.SESSIONS}/Stats", wire.StatsRequest, wire.StatsResponse)
+        self._telling: set[asyncio.Task[None]] = set()
 
     def _unary(self, method: str, request: Any, response: Any) -> Any:
         return self._channel.unary_unary(
@@ -55,7 +57,7 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self._telling)
         await self._channel.close()
 
     async def is_live(self) -> bool:
@@ -69,6 +71,7 @@ class Client:
         *,
         session: str | None = None,
         final: bool = False,
+        salt: str = "",
     ) -> RemoteGeneration:
         """As :meth:`astraea_jax.engine.Engine.generate`, but what the server refuses is raised while iterating.
 
@@ -81,6 +84,8 @@ class Client:
         metadata = write_sampling(params)
         if session is not None:
             metadata += [("x-session-id", session), ("x-session-final", str(final).lower())]
+        if salt:
+            metadata.append((SALT, salt))
         request = wire.DecodeRequest(max_tokens=params.max_tokens, has_bos=True)
         request.token_content.token_ids.extend(prompt)
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
@@ -89,13 +94,25 @@ class Client:
 
     def end_session(self, session: str) -> None:
         """Tell the server, without waiting, that a program has ended."""
-        task = asyncio.get_running_loop().create_task(self._end_session(session))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._tell(self._end, wire.EndRequest(session=session))
 
-    async def _end_session(self, session: str) -> None:
+    def tool_called(self, session: str, tool: str) -> None:
+        """Tell the server, without waiting, which tool a program waits for."""
+        self._tell(self._tool, wire.ToolCalledRequest(session=session, tool=tool))
+
+    async def counts(self) -> dict[str, int]:
+        """As :meth:`astraea_jax.engine.Engine.counts`."""
+        return {count.name: count.value for count in (await self._stats(wire.StatsRequest())).counts}
+
+    def _tell(self, method: Any, request: Any) -> None:
+        task = asyncio.get_running_loop().create_task(self._told(method, request))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    @staticmethod
+    async def _told(method: Any, request: Any) -> None:
         try:
-            await self._end(wire.EndRequest(session=session))
+            await method(request)
         except grpc.aio.AioRpcError as error:
             if error.code() not in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE):
                 raise  # a plain JetStream server has no sessions, and one that is gone has none left

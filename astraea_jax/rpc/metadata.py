@@ -19,6 +19,7 @@ SESSION_KEYS = ("x-session-id", "x-dynamo-session-id", "x-claude-code-session-id
 """Names under which clients already send a session; the first that is there counts."""
 FINAL_KEYS = ("x-session-final", "x-dynamo-session-final")
 MAX_SESSION = 256
+SALT = "x-cache-salt"
 
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
 STOPS = ("x-stop", "x-stop-bin")
@@ -71,6 +72,11 @@ def read_session(metadata: Metadata) -> tuple[str | None, bool]:
     if session is not None and len(session) > MAX_SESSION:
         raise RequestError(f"the session's name has {len(session)} characters; at most {MAX_SESSION} are allowed")
     return session, any(_flag(values, key) for key in FINAL_KEYS)
+
+
+def read_salt(metadata: Metadata) -> str:
+    """Programs share KV of equal beginnings with those of equal salt only."""
+    return next((_text(key, value) for key, value in metadata if key == SALT), "")
 
 
 def write_usage(usage: Usage, finish_reason: str) -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""The gRPC endpoint: JetStream's ``Orchestrator``, standard health and reflection, and the end of sessions.
+"""The gRPC endpoint: JetStream's ``Orchestrator``, standard health and reflection, and what JetStream has no words for:
+the tools and the end of sessions, and the engine's counts.
 
 A Decode answers as JetStream does: one sample per message, text only to a request in text, the end-of-sequence token
 among the tokens, an empty sample after a stop by length, and a beginning-of-sequence token unless ``has_bos`` is set
@@ -29,7 +30,7 @@ from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.generation import Delta, Generation
 from astraea_jax.rpc import wire
-from astraea_jax.rpc.metadata import read_sampling, read_session, write_usage
+from astraea_jax.rpc.metadata import read_salt, read_sampling, read_session, write_usage
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ MAX_DETAILS = 1024
 LONG_TEXT = 4096
 """Characters from which a text is tokenised in a thread, so as not to hold up the other streams."""
 RETRY_AFTER_MS = "1000"
+MAX_TOOL = 256
+"""Characters of a tool's name."""
 
 
 class UnknownAdapter(LookupError):
@@ -149,7 +152,7 @@ class Server:
         if request.lora_adapter_id:
             raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
         prompt = await self._prompt(request)
-        return self._engine.generate(prompt, params, session=session, final=final)
+        return self._engine.generate(prompt, params, session=session, final=final, salt=read_salt(metadata))
 
     async def _prompt(self, request: Any) -> list[int]:
         tokenizer = self._engine.tokenizer
@@ -175,6 +178,24 @@ class Server:
             await _abort(context, error)
         return wire.EndResponse()
 
+    async def tool_called(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            request = _parse(wire.ToolCalledRequest, data)
+            if len(request.tool) > MAX_TOOL:
+                raise RequestError(
+                    f"the tool's name has {len(request.tool)} characters; at most {MAX_TOOL} are allowed"
+                )
+            self._engine.tool_called(request.session, request.tool)
+        except RequestError as error:
+            await _abort(context, error)
+        return wire.ToolCalledResponse()
+
+    async def stats(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        response = wire.StatsResponse()
+        for name, value in self._engine.counts().items():
+            response.counts.add(name=name, value=value)
+        return response
+
 
 def _handlers(server: Server) -> grpc.GenericRpcHandler:
     """Requests come as bytes: where gRPC parses them, malformed ones get ``UNKNOWN`` and a traceback."""
@@ -187,6 +208,10 @@ def _handlers(server: Server) -> grpc.GenericRpcHandler:
             server.health_check, response_serializer=wire.HealthCheckResponse.SerializeToString
         ),
         f"/{wire.SESSIONS}/End": unary(server.end, response_serializer=wire.EndResponse.SerializeToString),
+        f"/{wire.SESSIONS}/ToolCalled": unary(
+            server.tool_called, response_serializer=wire.ToolCalledResponse.SerializeToString
+        ),
+        f"/{wire.SESSIONS}/Stats": unary(server.stats, response_serializer=wire.StatsResponse.SerializeToString),
     }
 
     class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 _Field = descriptor_pb2.FieldDescriptorProto
 _KINDS = {
     "int32": _Field.TYPE_INT32,
+    "int64": _Field.TYPE_INT64,
     "string": _Field.TYPE_STRING,
     "float": _Field.TYPE_FLOAT,
     "bool": _Field.TYPE_BOOL,
@@ -51,6 +52,11 @@ _JETSTREAM: dict[str, list[tuple[int, str, str]]] = {
 _ASTRAEA: dict[str, list[tuple[int, str, str]]] = {
     "EndRequest": [(1, "string", "session")],
     "EndResponse": [],
+    "ToolCalledRequest": [(1, "string", "session"), (2, "string", "tool")],
+    "ToolCalledResponse": [],
+    "StatsRequest": [],
+    "StatsResponse": [(1, "repeated StatsResponse.Count", "counts")],
+    "StatsResponse.Count": [(1, "string", "name"), (2, "int64", "value")],
 }
 
 
@@ -124,7 +130,7 @@ POOL.Add(
         "astraea",
         _ASTRAEA,
         "Sessions",
-        [("End", "EndRequest", "EndResponse", False)],
+        [(name, f"{name}Request", f"{name}Response", False) for name in ("End", "ToolCalled", "Stats")],
     )
 )
 
@@ -139,3 +145,7 @@ HealthCheckRequest = _message("jetstream_proto.HealthCheckRequest")
 HealthCheckResponse = _message("jetstream_proto.HealthCheckResponse")
 EndRequest = _message("astraea.EndRequest")
 EndResponse = _message("astraea.EndResponse")
+ToolCalledRequest = _message("astraea.ToolCalledRequest")
+ToolCalledResponse = _message("astraea.ToolCalledResponse")
+StatsRequest = _message("astraea.StatsRequest")
+StatsResponse = _message("astraea.StatsResponse")

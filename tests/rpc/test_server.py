@@ -344,3 +344,38 @@ async def test_a_taken_port_is_an_error(engine):
     with pytest.raises(OSError, match="another --port"):
         await Server(engine, port=port).start()
     await server.stop(0)
+
+
+async def tokens_of(generation) -> list[int]:
+    return [token async for delta in generation for token in delta.token_ids]
+
+
+async def test_counts_and_tools_travel(client, engine):
+    await tokens_of(client.generate([1, 2, 3], SamplingParams(max_tokens=2), session="tooled"))
+    client.tool_called("tooled", "price")
+    while engine.stats().in_tool_wait == 0 or client._telling:
+        await asyncio.sleep(0.005)
+    counts = await client.counts()
+    assert counts["in_tool_wait"] >= 1
+    assert counts["offloaded_bytes"] == counts["failed_transfers"] == 0
+    assert any(name.startswith("kv keep: ") for name in counts)
+    client.end_session("tooled")
+
+
+async def test_a_tool_with_an_endless_name_is_refused(client, endpoint):
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        call = channel.unary_unary(
+            f"/{wire.SESSIONS}/ToolCalled", request_serializer=wire.ToolCalledRequest.SerializeToString
+        )
+        with pytest.raises(grpc.aio.AioRpcError, match="the tool's name has 300 characters"):
+            await call(wire.ToolCalledRequest(session="s", tool="x" * 300))
+
+
+async def test_equal_beginnings_are_shared_under_one_salt_only(client):
+    prompt = [*range(100, 120), 7]
+    usages = []
+    for salt in ("here", "here", "there"):
+        generation = client.generate(prompt, SamplingParams(max_tokens=2), salt=salt)
+        await tokens_of(generation)
+        usages.append(generation.usage.cached_tokens)
+    assert usages == [0, 20, 0]
