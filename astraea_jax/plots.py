@@ -88,6 +88,32 @@ def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path
     plt.close(figure)
 
 
+def resumes(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draw the time to come back to a context over its tokens: brought back from the host, or computed again.
+
+    ``rows`` have ``tokens``, ``restore_s`` and ``recompute_s``.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    for key, label, colour in (
+        ("recompute_s", "computed again", COLOURS["prefill"]),
+        ("restore_s", "brought back from the host", COLOURS["decode"]),
+    ):
+        axes.plot(tokens, [1e3 * row[key] for row in rows], marker="o", label=label, color=colour)
+    cheaper = [row["tokens"] for row in rows if row["restore_s"] < row["recompute_s"]]
+    if cheaper:
+        axes.axvline(cheaper[0], color="#555555", linewidth=1, linestyle="--")
+        note = "bringing back is faster from here on, at the latest"
+        axes.annotate(note, (cheaper[0], axes.get_ylim()[1]), (4, -10), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="tokens of context", ylabel="milliseconds", title=title, xscale="log", yscale="log")
+    axes.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _style(name: str, index: int) -> dict[str, Any]:
     if name.startswith("astraea") and "paper" not in name:
         return {"color": "#c62828", "linewidth": 2.4, "zorder": 5}
