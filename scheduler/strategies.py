@@ -41,6 +41,8 @@ class Strategy:
 
     def __init__(self, predictor: Predictor):
         self.predict = predictor
+        self.batch = 0.0
+        """Tokens of context of those who run."""
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         """A program begins to wait for a tool, or has named the tool.
@@ -66,9 +68,11 @@ class Strategy:
 
     def started(self, segment: Segment, now: float) -> None:
         """A segment has got its pages; ``reused`` says how much it need not compute."""
+        self.batch += segment.known
 
     def stopped(self, segment: Segment) -> None:
         """A segment has ended or is preempted."""
+        self.batch = max(0.0, self.batch - segment.known)
 
     def forgotten(self, program: Program) -> None:
         """A program has ended."""
@@ -98,7 +102,8 @@ class Adaptive(Strategy):
     With less than ``ahead`` of the pool free or copied, the KV that is idle longest is copied to the host *and stays on
     the device*: pages can then be had at once, and a program that returns before anybody needed them has lost nothing.
     A program whose tool usually takes ``LONG`` times its way to the host and back goes before those. Where computing
-    KV again is cheaper than bringing it back, it is dropped instead. No pressure: nothing ever moves.
+    KV again wastes less memory than bringing it back, it is dropped instead: bringing back idles the program's own
+    pages, computing again those of everybody in the batch (InferCept's waste). No pressure: nothing ever moves.
     """
 
     ahead = (0.30, 0.35)
@@ -117,8 +122,8 @@ class Adaptive(Strategy):
         return Decision(KEEP, "it returns soon")
 
     def moves(self, program: Program) -> bool:
-        costs, transfers = self.predict.costs, self.predict.transfers
-        return transfers.seconds(len(program.pages)) < costs.prefill_s(program.kept)
+        back_s, again_s = self.predict.transfers.seconds(len(program.pages)), self.predict.costs.prefill_s(program.kept)
+        return back_s * program.kept < again_s * (program.kept + self.batch)
 
 
 class MinWaste(Strategy):
@@ -133,21 +138,11 @@ class MinWaste(Strategy):
 
     hosts = True
 
-    def __init__(self, predictor: Predictor):
-        super().__init__(predictor)
-        self._batch = 0.0  # tokens of context of those who run
-
-    def started(self, segment: Segment, now: float) -> None:
-        self._batch += segment.known
-
-    def stopped(self, segment: Segment) -> None:
-        self._batch = max(0.0, self._batch - segment.known)
-
     def order(self, programs: Iterable[Program], now: float) -> Iterable[Program]:
         def excess(program: Program) -> float:
             again_s = self.predict.costs.prefill_s(program.kept)
             keep = (now - program.wait_began) * program.kept
-            return keep - again_s * (program.kept + self._batch)
+            return keep - again_s * (program.kept + self.batch)
 
         return sorted(programs, key=lambda p: (-excess(p), p.id))
 
@@ -176,6 +171,7 @@ class TimeToLive(Strategy):
         return self._until.get(program, -1.0) >= now
 
     def started(self, segment: Segment, now: float) -> None:
+        super().started(segment, now)
         if segment.reused < segment.matched - 1 and segment.preemptions == 0:
             self._delays += 1
             self._queue_s += (now - segment.queued - self._queue_s) / min(self._delays, 100)

@@ -4,19 +4,25 @@ Starts `scripts/serve.py` with the bundled model in a process of its own, then r
 agent gets a shopping question and real tools; a tool also waits as long as coding agents' tools were measured to take
 (see astraea_jax/scheduler/workload.py), scaled by --tool_scale so that the whole takes about a minute.
 
-  python scripts/demo.py
-  python scripts/demo.py --programs=256 --concurrency=128 --tool_scale=1
+The server's KV pool is deliberately too small for the contexts of all agents. The same agents run once for each way to
+deal with that (--residency): moving the KV of waiting agents to host memory, keeping it until somebody needs the pages
+and computing it again, or dropping it whenever a tool is called. The answers must be the same.
 
-Exits non-zero if too few answers are right or anything hangs.
+  python scripts/demo.py
+  python scripts/demo.py --programs=256 --concurrency=128 --tool_scale=1 --residency=adaptive --kv_bytes=67108864
+
+Exits non-zero if too few answers are right, if they differ between the runs, or if anything hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -36,14 +42,18 @@ from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.plots import spans, timelines
 from astraea_jax.rpc.client import Client
 from astraea_jax.sampling import SamplingParams
+from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.workload import CLAUDE_CODE_TOOLS
 from astraea_jax.shop import Task, make_tasks
 from astraea_jax.tools import Tool, tool
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("programs", 128, "Agents to run.", lower_bound=1)
+flags.DEFINE_integer("programs", 128, "Agents of a run.", lower_bound=1)
 flags.DEFINE_integer("concurrency", 64, "Agents alive at once; the next arrives when one ends.", lower_bound=1)
-flags.DEFINE_float("tool_scale", 1.0, "Factor on the tools' published durations.", lower_bound=0.0)
+flags.DEFINE_float("tool_scale", 0.2, "Factor on the tools' published durations.", lower_bound=0.0)
+flags.DEFINE_list("residency", ["adaptive", "always-keep", "always-discard"], f"Runs, of {', '.join(STRATEGIES)}.")
+flags.DEFINE_integer("kv_bytes", 3 * 2**20, "Device memory for KV; 2 KiB hold a token of astraea-tiny.", 1)
+flags.DEFINE_integer("host_kv_bytes", 64 * 2**20, "Host memory for KV of agents that wait.", 0)
 flags.DEFINE_integer("seed", 1, "Of the tasks and the tool times.")
 flags.DEFINE_float("limit_s", 300.0, "Seconds after which the run counts as hung.")
 flags.DEFINE_float("wanted", 0.95, "Share of right answers below which the exit status is 1.")
@@ -63,21 +73,32 @@ class Outcome:
         return self.task.is_right(self.result.text)
 
 
+def one_of_strategies() -> list[str]:
+    for name in FLAGS.residency:
+        if name not in STRATEGIES:
+            raise app.UsageError(f"--residency: {name!r} is none of {', '.join(STRATEGIES)}")
+    return list(FLAGS.residency)
+
+
 def relay(line: str) -> None:
     console.print(f"[dim]server: {line.rstrip()}", highlight=False)
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """A serving process; yields its address once it is ready."""
+def server(residency: str, cache: str) -> Iterator[str]:
+    """A serving process; yields its address once it is ready. What it compiles, the next one finds in ``cache``."""
     command = [
         sys.executable,
         str(SERVER),
         "--model=astraea-tiny",
         "--port=0",
         f"--max_seqs={min(FLAGS.concurrency, 64)}",
+        f"--residency={residency}",
+        f"--kv_bytes={FLAGS.kv_bytes}",
+        f"--host_kv_bytes={FLAGS.host_kv_bytes}",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     assert process.stderr is not None
     try:
         for line in process.stderr:
@@ -103,7 +124,8 @@ def waiting(inner: Tool, rng: random.Random) -> Tool:
     return inner.wrapped(call)
 
 
-async def run(address: str, tasks: list[Task]) -> list[Outcome]:
+async def run(address: str, tasks: list[Task]) -> tuple[list[Outcome], dict[str, int]]:
+    """All agents' results, and the engine's counts."""
     tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
     places = asyncio.Semaphore(FLAGS.concurrency)
     columns = (
@@ -129,26 +151,49 @@ async def run(address: str, tasks: list[Task]) -> list[Outcome]:
                 return outcome
 
             async with asyncio.timeout(FLAGS.limit_s):
-                return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
+                outcomes = await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
+        return outcomes, await client.counts()
 
 
-def report(outcomes: list[Outcome], took_s: float) -> None:
+@dataclass(frozen=True)
+class Run:
+    """All agents under one residency strategy."""
+
+    residency: str
+    outcomes: list[Outcome]
+    counts: dict[str, int]
+    took_s: float
+
+    @property
+    def jct_s(self) -> np.ndarray:
+        results = [o.result for o in self.outcomes]
+        return np.array([r.segments[-1].ended - r.segments[0].submitted for r in results])
+
+    @property
+    def right(self) -> int:
+        return sum(o.right for o in self.outcomes)
+
+    def decided(self, action: str) -> int:
+        """How often KV was dealt with so."""
+        return sum(count for name, count in self.counts.items() if name.startswith(f"kv {action}: "))
+
+
+def report(run: Run) -> None:
+    outcomes, took_s, jct = run.outcomes, run.took_s, run.jct_s
     results = [o.result for o in outcomes]
     segments = [s for r in results for s in r.segments]
-    jct = np.array([r.segments[-1].ended - r.segments[0].submitted for r in results])
     by_kind = {kind: sum(length for _, length in found) for kind, found in spans(segments).items()}
     ttft = np.array([s.first_token - s.submitted for s in segments])
     output = sum(s.output_tokens for s in segments)
     usages = [s.usage for s in segments if s.usage is not None]
     prompt, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
-    right = sum(o.right for o in outcomes)
-    table = Table(title="Agents served", show_header=False)
+    table = Table(title=f"Agents served, KV {run.residency}", show_header=False)
     for name, value in [
         (
             "programs",
             f"{len(results)}, {FLAGS.concurrency} at once, {len(segments) / len(results):.1f} segments each",
         ),
-        ("right answers", f"{right} of {len(results)} ({right / len(results):.1%})"),
+        ("right answers", f"{run.right} of {len(results)} ({run.right / len(results):.1%})"),
         (
             "job completion time",
             f"mean {jct.mean():.2f} s, P50 {np.median(jct):.2f} s, P99 {np.quantile(jct, 0.99):.2f} s",
@@ -169,16 +214,45 @@ def report(outcomes: list[Outcome], took_s: float) -> None:
     console.print(table)
 
 
-def main(_: list[str]) -> None:
-    tasks = make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.programs)
-    with server() as address:
+def compare(runs: list[Run]) -> None:
+    table = Table(title="KV of agents that wait, in a pool too small for all")
+    columns = ("kept", "copied to host", "brought back", "dropped", "moved", "computed again")
+    for name in ("residency", "right", "mean JCT", "P99", *columns):
+        table.add_column(name, justify="left" if name == "residency" else "right")
+    for run in runs:
+        counts, jct = run.counts, run.jct_s
+        table.add_row(
+            run.residency,
+            f"{run.right}",
+            f"{jct.mean():.2f} s",
+            f"{np.quantile(jct, 0.99):.2f} s",
+            f"{run.decided('keep'):,} x",
+            f"{counts['offloaded_pages']:,} pages",
+            f"{counts['restored_pages']:,} pages",
+            f"{counts['reclaimed_pages']:,} pages",
+            f"{(counts['offloaded_bytes'] + counts['restored_bytes']) / 2**20:,.0f} MiB",
+            f"{counts['recomputed_tokens']:,} tokens",
+        )
+    console.print(table)
+
+
+def serve_and_run(residency: str, tasks: list[Task], cache: str) -> Run:
+    with server(residency, cache) as address:
         began = time.monotonic()
         try:
-            outcomes = asyncio.run(run(address, tasks))
+            outcomes, counts = asyncio.run(run(address, tasks))
         except TimeoutError:
             raise SystemExit(f"agents still ran after {FLAGS.limit_s:.0f} s: something hangs") from None
-        took_s = time.monotonic() - began
-    report(outcomes, took_s)
+        return Run(residency, outcomes, counts, time.monotonic() - began)
+
+
+def main(_: list[str]) -> None:
+    tasks = make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.programs)
+    with tempfile.TemporaryDirectory() as cache:
+        runs = [serve_and_run(residency, tasks, cache) for residency in one_of_strategies()]
+    report(runs[0])
+    compare(runs)
+    outcomes = runs[0].outcomes
     for outcome in [o for o in outcomes if not o.right][:3]:
         console.print(
             f"[red]wrong:[/] {outcome.task.question!r} → {outcome.result.text!r}, not {outcome.task.answer!r}"
@@ -187,7 +261,11 @@ def main(_: list[str]) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     timelines([o.result for o in outcomes], picture, f"{len(outcomes)} agents on one engine")
     console.print(f"timelines: {picture}")
-    share = sum(o.right for o in outcomes) / len(outcomes)
+    for other in runs[1:]:
+        changed = sum(a.result.text != b.result.text for a, b in zip(outcomes, other.outcomes, strict=True))
+        if changed:
+            raise SystemExit(f"{changed} answers differ between {runs[0].residency} and {other.residency}")
+    share = min(r.right for r in runs) / len(outcomes)
     if share < FLAGS.wanted:
         raise SystemExit(f"only {share:.1%} of the answers are right; at least {FLAGS.wanted:.0%} were wanted")
 

@@ -58,6 +58,8 @@ def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
     for _ in range(100):
         predict.transfers.observe(10_000, 20.0)  # 0.2 s
     assert not strategy.moves(program)
+    strategy.batch = 1600.0  # as many tokens wait in the batch while it is computed
+    assert strategy.moves(program)
 
 
 def test_the_fixed_strategies_are_fixed():
