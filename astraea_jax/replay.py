@@ -85,6 +85,7 @@ def measured(
     config = EngineConfig(max_seqs=SEQS, max_step_tokens=STEP_TOKENS, page_size=PAGE, policy=policy, max_queued=8192)
     page_bytes = Engine.from_folder(MODEL, config).layout.page_bytes
     engine = Engine.from_folder(MODEL, replace(config, kv_bytes=(1 + -(-pool_tokens // PAGE)) * page_bytes))
+    engine.step_costs.forget = 1.0  # fit the whole run, not its end, when few are left
     engine.start()
     try:
         records = asyncio.run(replay(engine, programs, progress))

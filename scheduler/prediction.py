@@ -30,10 +30,11 @@ class StepCosts:
     Least squares over a sliding exponential window, solved again every few steps.
     """
 
-    FORGET = 0.998
     EVERY = 64
 
     def __init__(self) -> None:
+        self.forget = 0.998
+        """Weight of a step against the one after it; 1: all count alike."""
         self.base, self.per_prefill, self.per_token, self.per_context = 5e-3, 0.0, 5e-5, 5e-8
         self.steps = 0
         self.mean_step_s = self.base
@@ -45,8 +46,8 @@ class StepCosts:
     def observe(self, plan: Plan, seconds: float) -> None:
         """A step took so long."""
         row = self._scale * (1.0, plan.tokens > len(plan.rows), plan.tokens, plan.context)
-        self._gram = self.FORGET * self._gram + np.outer(row, row)
-        self._right = self.FORGET * self._right + seconds * row
+        self._gram = self.forget * self._gram + np.outer(row, row)
+        self._right = self.forget * self._right + seconds * row
         self.steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
         if self.steps % self.EVERY == 0:

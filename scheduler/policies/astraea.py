@@ -79,7 +79,7 @@ class Astraea(Policy):
         typical = self.predict.program_s()
         age = now - since
         response = (age if self._terms.wait else 0.0) + self._terms.typical * typical
-        return np.where(age > PATIENCE * typical, -1e18 - age, -response / size)
+        return np.where(age > PATIENCE * typical, -1e12 - age, -response / size)
 
     def rank(self, segment: Segment) -> tuple[float, ...]:
         return (segment.program.arrival, segment.number)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import MACHINES
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
-from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, Gate
+from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Gate
 from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.continuum import time_to_live
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, queue_of
@@ -272,6 +272,40 @@ def test_a_large_program_gets_its_turn_in_an_endless_stream_of_small_ones(name):
     outcome = Simulator([*small, large], make_policy(name), MACHINES["cpu-tiny"], sizes).run()
     ended = next(r.ended for r in outcome.records if r.program is large)
     assert ended < 0.8 * outcome.makespan_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 100), st.integers(0, 30)), min_size=2, max_size=30))
+def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
+    policy = make_policy("astraea")
+    typical = policy.predict.program_s()
+    waiting = [
+        segment(n, prompt=prompt, waited_s=waits * typical, turns=turns)
+        for n, (prompt, waits, turns) in enumerate(history, 1)
+    ]
+    served = [waiting[number - 1].program.waited_s for number in order(policy, waiting, now=0.0)]
+    starving = [w for w in served if w > PATIENCE * typical]
+    assert served[: len(starving)] == sorted(starving, reverse=True)
+
+
+class Steady(Predictor):
+    """Whose typical program runs for 50 ms."""
+
+    def program_s(self) -> float:
+        return 0.05
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(5, 60), st.integers(2, 40), st.integers(600, 1100), st.floats(0.1, 0.4), st.booleans())
+def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, output, size, arrival, host):
+    small = [TraceProgram(f"s{i}", (TraceSegment(0, prompt, output),), arrival_s=0.002 * i) for i in range(800)]
+    large = TraceProgram("large", (TraceSegment(0, size, 50),), arrival_s=arrival)
+    tier = {"host_tokens": 10**6, "staging_tokens": 1000} if host else {}
+    sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256, **tier)
+    records = Simulator([*small, large], make_policy("astraea", Steady()), MACHINES["cpu-tiny"], sizes).run().records
+    begun = next(r.spans[0][1] for r in records if r.program is large)
+    overtaking = [r.spans[0][1] for r in records if r.arrival > arrival and r.spans[0][1] < begun]
+    assert max(overtaking, default=0.0) < arrival + PATIENCE * 0.05 + 0.05  # and a few steps
 
 
 def test_columns_follow_their_segments():
