@@ -78,6 +78,12 @@ def simulated(programs: Sequence[TraceProgram], policy: str, costs: CostModel, p
     return Simulator(programs, make_policy(policy), costs, _sizes(pool_tokens)).run()
 
 
+def step_costs(programs: Sequence[TraceProgram]) -> CostModel:
+    """What steps cost here and now: of some programs that all arrive at once, in ample memory."""
+    at_once = [replace(p, arrival_s=0.0) for p in programs[: 2 * SEQS]]
+    return measured(at_once, "fcfs", everything(at_once))[1]
+
+
 def measured(
     programs: Sequence[TraceProgram], policy: str, pool_tokens: int, progress: Callable[[], None] = lambda: None
 ) -> tuple[Outcome, CostModel]:

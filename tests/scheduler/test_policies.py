@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import MACHINES
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
-from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Gate
+from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate
 from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.continuum import time_to_live
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, queue_of
@@ -304,8 +304,8 @@ def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, o
     sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256, **tier)
     records = Simulator([*small, large], make_policy("astraea", Steady()), MACHINES["cpu-tiny"], sizes).run().records
     begun = next(r.spans[0][1] for r in records if r.program is large)
-    overtaking = [r.spans[0][1] for r in records if r.arrival > arrival and r.spans[0][1] < begun]
-    assert max(overtaking, default=0.0) < arrival + PATIENCE * 0.05 + 0.05  # and a few steps
+    deadline = arrival + PATIENCE * 0.05 + 0.05  # and a few steps
+    assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.passes
 
 
 def test_columns_follow_their_segments():

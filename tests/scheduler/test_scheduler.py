@@ -194,6 +194,22 @@ def test_the_first_in_order_is_never_preempted():
     assert [s.finish_reason for s in segments] == ["length"] * 4
 
 
+def test_the_first_that_does_not_fit_is_passed_over_a_few_times_only():
+    scheduler = make(num_pages=9, max_seqs=8)
+    scheduler._policy.backfill, scheduler._policy.passes = 3, 2
+    loop = Loop(scheduler)
+    scheduler.submit([1] * 12, 12, now=0)
+    loop.turn()
+    large = scheduler.submit([2] * 24, 2, now=0)
+    small = [scheduler.submit([3], 1, now=0) for _ in range(3)]
+    loop.turn()
+    assert [s.slot >= 0 for s in (large, *small)] == [False, True, True, False]
+    assert large.passed == 2
+    loop.drain()
+    served = [number for step in loop.log for number, *_ in step]
+    assert served.index(large.number) < served.index(small[2].number)
+
+
 def test_program_order_lets_a_returning_program_go_first():
     def order(policy: str) -> list[str]:
         loop = Loop(make(policy, max_seqs=1))

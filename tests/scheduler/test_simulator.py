@@ -78,8 +78,9 @@ def test_equal_studies_give_equal_plans(policy):
 
 def test_equal_studies_give_equal_plans_in_every_process():
     code = (
-        "from astraea_jax.scheduler.experiment import Cell, simulate; from astraea_jax.scheduler.policies import SERVING;"
-        "study = [Cell('infercept-mix', policy, programs=12, residency='keep-lru') for policy in SERVING];"
+        "from astraea_jax.scheduler.experiment import Cell, simulate\n"
+        "from astraea_jax.scheduler.policies import SERVING\n"
+        "study = [Cell('infercept-mix', policy, programs=12, residency='keep-lru') for policy in SERVING]\n"
         "print([simulate(cell, record_plans=True).plans for cell in study])"
     )
     first, second = (
