@@ -32,6 +32,7 @@ class Loop:
         self.in_flight = None
         self.transfers = []  # on their way, in order
         self.delay = 0
+        self.broken = set()  # segments for which the device finds no token
         self.log = []
 
     def turn(self) -> bool:
@@ -47,7 +48,9 @@ class Loop:
             self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
             launched = (plan, self.device.run(plan))
         if self.in_flight is not None:
-            self.scheduler.commit(*self.in_flight, self.now)
+            before, tokens = self.in_flight
+            tokens = [-1 if row.segment in self.broken else t for row, t in zip(before.rows, tokens, strict=True)]
+            self.scheduler.commit(before, tokens, self.now)
         busy = launched is not None or self.in_flight is not None or bool(self.transfers)
         busy = busy or self.scheduler.stats().waiting > 0
         self.in_flight = launched
@@ -117,6 +120,16 @@ class Machine(RuleBasedStateMachine):
     def cancel(self, data):
         segment = data.draw(st.sampled_from(self.live))
         self.scheduler.finish(segment, "cancelled", self.loop.now)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fail(self, data):
+        self.loop.broken.add(data.draw(st.sampled_from(self.live)))
+
+    @precondition(lambda self: self.history)
+    @rule(data=st.data(), tool=st.sampled_from(["a", "b"]))
+    def call_tool(self, data, tool):
+        self.scheduler.tool_called(data.draw(st.sampled_from(sorted(self.history))), tool)
 
     @precondition(lambda self: self.history)
     @rule(data=st.data())
