@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import MACHINES
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
-from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate
+from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate, Terms
 from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.continuum import time_to_live
-from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, queue_of
+from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Oracle, Predictor
 from astraea_jax.scheduler.program import Program, Segment
@@ -80,6 +80,11 @@ def test_plas_orders_by_attained_service_in_doubling_queues():
     less = segment(3, submitted=4, service=90.0, ran_s=1.0)
     assert order(policy, [much, little, less], now=6) == [3, 2, 1]  # equal queues: by arrival of the call
     assert order(policy, [much, little, less], now=BETA) == [1, 3, 2]  # (19 + 1) / 1 reaches beta
+    assert queue_of(2**20 * QUANTUM) == QUEUES - 1
+    back = segment(4, submitted=30, service=10 * QUANTUM, ran_s=2.0, waited_s=10.0)
+    fresh = segment(5, submitted=50, service=10.0)
+    assert order(policy, [back, fresh], now=57) == [5, 4]  # (37 + 2) / 2, its earlier wait included
+    assert order(policy, [back, fresh], now=58) == [4, 5]  # (38 + 2) / 2
 
 
 def test_lamps_orders_by_memory_time_area():
@@ -220,6 +225,30 @@ def test_the_gate_counts_contexts_that_fade():
     gate.forget(other.program, HALF_LIFE_S * 2)
     assert gate._faded == pytest.approx(0.0, abs=1e-6)
     assert gate._running == 0.0
+
+
+def test_the_gate_shuts_above_one_share_and_opens_below_another():
+    gate, room = Gate(), Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
+    gate.runs(segment(1, prompt=100), 0.0)
+    large, exact = segment(2, prompt=61), segment(3, prompt=60)
+    gate.recomputes(0.24 * Gate.WINDOW_S, 0.0)
+    assert gate.passes(large, 0.0, room)
+    gate.recomputes(0.02 * Gate.WINDOW_S, 0.0)
+    assert not gate.passes(large, 0.0, room)
+    assert gate.passes(exact, 0.0, room)  # 100 + 60 fit
+    assert not gate.passes(large, 1.6 * Gate.WINDOW_S, room)  # 0.26 / e ** 1.6 = 0.052: it stays shut
+    assert gate.passes(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
+
+
+@pytest.mark.parametrize(("host", "gated"), [(True, True), (False, False), (False, True)])
+def test_only_new_programs_are_gated_and_only_where_kv_is_lost(host, gated):
+    policy = Astraea(Predictor(), Terms(gate=gated))
+    pressure = Pressure(16, pages=10, free=0, retained=0, running=1, host=host)
+    begun, new = segment(1, prompt=100), segment(2, prompt=100)
+    policy.admitted(begun, 0.0)
+    policy._gate.recomputes(50.0, 0.0)
+    assert policy.admits(segment(3, begun.program), 0.0, pressure)
+    assert policy.admits(new, 0.0, pressure) is (host or not gated)
 
 
 def test_unknown_policies_list_the_known():
