@@ -26,7 +26,7 @@ def test_lost_and_double_pages_are_noticed():
     pool = PagePool(5)
     held = pool.allocate(2)
     pool.check([held])
-    with pytest.raises(AssertionError, match="^1 pages are lost"):
+    with pytest.raises(AssertionError, match=r"^1 pages are lost"):
         pool.check([held[:1]])
     with pytest.raises(AssertionError, match=r"both free and held: \{3\}"):
         pool.check([held, [3]])
