@@ -78,6 +78,12 @@ def simulated(programs: Sequence[TraceProgram], policy: str, costs: CostModel, p
     return Simulator(programs, make_policy(policy), costs, _sizes(pool_tokens)).run()
 
 
+def step_costs(programs: Sequence[TraceProgram]) -> CostModel:
+    """What steps cost here and now: of some programs that all arrive at once, in ample memory."""
+    at_once = [replace(p, arrival_s=0.0) for p in programs[: 2 * SEQS]]
+    return measured(at_once, "fcfs", everything(at_once))[1]
+
+
 def measured(
     programs: Sequence[TraceProgram], policy: str, pool_tokens: int, progress: Callable[[], None] = lambda: None
 ) -> tuple[Outcome, CostModel]:
@@ -85,6 +91,7 @@ def measured(
     config = EngineConfig(max_seqs=SEQS, max_step_tokens=STEP_TOKENS, page_size=PAGE, policy=policy, max_queued=8192)
     page_bytes = Engine.from_folder(MODEL, config).layout.page_bytes
     engine = Engine.from_folder(MODEL, replace(config, kv_bytes=(1 + -(-pool_tokens // PAGE)) * page_bytes))
+    engine.step_costs.forget = 1.0  # fit the whole run, not its end, when few are left
     engine.start()
     try:
         records = asyncio.run(replay(engine, programs, progress))

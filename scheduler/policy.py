@@ -40,6 +40,8 @@ class Policy:
     """Numbers that :meth:`features` gives."""
     backfill = 0
     """Segments that do not fit and may be passed over in favour of later ones; 0: the first in order blocks."""
+    passes = 10**9
+    """How often the first in order may be passed over so, before it blocks."""
 
     residency: str | None = None
     """The strategy that belongs to the policy, by name; None: any."""

@@ -30,10 +30,11 @@ class StepCosts:
     Least squares over a sliding exponential window, solved again every few steps.
     """
 
-    FORGET = 0.998
     EVERY = 64
 
     def __init__(self) -> None:
+        self.forget = 0.998
+        """Weight of a step against the one after it; 1: all count alike."""
         self.base, self.per_prefill, self.per_token, self.per_context = 5e-3, 0.0, 5e-5, 5e-8
         self.steps = 0
         self.mean_step_s = self.base
@@ -45,8 +46,8 @@ class StepCosts:
     def observe(self, plan: Plan, seconds: float) -> None:
         """A step took so long."""
         row = self._scale * (1.0, plan.tokens > len(plan.rows), plan.tokens, plan.context)
-        self._gram = self.FORGET * self._gram + np.outer(row, row)
-        self._right = self.FORGET * self._right + seconds * row
+        self._gram = self.forget * self._gram + np.outer(row, row)
+        self._right = self.forget * self._right + seconds * row
         self.steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
         if self.steps % self.EVERY == 0:
@@ -134,56 +135,65 @@ class TurnHazards:
     """Chance that a program ends at its k-th segment, given that it gets there (Kaplan and Meier 1958).
 
     Programs that still live count among those at risk, so that the estimate is not drawn to short programs. Hazards
-    are smoothed over neighbouring turns and towards their overall mean.
+    are smoothed over neighbouring turns and towards their overall mean; those of one kind of programs towards those of
+    all. Kind 0 is all programs, and those of which nothing is known.
     """
+
+    KINDS = 4
 
     LONGEST = 256
     EVERY = 64
     """Segments after which the tables are made anew."""
     PRIOR = 6.0
     """Weight of the overall mean, in observations."""
+    KIN = 20.0
+    """Weight of all programs in the estimate for a kind, in observations."""
     WIDTH = 2.0
     """Of the smoothing, in turns."""
 
     def __init__(self) -> None:
-        n = self.LONGEST
-        self._risk, self._ends = np.zeros(n), np.zeros(n)
+        n, shape = self.LONGEST, (self.KINDS, self.LONGEST)
+        self._risk, self._ends = np.zeros(shape), np.zeros(shape)
         self._seen = 0
         turns = np.arange(n)
         self._kernel = np.exp(-np.abs(turns[:, None] - turns) / self.WIDTH)
-        self._remaining, self._index = np.ones(n), np.ones(n)
+        self._remaining, self._index = np.ones(shape), np.ones(shape)
         self._make_tables()
 
-    def observe(self, turn: int, last: bool) -> None:
-        """A program's segment number ``turn``, from 0, has ended, and was its last or not."""
+    def observe(self, turn: int, last: bool, kind: int = 0) -> None:
+        """Segment number ``turn``, from 0, of a program of that kind has ended, and was its last or not."""
         at = min(turn, self.LONGEST - 1)
-        self._risk[at] += 1
-        self._ends[at] += last
+        for row in {0, kind}:
+            self._risk[row, at] += 1
+            self._ends[row, at] += last
         self._seen += 1
         if self._seen % self.EVERY == 0:
             self._make_tables()
 
-    def remaining(self, turn: int) -> float:
+    def remaining(self, turn: int, kind: int = 0) -> float:
         """Expected segments from number ``turn`` on, itself included."""
-        return float(self._remaining[min(turn, self.LONGEST - 1)])
+        return float(self._remaining[kind, min(turn, self.LONGEST - 1)])
 
-    def index(self, turn: int) -> float:
+    def index(self, turn: int, kind: int = 0) -> float:
         """Inverse Gittins index: the least expected segments per chance to end, over all horizons (Gittins 1979)."""
-        return float(self._index[min(turn, self.LONGEST - 1)])
+        return float(self._index[kind, min(turn, self.LONGEST - 1)])
 
     def _make_tables(self) -> None:
         n = self.LONGEST
-        mean = (self._ends.sum() + 1) / (self._risk.sum() + 8)
-        hazard = (self._kernel @ self._ends + self.PRIOR * mean) / (self._kernel @ self._risk + self.PRIOR)
+        mean = (self._ends[0].sum() + 1) / (self._risk[0].sum() + 8)
+        ends, risk = self._ends @ self._kernel, self._risk @ self._kernel
+        everybody = (ends[0] + self.PRIOR * mean) / (risk[0] + self.PRIOR)
+        hazard = (ends + self.KIN * everybody) / (risk + self.KIN)
+        hazard[0] = everybody
         hazard = np.clip(hazard, 1e-3, 1.0)
-        after = 1 / mean
+        after: float | np.ndarray = 1 / mean
         for turn in range(n - 1, -1, -1):
-            self._remaining[turn] = after = 1 + (1 - hazard[turn]) * after
-        padded = np.concatenate([hazard, np.full(64, mean)])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, 64)[:n]
-        alive = np.cumprod(1 - windows, axis=1)  # after each turn of the horizon
-        run = 1 + np.concatenate([np.zeros((n, 1)), np.cumsum(alive[:, :-1], axis=1)], axis=1)
-        self._index = 1 / ((1 - alive) / run).max(axis=1)
+            self._remaining[:, turn] = after = 1 + (1 - hazard[:, turn]) * after
+        padded = np.concatenate([hazard, np.full((self.KINDS, 64), mean)], axis=1)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 64, axis=1)[:, :n]
+        alive = np.cumprod(1 - windows, axis=2)  # after each turn of the horizon
+        run = 1 + np.concatenate([np.zeros((self.KINDS, n, 1)), np.cumsum(alive[..., :-1], axis=2)], axis=2)
+        self._index = 1 / ((1 - alive) / run).max(axis=2)
 
 
 class Predictor:
@@ -198,6 +208,8 @@ class Predictor:
         """Tokens computed per segment, as each program's mean."""
         self.tools: dict[str | None, Distribution] = {None: Distribution()}
         """Seconds per tool wait, by tool; under None of all."""
+        self.talk = Distribution()
+        """Output tokens per segment, as each program's mean so far."""
         self.turns = Distribution()
         """Segments per program."""
         self.hazards = TurnHazards()
@@ -227,11 +239,17 @@ class Predictor:
 
     def remaining_turns(self, program: Program) -> float:
         """Segments it will still run, the present or next one included."""
-        return self.hazards.remaining(program.turns)
+        return self.hazards.remaining(program.turns, self._kind(program.turns, program.output_tokens))
 
     def turns_index(self, program: Program) -> float:
         """Segments that it is worth to wait for its end; see :meth:`TurnHazards.index`."""
-        return self.hazards.index(program.turns)
+        return self.hazards.index(program.turns, self._kind(program.turns, program.output_tokens))
+
+    def _kind(self, turns: int, outputs: int) -> int:
+        """Of a program's hazards of ending: in which third its mean output per segment lies; 0 before the first."""
+        if turns == 0 or len(self.talk) < ENOUGH:
+            return 0
+        return 1 + sum(outputs / turns > self.talk.quantile(q, 0.0) for q in (1 / 3, 2 / 3))
 
     def program_s(self) -> float:
         """Seconds that a typical program runs in all."""
@@ -263,9 +281,12 @@ class Predictor:
     def ended(self, segment: Segment) -> None:
         """A segment has ended."""
         if segment.finish_reason in ("stop", "length"):
+            program = segment.program
+            before = program.turns - 1, program.output_tokens - len(segment.output)
+            self.hazards.observe(before[0], segment.final, self._kind(*before))
             self.outputs.add(len(segment.output))
-            self.hazards.observe(segment.program.turns - 1, segment.final)
-            self.service.add(segment.program.service / segment.program.turns)
+            self.talk.add(program.output_tokens / program.turns)
+            self.service.add(program.service / program.turns)
 
     def returned(self, program: Program) -> None:
         """A tool wait has ended."""

@@ -359,20 +359,33 @@ class Scheduler:
     def _admit_waiting(self, budget: int, now: float) -> list[Segment]:
         """Give slots and pages to waiting segments, in the order of the policy, while both last."""
         admitted: list[Segment] = []
-        policy = self._policy
         while budget > 0 and self._slots and len(self._queue):
             self._refresh()
-            for segment in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
-                if policy.admits(segment, now, self._pressure()):
-                    found = self._fitting(segment, now)
-                    if found is not None:
-                        break
-            else:
+            segment, found = self._next(now)
+            if segment is None:
                 break
             self._admit(segment, found, now)
             admitted.append(segment)
             budget -= 0 if segment.loading else segment.wanted
         return admitted
+
+    def _next(self, now: float) -> tuple[Segment | None, list[int]]:
+        """Who starts next, and the pages it shares: the first in order that may; if it does not fit, it is passed over
+        a few times in favour of later ones that do."""
+        policy, passed = self._policy, None
+        for segment in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
+            if not policy.admits(segment, now, self._pressure()):
+                continue
+            found = self._fitting(segment, now)
+            if found is not None:
+                if passed is not None:
+                    passed.passed += 1
+                return segment, found
+            if passed is None:
+                passed = segment
+                if passed.passed >= policy.passes:
+                    break
+        return None, []
 
     def _fitting(self, segment: Segment, now: float) -> list[int] | None:
         """If all known tokens of a waiting segment can have pages now without preemption: the pages that others have

@@ -10,7 +10,8 @@ computed from data sheets, not measured; `cpu-tiny` is measured. Every figure na
 keep-lru has no host memory; host models a host tier that the engine itself does not have yet.
 
 The engine backend serves astraea-tiny here, with lengths scaled to its context and tools sped up by --tool_scale, and
-prints beside each run the simulation of that run, with the step costs fitted to it.
+prints beside each run the simulation of that run, with the step costs fitted to it. Programs arrive at the rate that
+this machine can work off, as its steps show before the first run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from astraea_jax.scheduler.costs import MACHINES
+from astraea_jax.scheduler.costs import MACHINES, CostModel
 from astraea_jax.scheduler.experiment import (
     PREDICTORS,
     RESIDENCIES,
@@ -128,15 +129,18 @@ def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRec
 
 def run_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
     """Every cell on the real engine, and its simulation."""
-    from astraea_jax.replay import arriving, fitting, measured, simulated
+    from astraea_jax.replay import arriving, fitting, measured, simulated, step_costs
 
     results = []
+    here: dict[str, CostModel] = {}  # costs of the workload's steps, which set the rate of arrival
     columns = (TextColumn("programs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         shown = bar.add_task("programs", total=sum(cell.programs for cell in study))
         for cell in (replace(cell, residency="keep-lru", machine="cpu-tiny") for cell in study):
             programs = fitting(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
-            prepared = arriving(programs, MACHINES[cell.machine], cell.load, cell.seed)
+            if cell.workload not in here:
+                here[cell.workload] = step_costs(programs)
+            prepared = arriving(programs, here[cell.workload], cell.load, cell.seed)
             pool = max(int(prepared.live_context / cell.oversubscription), 1100)
             real, costs = measured(prepared.programs, cell.policy, pool, lambda: bar.update(shown, advance=1))
             for name, outcome in (("", real), (" simulated", simulated(prepared.programs, cell.policy, costs, pool))):

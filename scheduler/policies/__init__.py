@@ -39,11 +39,13 @@ SERVING = [name for name in POLICIES if name != "srpt-clairvoyant"]
 ABLATION: dict[str, Callable[[Predictor], Policy]] = {
     "astraea": Astraea,
     "astraea-turns": partial(Astraea, terms=Terms(turns=False)),
+    "astraea-kinds": partial(Astraea, terms=Terms(kinds=False)),
     "astraea-memory": partial(Astraea, terms=Terms(memory=False)),
     "astraea-resident": partial(Astraea, terms=Terms(resident=0.0)),
     "astraea-wait": partial(Astraea, terms=Terms(wait=False)),
     "astraea-typical": partial(Astraea, terms=Terms(typical=0.01)),
     "astraea-exponent": partial(Astraea, terms=Terms(exponent=1.0)),
+    "astraea-backfill": partial(Astraea, terms=Terms(backfill=0)),
     "astraea-gate": partial(Astraea, terms=Terms(gate=False)),
     "fcfs-batches": BatchedFCFS,
 }

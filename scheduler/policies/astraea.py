@@ -10,9 +10,12 @@ and why (each is a row of the ablation table, `python scripts/bench_jct.py --pol
 * Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
+  Hazards are learned apart for programs that output little, middling and much per segment.
 * The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its segments,
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
   program whose wait exceeds ``PATIENCE`` times a typical running time jumps the queue, oldest first.
+* Where the first in order does not fit, smaller ones start in its place, up to four times; else large contexts leave
+  memory idle, and without that bound they would wait for each other.
 * Aging jumps the queue but never evicts a running segment: preempting by priority was measured to cost a factor.
 * Without a host tier a dropped context costs its whole prefill, so a gate holds new programs back while those that
   return lose their KV and queue for it; with a host tier such a gate only idles memory, and there is none.
@@ -48,27 +51,33 @@ class Terms:
     """Share of a typical program's running time in the response."""
     turns: bool = True
     """Remaining turns by the hazard of ending."""
+    kinds: bool = True
+    """Hazards apart for programs that output little, middling and much per segment."""
     memory: bool = True
     """The pages that a segment holds."""
     wait: bool = True
     """Accumulated wait and running time."""
+    backfill: int = 8
+    """Later segments that may start in place of the first, if that does not fit."""
     gate: bool = True
     """For new programs where there is no host tier."""
 
 
 class Astraea(Policy):
     columns = 2
+    passes = 4
 
     def __init__(self, predictor: Predictor, terms: Terms | None = None):
         super().__init__(predictor)
         self._terms = terms or Terms()
+        self.backfill = self._terms.backfill
         self._gate = Gate()
 
     def features(self, segment: Segment) -> Sequence[float]:
         program, terms = segment.program, self._terms
         size = 1.0
         if terms.turns:
-            size *= self.predict.turns_index(program)
+            size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.turns)
         if terms.memory:
             held = min(segment.reusable, len(program.pages) * segment.page_size)
             size *= segment.known - terms.resident * held
@@ -79,7 +88,7 @@ class Astraea(Policy):
         typical = self.predict.program_s()
         age = now - since
         response = (age if self._terms.wait else 0.0) + self._terms.typical * typical
-        return np.where(age > PATIENCE * typical, -1e18 - age, -response / size)
+        return np.where(age > PATIENCE * typical, -1e12 - age, -response / size)
 
     def rank(self, segment: Segment) -> tuple[float, ...]:
         return (segment.program.arrival, segment.number)

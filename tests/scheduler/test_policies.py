@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import MACHINES
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
-from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, Gate
+from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate, Terms
 from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
-from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, queue_of
+from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Oracle, Predictor
 from astraea_jax.scheduler.program import Program, Segment
@@ -79,6 +79,11 @@ def test_plas_orders_by_attained_service_in_doubling_queues():
     less = segment(3, submitted=4, service=90.0, ran_s=1.0)
     assert order(policy, [much, little, less], now=6) == [3, 2, 1]  # equal queues: by arrival of the call
     assert order(policy, [much, little, less], now=BETA) == [1, 3, 2]  # (19 + 1) / 1 reaches beta
+    assert queue_of(2**20 * QUANTUM) == QUEUES - 1
+    back = segment(4, submitted=30, service=10 * QUANTUM, ran_s=2.0, waited_s=10.0)
+    fresh = segment(5, submitted=50, service=10.0)
+    assert order(policy, [back, fresh], now=57) == [5, 4]  # (37 + 2) / 2, its earlier wait included
+    assert order(policy, [back, fresh], now=58) == [4, 5]  # (38 + 2) / 2
 
 
 def test_lamps_orders_by_memory_time_area():
@@ -204,6 +209,30 @@ def test_the_gate_counts_contexts_that_fade():
     assert gate._running == 0.0
 
 
+def test_the_gate_shuts_above_one_share_and_opens_below_another():
+    gate, room = Gate(), Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
+    gate.runs(segment(1, prompt=100), 0.0)
+    large, exact = segment(2, prompt=61), segment(3, prompt=60)
+    gate.recomputes(0.24 * Gate.WINDOW_S, 0.0)
+    assert gate.passes(large, 0.0, room)
+    gate.recomputes(0.02 * Gate.WINDOW_S, 0.0)
+    assert not gate.passes(large, 0.0, room)
+    assert gate.passes(exact, 0.0, room)  # 100 + 60 fit
+    assert not gate.passes(large, 1.6 * Gate.WINDOW_S, room)  # 0.26 / e ** 1.6 = 0.052: it stays shut
+    assert gate.passes(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
+
+
+@pytest.mark.parametrize(("host", "gated"), [(True, True), (False, False), (False, True)])
+def test_only_new_programs_are_gated_and_only_where_kv_is_lost(host, gated):
+    policy = Astraea(Predictor(), Terms(gate=gated))
+    pressure = Pressure(16, pages=10, free=0, retained=0, running=1, host=host)
+    begun, new = segment(1, prompt=100), segment(2, prompt=100)
+    policy.admitted(begun, 0.0)
+    policy._gate.recomputes(50.0, 0.0)
+    assert policy.admits(segment(3, begun.program), 0.0, pressure)
+    assert policy.admits(new, 0.0, pressure) is (host or not gated)
+
+
 def test_unknown_policies_list_the_known():
     with pytest.raises(ValueError, match=r"'lifo'.*astraea"):
         make_policy("lifo")
@@ -254,6 +283,40 @@ def test_a_large_program_gets_its_turn_in_an_endless_stream_of_small_ones(name):
     outcome = Simulator([*small, large], make_policy(name), MACHINES["cpu-tiny"], sizes).run()
     ended = next(r.ended for r in outcome.records if r.program is large)
     assert ended < 0.8 * outcome.makespan_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 100), st.integers(0, 30)), min_size=2, max_size=30))
+def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
+    policy = make_policy("astraea")
+    typical = policy.predict.program_s()
+    waiting = [
+        segment(n, prompt=prompt, waited_s=waits * typical, turns=turns)
+        for n, (prompt, waits, turns) in enumerate(history, 1)
+    ]
+    served = [waiting[number - 1].program.waited_s for number in order(policy, waiting, now=0.0)]
+    starving = [w for w in served if w > PATIENCE * typical]
+    assert served[: len(starving)] == sorted(starving, reverse=True)
+
+
+class Steady(Predictor):
+    """Whose typical program runs for 50 ms."""
+
+    def program_s(self) -> float:
+        return 0.05
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(5, 60), st.integers(2, 40), st.integers(600, 1100), st.floats(0.1, 0.4), st.booleans())
+def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, output, size, arrival, host):
+    small = [TraceProgram(f"s{i}", (TraceSegment(0, prompt, output),), arrival_s=0.002 * i) for i in range(800)]
+    large = TraceProgram("large", (TraceSegment(0, size, 50),), arrival_s=arrival)
+    tier = {"host_tokens": 10**6, "staging_tokens": 1000} if host else {}
+    sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256, **tier)
+    records = Simulator([*small, large], make_policy("astraea", Steady()), MACHINES["cpu-tiny"], sizes).run().records
+    begun = next(r.spans[0][1] for r in records if r.program is large)
+    deadline = arrival + PATIENCE * 0.05 + 0.05  # and a few steps
+    assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.passes
 
 
 def test_columns_follow_their_segments():

@@ -80,6 +80,27 @@ def test_programs_that_live_on_count():
     assert hazards.remaining(5) > 20
 
 
+def test_programs_that_output_much_are_told_from_those_that_output_little():
+    predictor, rng = Predictor(), random.Random(0)
+    programs = [(f"p{i}", *rng.choice([(10, 12), (50, 6), (200, 3)])) for i in range(300)]
+    for name, output, turns in programs:
+        program = Program(name, 0.0)
+        for turn in range(turns):
+            segment = Segment(1, program, range(5), 500, frozenset(), turn == turns - 1, 0.0, page_size=16)
+            segment.output, segment.finish_reason = [0] * output, "stop"
+            program.turns += 1
+            program.output_tokens += output
+            predictor.ended(segment)
+    little, middling, much = (
+        predictor.remaining_turns(Program("x", 0.0, turns=2, output_tokens=2 * output)) for output in (10, 50, 200)
+    )
+    assert little == pytest.approx(10, rel=0.3)
+    assert middling == pytest.approx(4, rel=0.3)
+    assert much < 2  # 1, and what smoothing over turns adds
+    new = predictor.remaining_turns(Program("x", 0.0))
+    assert new == pytest.approx(7, rel=0.3)  # nothing is known of it yet: as everybody
+
+
 def test_eta_by_kind_of_length():
     rng = np.random.default_rng(0)
 

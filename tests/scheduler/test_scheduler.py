@@ -36,6 +36,7 @@ class Loop:
         self.delay = 0
         self.faults = 0
         """Transfers from now on that fail."""
+        self.broken = set()  # segments for which the device finds no token
         self.log = []
 
     def turn(self) -> bool:
@@ -52,7 +53,9 @@ class Loop:
             self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
             launched = (plan, self.device.run(plan))
         if self.in_flight is not None:
-            self.scheduler.commit(*self.in_flight, self.now)
+            before, tokens = self.in_flight
+            tokens = [-1 if row.segment in self.broken else t for row, t in zip(before.rows, tokens, strict=True)]
+            self.scheduler.commit(before, tokens, self.now)
         busy = launched is not None or self.in_flight is not None or bool(self.transfers)
         busy = busy or self.scheduler.stats().waiting > 0
         self.in_flight = launched
@@ -129,6 +132,16 @@ class Machine(RuleBasedStateMachine):
         segment = data.draw(st.sampled_from(self.live))
         self.scheduler.finish(segment, "cancelled", self.loop.now)
 
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fail(self, data):
+        self.loop.broken.add(data.draw(st.sampled_from(self.live)))
+
+    @precondition(lambda self: self.history)
+    @rule(data=st.data(), tool=st.sampled_from(["a", "b"]))
+    def call_tool(self, data, tool):
+        self.scheduler.tool_called(data.draw(st.sampled_from(sorted(self.history))), tool, self.loop.now)
+
     @precondition(lambda self: self.history)
     @rule(data=st.data())
     def end(self, data):
@@ -143,11 +156,6 @@ class Machine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def break_transfers(self, count):
         self.loop.faults = count
-
-    @precondition(lambda self: self.idle())
-    @rule(data=st.data(), tool=st.sampled_from(["fast", "slow"]))
-    def name_tool(self, data, tool):
-        self.scheduler.tool_called(data.draw(st.sampled_from(self.idle())), tool, self.loop.now)
 
     @rule(turns=st.integers(1, 6))
     def work(self, turns):
@@ -215,6 +223,22 @@ def test_the_first_in_order_is_never_preempted():
     assert segments[0].preemptions == 0
     assert loop.scheduler.stats().preemptions > 0
     assert [s.finish_reason for s in segments] == ["length"] * 4
+
+
+def test_the_first_that_does_not_fit_is_passed_over_a_few_times_only():
+    scheduler = make(num_pages=9, max_seqs=8)
+    scheduler._policy.backfill, scheduler._policy.passes = 3, 2
+    loop = Loop(scheduler)
+    scheduler.submit([1] * 12, 12, now=0)
+    loop.turn()
+    large = scheduler.submit([2] * 24, 2, now=0)
+    small = [scheduler.submit([3], 1, now=0) for _ in range(3)]
+    loop.turn()
+    assert [s.slot >= 0 for s in (large, *small)] == [False, True, True, False]
+    assert large.passed == 2
+    loop.drain()
+    served = [number for step in loop.log for number, *_ in step]
+    assert served.index(large.number) < served.index(small[2].number)
 
 
 def test_program_order_lets_a_returning_program_go_first():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,6 +74,23 @@ def test_equal_studies_give_equal_plans(policy):
     first, second = (simulate(cell, record_plans=True).plans for _ in range(2))
     assert first == second
     assert first
+
+
+def test_equal_studies_give_equal_plans_in_every_process():
+    code = (
+        "from astraea_jax.scheduler.experiment import Cell, simulate\n"
+        "from astraea_jax.scheduler.policies import SERVING\n"
+        "study = [Cell('infercept-mix', policy, programs=12, residency='keep-lru') for policy in SERVING]\n"
+        "print([simulate(cell, record_plans=True).plans for cell in study])"
+    )
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    )
+    assert first == second
+    assert len(first) > 50_000
 
 
 def test_a_program_larger_than_the_pool_is_refused_and_the_others_go_on():
