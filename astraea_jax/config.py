@@ -155,7 +155,12 @@ def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
         raise StartupError(
             f"host_kv_bytes {budget} holds no page of {page} bytes; raise it, or give 0 for no host tier"
         )
-    return HostTier(budget // page, staging=max(1, min(STAGING_PAGES, pool // 8)))
+    return HostTier(budget // page, staging_pages(pool))
+
+
+def staging_pages(pool: int) -> int:
+    """Pages that may be on their way to the host at once, from a pool of so many."""
+    return max(1, min(STAGING_PAGES, pool // 8))
 
 
 def _free_memory() -> int:

@@ -10,9 +10,9 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from astraea_jax.config import EngineConfig
+from astraea_jax.config import EngineConfig, staging_pages
 from astraea_jax.engine import Engine
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.costs import CostModel
@@ -73,24 +73,46 @@ def arriving(programs: Sequence[TraceProgram], costs: CostModel, load: float, se
     return prepared(programs, costs, _sizes(everything(programs)), load, seed)
 
 
-def simulated(programs: Sequence[TraceProgram], policy: str, costs: CostModel, pool_tokens: int) -> Outcome:
+@dataclass(frozen=True)
+class Setting:
+    """How an engine is set up, or simulated."""
+
+    policy: str
+    pool_tokens: int
+    host: bool = False
+    """A host tier that is never full."""
+    strategy: str | None = None
+
+
+def simulated(programs: Sequence[TraceProgram], setting: Setting, costs: CostModel) -> Outcome:
     """The same engine, simulated."""
-    return Simulator(programs, make_policy(policy), costs, _sizes(pool_tokens)).run()
+    policy = make_policy(setting.policy, strategy=setting.strategy)
+    sizes = _sizes(setting.pool_tokens, everything(programs) if setting.host else 0)
+    return Simulator(programs, policy, costs, sizes).run()
 
 
 def step_costs(programs: Sequence[TraceProgram]) -> CostModel:
     """What steps cost here and now: of some programs that all arrive at once, in ample memory."""
     at_once = [replace(p, arrival_s=0.0) for p in programs[: 2 * SEQS]]
-    return measured(at_once, "fcfs", everything(at_once))[1]
+    return measured(at_once, Setting("fcfs", everything(at_once)))[1]
 
 
 def measured(
-    programs: Sequence[TraceProgram], policy: str, pool_tokens: int, progress: Callable[[], None] = lambda: None
+    programs: Sequence[TraceProgram], setting: Setting, progress: Callable[[], None] = lambda: None
 ) -> tuple[Outcome, CostModel]:
-    """The real engine with so many tokens of KV; and what its steps have cost."""
-    config = EngineConfig(max_seqs=SEQS, max_step_tokens=STEP_TOKENS, page_size=PAGE, policy=policy, max_queued=8192)
+    """The real engine, and what its steps and transfers have cost."""
+    config = EngineConfig(
+        max_seqs=SEQS,
+        max_step_tokens=STEP_TOKENS,
+        page_size=PAGE,
+        policy=setting.policy,
+        residency=setting.strategy,
+        max_queued=8192,
+    )
     page_bytes = Engine.from_folder(MODEL, config).layout.page_bytes
-    engine = Engine.from_folder(MODEL, replace(config, kv_bytes=(1 + -(-pool_tokens // PAGE)) * page_bytes))
+    bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page_bytes  # noqa: E731
+    host = bytes_of(everything(programs)) if setting.host else 0
+    engine = Engine.from_folder(MODEL, replace(config, kv_bytes=bytes_of(setting.pool_tokens), host_kv_bytes=host))
     engine.step_costs.forget = 1.0  # fit the whole run, not its end, when few are left
     engine.start()
     try:
@@ -111,5 +133,13 @@ def measured(
     return outcome, CostModel(*costs, page_bytes / PAGE, link_bytes_s=1e9, measured=True)
 
 
-def _sizes(pool_tokens: int) -> Sizes:
-    return Sizes(pool_tokens, page_size=PAGE, max_seqs=SEQS, max_step_tokens=STEP_TOKENS)
+def _sizes(pool_tokens: int, host_tokens: int = 0) -> Sizes:
+    staging = PAGE * staging_pages(-(-pool_tokens // PAGE))
+    return Sizes(
+        pool_tokens,
+        page_size=PAGE,
+        max_seqs=SEQS,
+        max_step_tokens=STEP_TOKENS,
+        host_tokens=host_tokens,
+        staging_tokens=staging,
+    )

@@ -19,7 +19,7 @@ from .costs import MACHINES, CostModel
 from .policies import make_policy
 from .prediction import Oracle, Predictor
 from .simulator import Outcome, ProgramRecord, Simulator, Sizes
-from .strategies import STRATEGIES, make_strategy
+from .strategies import STRATEGIES
 from .trace import TraceProgram, load_trace
 from .workload import GENERATORS, generate, resample, with_arrivals
 
@@ -104,14 +104,19 @@ def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
     prepared = prepare(cell.workload, cell.programs, cell.seed, cell.load, cell.machine)
     longest = max(p.longest for p in prepared.programs)
     pool = max(int(prepared.live_context / cell.oversubscription), longest + 4096)
-    host, strategy = RESIDENCIES[cell.residency]
+    host, strategy = residency_of(cell)
     sizes = Sizes(pool, host_tokens=UNLIMITED if host else 0)
     if cell.residency == "unlimited":
         sizes = Sizes(everything(prepared.programs))
     policy = make_policy(cell.policy, predictor_for(cell, prepared.programs), strategy)
-    if strategy is None and not host and policy.residency is None:
-        policy.strategy = make_strategy("always-keep", policy.predict)
     return Simulator(prepared.programs, policy, MACHINES[cell.machine], sizes, record_plans=record_plans).run()
+
+
+def residency_of(cell: Cell) -> tuple[bool, str]:
+    """Whether there is a host tier, and the strategy."""
+    host, strategy = RESIDENCIES[cell.residency]
+    own = make_policy(cell.policy).residency
+    return host, strategy or own or ("adaptive" if host else "always-keep")
 
 
 def everything(programs: Sequence[TraceProgram]) -> int:

@@ -7,7 +7,8 @@
 
 The simulator runs the engine's own scheduler on a virtual clock (`scheduler/simulator.py`). Accelerator machines are
 computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
-keep-lru has no host memory; host models a host tier that the engine itself does not have yet.
+keep-lru has no host memory; host has a host tier that is never full, with the adaptive strategy or the policy's own;
+the other names are strategies with such a host tier.
 
 The engine backend serves astraea-tiny here, with lengths scaled to its context and tools sped up by --tool_scale, and
 prints beside each run the simulation of that run, with the step costs fitted to it. Programs arrive at the rate that
@@ -38,6 +39,7 @@ from astraea_jax.scheduler.experiment import (
     Cell,
     draw,
     interval,
+    residency_of,
     simulate,
     summary,
 )
@@ -129,21 +131,22 @@ def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRec
 
 def run_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
     """Every cell on the real engine, and its simulation."""
-    from astraea_jax.replay import arriving, fitting, measured, simulated, step_costs
+    from astraea_jax.replay import Setting, arriving, fitting, measured, simulated, step_costs
 
     results = []
     here: dict[str, CostModel] = {}  # costs of the workload's steps, which set the rate of arrival
     columns = (TextColumn("programs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         shown = bar.add_task("programs", total=sum(cell.programs for cell in study))
-        for cell in (replace(cell, residency="keep-lru", machine="cpu-tiny") for cell in study):
+        for cell in (replace(cell, machine="cpu-tiny") for cell in study):
             programs = fitting(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
             if cell.workload not in here:
                 here[cell.workload] = step_costs(programs)
             prepared = arriving(programs, here[cell.workload], cell.load, cell.seed)
             pool = max(int(prepared.live_context / cell.oversubscription), 1100)
-            real, costs = measured(prepared.programs, cell.policy, pool, lambda: bar.update(shown, advance=1))
-            for name, outcome in (("", real), (" simulated", simulated(prepared.programs, cell.policy, costs, pool))):
+            setting = Setting(cell.policy, pool, *residency_of(cell))
+            real, costs = measured(prepared.programs, setting, lambda: bar.update(shown, advance=1))
+            for name, outcome in (("", real), (" simulated", simulated(prepared.programs, setting, costs))):
                 row = summary(replace(cell, policy=cell.policy + name), outcome, costs)
                 results.append((row, outcome.records))
     return results
