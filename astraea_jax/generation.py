@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from astraea_jax.models.tokenizer import TextStream
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.program import Segment
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a request has produced since the last one. ``finish_reason`` is set on the last only."""
+class Delta(NamedTuple):
+    """What a request has produced since the last one. ``finish_reason`` is set on the last only.
+
+    A tuple, because every token makes one and dataclasses take twice as long.
+    """
 
     text: str
     token_ids: tuple[int, ...]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from astraea_jax.cache.host import block_sharding, block_sizes
+from astraea_jax.cache.host import NOWHERE, block_sharding, block_sizes
 from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.models.decoder import Decoder
@@ -30,6 +30,9 @@ from astraea_jax.scheduler.plan import Plan, Row
 
 PREFILL_TILE = 16
 """Query tokens of one row that attend together in a step with prefill."""
+
+COLUMNS = 9
+"""Numbers of a row before its pages: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -103,8 +106,8 @@ class Runner:
     ):
         graph, state = nnx.split(decoder)
         leaves, tree = jax.tree.flatten(state)
-        self._leaves = tuple(leaves)
-        self._step = partial(_step, partial(_model, graph, tree))
+        self._leaves = _pack(leaves)
+        self._step = partial(_step, partial(_model, graph, tree, [leaf.shape for leaf in leaves]))
         self._pages: PagedKV = make_pages(decoder.config, num_pages, page_size, kv_dtype)
         self._last = jnp.zeros(max_seqs, jnp.int32)
         self._table_width = max_pages_per_seq
@@ -115,18 +118,16 @@ class Runner:
         """Of a block of pages on the device."""
         self._gathers: dict[int, Any] = {}
         self._scatters: dict[int, Any] = {}
-        self._sampling_ints = np.zeros((max_seqs, 2), np.int32)  # top_k, seed bits
-        self._sampling_floats = np.zeros((max_seqs, 3), np.float32)  # temperature, top_p, min_p
+        self._sampling = np.zeros((max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
         self._compile_transfers()
         shapes = self._shapes
-        jitted = jax.jit(self._step, donate_argnums=(1, 2), static_argnames="q_tile")
+        jitted = jax.jit(self._step, donate_argnums=(1, 2), static_argnames="shape")
 
         def build(shape: StepShape) -> Any:
-            host = self._empty_batch(shape)
-            return jitted.lower(self._leaves, self._pages, self._last, *host, q_tile=shape.q_tile).compile()
+            return jitted.lower(self._leaves, self._pages, self._last, self._empty_batch(shape), shape=shape).compile()
 
         lowered = 0
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -145,7 +146,7 @@ class Runner:
             self._gathers[size] = gather.lower(self._pages, ids).compile()
             block = self.gather([0] * size)
             self._scatters[size] = scatter.lower(self._pages, block, ids).compile()
-            self.scatter(block, np.full(size, -1, np.int32))
+            self.scatter(block, np.full(size, NOWHERE, np.int32))
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
         """Read pages into one block ``[n, L, 2, K, S, H]``; they may be written again at once. n is a block size."""
@@ -156,33 +157,30 @@ class Runner:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
         self._pages = self._scatters[len(pages)](self._pages, block, pages)
 
-    def _empty_batch(self, shape: StepShape) -> tuple[np.ndarray, ...]:
-        return (
-            np.zeros(shape.tokens, np.int32),
-            np.zeros((shape.rows, 6), np.int32),
-            np.zeros((shape.rows, 3), np.float32),
-            np.zeros((shape.rows, self._table_width), np.int32),
-        )
+    def _empty_batch(self, shape: StepShape) -> np.ndarray:
+        return np.zeros(shape.tokens + shape.rows * (COLUMNS + self._table_width), np.int32)
 
     def set_sampling(self, slot: int, params: SamplingParams) -> None:
         """Choose how the rows of ``slot`` sample from the next dispatch on."""
-        self._sampling_ints[slot] = min(params.top_k, 2**31 - 1), np.uint32(params.seed).astype(np.int32)
-        self._sampling_floats[slot] = params.temperature, params.top_p, params.min_p
+        self._sampling[slot, :2] = min(params.top_k, 2**31 - 1), np.uint32(params.seed).astype(np.int32)
+        self._sampling[slot, 2:].view(np.float32)[:] = params.temperature, params.top_p, params.min_p
 
     def dispatch(self, plan: Plan, page_table: np.ndarray) -> InFlight:
         """Start a step and return at once. ``page_table`` is the scheduler's, ``[max_seqs, M]`` by slot."""
         rows = plan.rows
         shape = self._fitting(len(rows), plan.tokens)
-        # Fresh arrays for every step: on a CPU the device may read them in place while the host goes on.
-        tokens, ints, floats, table = self._empty_batch(shape)
-        head = ints[: len(rows)]
-        head[:, :4] = [(row.segment.slot, row.start, row.tokens, row.samples) for row in rows]
+        # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
+        batch = self._empty_batch(shape)
+        head = batch[shape.tokens :].reshape(shape.rows, -1)[: len(rows)]
+        numbers: list[int] = []
+        for segment, start, count, samples in rows:
+            numbers += segment.slot, start, count, samples
+        head[:, :4] = np.array(numbers, np.int32).reshape(-1, 4)
         slots = head[:, 0]
-        head[:, 4:] = self._sampling_ints[slots]
-        floats[: len(rows)] = self._sampling_floats[slots]
-        table[: len(rows)] = page_table[slots]
-        _fill_tokens(tokens, rows)
-        sampled = self._launch(shape, (tokens, ints, floats, table))
+        head[:, 4:COLUMNS] = self._sampling[slots]
+        head[:, COLUMNS:] = page_table[slots]
+        _fill_tokens(batch[: plan.tokens], rows)
+        sampled = self._launch(shape, batch)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
 
@@ -191,8 +189,8 @@ class Runner:
         decode = rows == tokens
         return next(s for s in self._shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
 
-    def _launch(self, shape: StepShape, host: tuple[np.ndarray, ...]) -> jax.Array:
-        self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, *host)
+    def _launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
+        self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, batch)
         return sampled
 
     def read(self, step: InFlight) -> list[int]:
@@ -201,17 +199,24 @@ class Runner:
 
 
 def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
+    tokens[:] = -1  # the usual decode: only the device knows its token yet
     at = 0
-    for row in rows:
-        if row.start < row.segment.known:
-            row.segment.copy_tokens(row.start, tokens[at : at + row.tokens])
-        else:  # the usual decode: only the device knows its token yet
-            tokens[at] = -1
-        at += row.tokens
+    for segment, start, count, _ in rows:
+        if start < segment.known:
+            segment.copy_tokens(start, tokens[at : at + count])
+        at += count
 
 
-def _model(graph: Any, tree: Any, leaves: tuple[jax.Array, ...]) -> Decoder:
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+def _pack(leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The arrays of a model, its many vectors (of norms) as one: every argument of a call costs the host its time."""
+    return (*(x for x in leaves if x.ndim > 1), jnp.concatenate([x for x in leaves if x.ndim == 1]))
+
+
+def _model(graph: Any, tree: Any, shapes: Sequence[tuple[int, ...]], packed: tuple[jax.Array, ...]) -> Decoder:
+    """The decoder, from what :func:`_pack` made of leaves of these ``shapes``."""
+    ends = np.cumsum([shape[0] for shape in shapes if len(shape) == 1])
+    vectors, others = iter(jnp.split(packed[-1], ends[:-1])), iter(packed[:-1])
+    return nnx.merge(graph, jax.tree.unflatten(tree, [next(vectors if len(s) == 1 else others) for s in shapes]))
 
 
 def _step(
@@ -219,47 +224,45 @@ def _step(
     leaves: tuple[jax.Array, ...],
     pages: PagedKV,
     last: jax.Array,
-    tokens: jax.Array,
-    ints: jax.Array,
-    floats: jax.Array,
-    table: jax.Array,
+    batch: jax.Array,
     *,
-    q_tile: int,
+    shape: StepShape,
 ) -> tuple[PagedKV, jax.Array, jax.Array]:
     """One forward over a ragged batch, and one sampled token per row.
 
     Args:
-        model: rebuilds the decoder from its ``leaves``.
+        model: rebuilds the decoder from its packed ``leaves``.
         pages: per layer ``[P, 2, K, S, H]``; donated.
         last: ``[max_seqs]`` int32, the token each slot sampled last; donated.
-        tokens: ``[T]`` int32; -1 stands for the slot's last sampled token.
-        ints: ``[R, 6]`` int32: slot, start, count, samples, top_k, seed; rows of padding have count 0.
-        floats: ``[R, 3]`` float32: temperature, top_p, min_p.
-        table: ``[R, M]`` int32 page table.
-        q_tile: of :func:`attention`; static.
+        batch: int32, what the host says, in one piece: ``[T]`` tokens, where -1 stands for the slot's last sampled one;
+            then of each of R rows ``COLUMNS`` numbers and its M pages. Rows of padding have count 0.
+        shape: T, R and the query tile of :func:`attention`; static.
 
     Returns:
         The pages, ``last``, and ``[R]`` int32 sampled tokens (-1 where the logits were not finite).
     """
-    slot, start, count, samples, top_k, seed = ints.T
+    tokens, rows = batch[: shape.tokens], batch[shape.tokens :].reshape(shape.rows, -1)
+    slot, start, count, samples, top_k = rows[:, :5].T
+    seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
+    temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
+    table = rows[:, COLUMNS:]
     size = pages[0].shape[3]
     ends = jnp.cumsum(count)
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     index = jnp.arange(tokens.shape[0])
-    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), ints.shape[0] - 1)
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), shape.rows - 1)
     position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
     write_to = jnp.where(index < ends[-1], table[row, position // size] * size + position % size, 0)
     kv_lens = jnp.where(count > 0, start + count, 0)
 
     def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         layer = write_kv(layer, k, v, write_to)
-        return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=q_tile), layer
+        return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=shape.q_tile), layer
 
     decoder = model(leaves)
     hidden, pages = decoder(jnp.where(tokens < 0, last[slot[row]], tokens), position, pages, attend)
     logits = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
-    seeds = jax.lax.bitcast_convert_type(seed, jnp.uint32)
-    sampled = sample(logits, floats[:, 0], top_k, floats[:, 1], floats[:, 2], seeds, start + count)
+    sampled = sample(logits, temperature, top_k, top_p, min_p, seed, start + count)
     sampled = jnp.where(jnp.isfinite(logits.max(-1)), sampled, -1)
     last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
     return pages, last, sampled

@@ -12,7 +12,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from .config import CheckpointError, read_json
 
@@ -44,6 +44,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self._special = dict(special)
+        self._whole: dict[int, str | None] = {}
         self._template = _compile(template) if template is not None else None
 
     @classmethod
@@ -90,7 +91,7 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one after the other."""
-        return TextStream(self._tokenizer)
+        return TextStream(self._tokenizer, self._whole)
 
     def render(
         self,
@@ -124,19 +125,31 @@ class TextStream:
     """Decodes tokens as they come and never shows half a character.
 
     Bytes that never become a character come out as U+FFFD at the next whole character, or at the end.
+
+    Args:
+        tokenizer: of the ``tokenizers`` library.
+        whole: what its streams have learned about single tokens: the text of each, None if it is not whole characters.
     """
 
     LONGEST = 64
     """Tokens that are held back at most while they make no character."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, whole: dict[int, str | None]):
         self._tokenizer = tokenizer
+        self._whole = whole
+        self._apart = isinstance(tokenizer.decoder, ByteLevel)  # a token's bytes do not depend on its neighbours
         self._stream = DecodeStream(skip_special_tokens=True)
         self._held: list[int] = []
         """Tokens that have made no text yet."""
 
     def push(self, token: int) -> str:
         """Text that ``token`` completes."""
+        if self._apart and not self._held:
+            if token not in self._whole:
+                alone: str = self._tokenizer.decode([token], skip_special_tokens=True)
+                self._whole[token] = None if "\ufffd" in alone else alone
+            if (known := self._whole[token]) is not None:
+                return known
         self._held.append(token)
         try:
             text: str | None = self._stream.step(self._tokenizer, token)

@@ -40,20 +40,27 @@ class StepCosts:
         self.mean_step_s = self.base
         """Of recent steps: how long one decoded token takes at the present load."""
         self._scale = np.array([1.0, 1.0, 1e-2, 1e-5])  # so that the columns are of one size
+        self._recent: list[tuple[float, ...]] = []  # steps that are not in the sums yet
         self._gram = np.zeros((4, 4))
         self._right = np.zeros(4)
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """A step took so long."""
-        row = self._scale * (1.0, plan.tokens > len(plan.rows), plan.tokens, plan.context)
-        self._gram = self.forget * self._gram + np.outer(row, row)
-        self._right = self.forget * self._right + seconds * row
+        self._recent.append((1.0, plan.tokens > len(plan.rows), plan.tokens, plan.context, seconds))
         self.steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
-        if self.steps % self.EVERY == 0:
-            ridge = 1e-6 * np.trace(self._gram) * np.eye(4)
-            fitted = np.linalg.solve(self._gram + ridge, self._right) * self._scale
-            self.base, self.per_prefill, self.per_token, self.per_context = np.maximum(fitted, 0.0).tolist()
+        if len(self._recent) == self.EVERY:
+            self._fit()
+
+    def _fit(self) -> None:
+        steps = np.array(self._recent)
+        self._recent.clear()
+        rows, weights = self._scale * steps[:, :4], self.forget ** np.arange(self.EVERY - 1, -1, -1)
+        self._gram = self.forget**self.EVERY * self._gram + (weights * rows.T) @ rows
+        self._right = self.forget**self.EVERY * self._right + (weights * steps[:, 4]) @ rows
+        ridge = 1e-6 * np.trace(self._gram) * np.eye(4)
+        fitted = np.linalg.solve(self._gram + ridge, self._right) * self._scale
+        self.base, self.per_prefill, self.per_token, self.per_context = np.maximum(fitted, 0.0).tolist()
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds of step time that prefilling ``tokens`` adds."""

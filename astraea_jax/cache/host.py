@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PINNED = "pinned_host"
 LARGEST_BLOCK = 64
 """Pages."""
+NOWHERE = 2**30
+"""Page ids from here on are beyond every pool."""
 LIMIT_S = 30.0
 """A transfer that takes longer is given up, and its KV computed again."""
 
@@ -145,7 +147,7 @@ class HostStore:
             at += size
 
     def _restore(self, moving: _Moving) -> None:
-        at, nowhere = 0, np.iinfo(np.int32).max - LARGEST_BLOCK
+        at = 0
         for copy, offset, count in moving.transfer.parts:
             if copy not in self._copies:
                 raise LookupError("a host copy is lost")
@@ -153,7 +155,7 @@ class HostStore:
             for block in self._copies[copy]:
                 low, high = max(offset, first), min(offset + count, first + len(block))
                 if low < high:
-                    pages = np.arange(nowhere, nowhere + len(block), dtype=np.int32)
+                    pages = np.arange(NOWHERE, NOWHERE + len(block), dtype=np.int32)
                     pages[low - first : high - first] = moving.transfer.pages[at : at + high - low]
                     moving.waiting.append((block, pages))
                     at += high - low
