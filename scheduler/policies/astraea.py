@@ -2,7 +2,7 @@
 
 What is kept of arXiv 2512.14142: the unit is the program with its history; the response ratio weighs the wait that it
 has accumulated over all its segments; short remaining work goes first, and waiting makes everybody rise. What differs,
-and why (each is a row of the ablation table, `python scripts/bench_jct.py --policies=ablation`):
+and why (each is a row of the ablation table, `python scripts/bench_jct.py --policies=fcfs,ablation`):
 
 * Segments start as soon as memory allows, not in batches that run to completion.
 * The scarce good is memory, so a program's size is memory times time: the pages its segment holds (those it would

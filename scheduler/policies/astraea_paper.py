@@ -26,17 +26,18 @@ THRESHOLDS = (128.0, 256.0, 384.0, 512.0, 640.0)
 """Token cost of a segment above which queue k demotes; one queue more than thresholds."""
 ALPHA = 10.0
 """Response ratio from which the lowest queue's programs go to the first."""
+EVERYBODY = 10**9
 
 
 class AstraeaPaper(Policy):
     columns = 3
-    backfill = 10**9
+    backfill = EVERYBODY
 
     def __init__(self, predictor: Predictor):
         super().__init__(predictor)
         self._cost: dict[Program, float] = {}  # service when the present segment was queued
         self._batch: set[Segment] = set()
-        self._building = False
+        self._built = 0.0  # when the batch was built
 
     def features(self, segment: Segment) -> Sequence[float]:
         waiting_since = segment.queued - segment.program.waited_s
@@ -50,8 +51,10 @@ class AstraeaPaper(Policy):
 
     def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
         if not self._batch:
-            self._building, self._built = True, now
-        return self._building and now == self._built
+            self._built, self.backfill = now, EVERYBODY
+        elif now != self._built:
+            self.backfill = 0  # nobody may start, so nobody after the first need be asked
+        return now == self._built
 
     def admitted(self, segment: Segment, now: float) -> None:
         self._batch.add(segment)
@@ -70,8 +73,6 @@ class AstraeaPaper(Policy):
 
     def ended(self, segment: Segment, now: float) -> None:
         self._batch.discard(segment)
-        if not self._batch:
-            self._building = False
         program = segment.program
         cost = program.service - self._cost.pop(program, 0.0)
         if program.level < len(THRESHOLDS) and cost > THRESHOLDS[program.level]:
