@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
+from .copies import HostCopies, parts_of
 from .pages import PagePool
 from .program import Program, Segment
+from .retained import Retained
 from .strategies import DISCARD, KEEP, LAST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Pages copied together at least, if a program has so many and staging has room."""
-CANDIDATES = 8
-"""Programs that are compared when the host is full."""
 MARGIN = 0.05
 """Share of the pool that must stay free when KV is brought back ahead of need."""
 
@@ -59,21 +58,12 @@ class Residency:
         """How often pages were kept, copied, dropped or brought back, each with its reason."""
         self.transfers: list[Transfer] = []
         """Begun since they were last taken."""
-        self.dropped: list[HostCopy] = []
-        """Copies that nobody wants any more, since they were last taken."""
+        self.copies = HostCopies(host, self._idle_s)
         self._size = page_size
-        self._host = host
         self._strategy = strategy
         self._lost = lost
-        self._hosted = 0  # pages of host memory in use
-        self._staged = 0
+        self._retained = Retained()
         self._spilling = False
-        self._lru: OrderedDict[Program, None] = OrderedDict()  # with device pages but not running, least recent first
-        self._dirty: OrderedDict[Program, None] = OrderedDict()  # of those, with pages that could be copied
-        self._clean: OrderedDict[Program, int] = OrderedDict()  # of those, with so many clean pages at the end
-        self._clean_pages = 0
-        self._bound: dict[Program, None] = {}  # whose last page is shared
-        self._holders: OrderedDict[Program, None] = OrderedDict()  # with host copies, least recently used first
         self._fetches: dict[Transfer, None] = {}  # restores ahead of need that are under way
         self._returns: list[tuple[float, int, Program, float]] = []  # when to bring back whose KV, of which wait
         self._pushed = 0
@@ -85,13 +75,12 @@ class Residency:
         program.last, program.kept, program.pages = segment, tokens, pages
         program.running, program.fetching = False, None
         self._strategy.stopped(segment)
-        if program in self._holders:
-            self._holders.move_to_end(program)
-        self._list(program)
+        self.copies.use(program)
+        self._retained.add(program)
 
     def waits(self, program: Program, now: float) -> None:
         """A program begins to wait for a tool, or has named the tool."""
-        slack = (self.pool.free + self._clean_pages) / self.pool.size
+        slack = self._at_once / self.pool.size
         action, why = self._strategy.waits(program, slack, now)
         if program.tool is None or action != KEEP:
             self._note(program, action, why, len(program.pages))
@@ -99,9 +88,7 @@ class Residency:
             self.reclaimed += -(-program.kept // self._size)
             self.trim(program, 0)
         elif action == LAST:
-            for order in (self._lru, self._dirty, self._clean):
-                if program in order:
-                    order.move_to_end(program, last=False)
+            self._retained.give_first(program)
 
     def trim(self, program: Program, tokens: int) -> None:
         """Drop the KV of all but the first ``tokens`` tokens."""
@@ -126,9 +113,9 @@ class Residency:
         program = segment.program
         self.trim(program, segment.reusable)
         pages, program.pages, program.running = program.pages + found, [], True
-        self._unlist(program)
+        self._retained.discard(program)
         kept = -(-program.kept // self._size)
-        parts = self._parts(program, len(pages), kept)
+        parts = parts_of(program, len(pages), kept)
         tokens = max(program.kept, len(pages) * self._size if found else 0)
         inside = tokens // self._size
         if not parts and inside < len(pages):  # its next token is written on a page that has some already
@@ -190,7 +177,7 @@ class Residency:
         self._strategy.predict.transfers.observe(count, now - transfer.began)
         self.moved[not transfer.to_host] += count
         if transfer.to_host:
-            self._arrived(transfer)
+            self.copies.arrived(transfer)
         elif segment is None:
             self._fetched(transfer, count)
         elif segment.loading is transfer:
@@ -203,7 +190,7 @@ class Residency:
         self.failed += 1
         start = transfer.parts[0].copy.first + transfer.parts[0].offset
         if transfer.to_host:
-            copy = self._arrived(transfer)
+            copy = self.copies.arrived(transfer)
             if not copy.dropped:
                 self._lose(program, copy)
         elif segment is None:
@@ -213,14 +200,6 @@ class Residency:
             segment.loading = program.fetching = None
             segment.computed = segment.reused = start * self._size
             self._cut_copies(program, start)
-
-    def _arrived(self, transfer: Transfer) -> HostCopy:
-        self._staged -= len(transfer.pages)
-        copy = transfer.parts[0].copy
-        copy.ready = True
-        if copy.dropped:  # while it was on its way
-            self._hosted -= copy.pages
-        return copy
 
     def _fetched(self, transfer: Transfer, count: int) -> None:
         """End a restore ahead of need whose first ``count`` pages have arrived."""
@@ -234,7 +213,12 @@ class Residency:
         count = min(count, max(0, -(-program.kept // self._size) - first))
         self.pool.release(transfer.pages[count:])
         program.pages += transfer.pages[:count]
-        self._list(program)
+        self._retained.add(program)
+
+    @property
+    def _at_once(self) -> int:
+        """Pages that can be had without waiting for anything or losing anything."""
+        return self.pool.free + self._retained.clean_pages
 
     # -- pressure ----------------------------------------------------------------------------------------------
 
@@ -249,10 +233,10 @@ class Residency:
         """
         if self.pool.free >= need:
             return True
-        order = self._strategy.order(self._lru, now)
+        order = self._strategy.order(self._retained.all, now)
         if order is None:
             self._take_clean(need, now, spare)
-        for program in self._oldest(self._lru, spare) if order is None else list(order):
+        for program in self._retained.oldest(clean=False, spare=spare) if order is None else list(order):
             if self.pool.free >= need:
                 return True
             if program is not spare and not self._evict(program, need, now, wait):
@@ -263,22 +247,23 @@ class Residency:
 
     def spill(self, now: float) -> None:
         """Copy the most idle programs' KV to the host ahead of need, if little of the pool is free or clean."""
-        if not self._dirty or self._host.pages == 0:
+        dirty = self._retained.dirty
+        if not dirty or self.copies.host.pages == 0:
             return
         low, high = (int(share * self.pool.size) for share in self._strategy.ahead)
-        self._spilling = self.pool.free + self._clean_pages < (high if self._spilling else low)
-        while self._spilling and self._dirty and (wanted := high - self.pool.free - self._clean_pages) > 0:
-            program = next(iter(self._dirty))
+        self._spilling = self._at_once < (high if self._spilling else low)
+        while self._spilling and dirty and (wanted := high - self._at_once) > 0:
+            program = next(iter(dirty))
             first, end = self._copyable(program)
             if end > first and self._strategy.moves(program):
-                count = min(max(wanted, CHUNK), end - first, self._room())
+                count = min(max(wanted, CHUNK), end - first, self.copies.room)
                 if count <= 0:
                     return
                 self._copy(program, end - count, count, "ahead of need", now)
             else:
-                del self._dirty[program]
+                del dirty[program]
             if self._strategy.releases:
-                self._release(program, len(program.pages) - self._clean.get(program, 0))
+                self._release(program, len(program.pages) - self._retained.clean.get(program, 0))
 
     def prefetch(self, now: float) -> None:
         """Bring back the KV of programs that are about to return, where memory is free for it."""
@@ -294,8 +279,8 @@ class Residency:
                 self._note(program, "leave", "no room to bring it back early", count)
                 continue
             self._note(program, "bring back", "it returns soon", count)
-            parts = self._parts(program, held, kept)
-            self._unlist(program)
+            parts = parts_of(program, held, kept)
+            self._retained.discard(program)
             pages = self.pool.allocate(count)
             self.pool.pin(pages)
             program.fetching = Transfer(program, tuple(pages), tuple(parts), False, now)
@@ -304,8 +289,8 @@ class Residency:
 
     def _take_clean(self, need: int, now: float, spare: Program | None) -> None:
         """Free pages that have a host copy."""
-        for program in self._oldest(self._clean, spare):
-            count = min(need - self.pool.free, self._clean[program])
+        for program in self._retained.oldest(clean=True, spare=spare):
+            count = min(need - self.pool.free, self._retained.clean[program])
             if count <= 0:
                 return
             self._note(program, "free", "it has a host copy", count)
@@ -316,60 +301,46 @@ class Residency:
         """Take pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
         while self.pool.free < need and program.pages:
             want, held = need - self.pool.free, len(program.pages)
-            if clean := self._clean.get(program, 0):
+            if clean := self._retained.clean.get(program, 0):
                 self._release(program, held - min(want, clean))
                 self._expect(program, now)
                 continue
             first, end = self._copyable(program)
             if end < held or first == end:
-                self._unlist(program)
-                self._bound[program] = None
+                self._retained.bind(program)
                 return True
             want = min(want, end - first)
-            if self._host.pages and self._strategy.moves(program):
+            if self.copies.host.pages and self._strategy.moves(program):
                 self._make_room(want, program, now)
-                count = min(max(want, CHUNK), end - first, self._room())
+                count = min(max(want, CHUNK), end - first, self.copies.room)
                 if count > 0:
                     self._copy(program, end - count, count, "its pages are needed", now)
                     continue
-                if wait and self._hosted + want <= self._host.pages:
+                if wait and want <= self.copies.free:
                     return False
                 self._drop(program, want, "the host has no room")
             else:
-                self._drop(program, want, "it is cheap to compute" if self._host.pages else "there is no host tier")
+                self._drop(
+                    program, want, "it is cheap to compute" if self.copies.host.pages else "there is no host tier"
+                )
         return True
 
     def _take_shared(self, need: int, spare: Program | None) -> None:
         """Last resort: take pages from programs that share them among each other."""
-        for program in [p for p in self._bound if p is not spare]:
+        for program in [p for p in self._retained.bound if p is not spare]:
             if self.pool.unpinned(program.pages):
                 self._drop(program, len(program.pages), "nothing else is left")
             if self.pool.free >= need:
                 return
 
-    def _oldest(self, programs: OrderedDict[Program, Any], spare: Program | None) -> Iterator[Program]:
-        """Programs as they come; each leaves the order before the next is asked for, or the caller stops."""
-        if spare is not None and spare in programs:  # it is used next, so it belongs at the end
-            programs.move_to_end(spare)
-        while programs and (first := next(iter(programs))) is not spare:
-            yield first
-
     # -- copies ------------------------------------------------------------------------------------------------
-
-    def _room(self) -> int:
-        return min(self._host.pages - self._hosted, self._host.staging - self._staged)
 
     def _copy(self, program: Program, first: int, count: int, why: str, now: float) -> None:
         """Copy pages ``first … first + count - 1`` of a program to the host."""
         self._note(program, "copy", why, count)
-        copy = HostCopy(first, count, count)
-        program.copies = sorted([*program.copies, copy], key=lambda c: c.first)
-        pages = tuple(program.pages[first : first + count])
-        self.transfers.append(Transfer(program, pages, (Part(copy, 0, count),), True, now))
-        self._holders[program] = None
-        self._hosted += count
-        self._staged += count
-        self._recount(program)
+        pages, part = tuple(program.pages[first : first + count]), self.copies.add(program, first, count)
+        self.transfers.append(Transfer(program, pages, (part,), True, now))
+        self._retained.recount(program)
 
     def _copyable(self, program: Program) -> tuple[int, int]:
         """The last run of device pages without copies, as (first, end), that nobody shares."""
@@ -385,44 +356,19 @@ class Residency:
             at -= 1
         return at, end
 
-    def _parts(self, program: Program, first: int, end: int) -> list[Part]:
-        """Host pages for the pages ``first … end - 1`` of a program."""
-        parts = []
-        for copy in program.copies:
-            low, high = max(first, copy.first), min(end, copy.end)
-            if low < high:
-                parts.append(Part(copy, low - copy.first, high - low))
-        return parts
-
     def _cut_copies(self, program: Program, keep: int) -> None:
         """Drop the copies of all but the first ``keep`` pages."""
-        while program.copies and program.copies[-1].end > keep:
-            copy = program.copies[-1]
-            if copy.first < keep:
-                copy.used = keep - copy.first
-            else:
-                self._discard(program.copies.pop())
-        if not program.copies:
-            self._holders.pop(program, None)
-        self._recount(program)
-
-    def _discard(self, copy: HostCopy) -> None:
-        copy.dropped = True
-        self.dropped.append(copy)
-        if copy.ready:
-            self._hosted -= copy.pages
+        self.copies.cut(program, keep)
+        self._retained.recount(program)
 
     def _lose(self, program: Program, copy: HostCopy) -> None:
         """A copy is gone; what only it held is lost."""
-        program.copies.remove(copy)
-        self._discard(copy)
+        self.copies.remove(program, copy)
         if not program.running and copy.end > len(program.pages):
             self._cut_to(program, max(copy.first, len(program.pages)))
-        elif program in self._lru:
-            self._dirty[program] = None
-            self._recount(program)
-        if not program.copies:
-            self._holders.pop(program, None)
+        elif program in self._retained.all:
+            self._retained.dirty[program] = None
+            self._retained.recount(program)
 
     def _cut_to(self, program: Program, keep: int) -> None:
         """Nothing is left of a program after its first ``keep`` pages."""
@@ -432,8 +378,8 @@ class Residency:
 
     def _make_room(self, count: int, program: Program, now: float) -> None:
         """Drop copies that are worth less than those of ``program`` would be, until ``count`` pages fit."""
-        while self._host.pages - self._hosted < count:
-            victim = self._least_worth(program, now)
+        while self.copies.free < count:
+            victim = self.copies.least_worth(program, now)
             if victim is None:
                 return
             copy = victim.copies[-1]
@@ -442,19 +388,8 @@ class Residency:
             self.reclaimed += lost
             self._lose(victim, copy)
 
-    def _least_worth(self, program: Program, now: float) -> Program | None:
-        """Of the holders used least recently, one that needs no copy, or else the one that is idle longest to come."""
-        idle_s = self._strategy.predict.tool_s
-        best, worst_s = None, idle_s(program, max(0.0, now - program.wait_began))
-        for other in islice(self._holders, CANDIDATES):
-            if other is program or other.fetching or not all(copy.ready for copy in other.copies):
-                continue
-            if other.running or other.copies[-1].end <= len(other.pages):
-                return other
-            expected = idle_s(other, max(0.0, now - other.wait_began))
-            if expected > worst_s:
-                best, worst_s = other, expected
-        return best
+    def _idle_s(self, program: Program, now: float) -> float:
+        return self._strategy.predict.tool_s(program, max(0.0, now - program.wait_began))
 
     # -- books -------------------------------------------------------------------------------------------------
 
@@ -475,36 +410,8 @@ class Residency:
             self.pool.release(gone)
             del program.pages[keep:]
         if not program.pages:
-            self._unlist(program)
-        self._recount(program)
-
-    def _list(self, program: Program) -> None:
-        """A program that does not run has device pages that may be taken; now it counts as used last."""
-        self._unlist(program)
-        if program.pages and program.fetching is None:
-            self._lru[program] = self._dirty[program] = None
-            self._recount(program)
-
-    def _unlist(self, program: Program) -> None:
-        self._lru.pop(program, None)
-        self._dirty.pop(program, None)
-        self._bound.pop(program, None)
-        self._clean_pages -= self._clean.pop(program, 0)
-
-    def _recount(self, program: Program) -> None:
-        """Count the clean pages at the end of a program anew."""
-        if program not in self._lru:
-            return
-        held = at = len(program.pages)
-        for copy in reversed(program.copies):
-            if copy.end < at:
-                break
-            at = min(at, copy.first)
-        self._clean_pages += held - at - self._clean.get(program, 0)
-        if held > at:
-            self._clean[program] = held - at
-        else:
-            self._clean.pop(program, None)
+            self._retained.discard(program)
+        self._retained.recount(program)
 
     def _expect(self, program: Program, now: float) -> None:
         """Plan to bring KV that only the host has back in time."""
@@ -528,19 +435,12 @@ class Residency:
 
     def check(self, programs: list[Program]) -> None:
         """Raise AssertionError unless the books balance (for tests; O(everything))."""
+        self.copies.check(programs)
+        self._retained.check(programs)
         for program in programs:
             if program.running:
                 assert not program.pages
                 continue
-            listed = program in self._lru or program in self._bound
-            assert listed == bool(program.pages and program.fetching is None), "pages that nobody could take"
             held, kept = len(program.pages), -(-program.kept // self._size)
-            inside = sum(part.pages for part in self._parts(program, held, kept))
+            inside = sum(part.pages for part in parts_of(program, held, kept))
             assert held + inside == kept, f"of {kept} pages kept, {held} are on the device and {inside} on the host"
-        assert self._clean_pages == sum(self._clean.values())
-        assert self._clean.keys() <= self._lru.keys() >= self._dirty.keys()
-        copies = [copy for program in programs for copy in program.copies]
-        assert not any(copy.dropped for copy in copies)
-        assert self._holders.keys() == {program for program in programs if program.copies}
-        assert sum(copy.pages for copy in copies) <= self._hosted <= self._host.pages
-        assert 0 <= self._staged <= max(self._host.staging, 0)

@@ -303,7 +303,7 @@ class Scheduler:
         copies that may be forgotten once these have been started."""
         residency = self._residency
         begun, residency.transfers = residency.transfers, []
-        dropped, residency.dropped = residency.dropped, []
+        dropped, residency.copies.dropped = residency.copies.dropped, []
         return begun, dropped
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Segment, int]]:
@@ -394,18 +394,17 @@ class Scheduler:
         if segment.pending or not self._residency.restorable(segment):
             return None  # its last token is still on the device, or its pages are on their way
         found = self._residency.found(segment)
-        self._pool.share(found)
         need = self._residency.needs(segment, found)
         reserve = len(self._running) // 2 if self._running else 0  # so that those who run can grow
         spare = self._pool.obtainable - need - reserve
-        own = program.pages + found
-        if spare < len(own) and spare < self._pool.unpinned(set(own)):
-            fits = False
-        else:
-            fits = self._residency.reclaim(need, now, wait=True, spare=program)
-        if not fits:
-            self._pool.release(found)
-        return found if fits else None
+        own = len(program.pages) + len(found)  # they are no longer to be had if it starts
+        if spare < 0 or (spare < own and spare < self._pool.unpinned({*program.pages, *found})):
+            return None
+        self._pool.share(found)
+        if self._residency.reclaim(need, now, wait=True, spare=program):
+            return found
+        self._pool.release(found)
+        return None
 
     def _admit(self, segment: Segment, found: list[int], now: float) -> None:
         self._queue.remove(segment)
