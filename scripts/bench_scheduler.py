@@ -3,6 +3,9 @@
 256 segments run, and from 1,000 to 10,000 more wait for memory; every step one segment ends and one arrives, so that
 every plan has somebody to admit. No device: this is the host's work alone.
 
+Beside it, what the residency manager takes per event, with as many programs that wait for their tools and hold KV: when
+one begins to wait, when pages are copied to the host ahead of need, when pages are needed, and when a transfer ends.
+
   python scripts/bench_scheduler.py
   python scripts/bench_scheduler.py --policies=astraea,plas,hrrn --waiting=1000,100000
 """
@@ -12,6 +15,8 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +25,20 @@ from rich.console import Console
 from rich.table import Table
 
 from astraea_jax.scheduler.config import SchedulerConfig
+from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy
+from astraea_jax.scheduler.prediction import Predictor
+from astraea_jax.scheduler.program import Program, Segment
+from astraea_jax.scheduler.residency import Residency
 from astraea_jax.scheduler.scheduler import Scheduler
+from astraea_jax.scheduler.strategies import STRATEGIES, make_strategy
+from astraea_jax.scheduler.transfer import HostTier
+
+console = Console(width=max(100, Console().width))
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("policies", SERVING, "Policies to time.")
+flags.DEFINE_list("strategies", ["adaptive"], f"Residency strategies to time, of {', '.join(STRATEGIES)}.")
 flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Segments that wait.")
 flags.DEFINE_integer("running", 256, "Segments that run.", lower_bound=1)
 flags.DEFINE_integer("steps", 400, "Steps to measure.", lower_bound=10)
@@ -70,6 +84,67 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
     return float(np.median(plans)), float(np.median(commits)), float(np.percentile(both, 99))
 
 
+def measure_residency(name: str, waiting: int) -> dict[str, float]:
+    """Median microseconds of each event, with so many programs in a tool wait, eight pages each."""
+    pool = PagePool(8 * waiting + 1)
+    host = HostTier(pages=16 * waiting, staging=256)
+    residency = Residency(pool, 16, host, make_strategy(name, Predictor()), lambda program: None)
+    times: dict[str, list[float]] = {
+        "a wait begins": [],
+        "copies ahead": [],
+        "32 pages are needed": [],
+        "a transfer ends": [],
+    }
+
+    def timed(event: str, run: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        run()
+        times[event].append(1e6 * (time.perf_counter() - began))
+
+    def wait(number: int, now: float) -> Program:
+        program = Program(f"p{number}", now, wait_began=now)
+        segment = Segment(number, program, range(128), 1, frozenset(), False, now, page_size=16)
+        residency.retain(program, segment, pool.allocate(8), 128)
+        return program
+
+    def settle(now: float) -> None:
+        for transfer in residency.transfers:
+            timed("a transfer ends", partial(residency.ended, transfer, now))
+        residency.transfers.clear()
+        residency.copies.dropped.clear()
+
+    for number in range(waiting):
+        wait(number, number * 1e-3)
+    residency.spill(waiting)
+    while residency.transfers:  # until as much is copied as is to be copied ahead
+        settle(waiting)
+        residency.spill(waiting)
+    for step in range(FLAGS.steps):
+        now = waiting + 0.02 * step
+        timed("32 pages are needed", lambda now=now: residency.reclaim(32, now, wait=True))
+        settle(now)
+        if pool.free >= 8:
+            timed("a wait begins", partial(residency.waits, wait(waiting + step, now), now))
+        timed("copies ahead", partial(residency.spill, now))
+        settle(now)
+    return {event: float(np.median(found or [0.0])) for event, found in times.items()}
+
+
+def show_residency() -> list[dict[str, float | str | int]]:
+    counts = [int(waiting) for waiting in FLAGS.waiting]
+    table = Table(title="Microseconds per event of the residency manager, medians")
+    for column in ("strategy", "event", *(f"{waiting:,} waiting" for waiting in counts)):
+        table.add_column(column, justify="right" if "waiting" in column else "left")
+    rows: list[dict[str, float | str | int]] = []
+    for name in FLAGS.strategies:
+        found = [measure_residency(name, waiting) for waiting in counts]
+        for event in found[0]:
+            table.add_row(name, event, *(f"{figures[event]:.0f}" for figures in found))
+        rows += [{"strategy": name, "waiting": n, **figures} for n, figures in zip(counts, found, strict=True)]
+    console.print(table)
+    return rows
+
+
 def main(_: list[str]) -> None:
     table = Table(title=f"Microseconds per step, {FLAGS.running} running: plan + commit, medians (99th percentile)")
     table.add_column("policy")
@@ -83,9 +158,10 @@ def main(_: list[str]) -> None:
             rows.append({"policy": name, "waiting": waiting, "plan_us": plan, "commit_us": commit, "p99_us": worst})
             cells.append(f"{plan:.0f} + {commit:.0f} ({worst:.0f})")
         table.add_row(name, *cells)
-    Console(width=max(100, Console().width)).print(table)
+    console.print(table)
+    events = show_residency()
     if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps({"rows": rows}, indent=1))
+        Path(FLAGS.json).write_text(json.dumps({"rows": rows, "residency": events}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""Where KV goes: small cases on a device that notices every misplaced page."""
+
+from __future__ import annotations
+
+import pytest
+from support.device import complete
+from support.loop import Loop, make
+
+from astraea_jax.scheduler.prefix import salted
+from astraea_jax.scheduler.transfer import HostTier
+
+AMPLE = HostTier(pages=100, staging=100)
+"""Pages of four tokens."""
+
+
+def loop_of(strategy="infercept", host=AMPLE, pages=12, **more) -> Loop:
+    """``infercept`` moves what is needed and nothing else."""
+    return Loop(make("program-fcfs", strategy, num_pages=pages + 1, host=host, **more))
+
+
+def serve(loop, name, prompt, count=1, **more):
+    segment = loop.scheduler.submit(prompt, count, program=name, now=loop.now, **more)
+    loop.drain()
+    loop.scheduler.check()
+    assert segment.output == complete(list(prompt), count)
+    return segment
+
+
+def test_no_pressure_moves_nothing():
+    loop = loop_of("adaptive", pages=40)
+    for i in range(3):
+        serve(loop, f"p{i}", [i] * 13, 3)
+    stats = loop.scheduler.stats()
+    assert stats.offloaded_pages == stats.reclaimed_pages == 0
+    assert stats.decisions == {"keep: no pressure": 3}
+
+
+def test_what_is_needed_moves_and_comes_back():
+    loop = loop_of()
+    serve(loop, "a", [1] * 21, 3)  # 23 tokens on six pages
+    serve(loop, "b", [2] * 40, 1)  # needs ten of twelve
+    stats = loop.scheduler.stats()
+    assert (stats.offloaded_pages, stats.reclaimed_pages) == (6, 0)  # copied together; four of them given up
+    back = serve(loop, "a", [1] * 21 + complete([1] * 21, 3) + [5], 2)
+    assert back.cached_tokens == 23
+    assert loop.scheduler.stats().restored_pages == 4
+    assert loop.scheduler.stats().recomputed_tokens == 0
+
+
+def test_a_copy_stays_good_for_the_next_time():
+    loop = loop_of()
+    text = [1] * 21
+    for turn in range(3):
+        segment = serve(loop, "a", text, 3)
+        text = [*text, *segment.output, 5]
+        serve(loop, None, [2 + turn] * 40, 1)
+    # The first time six pages were copied; later only those that were written since.
+    assert loop.scheduler.stats().offloaded_pages < 6 + 2 * 3
+
+
+def test_copies_ahead_stay_on_the_device():
+    loop = loop_of("adaptive", pages=20)
+    loop.scheduler._policy.predict.costs.per_token = 1.0  # so that moving is worth it
+    serve(loop, "a", [1] * 30, 2)
+    serve(loop, "b", [2] * 33, 2)  # 17 of 20 pages are in use now
+    before = loop.scheduler.stats()
+    assert before.offloaded_pages > 0
+    assert before.free_pages == 3
+    back = serve(loop, "a", [1] * 30 + complete([1] * 30, 2), 1)
+    assert back.cached_tokens == 31
+    assert loop.scheduler.stats().restored_pages == 0
+
+
+def test_staging_bounds_what_is_on_its_way():
+    loop = loop_of(host=HostTier(pages=100, staging=2))
+    loop.delay = 3
+    serve(loop, "a", [1] * 21, 3)
+    serve(loop, "b", [2] * 40, 1)
+    assert loop.scheduler.stats().reclaimed_pages == 0  # it waited rather than lose KV
+    assert loop.scheduler.stats().offloaded_pages == 4
+
+
+def test_a_full_host_drops_what_is_idle_longest_to_come():
+    loop = loop_of(host=HostTier(pages=6, staging=6))
+    predict = loop.scheduler._policy.predict
+    for _ in range(40):
+        predict.tools[None].add(10.0)
+        predict.tools.setdefault("slow", type(predict.tools[None])()).add(1000.0)
+    serve(loop, "slow", [1] * 21, 3)
+    loop.scheduler.tool_called("slow", "slow", loop.now)
+    serve(loop, None, [2] * 40, 1)  # moves "slow" to the host and fills it
+    serve(loop, "fast", [3] * 21, 3)
+    serve(loop, None, [4] * 40, 1)
+    stats = loop.scheduler.stats()
+    assert stats.decisions["drop copy: the host is full"] >= 1
+    fast = serve(loop, "fast", [3] * 21 + complete([3] * 21, 3), 1)
+    assert fast.cached_tokens == 23
+    slow = serve(loop, "slow", [1] * 21 + complete([1] * 21, 3), 1)
+    assert slow.cached_tokens < 23
+
+
+def test_shared_pages_are_held_once_and_given_up_last():
+    loop = loop_of(pages=16)
+    system = list(range(20, 36))  # four full pages
+    for i in range(3):
+        segment = serve(loop, f"p{i}", [*system, i], 2, salt=salted(""))
+        assert segment.cached_tokens == (16 if i else 0)
+    assert loop.scheduler.stats().retained_pages == 4 + 3  # and one page each
+    serve(loop, None, [9] * 44, 1)  # eleven of sixteen: the private pages go, then the first two lose the shared ones
+    again = serve(loop, "p2", [*system, 2, *complete([*system, 2], 2)], 1, salt=salted(""))
+    assert again.cached_tokens >= 16
+
+
+def test_pages_are_found_after_their_program_has_ended():
+    loop = loop_of(pages=40)
+    first = serve(loop, "a", [7] * 17, 4, salt=salted("t"))
+    loop.scheduler.end_program("a", loop.now)
+    assert loop.scheduler.stats().cached_pages == 5
+    text = [*([7] * 17), *first.output, 3]
+    assert serve(loop, None, text, 1, salt=salted("t")).cached_tokens == 20
+    assert serve(loop, None, text, 1, salt=salted("u")).cached_tokens == 0
+    assert serve(loop, None, text, 1).cached_tokens == 0
+
+
+def test_a_text_that_parts_from_a_shared_page_leaves_it_alone():
+    loop = loop_of(pages=40)
+    text = list(range(10)) + [7] * 10
+    serve(loop, "a", text, 1, salt=salted(""))
+    serve(loop, "b", text, 1, salt=salted(""))  # shares a's pages
+    serve(loop, "b", [*text[:14], 1, 2, 3], 3, salt=salted(""))  # parts in the middle of the fourth page
+    back = serve(loop, "a", [*text, *complete(text, 1), 4], 3, salt=salted(""))
+    assert back.cached_tokens == 20
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_failed_transfers_are_computed_again(delay):
+    loop = loop_of()
+    loop.delay = delay
+    serve(loop, "a", [1] * 21, 3)
+    loop.faults = 1
+    serve(loop, "b", [2] * 40, 1)  # its copies of a's pages fail
+    back = serve(loop, "a", [1] * 21 + complete([1] * 21, 3) + [5], 2)
+    assert back.cached_tokens < 23
+    serve(loop, "c", [3] * 40, 1)
+    loop.faults = 5
+    serve(loop, "a", [*back.prompt, *back.output, 6], 2)  # the way back fails
+    assert loop.scheduler.stats().failed_transfers > 1
+
+
+def test_kv_comes_back_before_its_program_does():
+    loop = loop_of("adaptive", pages=20)
+    predict = loop.scheduler._policy.predict
+    predict.costs.per_token = 1.0
+    for _ in range(40):
+        predict.tools[None].add(20.0)
+    serve(loop, "a", [1] * 40, 2)
+    serve(loop, "short", [2] * 40, 4)  # takes a's pages
+    loop.scheduler.end_program("short", loop.now)
+    while loop.now < loop.scheduler._programs["a"].wait_began + 25:
+        loop.turn()
+    assert loop.scheduler.stats().decisions["bring back: it returns soon"] == 1
+    restored = loop.scheduler.stats().restored_pages
+    assert restored > 0
+    back = serve(loop, "a", [1] * 40 + complete([1] * 40, 2), 1)
+    assert back.cached_tokens == 41
+    assert loop.scheduler.stats().restored_pages == restored
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "continuum"])
+def test_no_wish_to_keep_stops_the_others(strategy):
+    """The pin deadlock: every page is held by programs that wait, and a new one needs them all."""
+    loop = loop_of(strategy, host=HostTier(pages=2, staging=1))
+    loop.delay = 2
+    for i in range(4):
+        serve(loop, f"p{i}", [i] * 11, 2)
+    serve(loop, "large", [9] * 44, 3)
+    serve(loop, "p0", [0] * 11 + complete([0] * 11, 2), 2)

@@ -1,0 +1,56 @@
+"""The engine's loop around a scheduler, with a device of dictionaries."""
+
+from __future__ import annotations
+
+from support.device import Device
+
+from astraea_jax.scheduler.config import SchedulerConfig
+from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.scheduler import Scheduler
+
+
+def make(policy: str = "fcfs", strategy: str | None = None, **changes) -> Scheduler:
+    sizes = {"num_pages": 17, "page_size": 4, "max_seqs": 4, "max_step_tokens": 12, "max_context": 48}
+    return Scheduler(SchedulerConfig(**{**sizes, **changes}), make_policy(policy, strategy=strategy))
+
+
+class Loop:
+    """The engine's loop: dispatch a plan before the one before it is committed."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler, self.device = scheduler, Device(scheduler)
+        self.now = 0.0
+        self.in_flight = None
+        self.transfers = []  # on their way, in order
+        self.delay = 0
+        self.faults = 0
+        """Transfers from now on that fail."""
+        self.broken = set()  # segments for which the device finds no token
+        self.log = []
+
+    def turn(self) -> bool:
+        self.now += 1.0
+        while self.transfers and self.transfers[0][0] <= self.now:
+            self.device.end(self.transfers.pop(0)[1], self.now, failed=self.faults > 0)
+            self.faults = max(0, self.faults - 1)
+        plan = self.scheduler.plan(self.now)
+        launched = None
+        transfers, dropped = self.scheduler.take_transfers()
+        self.device.begin(transfers, dropped)
+        self.transfers += [(self.now + self.delay, transfer) for transfer in transfers]
+        if plan is not None:
+            self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
+            launched = (plan, self.device.run(plan))
+        if self.in_flight is not None:
+            before, tokens = self.in_flight
+            tokens = [-1 if row.segment in self.broken else t for row, t in zip(before.rows, tokens, strict=True)]
+            self.scheduler.commit(before, tokens, self.now)
+        busy = launched is not None or self.in_flight is not None or bool(self.transfers)
+        busy = busy or self.scheduler.stats().waiting > 0
+        self.in_flight = launched
+        return busy
+
+    def drain(self, limit: int = 5000) -> None:
+        while self.turn():
+            limit -= 1
+            assert limit > 0, "no end in sight"
