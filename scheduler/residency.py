@@ -174,13 +174,15 @@ class Residency:
     def ended(self, transfer: Transfer, now: float) -> None:
         """A transfer has ended."""
         program, segment, count = transfer.program, transfer.segment, len(transfer.pages)
+        if segment is not None and segment.loading is not transfer:
+            return  # it was cancelled on its way
         self._strategy.predict.transfers.observe(count, now - transfer.began)
         self.moved[not transfer.to_host] += count
         if transfer.to_host:
             self.copies.arrived(transfer)
         elif segment is None:
             self._fetched(transfer, count)
-        elif segment.loading is transfer:
+        else:
             segment.loading = program.fetching = None
             self._cut_copies(program, segment.reused // self._size)
 

@@ -194,6 +194,30 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         console.print(table)
 
 
+def compare_residencies(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of what becomes of KV, per policy: mean completion times and the bytes moved."""
+    names = list(dict.fromkeys(row["residency"] for row in rows))
+    if len(names) < 2:
+        return
+    table = Table(title=f"Mean JCT against KV {names[0]} (P99 against it; GB moved)")
+    for name in ("workload", "x", "policy", f"{names[0]}, s", *names[1:]):
+        table.add_column(name, justify="left" if name in ("workload", "policy") else "right", no_wrap=True)
+    cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        key = (Path(row["workload"]).stem, row["oversubscription"], row["policy"])
+        cells.setdefault(key, {}).setdefault(row["residency"], []).append(row)
+    for (workload, factor, policy), by_name in cells.items():
+        keys = ("mean_jct_s", "p99_jct_s", "moved_bytes")
+        means = {name: [float(np.mean([r[key] for r in by_name[name]])) for key in keys] for name in names}
+        base_s, base_p99, moved = means[names[0]]
+        others = [
+            f"{mean / base_s:.3f} ({p99 / base_p99:.2f}; {moved / 1e9:,.0f})"
+            for mean, p99, moved in (means[name] for name in names[1:])
+        ]
+        table.add_row(workload, f"{factor:g}", policy, f"{base_s:.1f} ({moved / 1e9:,.0f})", *others)
+    console.print(table)
+
+
 def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], folder: Path) -> None:
     from astraea_jax.plots import distributions, simulated_timelines, sweep
 
@@ -225,6 +249,7 @@ def main(_: list[str]) -> None:
     results = (run_engine if FLAGS.backend == "engine" else run_all)(cells())
     rows = [row for row, _ in results]
     show(rows)
+    compare_residencies(rows)
     if FLAGS.json:
         Path(FLAGS.json).parent.mkdir(parents=True, exist_ok=True)
         Path(FLAGS.json).write_text(json.dumps({"rows": rows}, indent=1))
