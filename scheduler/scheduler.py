@@ -22,16 +22,13 @@ from .pages import PagePool
 from .plan import Plan, Row
 from .policy import Policy, Pressure, WaitingQueue
 from .program import Program, QueueFull, Rejected, Segment
+from .registry import Registry
 from .residency import Residency
 from .transfer import HostCopy, Transfer
 
 
 @dataclass
 class _Counts:
-    created: int = 0
-    finished: int = 0
-    failed: int = 0
-    expired: int = 0
     preemptions: int = 0
     computed_tokens: int = 0
     reused_tokens: int = 0
@@ -51,12 +48,9 @@ class Scheduler:
         self._queue = WaitingQueue(policy.columns)
         self._running: list[Segment] = []  # in the order of the policy
         self._slots = list(range(config.max_seqs - 1, -1, -1))
-        self._programs: dict[str, Program] = {}
-        self._live: dict[Program, Segment] = {}
-        self._idle: dict[Program, None] = {}  # in a tool wait, longest first
+        self._programs = Registry(config.max_programs, self._forget)
         self._counts = _Counts()
         self._submitted = 0
-        self._io_intensive = 0
         self._fresh: list[Segment] = []  # admitted since the last plan with rows
 
     # -- events ----------------------------------------------------------------------------------------------
@@ -84,7 +78,7 @@ class Scheduler:
         self._check_size(len(prompt), max_tokens)
         if len(self._queue) >= self.config.max_waiting:
             raise QueueFull(f"{len(self._queue)} segments are waiting; try again later")
-        owner = self._program(program, salt, now)
+        owner = self._programs.open(program, salt, now)
         self._submitted += 1
         segment = Segment(
             number=self._submitted,
@@ -97,14 +91,14 @@ class Scheduler:
             page_size=self.config.page_size,
         )
         if owner.last is not None:
-            self._idle.pop(owner, None)
+            self._programs.idle.pop(owner, None)
             owner.wait_s = now - owner.wait_began
             self._policy.predict.returned(owner)
             segment.matched = owner.last.shared_with(prompt)
             segment.keys = owner.last.keys[: segment.matched // self.config.page_size]
             self._residency.trim(owner, segment.reusable)
         segment.extend_keys()
-        self._live[owner] = segment
+        self._programs.live[owner] = segment
         self._enqueue(segment, now)
         return segment
 
@@ -114,7 +108,7 @@ class Scheduler:
             return
         segment.finish_reason = reason
         program = segment.program
-        del self._live[program]
+        del self._programs.live[program]
         if segment.slot >= 0:
             self._vacate(segment, now)
         else:
@@ -124,36 +118,33 @@ class Scheduler:
         program.wait_began, program.tool = now, None
         self._policy.predict.ended(segment)
         self._policy.ended(segment, now)
-        self._classify(program)
+        cost = program.service / program.turns
+        self._programs.classify(program, self._policy.predict.service.mean(cost))
         if reason == "error":
             self._residency.spoil(program)
         if segment.final:
-            failed = reason == "error"
-            self._counts.failed += failed
-            self._counts.finished += not failed
-            self._forget(program)
+            self._programs.finish(program, failed=reason == "error")
         else:
             program.last = program.last or segment
-            self._idle[program] = None
+            self._programs.idle[program] = None
             self._residency.waits(program, now)
 
     def tool_called(self, program: str, tool: str, now: float) -> None:
         """Say which tool a program waits for. Unknown programs are ignored."""
-        found = self._programs.get(program)
-        if found is not None and found in self._idle:
+        found = self._programs.find(program)
+        if found is not None and found in self._programs.idle:
             found.tool = tool
             self._policy.tool_called(found, found.wait_began)
             self._residency.waits(found, now)
 
     def end_program(self, program: str, now: float) -> Segment | None:
         """End a program; returns the live segment that was cancelled with it, if any. Unknown ones are ignored."""
-        found = self._programs.get(program)
+        found = self._programs.find(program)
         if found is None:
             return None
-        segment = self._live.get(found)
+        segment = self._programs.live.get(found)
         if segment is None:
-            self._counts.finished += 1
-            self._forget(found)
+            self._programs.finish(found)
         else:
             segment.final = True
             self.finish(segment, "cancelled", now)
@@ -161,12 +152,7 @@ class Scheduler:
 
     def expire(self, now: float) -> None:
         """Forget programs whose tool wait has outlasted the session's time to live."""
-        while self._idle:
-            program = next(iter(self._idle))
-            if now - program.wait_began < self.config.session_ttl_s:
-                return
-            self._counts.expired += 1
-            self._forget(program)
+        self._programs.expire(now - self.config.session_ttl_s)
 
     def transferred(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
         """A transfer that a plan has begun has ended; what one that failed was to bring is computed again."""
@@ -176,17 +162,17 @@ class Scheduler:
             self._residency.ended(transfer, now)
 
     def stats(self) -> SchedulerStats:
-        counts, residency = self._counts, self._residency
+        counts, residency, programs = self._counts, self._residency, self._programs
         return SchedulerStats(
             running=len(self._running),
             waiting=len(self._queue),
-            programs=len(self._programs),
-            in_tool_wait=len(self._idle),
-            io_intensive=self._io_intensive,
-            created=counts.created,
-            finished=counts.finished,
-            failed=counts.failed,
-            expired=counts.expired,
+            programs=len(programs),
+            in_tool_wait=len(programs.idle),
+            io_intensive=programs.io_intensive,
+            created=programs.created,
+            finished=programs.finished,
+            failed=programs.failed,
+            expired=programs.expired,
             preemptions=counts.preemptions,
             free_pages=self._pool.free,
             retained_pages=self._pool.obtainable - self._pool.free,
@@ -204,13 +190,11 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
         used = [s.pages for s in self._running] + self._residency.pinning()
-        self._pool.check(used + [p.pages for p in self._programs.values()], used)
-        self._residency.check(list(self._programs.values()))
-        c = self._counts
-        assert c.created == len(self._programs) + c.finished + c.failed + c.expired, "programs do not add up"
-        assert len(self._programs) == len(self._live) + len(self._idle), "a program is neither live nor in a tool wait"
-        assert self._io_intensive == sum(p.io_intensive for p in self._programs.values()), "classes do not add up"
-        assert {s for s in self._live.values() if s.slot >= 0} == set(self._running), "a running segment is not live"
+        self._pool.check(used + [p.pages for p in self._programs.programs()], used)
+        self._residency.check(self._programs.programs())
+        self._programs.check()
+        started = {s for s in self._programs.live.values() if s.slot >= 0}
+        assert started == set(self._running), "a running segment is not live"
         assert sorted([s.slot for s in self._running] + self._slots) == list(range(self.config.max_seqs)), "slots leak"
         for segment in self._running:
             assert self.page_table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
@@ -433,7 +417,7 @@ class Scheduler:
         self._queue.push(segment, self._policy.features(segment))
 
     def _on_loss(self, program: Program) -> None:
-        segment = self._live.get(program)
+        segment = self._programs.live.get(program)
         if segment is not None and segment in self._queue:
             self._policy.changed.append(segment)
 
@@ -517,36 +501,7 @@ class Scheduler:
         if prompt + max_tokens > capacity:
             raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens} exceed the {capacity} that fit")
 
-    # -- programs --------------------------------------------------------------------------------------------
-
-    def _program(self, name: str | None, salt: bytes | None, now: float) -> Program:
-        found = self._programs.get(name) if name is not None else None
-        if found is not None:
-            if found.salt != salt:
-                raise Rejected(f"session {name!r} was begun with another cache salt; end it first, or use its salt")
-            if found in self._live:
-                raise QueueFull(f"session {name!r} has a segment in progress; try again when it has ended")
-            return found
-        if len(self._programs) >= self.config.max_programs:
-            if not self._idle:
-                raise QueueFull(f"{len(self._programs)} programs are live; try again later")
-            self._counts.expired += 1
-            self._forget(next(iter(self._idle)))
-        self._counts.created += 1
-        self._io_intensive += 1
-        program = Program(name if name is not None else f"#{self._counts.created}", now, salt)
-        self._programs[program.id] = program
-        return program
-
-    def _classify(self, program: Program) -> None:
-        cost = program.service / program.turns
-        before, program.io_intensive = program.io_intensive, cost <= self._policy.predict.service.mean(cost)
-        self._io_intensive += program.io_intensive - before
-
     def _forget(self, program: Program) -> None:
-        self._idle.pop(program, None)
-        del self._programs[program.id]
-        self._io_intensive -= program.io_intensive
         self._residency.forgotten(program)
         self._policy.forgotten(program)
         self._policy.predict.forgotten(program)

@@ -156,7 +156,7 @@ def test_kv_comes_back_before_its_program_does():
     serve(loop, "a", [1] * 40, 2)
     serve(loop, "short", [2] * 40, 4)  # takes a's pages
     loop.scheduler.end_program("short", loop.now)
-    while loop.now < loop.scheduler._programs["a"].wait_began + 25:
+    while loop.now < loop.scheduler._programs.find("a").wait_began + 25:
         loop.turn()
     assert loop.scheduler.stats().decisions["bring back: it returns soon"] == 1
     restored = loop.scheduler.stats().restored_pages
