@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 512 * 2**20
 STAGING_PAGES = 4 * LARGEST_BLOCK
-"""Of device memory for KV on its way to the host, and as many for KV on its way back; a small pool gives an eighth."""
+"""Of device memory for KV on its way to the host, and as many for KV on its way back; half of a small pool."""
 DEVICE_KV_SHARE = 0.85
 """Of the accelerator memory that is free once the weights are loaded; the rest is for activations."""
 HOST_SHARE = 0.5
@@ -160,7 +160,7 @@ def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
 
 def staging_pages(pool: int) -> int:
     """Pages that may be on their way to the host at once, from a pool of so many."""
-    return max(1, min(STAGING_PAGES, pool // 8))
+    return max(1, min(STAGING_PAGES, pool // 2))
 
 
 def _free_memory() -> int:

@@ -122,7 +122,8 @@ class Adaptive(Strategy):
         return Decision(KEEP, "it returns soon")
 
     def moves(self, program: Program) -> bool:
-        back_s, again_s = self.predict.transfers.seconds(len(program.pages)), self.predict.costs.prefill_s(program.kept)
+        back_s = self.predict.transfers.seconds(len(program.pages))
+        again_s = self.predict.costs.per_token * program.kept  # its next segment has something to prefill anyway
         return back_s * program.kept < again_s * (program.kept + self.batch)
 
 

@@ -60,7 +60,7 @@ flags.DEFINE_float("wanted", 0.95, "Share of right answers below which the exit 
 flags.DEFINE_string("picture", "out/demo.png", "Where the timelines are drawn.")
 
 SERVER = Path(__file__).with_name("serve.py")
-console = Console(width=max(100, Console().width))
+console = Console(width=max(110, Console().width))
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,13 @@ def report(run: Run) -> None:
 
 
 def compare(runs: list[Run]) -> None:
-    table = Table(title="KV of agents that wait, in a pool too small for all; pages of 16 tokens")
-    columns = ("kept", "to host", "back", "dropped", "moved", "tokens again")
-    for name in ("residency", "right", "mean JCT", "P99", *columns):
-        table.add_column(name, justify="left" if name == "residency" else "right", no_wrap=True)
+    table = Table(
+        title="KV of agents that wait, in a pool too small for all",
+        caption="kept: waits begun; to host, back, dropped: pages of 16 tokens; again: tokens computed again",
+    )
+    columns = ("kept", "to host", "back", "dropped", "moved", "again")
+    for name in ("KV", "right", "mean JCT", "P99", *columns):
+        table.add_column(name, justify="left" if name == "KV" else "right", no_wrap=True)
     for run in runs:
         counts, jct = run.counts, run.jct_s
         table.add_row(
@@ -226,7 +229,7 @@ def compare(runs: list[Run]) -> None:
             f"{run.right}",
             f"{jct.mean():.2f} s",
             f"{np.quantile(jct, 0.99):.2f} s",
-            f"{run.decided('keep'):,} x",
+            f"{run.decided('keep'):,}",
             f"{counts['offloaded_pages']:,}",
             f"{counts['restored_pages']:,}",
             f"{counts['reclaimed_pages']:,}",

@@ -225,7 +225,7 @@ def test_a_backend_that_cannot_pin_memory_says_so(engine, monkeypatch, caplog):
     assert "cannot pin host memory" in caplog.text
 
 
-def test_staging_never_exceeds_an_eighth_of_the_pool(engine):
+def test_staging_never_exceeds_half_of_the_pool(engine):
     layout = Layout.plan(dataclasses.replace(TIGHT), engine.model_config)
     assert layout.host.pages == 200
-    assert layout.host.staging == 5
+    assert layout.host.staging == 23
