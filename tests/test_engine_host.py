@@ -80,6 +80,7 @@ async def test_greedy_tokens_do_not_depend_on_residency(strategy, make_engine, g
     assert stats.failed_transfers == 0
 
 
+@pytest.mark.timeout(500)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), faults=st.sampled_from([0.0, 0.3]), cancels=st.sampled_from([0.0, 0.3]))
 def test_disturbances_change_no_token(seed, faults, cancels, make_engine, greedy):
@@ -146,6 +147,7 @@ async def test_a_session_keeps_its_salt(make_engine):
     engine.end_session("salted")
 
 
+@pytest.mark.timeout(500)
 def test_a_soak_of_ten_thousand_programs_leaks_nothing(make_engine):
     """Programs of two segments, every fifth cancelled somewhere; memory of the last half is that of the first."""
     engine = make_engine(TIGHT)
