@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,12 @@ from astraea_jax.engine import Engine
 from astraea_jax.models.checkpoint import load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+
+COMPILED = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
+"""What one test or process has compiled, the others find here; most of the time of a run would be compilation."""
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 RANDOM = ModelConfig(
     vocab_size=260,

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import random
-import tracemalloc
+import sys
 
 import jax
 import pytest
@@ -80,7 +80,6 @@ async def test_greedy_tokens_do_not_depend_on_residency(strategy, make_engine, g
     assert stats.failed_transfers == 0
 
 
-@pytest.mark.timeout(500)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), faults=st.sampled_from([0.0, 0.3]), cancels=st.sampled_from([0.0, 0.3]))
 def test_disturbances_change_no_token(seed, faults, cancels, make_engine, greedy):
@@ -147,9 +146,8 @@ async def test_a_session_keeps_its_salt(make_engine):
     engine.end_session("salted")
 
 
-@pytest.mark.timeout(500)
 def test_a_soak_of_ten_thousand_programs_leaks_nothing(make_engine):
-    """Programs of two segments, every fifth cancelled somewhere; memory of the last half is that of the first."""
+    """Programs of two segments, every fifth cancelled somewhere; Python's memory is flat over the last 4,000."""
     engine = make_engine(TIGHT)
     rng = random.Random(3)
 
@@ -173,20 +171,17 @@ def test_a_soak_of_ten_thousand_programs_leaks_nothing(make_engine):
         await settled(engine)
 
     before = engine.stats()
-    asyncio.run(soak(range(2_000)))
-    tracemalloc.start()
-    asyncio.run(soak(range(2_000, 6_000)))
+    asyncio.run(soak(range(6_000)))
     gc.collect()
-    middle, _ = tracemalloc.get_traced_memory()
+    middle = sys.getallocatedblocks()
     asyncio.run(soak(range(6_000, 10_000)))
     gc.collect()
-    end, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    end = sys.getallocatedblocks()
     after = engine.stats()
     assert after.created - before.created >= 10_000
     assert after.created == after.finished + after.failed + after.expired
     assert after.offloaded_pages > before.offloaded_pages
-    assert end - middle < 300_000
+    assert end - middle < 4_000  # not one block a program
 
 
 @pytest.mark.parametrize(

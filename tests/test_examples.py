@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,7 +38,6 @@ def test_the_evaluation(tmp_path):
     assert "100.0%" in run("scripts/eval_tiny.py", "--tasks=20", "--wanted=1")
 
 
-@pytest.mark.timeout(500)  # two servers compile
 def test_the_demo_draws_its_picture(tmp_path):
     picture = tmp_path / "demo.png"
     flags = ("--residency=always-offload,always-discard", "--kv_bytes=1048576", f"--picture={picture}")
@@ -55,7 +54,6 @@ def test_the_step_benchmark_prints_its_floors():
         assert word in out
 
 
-@pytest.mark.timeout(500)
 def test_the_offload_benchmark_compares_with_plain_copies(tmp_path):
     picture = tmp_path / "offload.png"
     sizes = ("--lengths=64,128", "--batch=4", "--context=16", "--steps=8", "--repeats=1", "--chunk=64")
