@@ -21,7 +21,8 @@ class Decision(NamedTuple):
     """What to do with the KV of a program that begins to wait, and why."""
 
     action: str
-    """``KEEP``; ``DISCARD`` now; or keep, but ``LAST`` to return: the first to be given up."""
+    """``KEEP``; ``DISCARD`` now; ``OFFLOAD``, by copying ahead of need; or keep, but ``LAST`` to return: first to be
+    given up."""
     why: str
 
 
