@@ -271,7 +271,7 @@ class Engine:
             self._fail_all("the engine was shut down")
         except Exception as error:
             log.exception("the serving loop failed")
-            self._fail_all(f"the serving loop failed: {error}")
+            self._fail_all(f"the serving loop failed: {error!r}")
         finally:
             self._guard.disarm()
 

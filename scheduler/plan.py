@@ -23,7 +23,7 @@ class Plan:
 
     rows: list[Row]
     admitted: list[Segment]
-    """Segments that have got a slot in this plan."""
+    """Segments that have got their slot since the last plan."""
     tokens: int
     context: int
     """Tokens that its rows attend to, all together."""

@@ -69,7 +69,7 @@ class Program:
     """Beginning of the last tool wait whose end was predicted, to bring KV back in time."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)  # an error message must not show anybody's prompt
 class Segment:
     """One model call of a program.
 

@@ -51,7 +51,7 @@ class Scheduler:
         self._programs = Registry(config.max_programs, self._forget)
         self._counts = _Counts()
         self._submitted = 0
-        self._fresh: list[Segment] = []  # admitted since the last plan with rows
+        self._fresh: list[Segment] = []  # admitted since the last plan with rows; some may have ended since
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class Scheduler:
         if not chosen:
             return None
         rows = self._rows(chosen, now)
-        fresh, self._fresh = self._fresh, []
+        fresh, self._fresh = [segment for segment in self._fresh if segment.slot >= 0], []
         tokens = sum(chosen.values())
         self._counts.computed_tokens += tokens
         return Plan(rows, fresh, tokens, sum([segment.computed for segment in chosen]))

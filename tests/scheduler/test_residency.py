@@ -47,6 +47,18 @@ def test_what_is_needed_moves_and_comes_back():
     assert loop.scheduler.stats().recomputed_tokens == 0
 
 
+def test_one_that_is_cancelled_while_its_kv_comes_back_is_not_announced_to_the_device():
+    loop = loop_of()
+    serve(loop, "a", [1] * 21, 3)
+    serve(loop, "b", [2] * 40, 1)
+    loop.delay = 3
+    back = loop.scheduler.submit([1] * 21 + complete([1] * 21, 3) + [5], 2, program="a", now=loop.now)
+    loop.turn()
+    assert back.loading is not None
+    loop.scheduler.finish(back, "cancelled", loop.now)
+    serve(loop, "c", [3] * 4, 1)  # the loop asserts that it hears of live segments only
+
+
 def test_a_copy_stays_good_for_the_next_time():
     loop = loop_of()
     text = [1] * 21

@@ -26,6 +26,7 @@ class Loop:
         self.faults = 0
         """Transfers from now on that fail."""
         self.broken = set()  # segments for which the device finds no token
+        self.slots = {}  # who the device was told has them
         self.log = []
 
     def turn(self) -> bool:
@@ -39,6 +40,10 @@ class Loop:
         self.device.begin(transfers, dropped)
         self.transfers += [(self.now + self.delay, transfer) for transfer in transfers]
         if plan is not None:
+            for segment in plan.admitted:
+                assert segment.finish_reason is None
+                self.slots[segment.slot] = segment
+            assert all(self.slots[row.segment.slot] is row.segment for row in plan.rows)
             self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
             launched = (plan, self.device.run(plan))
         if self.in_flight is not None:
