@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
+from astraea_jax.kernels import BACKENDS, Backend
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
@@ -56,6 +57,8 @@ class EngineConfig:
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
     """Of weights and KV. None: float32 on a CPU, bfloat16 elsewhere."""
+    attention: str | None = None
+    """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
     max_queued: int = 1024
     """Requests that may wait; beyond that they are refused."""
@@ -88,10 +91,15 @@ class EngineConfig:
             raise StartupError(f"residency {self.residency!r} is unknown; choose one of {', '.join(STRATEGIES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise StartupError(f"dtype {self.dtype!r} is not served; choose one of {', '.join(DTYPES)}")
+        if self.attention is not None and self.attention not in BACKENDS:
+            raise StartupError(f"attention {self.attention!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
     def weight_dtype(self) -> Any:
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
+
+    def backend(self) -> Backend:
+        return BACKENDS[self.attention or "reference"]()
 
 
 @dataclass(frozen=True)
@@ -116,14 +124,14 @@ class Layout:
         """
         dtype = config.weight_dtype()
         budget = config.kv_bytes if config.kv_bytes is not None else _free_memory()
-        num_pages = pages_within(budget, model, config.page_size, dtype)
+        one = page_bytes(model, config.backend(), config.page_size, dtype)
+        num_pages = pages_within(budget, one)
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
         if wanted > model.max_position:
             raise StartupError(f"max_context {wanted} exceeds the model's {model.max_position} positions")
         if wanted > held:
             raise StartupError(f"max_context {wanted} exceeds the {held} tokens that the KV pages hold; raise kv_bytes")
-        one = page_bytes(model, config.page_size, dtype)
         return cls(
             dtype=dtype,
             num_pages=num_pages,

@@ -23,7 +23,7 @@ from flax import nnx
 
 from astraea_jax.cache.host import NOWHERE, block_sharding, block_sizes
 from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
-from astraea_jax.kernels.reference import attention, write_kv
+from astraea_jax.kernels import Backend, Batch
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.sampling import SamplingParams, sample
 from astraea_jax.scheduler.plan import Plan, Row
@@ -83,6 +83,7 @@ class Runner:
 
     Args:
         decoder: the model; its arrays are flattened once, here.
+        backend: of attention.
         num_pages: pages per layer, scrap page included.
         page_size: tokens per page.
         max_seqs: rows of the largest step.
@@ -95,6 +96,7 @@ class Runner:
     def __init__(
         self,
         decoder: Decoder,
+        backend: Backend,
         *,
         num_pages: int,
         page_size: int,
@@ -107,8 +109,9 @@ class Runner:
         graph, state = nnx.split(decoder)
         leaves, tree = jax.tree.flatten(state)
         self._leaves = _pack(leaves)
-        self._step = partial(_step, partial(_model, graph, tree, [leaf.shape for leaf in leaves]))
-        self._pages: PagedKV = make_pages(decoder.config, num_pages, page_size, kv_dtype)
+        model = partial(_model, graph, tree, [leaf.shape for leaf in leaves])
+        self._step = partial(_step, model, backend, page_size)
+        self._pages: PagedKV = make_pages(decoder.config, backend, num_pages, page_size, kv_dtype)
         self._last = jnp.zeros(max_seqs, jnp.int32)
         self._table_width = max_pages_per_seq
         self._shapes = step_shapes(max_seqs, max_step_tokens)
@@ -149,7 +152,7 @@ class Runner:
             self.scatter(block, np.full(size, NOWHERE, np.int32))
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
-        """Read pages into one block ``[n, L, 2, K, S, H]``; they may be written again at once. n is a block size."""
+        """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""
         block: jax.Array = self._gathers[len(pages)](self._pages, np.asarray(pages, np.int32))
         return block
 
@@ -221,6 +224,8 @@ def _model(graph: Any, tree: Any, shapes: Sequence[tuple[int, ...]], packed: tup
 
 def _step(
     model: Callable[[tuple[jax.Array, ...]], Decoder],
+    backend: Backend,
+    page_size: int,
     leaves: tuple[jax.Array, ...],
     pages: PagedKV,
     last: jax.Array,
@@ -232,11 +237,13 @@ def _step(
 
     Args:
         model: rebuilds the decoder from its packed ``leaves``.
-        pages: per layer ``[P, 2, K, S, H]``; donated.
+        backend: of attention.
+        page_size: S, tokens per page.
+        pages: of every layer, as the backend forms them; donated.
         last: ``[max_seqs]`` int32, the token each slot sampled last; donated.
         batch: int32, what the host says, in one piece: ``[T]`` tokens, where -1 stands for the slot's last sampled one;
             then of each of R rows ``COLUMNS`` numbers and its M pages. Rows of padding have count 0.
-        shape: T, R and the query tile of :func:`attention`; static.
+        shape: T, R and the query tile of attention; static.
 
     Returns:
         The pages, ``last``, and ``[R]`` int32 sampled tokens (-1 where the logits were not finite).
@@ -246,18 +253,16 @@ def _step(
     seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
     temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
     table = rows[:, COLUMNS:]
-    size = pages[0].shape[3]
     ends = jnp.cumsum(count)
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     index = jnp.arange(tokens.shape[0])
     row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), shape.rows - 1)
     position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
-    write_to = jnp.where(index < ends[-1], table[row, position // size] * size + position % size, 0)
-    kv_lens = jnp.where(count > 0, start + count, 0)
+    write_to = jnp.where(index < ends[-1], table[row, position // page_size] * page_size + position % page_size, 0)
+    where = Batch(table, jnp.where(count > 0, start + count, 0), cu_q_lens, write_to)
 
     def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        layer = write_kv(layer, k, v, write_to)
-        return attention(q, layer, table, kv_lens, cu_q_lens, q_tile=shape.q_tile), layer
+        return backend.attend(q, k, v, layer, where, q_tile=shape.q_tile)
 
     decoder = model(leaves)
     hidden, pages = decoder(jnp.where(tokens < 0, last[slot[row]], tokens), position, pages, attend)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,40 +39,51 @@ BESIDE = (
 
 TOP = {"embed.weight": "model.embed_tokens", "norm.scale": "model.norm", "lm_head.weight": "lm_head"}
 LAYER = {
-    "input_norm.scale": "input_layernorm",
-    "post_attention_norm.scale": "post_attention_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "attention.q_norm.scale": "self_attn.q_norm",
-    "attention.k_norm.scale": "self_attn.k_norm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
+    "input_norm.scale": ("input_layernorm",),
+    "post_attention_norm.scale": ("post_attention_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.o": ("self_attn.o_proj",),
+    "attention.q_norm.scale": ("self_attn.q_norm",),
+    "attention.k_norm.scale": ("self_attn.k_norm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
 }
-"""Our parameter -> Hugging Face module; the tensor is its ``weight``, or its ``bias`` where ours ends in ``_bias``."""
+"""Our parameter -> Hugging Face modules, which ours joins along its last axis but one; the tensors are their
+``weight``, or their ``bias`` where ours ends in ``_bias``."""
 
 
-def hf_name(path: tuple[Any, ...]) -> str:
-    """Hugging Face name of the parameter at ``path``, such as ``("layers", 0, "attention", "q")``."""
+class Tensor(NamedTuple):
+    """A Hugging Face tensor that is a parameter of ours, or a part of one."""
+
+    name: str
+    shape: tuple[int, ...]
+    """There: ``[out, in]`` for projections, heads merged."""
+    transposed: bool
+    part: tuple[int, ...]
+    """Its shape here."""
+
+
+def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[Tensor]:
+    """Where the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, comes from, in order."""
     parts = [str(part) for part in path]
-    kind = "weight"
-    if parts[-1].endswith("_bias"):
-        parts[-1], kind = parts[-1].removesuffix("_bias"), "bias"
-    if parts[0] != "layers":
-        return f"{TOP['.'.join(parts)]}.{kind}"
-    return f"model.layers.{parts[1]}.{LAYER['.'.join(parts[2:])]}.{kind}"
-
-
-def hf_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of that tensor there: ``[out, in]`` for projections, heads merged."""
-    if path[0] == "embed":
-        return shape
-    if len(shape) == 1 or str(path[-1]).endswith("_bias"):
-        return (math.prod(shape),)
-    inputs = 2 if path[-1] == "o" else 1
-    return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    bias = parts[-1].endswith("_bias")
+    parts[-1] = parts[-1].removesuffix("_bias")
+    if parts[0] == "layers":
+        modules = [f"model.layers.{parts[1]}.{module}" for module in LAYER[".".join(parts[2:])]]
+    else:
+        modules = [TOP[".".join(parts)]]
+    found = []
+    for i, module in enumerate(modules):
+        part = shape
+        if len(modules) > 1:  # all but the first are one wide
+            part = (*shape[:-2], 1 if i else shape[-2] - len(modules) + 1, shape[-1])
+        flat = bias or len(part) == 1
+        transposed = not flat and parts[0] != "embed"
+        inputs = 2 if parts[-1] == "o" else 1
+        merged = (math.prod(part[inputs:]), math.prod(part[:inputs]))
+        there = (math.prod(part),) if flat else merged if transposed else part
+        found.append(Tensor(f"{module}.{'bias' if bias else 'weight'}", there, transposed, part))
+    return found
 
 
 def load(folder: Path, dtype: Any, *, progress: Progress | None = None) -> Decoder:
@@ -95,15 +106,16 @@ def load_hf(folder: Path, dtype: Any, *, progress: Progress | None = None) -> De
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     graph, state = _abstract(config, dtype)
     params = dict(nnx.to_flat_state(state))
-    names = {hf_name(path): path for path in params}
+    parts = {path: hf_tensors(path, leaf.shape) for path, leaf in params.items()}
     total = sum(math.prod(leaf.shape) for leaf in params.values()) * np.dtype(dtype).itemsize
     done = 0
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
-        _check_names(folder, set(names), set(tensors), config)
-        for name, path in names.items():
-            leaf = params[path]
-            params[path] = leaf.replace(_read(tensors[name], name, path, leaf.shape, dtype))
+        _check_names(folder, {part.name for of_one in parts.values() for part in of_one}, set(tensors), config)
+        for path, leaf in params.items():
+            arrays = [_read(tensors[part.name], part) for part in parts[path]]
+            whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
+            params[path] = leaf.replace(jnp.asarray(whole, dtype))
             done += math.prod(leaf.shape) * np.dtype(dtype).itemsize
             if progress is not None:
                 progress(done, total)
@@ -116,10 +128,12 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
     tensors = {}
     for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
         array = np.asarray(leaf[...])
-        there = hf_shape(path, array.shape)
-        tensors[hf_name(path)] = np.ascontiguousarray(
-            array.reshape(there[::-1]).T if len(there) == 2 and path[0] != "embed" else array.reshape(there)
-        )
+        parts = hf_tensors(path, array.shape)
+        widths = [part.part[-2] for part in parts[:-1]]
+        for part, piece in zip(parts, np.split(array, np.cumsum(widths), axis=-2) if widths else [array], strict=True):
+            tensors[part.name] = np.ascontiguousarray(
+                piece.reshape(part.shape[::-1]).T if part.transposed else piece.reshape(part.shape)
+            )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = np.dtype(next(iter(tensors.values())).dtype).name
     (folder / "config.json").write_text(json.dumps({**decoder.config.to_hf(), "dtype": dtype}, indent=2) + "\n")
@@ -224,14 +238,12 @@ def _check_names(folder: Path, wanted: set[str], found: set[str], config: ModelC
         )
 
 
-def _read(file: Any, name: str, path: tuple[Any, ...], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    there = hf_shape(path, shape)
+def _read(file: Any, part: Tensor) -> np.ndarray:
     try:
-        array = file.get_tensor(name)
+        array = file.get_tensor(part.name)
     except SafetensorError as error:
-        raise CheckpointError(f"tensor {name} cannot be read: {error}") from error
-    if array.shape != there:
-        raise CheckpointError(f"tensor {name} has shape {array.shape}; config.json makes it {there}")
-    if len(there) == 2 and path[0] != "embed":
-        array = array.T
-    return jnp.asarray(array.reshape(shape), dtype)
+        raise CheckpointError(f"tensor {part.name} cannot be read: {error}") from error
+    if array.shape != part.shape:
+        raise CheckpointError(f"tensor {part.name} has shape {array.shape}; config.json makes it {part.shape}")
+    result: np.ndarray = (array.T if part.transposed else array).reshape(part.part)
+    return result

@@ -4,8 +4,8 @@ The three differ in two switches of :class:`ModelConfig` (``qkv_bias``, ``qk_nor
 rotary embedding, so one file serves them all. It knows nothing of pages: the caller passes ``attend``, which
 stores the new keys and values wherever it keeps them and returns the attention output.
 
-Axis letters: T tokens of all sequences laid end to end, D hidden size, N query heads, K key/value heads, H head
-size, F feed-forward size, V vocabulary.
+Axis letters: T tokens of all sequences laid end to end, D hidden size, N query heads, K key/value heads, G = N / K
+queries that share one, H head size, F feed-forward size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; heads are kept as an axis of the weights so that they can be sharded."""
+    """Grouped-query attention.
+
+    Queries, keys and values are one product, ``[D, K, G + 2, H]``: of every key/value head its queries, then its key,
+    then its value. So it is sharded by that head, and nothing moves to tell the three apart.
+    """
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = _normal((d, n, h), dtype, rngs)
-        self.k = _normal((d, k, h), dtype, rngs)
-        self.v = _normal((d, k, h), dtype, rngs)
+        self.qkv = _normal((d, k, n // k + 2, h), dtype, rngs)
         self.o = _normal((n, h, d), dtype, rngs)
-        self.qkv_bias, self.qk_norm = config.qkv_bias, config.qk_norm
+        self.has_bias, self.qk_norm = config.qkv_bias, config.qk_norm
         if config.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((n, h), dtype))
-            self.k_bias = nnx.Param(jnp.zeros((k, h), dtype))
-            self.v_bias = nnx.Param(jnp.zeros((k, h), dtype))
+            self.qkv_bias = nnx.Param(jnp.zeros((k, n // k + 2, h), dtype))
         if config.qk_norm:
             self.q_norm = RMSNorm(h, config.rms_eps, dtype)
             self.k_norm = RMSNorm(h, config.rms_eps, dtype)
@@ -82,11 +82,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: int, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        q = jnp.einsum("TD,DNH->TNH", x, self.q[...])
-        k = jnp.einsum("TD,DKH->TKH", x, self.k[...])
-        v = jnp.einsum("TD,DKH->TKH", x, self.v[...])
-        if self.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        qkv = jnp.einsum("TD,DKEH->TKEH", x, self.qkv[...])
+        if self.has_bias:
+            qkv = qkv + self.qkv_bias[...]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        q = q.reshape(q.shape[0], -1, q.shape[-1])
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
@@ -94,16 +94,16 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward; gate and up projection are one product, ``[D, 2, F]``."""
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
-        self.gate = _normal((d, f), dtype, rngs)
-        self.up = _normal((d, f), dtype, rngs)
+        self.gate_up = _normal((d, 2, f), dtype, rngs)
         self.down = _normal((f, d), dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+        gate_up = jnp.einsum("TD,DEF->TEF", x, self.gate_up[...])
+        return (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...]
 
 
 class Layer(nnx.Module):

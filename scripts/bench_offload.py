@@ -73,8 +73,9 @@ class Bench:
         size = FLAGS.page_size
         longest = max(*lengths, FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) + 16
         self.config = model_config(longest)
-        self.dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
-        self.page_bytes = page_bytes(self.config, size, self.dtype)
+        engine = EngineConfig(dtype=FLAGS.dtype)
+        self.dtype, backend = engine.weight_dtype(), engine.backend()
+        self.page_bytes = page_bytes(self.config, backend, size, self.dtype)
         running = FLAGS.batch * -(-(FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) // size)
         pages = 1 + max(running, -(-longest // size))
         self.spare = range(pages, pages + -(-max(lengths) // size))
@@ -86,6 +87,7 @@ class Bench:
         }
         self.runner = Runner(
             random_decoder(self.config, self.dtype, seed=0),
+            backend,
             num_pages=pages + len(self.spare),
             max_pages_per_seq=-(-longest // size),
             kv_dtype=self.dtype,

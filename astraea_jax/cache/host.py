@@ -40,7 +40,7 @@ class Pools(Protocol):
     """Who owns the paged arrays."""
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
-        """A block ``[n, L, 2, K, S, H]`` of pages, on the device."""
+        """A block ``[n, L, …]`` of pages, on the device."""
 
     def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
@@ -52,7 +52,7 @@ def block_sizes(largest: int) -> list[int]:
 
 
 def block_sharding(pages: jax.Array) -> jax.sharding.Sharding:
-    """Where a block of pages like ``pages [P, 2, K, S, H]`` lies on the device."""
+    """Where a block of pages like ``pages [P, …]`` lies on the device."""
     sharding = pages.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         axes: list[Any] = [*sharding.spec, *[None] * (pages.ndim - len(sharding.spec))]

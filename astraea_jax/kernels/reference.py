@@ -11,8 +11,12 @@ visits for each block of pages only the chunk of tiles that still has one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from .backend import Batch
 
 BLOCK_TOKENS = 128
 """Context tokens per turn of the loop."""
@@ -22,6 +26,24 @@ CHUNK_TILES = 16
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 """Of the loop: block, chunk, highest score, sum of weights, weighted values."""
+
+
+class Reference:
+    """The backend of these two functions."""
+
+    name = "reference"
+    heads_axis = 2
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
+        """``(2, K, S, H)``."""
+        return (2, kv_heads, page_size, head_dim)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """:func:`write_kv`, then :func:`attention`."""
+        pages = write_kv(pages, k, v, batch.slots)
+        return attention(q, pages, batch.page_table, batch.kv_lens, batch.cu_q_lens, q_tile=q_tile), pages
 
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from astraea_jax.models import CheckpointError, resolve
 from astraea_jax.models.checkpoint import (
     copy_beside,
-    hf_name,
     load,
     load_hf,
     random_decoder,
@@ -31,7 +30,7 @@ CONFIG = ModelConfig(64, 32, 48, 2, 4, 2, 16, 128, qkv_bias=True)
 
 
 def flat(decoder):
-    return {hf_name(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
 
 
 def assert_same(a, b):

@@ -14,7 +14,7 @@ from tokenizers import models
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
-from astraea_jax.kernels.reference import attention, write_kv
+from astraea_jax.kernels import Batch, Reference
 from astraea_jax.models.checkpoint import load_hf
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.sampling import SamplingParams
@@ -32,11 +32,10 @@ def check_logits(folder: Path) -> None:
     at = jnp.arange(length)
     slots = table[0, at // size] * size + at % size
     pages = (jnp.zeros((table.shape[1] + 1, 2, config.num_kv_heads, size, config.head_dim)),) * config.num_layers
-    lens, cu = jnp.array([length]), jnp.array([0, length])
+    where = Batch(table, jnp.array([length]), jnp.array([0, length]), slots)
 
     def attend(_, q, k, v, layer):
-        layer = write_kv(layer, k, v, slots)
-        return attention(q, layer, table, lens, cu, q_tile=16), layer
+        return Reference().attend(q, k, v, layer, where, q_tile=16)
 
     hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, attend))(prompt)
     error = np.abs(np.asarray(decoder.logits(hidden)) - golden["logits"]).max() / np.abs(golden["logits"]).max()

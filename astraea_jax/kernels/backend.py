@@ -1,0 +1,52 @@
+"""What a backend of attention owns: the physical form of a page, and writing and reading pages in a step.
+
+Page ids are logical and the page is always the first axis, so whoever allocates, gathers, moves and scatters pages need
+not know what is inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+
+class Batch(NamedTuple):
+    """Where the tokens of a step belong."""
+
+    page_table: jax.Array
+    """``[R, M]`` int32, the pages of each row in order; what lies beyond its context is not to be relied on."""
+    kv_lens: jax.Array
+    """``[R]`` int32, tokens in each row's context, this step's included; 0 for padding."""
+    cu_q_lens: jax.Array
+    """``[R + 1]`` int32, where each row's tokens start; they are the last of its context."""
+    slots: jax.Array
+    """``[T]`` int32, where each token's keys and values go: page * S + offset; padding goes to page 0, the scrap."""
+
+
+class Backend(Protocol):
+    """Ragged paged attention of one layer on one kind of device."""
+
+    name: str
+    heads_axis: int
+    """Of the pages of a layer ``[P, …]``: the axis along which they are sharded by key/value head."""
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
+        """Shape of one page of one layer; what it holds beyond keys and values is padding."""
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Store keys and values, then attend causally, scaled by ``H ** -0.5``.
+
+        Args:
+            q: ``[T, N, H]`` queries of all rows end to end, padding last.
+            k: ``[T, K, H]`` keys.
+            v: ``[T, K, H]`` values.
+            pages: ``[P, *page_shape]`` of this layer.
+            batch: where they belong.
+            q_tile: 1: every row has one token at most, and token t is row t's; else rows are of any length.
+
+        Returns:
+            ``[T, N, H]`` in the dtype of ``q`` (of padding: finite numbers of no use), and the pages.
+        """
