@@ -26,7 +26,7 @@ from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_p
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.sampling import SamplingParams, sample
-from astraea_jax.scheduler.plan import Plan, Row
+from astraea_jax.scheduler.plan import Plan
 
 PREFILL_TILE = 16
 """Query tokens of one row that attend together in a step with prefill."""
@@ -170,19 +170,16 @@ class Runner:
 
     def dispatch(self, plan: Plan, page_table: np.ndarray) -> InFlight:
         """Start a step and return at once. ``page_table`` is the scheduler's, ``[max_seqs, M]`` by slot."""
-        rows = plan.rows
-        shape = self._fitting(len(rows), plan.tokens)
+        rows = len(plan.segments)
+        shape = self._fitting(rows, plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
         batch = self._empty_batch(shape)
-        head = batch[shape.tokens :].reshape(shape.rows, -1)[: len(rows)]
-        numbers: list[int] = []
-        for segment, start, count, samples in rows:
-            numbers += segment.slot, start, count, samples
-        head[:, :4] = np.array(numbers, np.int32).reshape(-1, 4)
-        slots = head[:, 0]
-        head[:, 4:COLUMNS] = self._sampling[slots]
-        head[:, COLUMNS:] = page_table[slots]
-        _fill_tokens(batch[: plan.tokens], rows)
+        head = batch[shape.tokens :].reshape(shape.rows, -1)[:rows]
+        head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
+        head[: plan.samples, 3] = 1
+        head[:, 4:COLUMNS] = self._sampling[plan.slots]
+        head[:, COLUMNS:] = page_table[plan.slots]
+        _fill_tokens(batch[: plan.tokens], plan)
         sampled = self._launch(shape, batch)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
@@ -197,14 +194,15 @@ class Runner:
         return sampled
 
     def read(self, step: InFlight) -> list[int]:
-        """Wait for a step's tokens, one per row of its plan."""
-        return np.asarray(step.tokens)[: len(step.plan.rows)].tolist()
+        """Wait for a step's tokens, one per row that samples."""
+        return np.asarray(step.tokens)[: step.plan.samples].tolist()
 
 
-def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
-    tokens[:] = -1  # the usual decode: only the device knows its token yet
-    at = 0
-    for segment, start, count, _ in rows:
+def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
+    tokens[:] = -1  # the usual decode: the device has its token
+    at = plan.steady
+    for i in range(plan.steady, len(plan.segments)):
+        segment, start, count = plan.segments[i], int(plan.starts[i]), int(plan.counts[i])
         if start < segment.known:
             segment.copy_tokens(start, tokens[at : at + count])
         at += count

@@ -75,7 +75,7 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
         plan = scheduler.plan(now)
         planned = time.perf_counter()
         if before is not None:
-            scheduler.commit(before, [1] * len(before.rows), now)
+            scheduler.commit(before, [1] * before.samples, now)
         if step >= 200:
             plans.append(1e6 * (planned - began))
             commits.append(1e6 * (time.perf_counter() - planned))
