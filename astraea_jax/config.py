@@ -173,14 +173,15 @@ class Layout:
             dtype=dtype,
             num_pages=num_pages,
             page_bytes=one,
-            host=_host_tier(config.host_kv_bytes, one, num_pages - 1),
+            host=_host_tier(config.host_kv_bytes, one, num_pages - 1, config.data_parallel),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
 
 
-def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
-    """The host tier that fits into ``budget`` bytes, for pages of ``page`` bytes and a pool of ``pool`` pages."""
+def _host_tier(budget: int | None, page: int, pool: int, copies: int) -> HostTier:
+    """The host tier of one of so many ``copies`` of the model that share ``budget`` bytes of this machine, for pages of
+    ``page`` bytes and a pool of ``pool`` pages."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pinned = has_pinned_host()
     if budget is None:
@@ -196,11 +197,12 @@ def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
         raise StartupError(f"host_kv_bytes {budget} exceeds the {installed} bytes of this machine's memory")
     if not pinned:
         raise StartupError("this backend cannot pin host memory; start with host_kv_bytes 0, without a host tier")
-    if budget < page:
+    if budget < copies * page:
         raise StartupError(
-            f"host_kv_bytes {budget} holds no page of {page} bytes; raise it, or give 0 for no host tier"
+            f"host_kv_bytes {budget} holds no page of {page} bytes{f' for each of {copies} copies' * (copies > 1)}; "
+            "raise it, or give 0 for no host tier"
         )
-    return HostTier(budget // page, staging_pages(pool))
+    return HostTier(budget // copies // page, staging_pages(pool))
 
 
 def staging_pages(pool: int) -> int:

@@ -24,9 +24,8 @@ from astraea_jax.cache.host import HostStore
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
-from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import Progress, load, random_decoder
-from astraea_jax.models.config import PUBLISHED, ModelConfig, read_json
+from astraea_jax.loading import ModelOnDevices, load_model, random_model
+from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
@@ -84,7 +83,7 @@ class Engine:
         decoder: the model.
         tokenizer: from the same folder.
         config: sizes and policy.
-        mesh: the devices that share the model; None: the first ``tensor_parallel`` ones.
+        mesh: the devices that share the model; None: the first ``tensor_parallel`` ones, and no others are asked for.
 
     Raises:
         StartupError: the sizes do not fit the model or this machine.
@@ -94,9 +93,13 @@ class Engine:
         self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None, mesh: Mesh | None = None
     ):
         self.config = config or EngineConfig()
-        if self.config.data_parallel > 1:
-            raise StartupError("an Engine has one copy of the model; Replicas serve a data_parallel above 1")
-        mesh = mesh or self.config.meshes(decoder.config)[0]
+        if mesh is None:
+            if self.config.data_parallel > 1:
+                raise StartupError(
+                    f"an Engine is one copy of a model, data_parallel {self.config.data_parallel} asks for more; "
+                    "use astraea_jax.replicas"
+                )
+            mesh = self.config.meshes(decoder.config)[0]
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         self.layout = Layout.plan(self.config, decoder.config, list(mesh.devices.flat))
@@ -151,12 +154,7 @@ class Engine:
         cls, model: str | Path, config: EngineConfig | None = None, *, progress: Progress | None = None
     ) -> Engine:
         """Load a checkpoint folder, or the bundled ``"astraea-tiny"``, without starting it."""
-        config = config or EngineConfig()
-        folder = resolve(model)
-        model_config = ModelConfig.from_hf(read_json(folder / "config.json"))
-        mesh = config.meshes(model_config)[0]
-        decoder = load(folder, config.weight_dtype(), mesh, progress=progress)
-        return cls(decoder, Tokenizer.from_folder(folder), config, mesh)
+        return cls._of(load_model(model, config or EngineConfig(), progress), config)
 
     @classmethod
     def with_random_weights(cls, shape: str, config: EngineConfig | None = None) -> Engine:
@@ -165,12 +163,11 @@ class Engine:
         Raises:
             StartupError: no such shape.
         """
-        if shape not in PUBLISHED:
-            raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
-        config = config or EngineConfig()
-        mesh = config.meshes(PUBLISHED[shape])[0]
-        decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), seed=0, mesh=mesh)
-        return cls(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config, mesh)
+        return cls._of(random_model(shape, config or EngineConfig()), config)
+
+    @classmethod
+    def _of(cls, model: ModelOnDevices, config: EngineConfig | None) -> Engine:
+        return cls(model.decoder, model.tokenizer, config, model.meshes[0] if len(model.meshes) == 1 else None)
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile every step, then start the loop. ``progress(done, total)`` counts compiled steps."""
@@ -244,6 +241,11 @@ class Engine:
             **{f"{name}_bytes": count for name, count in moved.items()},
             **{f"kv {what}": count for what, count in decisions.items()},
         }
+
+    @property
+    def in_progress(self) -> int:
+        """Requests accepted and not yet ended."""
+        return self._admitted
 
     @property
     def step_costs(self) -> StepCosts:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.sizes import SMALL
+from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from astraea_jax.config import EngineConfig
@@ -26,6 +27,7 @@ from astraea_jax.engine import Engine
 from astraea_jax.models.checkpoint import load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.tokenizer import Tokenizer as Tokens
 
 COMPILED = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
 """What one test or process has compiled, the others find here; most of the time of a run would be compilation."""
@@ -90,6 +92,15 @@ def make_engine(random_folder: Path) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
+
+
+@pytest.fixture(scope="session")
+def wide_engine(random_folder: Path) -> Iterator[Engine]:
+    """The model that several devices can share, on one device."""
+    engine = Engine(wide_decoder(), Tokens.from_folder(random_folder), TIGHT)
+    engine.start()
+    yield engine
+    engine.shutdown(grace_s=0)
 
 
 @pytest.fixture(scope="session")

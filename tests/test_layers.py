@@ -16,9 +16,9 @@ FLOORS = (
     {"models", "scheduler", "kernels", "tool_types"},
     {"cache", "sampling", "tools", "tool_calls"},
     {"config", "generation", "step"},
-    {"runner"},
+    {"loading", "runner"},
     {"engine"},
-    {"agent", "shop", "replay"},
+    {"agent", "replicas", "shop", "replay"},
     {"llm", "rpc", "plots"},
     {"__init__"},
 )
