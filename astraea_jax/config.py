@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
@@ -63,8 +64,10 @@ class EngineConfig:
     tensor_parallel: int = 1
     """Devices that share one copy of the model and its KV."""
     data_parallel: int = 1
-    """Copies of the model, each with devices, KV and running segments of its own. The other sizes are those of one
-    copy, but host_kv_bytes, which all of them share."""
+    """Copies of the model in this process, each with devices, KV and running segments of its own. The other sizes are
+    those of one copy, but host_kv_bytes, which all of them share."""
+    coordinator: str | None = None
+    """``host:port`` of the first process, if several serve one copy of the model; see :mod:`astraea_jax.hosts`."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
@@ -119,6 +122,11 @@ class EngineConfig:
         """
         devices, shared = jax.devices(), self.tensor_parallel
         wanted = shared * self.data_parallel
+        if jax.process_count() > 1 and (self.data_parallel > 1 or wanted != len(devices)):
+            raise StartupError(
+                f"{jax.process_count()} processes serve one copy of the model on all their devices; "
+                f"start each with tensor_parallel {len(devices)} and data_parallel 1"
+            )
         if wanted > len(devices):
             raise StartupError(
                 f"tensor_parallel {shared} times data_parallel {self.data_parallel} makes {wanted} devices, "
@@ -152,17 +160,17 @@ class Layout:
     host: HostTier
 
     @classmethod
-    def plan(cls, config: EngineConfig, model: ModelConfig, devices: Sequence[jax.Device]) -> Layout:
-        """Fit the pages into the memory of ``devices``, once the weights are loaded.
+    def plan(cls, config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Layout:
+        """Fit the pages into the memory of the devices, once the weights are loaded; the same in every process.
 
         Raises:
             StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
                 message gives the numbers.
         """
         dtype = config.weight_dtype()
-        budget = config.kv_bytes if config.kv_bytes is not None else min(map(_free_memory, devices))
-        one = page_bytes(model, config.backend(), config.page_size, dtype, len(devices))
-        num_pages = pages_within(budget, one // len(devices))
+        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
+        one = page_bytes(model, config.backend(), config.page_size, dtype, mesh.size)
+        num_pages = pages_within(budget, one // mesh.size)
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
         if wanted > model.max_position:
@@ -210,8 +218,14 @@ def staging_pages(pool: int) -> int:
     return max(1, min(STAGING_PAGES, pool // 2))
 
 
-def _free_memory(device: jax.Device) -> int:
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return CPU_KV_BYTES
-    return int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+def _free_memory(mesh: Mesh) -> int:
+    """Bytes that every device of the mesh has for pages."""
+    free = CPU_KV_BYTES
+    for device in mesh.local_devices:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            here = int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+            free = here if device is mesh.local_devices[0] else min(free, here)
+    if jax.process_count() > 1:
+        free = int(multihost_utils.process_allgather(np.int32(free // 2**20)).min()) * 2**20
+    return free

@@ -24,11 +24,12 @@ from astraea_jax.cache.host import HostStore
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
+from astraea_jax.hosts import make_runner
 from astraea_jax.loading import ModelOnDevices, load_model, random_model
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.runner import CompileGuard, InFlight, Runner
+from astraea_jax.runner import CompileGuard, InFlight
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.policies import make_policy
@@ -36,7 +37,6 @@ from astraea_jax.scheduler.prediction import Predictor, StepCosts
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler
-from astraea_jax.step import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Engine:
             mesh = self.config.meshes(decoder.config)[0]
         self.model_config = decoder.config
         self.tokenizer = tokenizer
-        self.layout = Layout.plan(self.config, decoder.config, list(mesh.devices.flat))
+        self.layout = Layout.plan(self.config, decoder.config, mesh)
         self.times = StepTimes()
         self.live = False
         c, layout = self.config, self.layout
@@ -119,23 +119,10 @@ class Engine:
         )
         self._predictor = Predictor()
         self._scheduler = Scheduler(scheduler_config, make_policy(c.policy, self._predictor, c.residency))
-        self._runner = Runner(
-            decoder,
-            c.backend(),
-            Sizes(
-                num_pages=layout.num_pages,
-                page_size=c.page_size,
-                max_seqs=c.max_seqs,
-                max_step_tokens=c.max_step_tokens,
-                max_pages_per_seq=layout.pages_per_seq,
-                kv_dtype=layout.dtype,
-            ),
-            mesh=mesh,
-            staging=layout.host.staging,
-        )
+        self._runner = make_runner(decoder, c, layout, mesh)
         self._store: HostStore | None = None
         if layout.host.pages:
-            self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging)
+            self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._guard = CompileGuard()
         self._events: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -287,6 +274,7 @@ class Engine:
         try:
             self._loop()
             self._fail_all("the engine was shut down")
+            self._runner.close()
         except Exception as error:
             log.exception("the serving loop failed")
             self._fail_all(f"the serving loop failed: {error!r}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from astraea_jax.cache.host import NOWHERE, block_sharding, block_sizes
+from astraea_jax.cache.host import NOWHERE, PINNED, block_sharding, block_sizes
 from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
 from astraea_jax.kernels import Backend
 from astraea_jax.models.decoder import Decoder
@@ -69,7 +69,8 @@ class Runner:
         self._batch_sizes = {shape: self._step.batch(shape).shape for shape in self._step.shapes}
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(sizes.max_seqs, jnp.int32, device=self._step.whole)
-        self._shapes = self._step.shapes
+        self.shapes = self._step.shapes
+        """Of the steps."""
         self._compiled: dict[StepShape, Any] = {}
         self._blocks = block_sizes(staging)
         self.block_sharding = block_sharding(self._pages[0])
@@ -81,7 +82,7 @@ class Runner:
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
         self._compile_transfers()
-        shapes = self._shapes
+        shapes = self.shapes
 
         def build(shape: StepShape) -> Any:
             return self._step.jitted(shape).lower(*self._step.arguments(shape)).compile()
@@ -93,7 +94,7 @@ class Runner:
                 lowered += 1
                 progress(lowered, len(shapes))
         for shape in shapes:
-            self._launch(shape, self._empty_batch(shape)).block_until_ready()
+            self.launch(shape, self._empty_batch(shape)).block_until_ready()
 
     def _compile_transfers(self) -> None:
         pages, ids_sharding = jax.tree.map(lambda layer: layer.sharding, self._step.pages), self._step.whole
@@ -107,7 +108,8 @@ class Runner:
         for size in self._blocks:
             ids = np.zeros(size, np.int32)
             self._gathers[size] = gather.lower(self._pages, ids).compile()
-            block = self.gather([0] * size)
+            there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
+            block = self.put(there, self.block_sharding)  # over several processes copies are compiled, too
             self._scatters[size] = scatter.lower(self._pages, block, ids).compile()
             self.scatter(block, np.full(size, NOWHERE, np.int32))
 
@@ -119,6 +121,13 @@ class Runner:
     def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
         self._pages = self._scatters[len(pages)](self._pages, block, pages)
+
+    def put(self, block: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+        """Copy a block to the host or back, and return at once."""
+        return jax.device_put(block, sharding)
+
+    def close(self) -> None:
+        """Nothing will be dispatched any more."""
 
     def _empty_batch(self, shape: StepShape) -> np.ndarray:
         return np.zeros(self._batch_sizes[shape], np.int32)
@@ -143,16 +152,17 @@ class Runner:
         head[:, 4:COLUMNS] = self._sampling[slots]
         head[:, COLUMNS:] = page_table[slots]
         _fill_tokens(batch[: plan.tokens], rows)
-        sampled = self._launch(shape, batch)
+        sampled = self.launch(shape, batch)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
 
     def _fitting(self, rows: int, tokens: int) -> StepShape:
         """The smallest shape that holds the step."""
         decode = rows == tokens
-        return next(s for s in self._shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
+        return next(s for s in self.shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
 
-    def _launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
+    def launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
+        """Start the step of this shape with what the host says, and return ``[R]`` int32, its sampled tokens."""
         self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, batch)
         return sampled
 

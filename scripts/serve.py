@@ -3,6 +3,11 @@
   python scripts/serve.py                                        astraea-tiny, the bundled model, on port 9000
   python scripts/serve.py --model=/models/Qwen3-4B --port=9000   a Hugging Face or Orbax folder
   python scripts/serve.py --model=llama-3.1-8b --random_weights  a published shape without weights, for benchmarks
+  python scripts/serve.py --model=/models/Qwen3-32B --tensor_parallel=4 --data_parallel=2   two copies on eight devices
+
+Several processes serve one model together, each started with the same flags and its own --process:
+
+  python scripts/serve.py --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
 
 Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
 its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
@@ -20,9 +25,10 @@ import time
 
 from absl import app, flags, logging
 
-from astraea_jax import replicas
+from astraea_jax import hosts, replicas
 from astraea_jax.config import DTYPES, EngineConfig
 from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.loading import load_model, random_model
 from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.progress import StartupDisplay
@@ -55,6 +61,9 @@ flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one reque
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
 flags.DEFINE_integer("tensor_parallel", DEFAULT.tensor_parallel, "Devices that share one copy of the model.", 1)
 flags.DEFINE_integer("data_parallel", DEFAULT.data_parallel, "Copies of the model, each on devices of its own.", 1)
+flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
+flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
+flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
 flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
 flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
 flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
@@ -72,6 +81,7 @@ def engine_config() -> EngineConfig:
         "dtype",
         "tensor_parallel",
         "data_parallel",
+        "coordinator",
         "policy",
         "max_queued",
     )
@@ -82,6 +92,17 @@ def load_engine(display: StartupDisplay) -> Serving:
     if FLAGS.random_weights:
         return replicas.with_random_weights(FLAGS.model, engine_config())
     return replicas.from_folder(FLAGS.model, engine_config(), progress=display.loading)
+
+
+def follow(display: StartupDisplay) -> None:
+    """Be one of the processes that do what the first one says."""
+    for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
+        signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if FLAGS.random_weights:
+        model = random_model(FLAGS.model, engine_config())
+    else:
+        model = load_model(FLAGS.model, engine_config(), display.loading)
+    hosts.follow(model, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
 def say(line: str) -> None:
@@ -144,7 +165,12 @@ def main(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
     try:
+        if FLAGS.processes > 1:
+            hosts.join(FLAGS.coordinator or "", FLAGS.processes, FLAGS.process)
         with StartupDisplay() as display:
+            if FLAGS.process > 0:
+                follow(display)
+                return
             engine = load_engine(display)
             asyncio.run(serve(engine, display, began))
     except (CheckpointError, EngineDead, StartupError, OSError) as error:

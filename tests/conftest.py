@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
-from astraea_jax.models.checkpoint import load_hf, save_hf
+from astraea_jax.models.checkpoint import copy_beside, load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer as Tokens
@@ -92,6 +92,14 @@ def make_engine(random_folder: Path) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
+
+
+@pytest.fixture(scope="session")
+def wide_folder(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide-model")
+    save_hf(wide_decoder(), folder)
+    copy_beside(random_folder, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
 from astraea_jax.replicas import Serving
+from astraea_jax.rpc.client import Client
 from astraea_jax.sampling import SamplingParams
 
 WIDE = ModelConfig(
@@ -54,17 +55,19 @@ async def tokens(generation) -> list[int]:
     return [t async for delta in generation for t in delta.token_ids]
 
 
-def run_programs(engine: Serving, *, alone: bool = False) -> list[list[int]]:
-    """What ten programs of two segments each say, all at once, or each with the engine to itself."""
+async def programs(model: Serving | Client, *, alone: bool = False) -> list[list[int]]:
+    """What ten programs of two segments each say, all at once, or each with the model to itself."""
     room = asyncio.Semaphore(1 if alone else len(PROMPTS))
 
     async def program(name: str, prompt: list[int]) -> list[int]:
         params = SamplingParams(max_tokens=16, ignore_eos=True)
         async with room:
-            first = await tokens(engine.generate(prompt, params, session=name))
-            return first + await tokens(engine.generate(prompt + first + [7, 8], params, session=name, final=True))
+            first = await tokens(model.generate(prompt, params, session=name))
+            return first + await tokens(model.generate(prompt + first + [7, 8], params, session=name, final=True))
 
-    async def all_of_them() -> list[list[int]]:
-        return await asyncio.gather(*[program(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)])
+    return await asyncio.gather(*[program(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)])
 
-    return asyncio.run(all_of_them())
+
+def run_programs(engine: Serving, *, alone: bool = False) -> list[list[int]]:
+    """:func:`programs`, in an event loop of their own."""
+    return asyncio.run(programs(engine, alone=alone))
