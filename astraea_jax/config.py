@@ -9,12 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS, Backend
-from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.sharding import check_mesh, mesh_of
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 
@@ -47,7 +51,7 @@ class EngineConfig:
     page_size: int = 16
     """Tokens per KV page."""
     kv_bytes: int | None = None
-    """Device memory for KV pages. None: most of what is free on an accelerator, 512 MiB on a CPU."""
+    """Memory for KV pages on each device. None: most of what is free on an accelerator, 512 MiB on a CPU."""
     host_kv_bytes: int | None = None
     """Pinned host memory for KV of programs that wait, under memory pressure. 0: none. None: half of the host's memory
     (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
@@ -57,6 +61,13 @@ class EngineConfig:
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
     """Of weights and KV. None: float32 on a CPU, bfloat16 elsewhere."""
+    tensor_parallel: int = 1
+    """Devices that share one copy of the model and its KV."""
+    data_parallel: int = 1
+    """Copies of the model in this process, each with devices, KV and running segments of its own. The other sizes are
+    those of one copy, but host_kv_bytes, which all of them share."""
+    coordinator: str | None = None
+    """``host:port`` of the first process, if several serve one copy of the model; see :mod:`astraea_jax.hosts`."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
@@ -76,6 +87,8 @@ class EngineConfig:
             "max_context",
             "max_queued",
             "max_programs",
+            "tensor_parallel",
+            "data_parallel",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,6 +114,37 @@ class EngineConfig:
     def backend(self) -> Backend:
         return BACKENDS[self.attention or "reference"]()
 
+    def meshes(self, model: ModelConfig) -> list[Mesh]:
+        """The devices of each copy of the model.
+
+        Raises:
+            StartupError: there are too few, or they cannot divide the model.
+        """
+        devices, shared = jax.devices(), self.tensor_parallel
+        wanted = shared * self.data_parallel
+        if jax.process_count() > 1 and (self.data_parallel > 1 or wanted != len(devices)):
+            raise StartupError(
+                f"{jax.process_count()} processes serve one copy of the model on all their devices; "
+                f"start each with tensor_parallel {len(devices)} and data_parallel 1"
+            )
+        if wanted > len(devices):
+            raise StartupError(
+                f"tensor_parallel {shared} times data_parallel {self.data_parallel} makes {wanted} devices, "
+                f"and there are {len(devices)} ({devices[0].device_kind}); choose less"
+            )
+        meshes = [mesh_of(devices[first : first + shared]) for first in range(0, wanted, shared)]
+        try:
+            check_mesh(model, meshes[0])
+        except CheckpointError as error:
+            raise StartupError(str(error)) from None
+        if model.vocab_size % shared:
+            log.warning(
+                "%d devices do not divide the %d tokens of the vocabulary: each holds the whole embedding",
+                shared,
+                model.vocab_size,
+            )
+        return meshes
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -110,22 +154,23 @@ class Layout:
     num_pages: int
     """Scrap page included."""
     page_bytes: int
+    """On all devices that share it."""
     max_context: int
     pages_per_seq: int
     host: HostTier
 
     @classmethod
-    def plan(cls, config: EngineConfig, model: ModelConfig) -> Layout:
-        """Fit the pages into memory, once the weights are loaded.
+    def plan(cls, config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Layout:
+        """Fit the pages into the memory of the devices, once the weights are loaded; the same in every process.
 
         Raises:
             StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
                 message gives the numbers.
         """
         dtype = config.weight_dtype()
-        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory()
-        one = page_bytes(model, config.backend(), config.page_size, dtype)
-        num_pages = pages_within(budget, one)
+        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
+        one = page_bytes(model, config.backend(), config.page_size, dtype, mesh.size)
+        num_pages = pages_within(budget, one // mesh.size)
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
         if wanted > model.max_position:
@@ -136,14 +181,15 @@ class Layout:
             dtype=dtype,
             num_pages=num_pages,
             page_bytes=one,
-            host=_host_tier(config.host_kv_bytes, one, num_pages - 1),
+            host=_host_tier(config.host_kv_bytes, one, num_pages - 1, config.data_parallel),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
 
 
-def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
-    """The host tier that fits into ``budget`` bytes, for pages of ``page`` bytes and a pool of ``pool`` pages."""
+def _host_tier(budget: int | None, page: int, pool: int, copies: int) -> HostTier:
+    """The host tier of one of so many ``copies`` of the model that share ``budget`` bytes of this machine, for pages of
+    ``page`` bytes and a pool of ``pool`` pages."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pinned = has_pinned_host()
     if budget is None:
@@ -159,11 +205,12 @@ def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
         raise StartupError(f"host_kv_bytes {budget} exceeds the {installed} bytes of this machine's memory")
     if not pinned:
         raise StartupError("this backend cannot pin host memory; start with host_kv_bytes 0, without a host tier")
-    if budget < page:
+    if budget < copies * page:
         raise StartupError(
-            f"host_kv_bytes {budget} holds no page of {page} bytes; raise it, or give 0 for no host tier"
+            f"host_kv_bytes {budget} holds no page of {page} bytes{f' for each of {copies} copies' * (copies > 1)}; "
+            "raise it, or give 0 for no host tier"
         )
-    return HostTier(budget // page, staging_pages(pool))
+    return HostTier(budget // copies // page, staging_pages(pool))
 
 
 def staging_pages(pool: int) -> int:
@@ -171,8 +218,14 @@ def staging_pages(pool: int) -> int:
     return max(1, min(STAGING_PAGES, pool // 2))
 
 
-def _free_memory() -> int:
-    stats = jax.local_devices()[0].memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return CPU_KV_BYTES
-    return int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+def _free_memory(mesh: Mesh) -> int:
+    """Bytes that every device of the mesh has for pages."""
+    free = CPU_KV_BYTES
+    for device in mesh.local_devices:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            here = int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+            free = here if device is mesh.local_devices[0] else min(free, here)
+    if jax.process_count() > 1:
+        free = int(multihost_utils.process_allgather(np.int32(free // 2**20)).min()) * 2**20
+    return free

@@ -19,19 +19,23 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.sizes import SMALL
+from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
-from astraea_jax.models.checkpoint import load_hf, save_hf
+from astraea_jax.models.checkpoint import copy_beside, load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.tokenizer import Tokenizer as Tokens
 
 COMPILED = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
 """What one test or process has compiled, the others find here; most of the time of a run would be compilation."""
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+jax.config.update("jax_num_cpu_devices", 8)  # simulated; what does not ask for more runs on the first
 
 RANDOM = ModelConfig(
     vocab_size=260,
@@ -88,6 +92,23 @@ def make_engine(random_folder: Path) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
+
+
+@pytest.fixture(scope="session")
+def wide_folder(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide-model")
+    save_hf(wide_decoder(), folder)
+    copy_beside(random_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_engine(random_folder: Path) -> Iterator[Engine]:
+    """The model that several devices can share, on one device."""
+    engine = Engine(wide_decoder(), Tokens.from_folder(random_folder), TIGHT)
+    engine.start()
+    yield engine
+    engine.shutdown(grace_s=0)
 
 
 @pytest.fixture(scope="session")
