@@ -193,7 +193,7 @@ def serve_fails() -> Callable[..., str]:
     """``serve_fails(*flags)`` is what scripts/serve.py says when it does not start; its exit status is 1."""
 
     def run(*arguments: str) -> str:
-        done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=300)
         assert done.returncode == 1, done.stderr
         return done.stderr
 

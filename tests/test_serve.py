@@ -36,7 +36,7 @@ def test_serves_and_finishes_what_runs_at_sigterm(serve, random_folder, greedy):
     tokenizer = Tokenizer.from_folder(random_folder)
     with serve() as server:
         tokens, states = asyncio.run(drained(server, tokenizer))
-        assert server.process.wait(60) == 0
+        assert server.process.wait(300) == 0
     assert tokens == greedy([1, 2, 3], 200, tokens)
     status = health_pb2.HealthCheckResponse
     assert states == [status.SERVING, status.NOT_SERVING]
@@ -49,7 +49,7 @@ def test_a_second_signal_stops_at_once(serve):
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGINT)
         server.process.send_signal(signal.SIGCONT)
-        assert server.process.wait(60) == 1
+        assert server.process.wait(300) == 1
 
 
 def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
