@@ -53,7 +53,7 @@ class EngineConfig:
     kv_bytes: int | None = None
     """Memory for KV pages on each device. None: most of what is free on an accelerator, 512 MiB on a CPU."""
     host_kv_bytes: int | None = None
-    """Pinned host memory for KV of programs that wait, under memory pressure. 0: none. None: half of the host's memory
+    """Pinned memory of each host for KV of programs that wait, under memory pressure. 0: none. None: half of it
     (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
     residency: str | None = None
     """Strategy for the KV of programs that wait; None: the policy's own, or else adaptive."""
@@ -66,8 +66,6 @@ class EngineConfig:
     data_parallel: int = 1
     """Copies of the model in this process, each with devices, KV and running segments of its own. The other sizes are
     those of one copy, but host_kv_bytes, which all of them share."""
-    coordinator: str | None = None
-    """``host:port`` of the first process, if several serve one copy of the model; see :mod:`astraea_jax.hosts`."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
@@ -181,7 +179,7 @@ class Layout:
             dtype=dtype,
             num_pages=num_pages,
             page_bytes=one,
-            host=_host_tier(config.host_kv_bytes, one, num_pages - 1, config.data_parallel),
+            host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
@@ -189,7 +187,7 @@ class Layout:
 
 def _host_tier(budget: int | None, page: int, pool: int, copies: int) -> HostTier:
     """The host tier of one of so many ``copies`` of the model that share ``budget`` bytes of this machine, for pages of
-    ``page`` bytes and a pool of ``pool`` pages."""
+    ``page`` bytes in its memory and a pool of ``pool`` pages."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pinned = has_pinned_host()
     if budget is None:

@@ -34,10 +34,13 @@ from astraea_jax.step import Sizes, StepShape
 
 JOIN_S = 120.0
 """How long the first process waits for the others, and they for it."""
+STRANGER_S = 5.0
+"""How long it listens to somebody who does not say who they are."""
 TOKEN_BYTES = 16
 HEADER = struct.Struct("<iiii")
 """What to do, two numbers, and how many int32 come after it."""
 PROCESS = struct.Struct("<i")
+READY = b"r"
 
 
 class Act(IntEnum):
@@ -115,16 +118,20 @@ class Line:
 class LeadingRunner(Runner):
     """The runner of the first process: it says to the followers what it dispatches, once :meth:`compile` is done."""
 
-    host = ""
-    """Where the followers reach this process."""
     _lines: tuple[Line, ...] = ()
+
+    def _meet(self) -> None:
+        for line in _the_lines():
+            line.hear(len(READY))
+        for line in _the_lines():
+            line.say(READY)
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         super().compile(progress)  # nothing is said: the followers compile and try out the same by themselves
         self._numbers: dict[int, int] = {}  # id of an array -> what the followers call it
         self._count = 0
         self._dropped: deque[int] = deque()
-        self._lines = tuple(_accept(self.host))
+        self._lines = tuple(_the_lines())
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
         if not self._lines:
@@ -163,7 +170,6 @@ class LeadingRunner(Runner):
         lines, self._lines = self._lines, ()
         for line in lines:
             line.say(HEADER.pack(Act.END, 0, 0, 0))
-            line.close()
 
     def _say(self, act: Act, first: int = 0, second: int = 0, payload: np.ndarray | None = None) -> None:
         message = b""
@@ -188,21 +194,48 @@ class LeadingRunner(Runner):
         self._dropped.append(self._numbers.pop(key))
 
 
+class FollowingRunner(Runner):
+    """The runner of every other process."""
+
+    def _meet(self) -> None:
+        (line,) = _the_lines()
+        line.say(READY)
+        line.hear(len(READY))
+
+    def obey(self) -> None:
+        """Do what the first process says until it ends.
+
+        Raises:
+            EngineDead: the first process is gone.
+        """
+        (line,) = _the_lines()
+        blocks: dict[int, jax.Array] = {}
+        device = self.block_sharding
+        while True:
+            act, first, second, size = HEADER.unpack(line.hear(HEADER.size))
+            numbers = np.frombuffer(line.hear(4 * size), "<i4")
+            match act:
+                case Act.STEP:
+                    self.launch(self.shapes[first], numbers)
+                case Act.GATHER:
+                    blocks[first] = self.gather(numbers.tolist())
+                case Act.TO_HOST:
+                    blocks[second] = self.put(blocks[first], device.with_memory_kind(PINNED))
+                case Act.TO_DEVICE:
+                    blocks[second] = self.put(blocks[first], device)
+                case Act.SCATTER:
+                    self.scatter(blocks[first], numbers)
+                case Act.FORGET:
+                    for number in numbers.tolist():
+                        del blocks[number]
+                case Act.END:
+                    return
+
+
 def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Runner:
-    """Of one process, or of the first of several, or of one that follows it."""
-    sizes = Sizes(
-        num_pages=layout.num_pages,
-        page_size=config.page_size,
-        max_seqs=config.max_seqs,
-        max_step_tokens=config.max_step_tokens,
-        max_pages_per_seq=layout.pages_per_seq,
-        kv_dtype=layout.dtype,
-    )
-    if jax.process_count() == 1 or jax.process_index() > 0:
-        return Runner(decoder, config.backend(), sizes, mesh=mesh, staging=layout.host.staging)
-    runner = LeadingRunner(decoder, config.backend(), sizes, mesh=mesh, staging=layout.host.staging)
-    runner.host = _host(config)
-    return runner
+    """That of the only process, or of the first of several."""
+    kind = Runner if jax.process_count() == 1 else LeadingRunner
+    return kind(decoder, config.backend(), _sizes(config, layout), mesh=mesh, staging=layout.host.staging)
 
 
 def follow(
@@ -218,36 +251,27 @@ def follow(
         StartupError: as an engine's.
     """
     (mesh,) = model.meshes
-    runner = make_runner(model.decoder, config, Layout.plan(config, model.decoder.config, mesh), mesh)
+    layout = Layout.plan(config, model.decoder.config, mesh)
+    sizes = _sizes(config, layout)
+    runner = FollowingRunner(model.decoder, config.backend(), sizes, mesh=mesh, staging=layout.host.staging)
     runner.compile(progress)
-    line = _connect(_host(config))
     ready()
-    _obey(runner, line)
+    runner.obey()
 
 
-def _obey(runner: Runner, line: Line) -> None:
-    blocks: dict[int, jax.Array] = {}
-    device = runner.block_sharding
-    while True:
-        act, first, second, size = HEADER.unpack(line.hear(HEADER.size))
-        numbers = np.frombuffer(line.hear(4 * size), "<i4")
-        match act:
-            case Act.STEP:
-                runner.launch(runner.shapes[first], numbers)
-            case Act.GATHER:
-                blocks[first] = runner.gather(numbers.tolist())
-            case Act.TO_HOST:
-                blocks[second] = runner.put(blocks[first], device.with_memory_kind(PINNED))
-            case Act.TO_DEVICE:
-                blocks[second] = runner.put(blocks[first], device)
-            case Act.SCATTER:
-                runner.scatter(blocks[first], numbers)
-            case Act.FORGET:
-                for number in numbers.tolist():
-                    del blocks[number]
-            case Act.END:
-                line.close()
-                return
+def _sizes(config: EngineConfig, layout: Layout) -> Sizes:
+    return Sizes(
+        num_pages=layout.num_pages,
+        page_size=config.page_size,
+        max_seqs=config.max_seqs,
+        max_step_tokens=config.max_step_tokens,
+        max_pages_per_seq=layout.pages_per_seq,
+        kv_dtype=layout.dtype,
+    )
+
+
+_lines: list[Line] = []
+"""Of this process, to the others; like ``jax.distributed``, one set for the whole process."""
 
 
 def join(coordinator: str, processes: int, process: int) -> None:
@@ -268,31 +292,51 @@ def join(coordinator: str, processes: int, process: int) -> None:
             f"process {process} of {processes} does not find the others at {coordinator} within {JOIN_S:.0f} s; "
             f"is every one started, with the same address? ({error})"
         ) from None
+    host = coordinator.rpartition(":")[0]
+    _lines.extend(_accept(host) if process == 0 else [_connect(host)])
 
 
-def _host(config: EngineConfig) -> str:
-    if config.coordinator is None:
-        raise StartupError("this is one of several processes; give the coordinator, the host:port of the first")
-    return config.coordinator.rpartition(":")[0]
+def _the_lines() -> list[Line]:
+    if not _lines:
+        raise StartupError(
+            "this is one of several processes; they must meet by hosts.join, not by jax.distributed alone"
+        )
+    return _lines
 
 
 def _accept(host: str) -> list[Line]:
     """Wait for every follower; who does not know the token that the devices have carried is turned away."""
     with socket.create_server((host, 0), backlog=jax.process_count()) as server:
-        _, token = _announce(server.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
+        port, token = _announce(server.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
         lines: dict[int, Line] = {}
         server.settimeout(JOIN_S)
         while len(lines) < jax.process_count() - 1:
-            connection, _ = server.accept()
-            connection.settimeout(JOIN_S)
-            line = Line(connection, -1)
-            if not secrets.compare_digest(line.hear(TOKEN_BYTES), token):
-                line.close()
-                continue
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = jax.process_count() - 1 - len(lines)
+                raise StartupError(
+                    f"{missing} of {jax.process_count()} processes do not reach {host}:{port} within {JOIN_S:.0f} s; "
+                    "is the port closed to them?"
+                ) from None
+            if (other := _introduced(connection, token)) is not None:
+                lines[other] = Line(connection, other)
+    return [lines[other] for other in sorted(lines)]
+
+
+def _introduced(connection: socket.socket, token: bytes) -> int | None:
+    """Which process it is; None: a stranger, who is sent away."""
+    connection.settimeout(STRANGER_S)
+    line = Line(connection, -1)
+    try:
+        if secrets.compare_digest(line.hear(TOKEN_BYTES), token):
             (other,) = PROCESS.unpack(line.hear(PROCESS.size))
             connection.settimeout(None)
-            lines[other] = Line(connection, other)
-    return [lines[other] for other in sorted(lines)]
+            return int(other)
+    except EngineDead:
+        pass
+    line.close()
+    return None
 
 
 def _connect(host: str) -> Line:
@@ -305,7 +349,7 @@ def _connect(host: str) -> Line:
 
 
 def _announce(port: int, token: bytes) -> tuple[int, bytes]:
-    """From the first process to all, through the devices; it ends when all have compiled."""
+    """From the first process to all, through the devices."""
     said = np.frombuffer(PROCESS.pack(port) + token, np.uint8)
     heard = np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8).tobytes()
     (port,) = PROCESS.unpack(heard[: PROCESS.size])

@@ -93,8 +93,12 @@ class Runner:
                 self._compiled[shape] = compiled
                 lowered += 1
                 progress(lowered, len(shapes))
+        self._meet()
         for shape in shapes:
             self.launch(shape, self._empty_batch(shape)).block_until_ready()
+
+    def _meet(self) -> None:
+        """All who share the arrays have compiled: what they run together does not wait long for any of them."""
 
     def _compile_transfers(self) -> None:
         pages, ids_sharding = jax.tree.map(lambda layer: layer.sharding, self._step.pages), self._step.whole

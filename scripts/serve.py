@@ -81,7 +81,6 @@ def engine_config() -> EngineConfig:
         "dtype",
         "tensor_parallel",
         "data_parallel",
-        "coordinator",
         "policy",
         "max_queued",
     )
@@ -159,6 +158,13 @@ def announce(engine: Serving, port: int, began: float) -> None:
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 
 
+def fail(cause: str) -> None:
+    say(f"cannot serve: {cause}")
+    if FLAGS.processes > 1:
+        os._exit(1)  # an orderly end would wait for the other processes
+    raise SystemExit(1)
+
+
 def main(_: list[str]) -> None:
     logging.use_absl_handler()
     if not FLAGS["verbosity"].present:
@@ -174,9 +180,13 @@ def main(_: list[str]) -> None:
             engine = load_engine(display)
             asyncio.run(serve(engine, display, began))
     except (CheckpointError, EngineDead, StartupError, OSError) as error:
-        raise SystemExit(f"cannot serve: {error}") from None
+        fail(str(error))
     except MemoryError:
-        raise SystemExit("cannot serve: out of memory; give a smaller --kv_bytes or --max_seqs") from None
+        fail("out of memory; give a smaller --kv_bytes or --max_seqs")
+    except RuntimeError as error:  # of the devices, when another process has gone before this one has compiled
+        if FLAGS.processes == 1:
+            raise
+        fail(f"another process may have gone; its log says why ({error})")
 
 
 if __name__ == "__main__":
