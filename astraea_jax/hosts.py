@@ -14,6 +14,7 @@ from __future__ import annotations
 import secrets
 import socket
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ from astraea_jax.step import Sizes, StepShape
 
 JOIN_S = 120.0
 """How long the first process waits for the others, and they for it."""
+POLL_S = 5e-5
+"""How often the first process asks whether a step has ended."""
+CHECK_S = 0.1
+"""How often it looks whether the others are there while a step takes long."""
 STRANGER_S = 5.0
 """How long it listens to somebody who does not say who they are."""
 TOKEN_BYTES = 16
@@ -159,12 +164,26 @@ class LeadingRunner(Runner):
         return super().launch(shape, batch)
 
     def read(self, step: InFlight) -> list[int]:
+        """As :meth:`Runner.read`. Devices wait for ever for those of a process that has gone, so this looks for it.
+
+        Raises:
+            EngineDead: a follower is gone.
+        """
+        checked = time.monotonic()
+        while not step.done:
+            time.sleep(POLL_S)
+            if time.monotonic() - checked > CHECK_S:
+                self._check()
+                checked = time.monotonic()
         try:
             return super().read(step)
         except Exception:
-            for line in self._lines:  # rather than what the devices say of it
-                line.check()
+            self._check()  # who is gone, rather than what the devices say of it
             raise
+
+    def _check(self) -> None:
+        for line in self._lines:
+            line.check()
 
     def close(self) -> None:
         lines, self._lines = self._lines, ()
