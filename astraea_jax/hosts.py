@@ -196,7 +196,7 @@ def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Me
         max_seqs=config.max_seqs,
         max_step_tokens=config.max_step_tokens,
         max_pages_per_seq=layout.pages_per_seq,
-        kv_dtype=layout.dtype,
+        kv_dtype=layout.kv_dtype,
     )
     if jax.process_count() == 1 or jax.process_index() > 0:
         return Runner(decoder, config.backend(), sizes, mesh=mesh, staging=layout.host.staging)
