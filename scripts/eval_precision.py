@@ -4,8 +4,9 @@ python scripts/eval_precision.py                                   astraea-tiny,
 python scripts/eval_precision.py --model=Qwen3-4B --text=book.txt  another model, on a text
 
 Every token of a text (of the tasks: every token that the model has to write) is predicted from what comes before it,
-through the pages of the reference attention. Reported are the mean Kullback-Leibler divergence from full precision, its 99th percentile, how often the likeliest token is the
-same, and how likely the texts are. For answers instead of predictions there is eval_tiny.py.
+through the pages of the reference attention. Reported are the mean Kullback-Leibler divergence from full precision, its
+99th percentile, how often the likeliest token is the same, and the perplexity of the texts. For answers instead of
+predictions there is eval_tiny.py.
 """
 
 from __future__ import annotations
