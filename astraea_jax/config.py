@@ -252,7 +252,7 @@ def _on_device(dtype: Any, option: str) -> Any:
         narrow = jax.jit(lambda x: x.astype(dtype))(numbers)
         back = np.asarray(jax.jit(lambda x: x.astype(jnp.float32) + 0.0)(narrow))
     except Exception as error:  # the kinds of error differ between compilers
-        back = np.array(str(error) or type(error).__name__)
+        back = np.array((str(error) or type(error).__name__).splitlines()[0])
     if not np.array_equal(back, numbers):
         kind = jax.local_devices()[0].device_kind
         raise StartupError(f"{option}: {kind} cannot compute with {dtype} ({back}); start without --{option}")

@@ -82,6 +82,8 @@ def engine_config() -> EngineConfig:
         "residency",
         "max_context",
         "dtype",
+        "quantize",
+        "kv_dtype",
         "tensor_parallel",
         "data_parallel",
         "coordinator",
