@@ -86,6 +86,8 @@ def texts(tokenizer: Tokenizer) -> Iterator[Text]:
                     len(tokenizer.encode(tokenizer.render(part, schemas, add_generation_prompt=prompt)))
                     for part, prompt in ((chat[:i], True), (chat[: i + 1], False))
                 )
+                while tokens[end - 1] not in tokenizer.eos_ids:  # what the template writes after it, nobody asks for
+                    end -= 1
                 asked[first:end] = [True] * (end - first)
         yield Text(tokens[: FLAGS.length], asked[: FLAGS.length])
 
