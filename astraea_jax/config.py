@@ -18,6 +18,7 @@ from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS, Backend
 from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import check_mesh, mesh_of
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
@@ -34,6 +35,8 @@ HOST_SHARE = 0.5
 GPU_PINNED_BYTES = 60 * 2**30
 """XLA pins at most 64 GiB on a GPU's host unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise."""
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("fp8",)
+"""Those narrower than the activations."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,13 @@ class EngineConfig:
     max_context: int | None = None
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
-    """Of weights and KV. None: float32 on a CPU, bfloat16 elsewhere."""
+    """Of activations, and of weights and KV unless told otherwise. None: float32 on a CPU, bfloat16 elsewhere."""
+    quantize: str | None = None
+    """The layers' weight matrices in eight bits, ``"int8"`` or ``"fp8"``, with a scale for every output channel. None:
+    as they are stored if that is in eight bits, else in ``dtype``."""
+    kv_dtype: str | None = None
+    """``"fp8"`` (float8_e4m3fn, as it is, clipped at 448): twice the tokens of 16 bits in the same memory. None:
+    ``dtype``."""
     tensor_parallel: int = 1
     """Devices that share one copy of the model and its KV."""
     data_parallel: int = 1
@@ -102,12 +111,32 @@ class EngineConfig:
             raise StartupError(f"residency {self.residency!r} is unknown; choose one of {', '.join(STRATEGIES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise StartupError(f"dtype {self.dtype!r} is not served; choose one of {', '.join(DTYPES)}")
+        if self.quantize is not None and self.quantize not in EIGHT_BITS:
+            raise StartupError(f"quantize {self.quantize!r} is not served; choose one of {', '.join(EIGHT_BITS)}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise StartupError(f"kv_dtype {self.kv_dtype!r} is not served; choose one of {', '.join(KV_DTYPES)}")
         if self.attention is not None and self.attention not in BACKENDS:
             raise StartupError(f"attention {self.attention!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
     def weight_dtype(self) -> Any:
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
+
+    def narrow_dtype(self) -> Any:
+        """The eight-bit dtype of the layers' matrices, or None.
+
+        Raises:
+            StartupError: this device cannot compute with it.
+        """
+        return None if self.quantize is None else _on_device(EIGHT_BITS[self.quantize], "quantize")
+
+    def page_dtype(self) -> Any:
+        """Of keys and values.
+
+        Raises:
+            StartupError: this device cannot compute with it.
+        """
+        return self.weight_dtype() if self.kv_dtype is None else _on_device(EIGHT_BITS[self.kv_dtype], "kv_dtype")
 
     def backend(self) -> Backend:
         return BACKENDS[self.attention or "reference"]()
@@ -149,6 +178,8 @@ class Layout:
     """Sizes that follow from an :class:`EngineConfig` and a model."""
 
     dtype: Any
+    """Of activations."""
+    kv_dtype: Any
     num_pages: int
     """Scrap page included."""
     page_bytes: int
@@ -165,9 +196,9 @@ class Layout:
             StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
                 message gives the numbers.
         """
-        dtype = config.weight_dtype()
+        kv_dtype = config.page_dtype()
         budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
-        one = page_bytes(model, config.backend(), config.page_size, dtype, mesh.size)
+        one = page_bytes(model, config.backend(), config.page_size, kv_dtype, mesh.size)
         num_pages = pages_within(budget, one // mesh.size)
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
@@ -176,7 +207,8 @@ class Layout:
         if wanted > held:
             raise StartupError(f"max_context {wanted} exceeds the {held} tokens that the KV pages hold; raise kv_bytes")
         return cls(
-            dtype=dtype,
+            dtype=config.weight_dtype(),
+            kv_dtype=kv_dtype,
             num_pages=num_pages,
             page_bytes=one,
             host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),
@@ -209,6 +241,20 @@ def _host_tier(budget: int | None, page: int, pool: int, copies: int) -> HostTie
             "raise it, or give 0 for no host tier"
         )
     return HostTier(budget // copies // page, staging_pages(pool))
+
+
+def _on_device(dtype: Any, option: str) -> Any:
+    """``dtype``, if this device turns wide numbers into it and back: asked of the device, not of a table."""
+    numbers = np.array([-112, -1, 0, 3, 120], np.float32)  # exact in both
+    try:
+        narrow = jax.jit(lambda x: x.astype(dtype))(numbers)
+        back = np.asarray(jax.jit(lambda x: x.astype(jnp.float32) + 0.0)(narrow))
+    except Exception as error:  # the kinds of error differ between compilers
+        back = np.array((str(error) or type(error).__name__).splitlines()[0])
+    if not np.array_equal(back, numbers):
+        kind = jax.local_devices()[0].device_kind
+        raise StartupError(f"{option}: {kind} cannot compute with {dtype} ({back}); start without --{option}")
+    return dtype
 
 
 def staging_pages(pool: int) -> int:

@@ -285,7 +285,7 @@ def _sizes(config: EngineConfig, layout: Layout) -> Sizes:
         max_seqs=config.max_seqs,
         max_step_tokens=config.max_step_tokens,
         max_pages_per_seq=layout.pages_per_seq,
-        kv_dtype=layout.dtype,
+        kv_dtype=layout.kv_dtype,
     )
 
 

@@ -32,7 +32,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     """
     folder = resolve(model)
     meshes = config.meshes(ModelConfig.from_hf(read_json(folder / "config.json")))
-    decoder = load(folder, config.weight_dtype(), meshes[0], progress=progress)
+    decoder = load(folder, config.weight_dtype(), meshes[0], narrow=config.narrow_dtype(), progress=progress)
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
 
 
@@ -45,5 +45,5 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
     if shape not in PUBLISHED:
         raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
     meshes = config.meshes(PUBLISHED[shape])
-    decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0])
+    decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], narrow=config.narrow_dtype())
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)

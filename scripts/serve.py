@@ -26,11 +26,12 @@ import time
 from absl import app, flags, logging
 
 from astraea_jax import hosts, replicas
-from astraea_jax.config import DTYPES, EngineConfig
+from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
 from astraea_jax.errors import EngineDead, StartupError
 from astraea_jax.loading import load_model, random_model
 from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.replicas import Serving
 from astraea_jax.rpc.server import Server
@@ -59,6 +60,8 @@ flags.DEFINE_integer(
 flags.DEFINE_enum("residency", None, list(STRATEGIES), "What becomes of KV while a program waits; by default adaptive.")
 flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.", 1)
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
+flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits; by default as --dtype says.")
 flags.DEFINE_integer("tensor_parallel", DEFAULT.tensor_parallel, "Devices that share one copy of the model.", 1)
 flags.DEFINE_integer("data_parallel", DEFAULT.data_parallel, "Copies of the model, each on devices of its own.", 1)
 flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
@@ -79,6 +82,8 @@ def engine_config() -> EngineConfig:
         "residency",
         "max_context",
         "dtype",
+        "quantize",
+        "kv_dtype",
         "tensor_parallel",
         "data_parallel",
         "policy",

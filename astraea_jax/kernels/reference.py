@@ -2,7 +2,8 @@
 
 Pages of one layer are ``[P, 2, K, S, H]``: P pages of S tokens, keys (0) and values (1) apart, heads outermost, so that
 the tokens of one head lie together and a page is one contiguous piece. Page 0 is scrap: padding tokens are written
-there and nobody reads them.
+there and nobody reads them. Pages of bfloat16 and float8 are kept as whole numbers of the same bits, since XLA's CPU
+compiler widens a whole pool to write a few such numbers into it.
 
 Work is proportional to the contexts in the batch, not to the longest context times the batch: queries are cut into
 tiles, tiles are sorted by the number of pages they read, and a flash-attention loop (online softmax, arXiv 2205.14135)
@@ -22,7 +23,9 @@ BLOCK_TOKENS = 128
 """Context tokens per turn of the loop."""
 CHUNK_TILES = 16
 """Query tiles per turn of the loop."""
-
+BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
+"""Dtype of keys and values -> dtype of the pages that hold their bits."""
+FLOATS = {bits: dtype for dtype, bits in BITS.items()}
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 """Of the loop: block, chunk, highest score, sum of weights, weighted values."""
@@ -38,6 +41,10 @@ class Reference:
         """``(2, K, S, H)``."""
         return (2, kv_heads, page_size, head_dim)
 
+    def page_dtype(self, dtype: Any) -> Any:
+        """Whole numbers for :data:`BITS`."""
+        return BITS.get(jnp.dtype(dtype), jnp.dtype(dtype))
+
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
@@ -47,10 +54,20 @@ class Reference:
 
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
-    """Store ``k, v [T, K, H]`` at flat token slots ``[T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``."""
+    """Store ``k, v [T, K, H]`` at flat token slots ``[T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``.
+
+    Float8 has no infinity: what is beyond its largest number becomes that number, or else it would be NaN.
+    """
     _, _, heads, s, h = pages.shape
     head = (slots // s)[:, None] * (2 * heads) + jnp.arange(2 * heads)  # [T, 2K], of all heads of all pages
-    kv = jnp.concatenate([k, v], axis=1).astype(pages.dtype)
+    kv = jnp.concatenate([k, v], axis=1)
+    dtype = FLOATS.get(pages.dtype, pages.dtype)
+    if dtype == jnp.float8_e4m3fn:
+        largest = float(jnp.finfo(dtype).max)
+        kv = jnp.clip(kv, -largest, largest)
+    kv = kv.astype(dtype)
+    if pages.dtype != dtype:
+        kv = jax.lax.bitcast_convert_type(kv, pages.dtype)
     return pages.reshape(-1, h).at[head * s + (slots % s)[:, None]].set(kv).reshape(pages.shape)
 
 
@@ -160,7 +177,10 @@ def _flash_loop(q: jax.Array, pages: jax.Array, table: jax.Array, q_pos: jax.Arr
 def _heads(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """Tokens ``[C, K, B * S, H]`` of the heads ``ids [C, K, B]``, counted over all pages."""
     *_, s, h = pages.shape
-    return pages.reshape(-1, s * h)[ids].reshape(*ids.shape[:2], -1, h).astype(jnp.float32)
+    tokens = pages.reshape(-1, s * h)[ids].reshape(*ids.shape[:2], -1, h)
+    if pages.dtype in FLOATS:
+        tokens = jax.lax.bitcast_convert_type(tokens, FLOATS[pages.dtype])
+    return tokens.astype(jnp.float32)
 
 
 def _scores_of_many(q: jax.Array, k: jax.Array) -> jax.Array:
