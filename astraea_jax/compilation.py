@@ -18,7 +18,8 @@ from jax.stages import Compiled, Lowered
 from astraea_jax.errors import StartupError
 
 STACK_BYTES = 64 * 2**20
-"""Of a compiling thread: XLA recurses over the graph, and the usual 8 MiB do not hold models of many layers."""
+"""Of a compiling thread. XLA for TPUs overflows the usual 8 MiB on large models, which is why tpu-inference takes as
+much (its ``compilation_manager.py``); on a CPU we have not seen it. Memory that is not used is not taken."""
 
 K = TypeVar("K")
 
@@ -65,12 +66,12 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def use_cache(folder: str | None) -> None:
-    """Have JAX keep what it compiles in ``folder``, and look there first. None: leave JAX as it is configured.
+    """Have JAX keep what it compiles in ``folder``, and look there first. None or empty: leave JAX as it is configured.
 
     Raises:
         StartupError: the folder cannot be written, or anybody may write to it: what lies there is run as machine code.
     """
-    if folder is None:
+    if not folder:
         return
     path = Path(folder).expanduser()
     try:

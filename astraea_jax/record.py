@@ -46,7 +46,8 @@ class Section:
     def table(self) -> Table:
         table = Table(title=self.title, title_justify="left")
         for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i < self.named else "right", no_wrap=True)
+            last = i == len(self.columns) - 1
+            table.add_column(name, justify="left" if i < self.named else "right", no_wrap=not last)
         for row in self.rows:
             table.add_row(*row)
         return table

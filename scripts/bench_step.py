@@ -216,7 +216,12 @@ def sections(engine: Engine, f: Figures, rival: float | None) -> list[Section]:
             "",
             f"device idle before {f.starved_share:.1%} of steps",
         ),
-        ("start-up", f"{f.compile_s:.1f} s", "", f"{engine.executables} executables compiled, or read from the cache"),
+        (
+            "start-up: compile",
+            f"{f.compile_s:.1f} s",
+            "",
+            f"{engine.executables} executables, cached ones included",
+        ),
     ]
     if rival is not None:
         ratio = f"we are {f.decode_tokens_s / rival:.1f}x"

@@ -34,11 +34,6 @@ class Load:
     def first(self, count: int) -> Load:
         return Load(self.prompts[:count], self.outputs[:count])
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest context."""
-        return max(len(prompt) + output for prompt, output in zip(self.prompts, self.outputs))
-
     def decode_steps(self, max_seqs: int) -> int:
         """The fewest steps that can decode it. The first token of each output comes from its prefill."""
         return max(-(-sum(n - 1 for n in self.outputs) // max_seqs), max(self.outputs) - 1)
