@@ -107,13 +107,18 @@ class Environment:
         )
 
 
-def define_flags(name: str) -> None:
+def define_flags(name: str, values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of every benchmark; call it once, where the script defines its own."""
     inside = ROOT / "benchmarks"
     default = str(inside / "records" / f"{name}.jsonl") if inside.is_dir() else None
-    flags.DEFINE_string("json", default, "File that gets one line of JSON per run; empty: none.")
-    flags.DEFINE_bool("record", False, f"Also write the tables to benchmarks/RESULTS.md, under {HEADING[3:]}.")
-    flags.DEFINE_string("revision", None, "Names the code where git cannot.")
+    flags.DEFINE_string("json", default, "File that gets one line of JSON per run; empty: none.", flag_values=values)
+    flags.DEFINE_bool(
+        "record", False, f"Also write the tables to benchmarks/RESULTS.md, under {HEADING[3:]}.", flag_values=values
+    )
+    flags.register_validator(
+        "record", lambda on: not on or inside.is_dir(), f"there is no {inside} to write to", flag_values=values
+    )
+    flags.DEFINE_string("revision", None, "Names the code where git cannot.", flag_values=values)
 
 
 def publish(

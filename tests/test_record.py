@@ -25,9 +25,7 @@ def recording(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "RESULTS.md").write_text("# Results\n")
-    flags.DEFINE_string("json", None, "", flag_values=values)
-    flags.DEFINE_bool("record", False, "", flag_values=values)
-    flags.DEFINE_string("revision", None, "", flag_values=values)
+    record.define_flags("bench", values)
     return values
 
 
@@ -59,11 +57,22 @@ def test_record_writes_the_tables_down(recording, tmp_path):
     recording(["bench", "--record", "--revision=r1"])
     for _ in range(2):
         publish("bench_step", [TABLE], {}, FLOORS, console=Console(quiet=True))
+    assert len((tmp_path / "benchmarks" / "records" / "bench.jsonl").read_text().splitlines()) == 2
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert text.count(HEADING) == 1
     assert text.count("### bench_step, ") == 2
     assert "| decode \\| alone | 1.5 ms |" in text
     assert "| --- | ---: |" in text
+
+
+def test_what_is_no_checkout_has_nothing_to_record_in(recording, monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "ROOT", tmp_path / "site-packages")
+    values = flags.FlagValues()
+    record.define_flags("bench", values)
+    with pytest.raises(flags.IllegalFlagValueError, match="to write to"):
+        values(["bench", "--record"])
+    values(["bench", "--norecord"])
+    assert values.json is None
 
 
 def test_an_entry_goes_to_the_end_of_its_part():
