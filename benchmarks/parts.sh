@@ -21,6 +21,10 @@ for argument; do
 done
 mkdir -p "$out" || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+"$python" -P -c 'from importlib.util import find_spec as f; import sys; sys.exit(f("astraea_jax") is None)' || {
+  echo "$python has no astraea_jax: pip install -e . there, or name another interpreter in \$PYTHON" >&2
+  exit 2
+}
 # What one part has compiled, the others and the next run find.
 export JAX_COMPILATION_CACHE_DIR=$PWD/out/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 

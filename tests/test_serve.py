@@ -57,7 +57,7 @@ def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = serve_fails(f"--model={random_folder}", f"--port={taken.getsockname()[1]}")
     assert "choose another --port" in said
-    assert "compile" not in said
+    assert "executables" not in said
 
 
 def test_a_default_cache_that_cannot_be_used_is_done_without(serve_fails, monkeypatch, tmp_path):
