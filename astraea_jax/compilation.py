@@ -88,7 +88,7 @@ def use_cache(folder: str | None) -> None:
             f"the compile cache {path} may be written by everybody, and what lies there is run: "
             "chmod o-w it, or give another folder"
         )
-    if jax.config.jax_compilation_cache_dir != str(path):
+    if jax.config.jax_compilation_cache_dir != str(path):  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # JAX opens its cache once
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small models compile in less than its second

@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
-import jaxlib
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -92,7 +91,7 @@ class Environment:
             processors=os.cpu_count() or 1,
             python=platform.python_version(),
             jax=jax.__version__,
-            jaxlib=jaxlib.__version__,
+            jaxlib=_version("jaxlib"),
             astraea_jax=_version("astraea-jax"),
             revision=flags.FLAGS.revision or revision or "unknown",
             dirty=dirty,

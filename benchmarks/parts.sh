@@ -2,9 +2,9 @@
 #
 #   [--tiny] [--model=SHAPE] [--revision=TEXT] [OUT]
 #
-# --tiny: smallest sizes on whatever device there is, to try the scripts. --revision names the code where there is no
-# git. OUT gets a log per part and records.jsonl; by default $OUT, or else out/bench. $PYTHON is the interpreter, by
-# default .venv's.
+# --tiny: smallest sizes on whatever device there is, to try the scripts; ten minutes for each part. --revision names
+# the code where there is no git. OUT gets a log per part and records.jsonl; by default $OUT, or else out/bench.
+# $PYTHON is the interpreter, by default .venv's.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tiny='' revision=() out=${OUT:-out/bench}
 for argument; do
   case $argument in
-    --tiny) tiny=yes ;;
+    --tiny) tiny=600 ;;
     --model=*) model=${argument#*=} ;;
     --revision=*) revision=("$argument") ;;
     -*) echo "unknown option $argument; there are --tiny, --model=SHAPE and --revision=TEXT" >&2; exit 2 ;;
@@ -44,7 +44,7 @@ names=() statuses=() seconds=() failed=0
 
 # part NAME SECONDS SCRIPT FLAGS...: run it, show its output and keep it.
 part() {
-  local name=$1 limit=$2 script=$3 began=$SECONDS status
+  local name=$1 limit=${tiny:-$2} script=$3 began=$SECONDS status
   shift 3
   echo "== $name"
   timeout --kill-after=10 "$limit" "$python" "scripts/$script" "$@" --json="$out/records.jsonl" "${revision[@]}" \
