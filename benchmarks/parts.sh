@@ -29,6 +29,7 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 export JAX_COMPILATION_CACHE_DIR=$PWD/out/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 if [ "$tiny" ]; then
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"  # sooner compiled; nobody looks at the figures
   serving=(--prompts=8 --input=32 --output=16 --max_seqs=8 --max_step_tokens=64 --load=0.5)
   step=(--batch=4 --context=16 --steps=8 --prefill=32)
   offload=(--lengths=64,128 --batch=4 --context=16 --steps=8 --repeats=1 --chunk=64)
