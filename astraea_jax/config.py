@@ -78,6 +78,8 @@ class EngineConfig:
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
+    compile_cache: str | None = None
+    """Folder where compiled steps are kept for later starts. None: as JAX is configured, by default nowhere."""
     max_queued: int = 1024
     """Requests that may wait; beyond that they are refused."""
     max_programs: int = 8192

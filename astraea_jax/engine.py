@@ -21,6 +21,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import HostStore
+from astraea_jax.compilation import use_cache
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
@@ -93,6 +94,7 @@ class Engine:
         self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None, mesh: Mesh | None = None
     ):
         self.config = config or EngineConfig()
+        use_cache(self.config.compile_cache)
         if mesh is None:
             if self.config.data_parallel > 1:
                 raise StartupError(
@@ -157,13 +159,18 @@ class Engine:
         return cls(model.decoder, model.tokenizer, config, model.meshes[0] if len(model.meshes) == 1 else None)
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compile every step, then start the loop. ``progress(done, total)`` counts compiled steps."""
+        """Compile every step, then start the loop. ``progress(done, total)`` counts executables."""
         self._runner.compile(progress)
         gc.collect()
         gc.freeze()  # what is loaded by now stays: collections while serving need not look through it
         self._refusing = None
         self.live = True
         self._thread.start()
+
+    @property
+    def executables(self) -> int:
+        """How many programs of the device :meth:`start` has compiled."""
+        return self._runner.executables
 
     # -- called from any thread ------------------------------------------------------------------------------
 

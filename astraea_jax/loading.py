@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from astraea_jax.compilation import use_cache
 from astraea_jax.config import EngineConfig
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
@@ -30,6 +31,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     Raises:
         CheckpointError, StartupError: it cannot be served here.
     """
+    use_cache(config.compile_cache)
     folder = resolve(model)
     meshes = config.meshes(ModelConfig.from_hf(read_json(folder / "config.json")))
     decoder = load(folder, config.weight_dtype(), meshes[0], narrow=config.narrow_dtype(), progress=progress)
@@ -44,6 +46,7 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
     """
     if shape not in PUBLISHED:
         raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
+    use_cache(config.compile_cache)
     meshes = config.meshes(PUBLISHED[shape])
     decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], narrow=config.narrow_dtype())
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.cache.host import NOWHERE, PINNED, block_sharding, block_sizes
 from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
+from astraea_jax.compilation import compile_all
 from astraea_jax.kernels import Backend
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
@@ -80,27 +80,7 @@ class Runner:
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
-        """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
-        self._compile_transfers()
-        shapes = self.shapes
-
-        def build(shape: StepShape) -> Any:
-            return self._step.jitted(shape).lower(*self._step.arguments(shape)).compile()
-
-        lowered = 0
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for shape, compiled in zip(shapes, pool.map(build, shapes), strict=True):
-                self._compiled[shape] = compiled
-                lowered += 1
-                progress(lowered, len(shapes))
-        self._meet()
-        for shape in shapes:
-            self.launch(shape, self._empty_batch(shape)).block_until_ready()
-
-    def _meet(self) -> None:
-        """All who share the arrays have compiled: what they run together does not wait long for any of them."""
-
-    def _compile_transfers(self) -> None:
+        """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""
         pages, ids_sharding = jax.tree.map(lambda layer: layer.sharding, self._step.pages), self._step.whole
         gather = jax.jit(gather_pages, in_shardings=(pages, ids_sharding), out_shardings=self.block_sharding)
         scatter = jax.jit(
@@ -109,13 +89,33 @@ class Runner:
             out_shardings=pages,
             donate_argnums=0,
         )
+        lowerings: dict[tuple[str, Any], Callable[[], Any]] = {}
+        for shape in self.shapes:
+            lowerings["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
         for size in self._blocks:
             ids = np.zeros(size, np.int32)
-            self._gathers[size] = gather.lower(self._pages, ids).compile()
+            block = jax.eval_shape(gather_pages, self._step.pages, ids)
+            lowerings["gather", size] = partial(gather.lower, self._step.pages, ids)
+            lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
+        compiled = compile_all(lowerings, progress)
+        self._compiled = {shape: compiled["step", shape] for shape in self.shapes}
+        self._gathers = {size: compiled["gather", size] for size in self._blocks}
+        self._scatters = {size: compiled["scatter", size] for size in self._blocks}
+        self._meet()
+        for shape in self.shapes:
+            self.launch(shape, self._empty_batch(shape)).block_until_ready()
+        for size in self._blocks:
             there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
             block = self.put(there, self.block_sharding)  # over several processes copies are compiled, too
-            self._scatters[size] = scatter.lower(self._pages, block, ids).compile()
             self.scatter(block, np.full(size, NOWHERE, np.int32))
+
+    def _meet(self) -> None:
+        """All who share the arrays have compiled: what they run together does not wait long for any of them."""
+
+    @property
+    def executables(self) -> int:
+        """How many programs of the device have been compiled."""
+        return len(self._compiled) + len(self._gathers) + len(self._scatters)
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
         """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""

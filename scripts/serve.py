@@ -23,9 +23,11 @@ import signal
 import sys
 import time
 
+import jax
 from absl import app, flags, logging
 
 from astraea_jax import hosts, replicas
+from astraea_jax.compilation import default_cache, use_cache
 from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
 from astraea_jax.errors import EngineDead, StartupError
 from astraea_jax.loading import load_model, random_model
@@ -68,6 +70,12 @@ flags.DEFINE_string("coordinator", None, "host:port of the first of several proc
 flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
 flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
 flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
+flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Folder where compiled steps are kept for later starts; by default what JAX is configured for, or else "
+    "astraea_jax/compiled in the user's cache folder; empty: none.",
+)
 flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
 flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
 
@@ -89,7 +97,26 @@ def engine_config() -> EngineConfig:
         "policy",
         "max_queued",
     )
-    return EngineConfig(**{name: getattr(FLAGS, name) for name in names})
+    return EngineConfig(**{name: getattr(FLAGS, name) for name in names}, compile_cache=compile_cache())
+
+
+def compile_cache() -> str | None:
+    """The folder for compiled steps, announced. A default that cannot be used is done without, and said."""
+    if FLAGS.compile_cache is not None:
+        if not FLAGS.compile_cache:
+            jax.config.update("jax_enable_compilation_cache", False)
+        say(f"compile cache: {FLAGS.compile_cache or 'none'}")
+        return FLAGS.compile_cache or None
+    if jax.config.jax_compilation_cache_dir:
+        say(f"compile cache: {jax.config.jax_compilation_cache_dir}, as JAX is configured")
+        return None
+    try:
+        use_cache(default_cache())
+    except StartupError as error:
+        say(f"warning: {error}; every start compiles everything")
+        return None
+    say(f"compile cache: {default_cache()}")
+    return default_cache()
 
 
 def load_engine(display: StartupDisplay) -> Serving:

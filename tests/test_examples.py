@@ -56,7 +56,7 @@ def test_the_demo_draws_its_picture(tmp_path):
 
 
 def test_the_step_benchmark_prints_its_floors():
-    sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32")
+    sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--json=")
     out = run("scripts/bench_step.py", *sizes, environment=QUICK)
     for word in ("decode step", "prefill of 32", "host work per step", "read", "matmul"):
         assert word in out
@@ -65,7 +65,7 @@ def test_the_step_benchmark_prints_its_floors():
 def test_the_offload_benchmark_compares_with_plain_copies(tmp_path):
     picture = tmp_path / "offload.png"
     sizes = ("--lengths=64,128", "--batch=4", "--context=16", "--steps=8", "--repeats=1", "--chunk=64")
-    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}", environment=QUICK)
+    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}", "--json=", environment=QUICK)
     for word in ("offload", "restore", "while KV moves", "from the host", "computed again"):
         assert word in out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -84,7 +84,7 @@ def test_the_study_of_completion_times_writes_its_rows_and_pictures(tmp_path):
         ),
     )
     assert "claude-code, KV host, 2x oversubscribed" in out
-    rows = json.loads(table.read_text())["rows"]
+    rows = json.loads(table.read_text())["figures"]["rows"]
     assert [(r["policy"], r["oversubscription"]) for r in rows] == [
         (policy, factor) for factor in (0.5, 2.0) for policy in ("fcfs", "astraea")
     ]
@@ -120,12 +120,14 @@ def test_the_replay_compares_engine_and_simulator(tmp_path):
         f"--json={table}",
         environment=QUICK,
     )
-    real, simulated = json.loads(table.read_text())["rows"]
+    real, simulated = json.loads(table.read_text())["figures"]["rows"]
     assert (real["policy"], simulated["policy"]) == ("astraea", "astraea simulated")
     assert real["programs"] == simulated["programs"] == 6
     assert 0 < real["mean_jct_s"] < 60
 
 
 def test_the_scheduler_benchmark_prints_a_curve():
-    out = run("scripts/bench_scheduler.py", "--policies=astraea", "--waiting=100,200", "--running=16", "--steps=20")
+    out = run(
+        "scripts/bench_scheduler.py", "--policies=astraea", "--waiting=100,200", "--running=16", "--steps=20", "--json="
+    )
     assert "200 waiting" in out

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"models", "scheduler", "kernels", "tool_types"},
-    {"cache", "sampling", "tools", "tool_calls"},
-    {"step"},
+    {"compilation", "models", "scheduler", "kernels", "tool_types"},
+    {"cache", "roofline", "sampling", "tools", "tool_calls"},
+    {"record", "step"},
     {"config", "generation"},
     {"loading", "runner"},
     {"hosts"},
