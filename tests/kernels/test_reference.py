@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.kernels.reference import attention, write_kv
+from astraea_jax.kernels.reference import Reference, attention, write_kv
 
 TOKENS, ROWS, HEAD = 64, 8, 16
 attend = jax.jit(attention, static_argnames="q_tile")
@@ -87,3 +87,16 @@ def test_written_keys_and_values_are_apart_at_their_slots():
         assert (pages[page, 0, :, offset] == [[1], [3]]).all()
         assert (pages[page, 1, :, offset] == 2).all()
     assert pages.sum() == 2 * pages[1, :, :, 1].sum()
+
+
+def test_float8_pages_clip_what_they_cannot_hold_and_are_read_as_written():
+    """As whole numbers of the same bits, which is how the backend keeps them, and as float8."""
+    k = jnp.array([1e4, -500.0, 448.0, 0.3, 2.0**-9, 0.0, -3.3, 17.0], jnp.float32).repeat(2).reshape(1, 1, 16)
+    kept = np.array([448, -448, 448, 0.3125, 2.0**-9, 0, -3.25, 16], np.float32).repeat(2)
+    table, lens, cu = jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.array([0, 1])
+    for dtype in (Reference().page_dtype("float8_e4m3fn"), jnp.dtype("float8_e4m3fn")):
+        assert dtype.itemsize == 1
+        pages = write_kv(jnp.zeros((2, 2, 1, 4, HEAD), dtype), k, k, jnp.array([4]))
+        np.testing.assert_array_equal(attend(k, pages, table, lens, cu, q_tile=1)[0, 0], kept)
+    nan = write_kv(jnp.zeros((2, 2, 1, 4, HEAD), dtype), k, k * jnp.nan, jnp.array([4]))
+    assert jnp.isnan(attend(k, nan, table, lens, cu, q_tile=1)).all()

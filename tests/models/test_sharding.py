@@ -94,3 +94,15 @@ def test_every_name_of_the_rules_is_a_parameter():
         for path, _ in nnx.to_flat_state(nnx.state(abstract_decoder(config, jnp.float32, mesh_of(jax.devices()[:1])))):
             names.add(".".join(map(str, path[2:] if path[0] == "layers" else path)))
     assert set(AXES) == {name for name in names if not name.endswith("scale")}
+
+
+def test_scales_go_with_their_output_channels():
+    """Shapes as in ``models/decoder.py``: of every matrix the output axes, which come last."""
+    mesh = mesh_of(jax.devices()[:2])
+    for name, shape, divided in (
+        (("attention", "qkv_scale"), (4, 3, 16), ("tp",)),
+        (("attention", "o_scale"), (64,), ()),
+        (("mlp", "gate_up_scale"), (2, 48), (None, "tp")),
+        (("mlp", "down_scale"), (64,), ()),
+    ):
+        assert spec(("layers", 0, *name), shape, mesh) == jax.sharding.PartitionSpec(*divided), name
