@@ -34,7 +34,7 @@ from rich.table import Table
 
 from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
-from astraea_jax.runner import PREFILL_TILE
+from astraea_jax.step import PREFILL_TILE
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("backends", ["triton", "cudnn", "flashinfer", "gather", "reference"], "What to measure.")
@@ -112,7 +112,7 @@ def cases() -> list[Case]:
         return default if given is None else [int(n) for n in given if n]
 
     batches = numbers(FLAGS.batches, [1, 16, 64, 256] if gpu else [1, 4])
-    contexts = numbers(FLAGS.contexts, [1024, 8192, 32768] if gpu else [64, 256])
+    contexts = numbers(FLAGS.contexts, [1024, 8192, 32768] if gpu else [64])
     chunks = numbers(FLAGS.chunks, [512, 2048, 8192] if gpu else [32])
     made = [Case("decode", f"{b} x {c}", (1,) * b, (c - 1,) * b) for b in batches for c in contexts]
     made += [Case("prefill", f"{n} after {past}", (n,), (past,)) for n in chunks for past in (0, max(contexts))]

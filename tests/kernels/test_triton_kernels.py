@@ -28,8 +28,8 @@ def interpreted():
     return Interpreted
 
 
-@settings(deadline=None, max_examples=25)
-@given(case=ragged(long=300), variant=VARIANTS)
+@settings(deadline=None, max_examples=12)
+@given(case=ragged(long=200), variant=VARIANTS)
 def test_matches_numpy(interpreted, case, variant):
     got = case.attend(interpreted(*variant))
     case.check(got, case.expected(*variant), rtol=1e-4, atol=1e-5)
@@ -48,17 +48,20 @@ def test_page_sizes(interpreted, size):
     case.check(case.attend(interpreted()), case.expected(), rtol=1e-4, atol=1e-5)
 
 
-def test_float8_pages_hold_what_their_scale_brings_into_range(interpreted):
+def test_float8_pages_are_scaled(interpreted):
+    """With numbers that float8 holds exactly: the interpreter, unlike a GPU, loses carries when it rounds to it."""
+    k_scale, v_scale, fp8 = 0.5, 0.25, jnp.float8_e4m3fn
     case = Ragged.make(16, 2, 2, 32, [1, 5, 1], [40, 3, 0], seed=1)
-    scaled = interpreted(k_scale=0.5, v_scale=0.25)
-    fp8 = jnp.float8_e4m3fn
-    scale = np.array([0.5, 0.25], np.float32)[:, None, None, None]
-    stored = Ragged(case.q, case.k, case.v, case.pages / scale, case.batch, case.q_tile)
-    out, pages = stored.attend(scaled, jnp.float16, fp8)
-    exact, written = case.expected()
-    rounded = np.asarray(jnp.asarray(written / scale, fp8), np.float32)
-    np.testing.assert_allclose(pages[1:], rounded[1:], rtol=0.13)  # the interpreter rounds some of them the other way
-    np.testing.assert_allclose(out[: case.batch.cu_q_lens[-1]], exact[: case.batch.cu_q_lens[-1]], atol=0.2)
+    scale = np.array([k_scale, v_scale], np.float32)[:, None, None, None]
+
+    def exact(x: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
+        return (x / scale).astype(fp8).astype(np.float32) * scale
+
+    changes = {"k": exact(case.k, k_scale), "v": exact(case.v, v_scale), "pages": exact(case.pages, scale)}
+    case = dataclasses.replace(case, **changes)
+    divided = dataclasses.replace(case, pages=case.pages / scale)
+    out, pages = divided.attend(interpreted(k_scale=k_scale, v_scale=v_scale), jnp.float16, fp8)
+    case.check((out, pages * scale), case.expected(), rtol=1e-2, atol=1e-2)
 
 
 async def test_the_engine_generates_what_dense_attention_does(interpreted, make_engine, greedy, monkeypatch):
@@ -66,6 +69,6 @@ async def test_the_engine_generates_what_dense_attention_does(interpreted, make_
     sizes = EngineConfig(max_seqs=2, max_step_tokens=24, page_size=8, kv_bytes=2**20, max_context=64, dtype="float32")
     engine = make_engine(dataclasses.replace(sizes, attention="interpreted"))
     prompts = [list(range(40, 71)), list(range(90, 95))]
-    streams = [engine.generate(prompt, SamplingParams(max_tokens=5, ignore_eos=True)) for prompt in prompts]
+    streams = [engine.generate(prompt, SamplingParams(max_tokens=4, ignore_eos=True)) for prompt in prompts]
     for prompt, stream in zip(prompts, streams, strict=True):
-        assert [token async for delta in stream for token in delta.token_ids] == greedy(prompt, 5)
+        assert [token async for delta in stream for token in delta.token_ids] == greedy(prompt, 4)
