@@ -1,8 +1,8 @@
 """Attention backends against each other, and against what this machine can do at best.
 
 One line per shape of a step and backend: time of one layer, writing of keys and values included; its share of the
-floor, which is the time to read the context once at the bandwidth of a copy, or to compute the scores and sums at the
-rate of a matrix product, both measured here; and the largest error against the reference in float32.
+floor, which is the time to read the context once, or to compute the scores and sums at the rate of a matrix product,
+both measured here; and the largest error against the reference in float32.
 
   python scripts/bench_attention.py                     Llama-3.1-8B's heads on a GPU; a few tiny shapes on a CPU
   python scripts/bench_attention.py --batches=64 --contexts=2048,8192 --chunks= --page_size=64 --json=out/attention.json
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from rich.table import Table
 
 from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
+from astraea_jax.roofline import Floors, best_seconds
 from astraea_jax.step import PREFILL_TILE
 
 FLAGS = flags.FLAGS
@@ -49,7 +49,7 @@ flags.DEFINE_string("dtype", None, "Of queries, keys and values; by default bflo
 flags.DEFINE_string("kv_dtype", None, "Of pages; by default the same.")
 flags.DEFINE_integer("layers", 8, "Pools that a step goes through, so that no cache holds them; fewer if large.", 1)
 flags.DEFINE_integer("pool_bytes", 48 * 2**30, "Device memory for all pools; what needs more is passed over.", 1)
-flags.DEFINE_integer("repeats", 5, "Measurements; the median counts.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Measurements of a few steps; the shortest counts.", lower_bound=1)
 flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 console = Console()
@@ -201,6 +201,11 @@ def attend_of(name: str, case: Case) -> Attend:
     return flashinfer_attend() if name == "flashinfer" else {"gather": gather_attend, "cudnn": cudnn_attend}[name]
 
 
+def bits_of(name: str) -> Any:
+    """Dtype of the array in which a backend's pages lie."""
+    return BACKENDS[name]().page_dtype(np.dtype(FLAGS.kv_dtype))
+
+
 def make_pool(name: str, case: Case, seed: int) -> Pool:
     """Random pages of one layer, page 0 scrap, in the form of a backend."""
     shape = (case.pages(FLAGS.page_size) + 1, 2, FLAGS.kv_heads, FLAGS.page_size, FLAGS.head_dim)
@@ -209,7 +214,9 @@ def make_pool(name: str, case: Case, seed: int) -> Pool:
     def make(key: jax.Array) -> Pool:
         some = jax.random.normal(key, (min(shape[0], 1024), *shape[1:])).astype(FLAGS.kv_dtype)
         pages = jnp.tile(some, (-(-shape[0] // len(some)), 1, 1, 1, 1))[: shape[0]]
-        return tuple(jnp.moveaxis(pages, (1, 2), (0, 3))) if name == "flashinfer" else pages
+        if name == "flashinfer":
+            return tuple(jnp.moveaxis(pages, (1, 2), (0, 3)))
+        return pages.view(bits_of(name)) if name in BACKENDS else pages
 
     return jax.block_until_ready(make(jax.random.key(seed)))
 
@@ -253,22 +260,6 @@ def expected(case: Case, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.asarray(out)
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    """Median time of a step that has been compiled and run, of some that are long enough to tell."""
-    jax.block_until_ready(step())
-    began = time.perf_counter()
-    jax.block_until_ready(step())
-    count = max(1, round(0.02 / (time.perf_counter() - began)))
-    times = []
-    for _ in range(FLAGS.repeats):
-        began = time.perf_counter()
-        for _ in range(count):
-            out = step()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / count)
-    return sorted(times)[len(times) // 2]
-
-
 def measure(name: str, case: Case, batch: Batch, truth: tuple[np.ndarray, np.ndarray], floor: float) -> Figure:
     """One backend on one shape, in a step of a few layers that donates their pools."""
     attend = attend_of(name, case)
@@ -296,23 +287,12 @@ def measure(name: str, case: Case, batch: Batch, truth: tuple[np.ndarray, np.nda
         pools, last, _ = step(pools, q)
         return last
 
-    ms = 1e3 * seconds(again) / layers
+    ms = 1e3 * best_seconds(again, FLAGS.repeats) / layers
     return Figure(case.kind, case.name, name, ms, 1e3 * floor, error, layers)
 
 
-def floors() -> tuple[float, float]:
-    """Bytes per second of a copy (read and written), and operations per second of a matrix product, of this device."""
-    small = jax.default_backend() == "cpu"
-    x = jnp.zeros((1 << 24) if small else (1 << 29), jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    n = 1024 if small else 8192
-    a = jnp.ones((n, n), FLAGS.dtype)
-    product = jax.jit(lambda a: a @ a)
-    return 2 * x.nbytes / seconds(lambda: copy(x)), 2 * n**3 / seconds(lambda: product(a))
-
-
-def show(figures: Sequence[Figure], bandwidth: float, rate: float) -> None:
-    table = Table(title=f"attention of one layer; copy {bandwidth / 1e9:.0f} GB/s, product {rate / 1e12:.2f} TFLOP/s")
+def show(figures: Sequence[Figure], floors: Floors) -> None:
+    table = Table(title=f"attention of one layer; {floors}")
     for column in ("step", "shape", "backend", "ms", "of the floor", "error", "pools"):
         table.add_column(column, justify="left" if column in ("step", "shape", "backend") else "right")
     last = None
@@ -335,7 +315,7 @@ def main(_: list[str]) -> None:
     itemsize, kv_itemsize = np.dtype(FLAGS.dtype).itemsize, np.dtype(FLAGS.kv_dtype).itemsize
     device = jax.devices()[0].device_kind
     console.print(f"{device}, jax {jax.__version__}, {FLAGS.dtype}, pages of {FLAGS.page_size} in {FLAGS.kv_dtype}")
-    bandwidth, rate = floors()
+    floors = Floors.measure(FLAGS.dtype)
     figures: list[Figure] = []
     for case in cases():
         page = 2 * FLAGS.page_size * FLAGS.kv_heads * FLAGS.head_dim * kv_itemsize
@@ -344,7 +324,7 @@ def main(_: list[str]) -> None:
             continue
         batch = make_batch(case, 0)
         truth = expected(case, batch)
-        floor = max(case.bytes(itemsize, kv_itemsize) / bandwidth, case.flops() / rate)
+        floor = max(floors.read_s(case.bytes(itemsize, kv_itemsize)), floors.matmul_s(case.flops()))
         for name in FLAGS.backends:
             try:
                 figures.append(measure(name, case, batch, truth, floor))
@@ -352,13 +332,13 @@ def main(_: list[str]) -> None:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
                 figures.append(Figure(case.kind, case.name, name, failed=reason))
             console.print(f"[dim]{case.kind} {case.name} {name}: {figures[-1].failed or f'{figures[-1].ms:.4f} ms'}[/]")
-    show(figures, bandwidth, rate)
+    show(figures, floors)
     if FLAGS.json:
         host = {"device": device, "jax": jax.__version__, "python": platform.python_version()}
         sizes = {
             name: getattr(FLAGS, name) for name in ("heads", "kv_heads", "head_dim", "page_size", "dtype", "kv_dtype")
         }
-        record = {**host, **sizes, "copy_bytes_per_s": bandwidth, "product_flops": rate}
+        record = {**host, **sizes, "floors": asdict(floors)}
         path = Path(FLAGS.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**record, "figures": [asdict(f) for f in figures]}, indent=1))

@@ -21,6 +21,7 @@ from .backend import Batch
 
 Operand = jax.Array | jax.Ref | int | float
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
+KV_DTYPES = (*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)), FP8)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MOST_SPLITS = 32
 """Programs that share the context of one query."""
@@ -121,14 +122,23 @@ class Triton:
         """``(2, K, S, H)``.
 
         Raises:
-            StartupError: the kernels do not compute heads of this size.
+            StartupError: the kernels do not compute heads of this size, or ``dtype``.
         """
+        if jnp.dtype(dtype) not in KV_DTYPES:
+            raise StartupError(
+                f"attention 'triton' has no kernel for KV in {jnp.dtype(dtype)}, only in "
+                f"{', '.join(map(str, KV_DTYPES))}; start with attention 'reference'"
+            )
         if head_dim not in HEAD_DIMS:
             raise StartupError(
                 f"attention 'triton' has no kernel for heads of {head_dim} numbers, only of "
                 f"{', '.join(map(str, HEAD_DIMS))}; start with attention 'reference'"
             )
         return (2, kv_heads, page_size, head_dim)
+
+    def page_dtype(self, dtype: Any) -> Any:
+        """The same."""
+        return jnp.dtype(dtype)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int

@@ -68,10 +68,11 @@ class Ragged:
     def attend(self, backend: Backend, dtype: Any = jnp.float32, kv_dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """What a backend makes of it: outputs and pages, as float32."""
         tokens = [x.astype(dtype) for x in (self.q, self.k, self.v)]
-        pages = self.pages.astype(kv_dtype or dtype)
+        kv_dtype = kv_dtype or dtype
+        pages = self.pages.astype(kv_dtype).view(backend.page_dtype(kv_dtype))
         out, pages = _attend(backend, *tokens, pages, self.batch, self.q_tile)
         assert out.dtype == dtype
-        return np.asarray(out, np.float32), np.asarray(pages, np.float32)
+        return np.asarray(out, np.float32), np.asarray(pages).view(kv_dtype).astype(np.float32)
 
     def expected(self, window: int | None = None, soft_cap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What it must be; outputs of padding are 0."""
