@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
-from astraea_jax.kernels import BACKENDS, Backend
+from astraea_jax.kernels import BACKENDS, DEFAULTS, Backend
 from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import check_mesh, mesh_of
@@ -141,7 +141,12 @@ class EngineConfig:
         return self.weight_dtype() if self.kv_dtype is None else _on_device(EIGHT_BITS[self.kv_dtype], "kv_dtype")
 
     def backend(self) -> Backend:
-        return BACKENDS[self.attention or "reference"]()
+        """Of attention.
+
+        Raises:
+            StartupError: it needs what is not installed.
+        """
+        return BACKENDS[self.attention or DEFAULTS.get(jax.default_backend(), "reference")]()
 
     def meshes(self, model: ModelConfig) -> list[Mesh]:
         """The devices of each copy of the model.

@@ -30,6 +30,7 @@ from astraea_jax import hosts, replicas
 from astraea_jax.compilation import default_cache, use_cache
 from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
 from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.kernels import BACKENDS
 from astraea_jax.loading import load_model, random_model
 from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
@@ -64,6 +65,7 @@ flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one reque
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
 flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
 flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits; by default as --dtype says.")
+flags.DEFINE_enum("attention", None, list(BACKENDS), "Attention kernels; by default those for this kind of device.")
 flags.DEFINE_integer("tensor_parallel", DEFAULT.tensor_parallel, "Devices that share one copy of the model.", 1)
 flags.DEFINE_integer("data_parallel", DEFAULT.data_parallel, "Copies of the model, each on devices of its own.", 1)
 flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
@@ -94,6 +96,7 @@ def engine_config() -> EngineConfig:
         "kv_dtype",
         "tensor_parallel",
         "data_parallel",
+        "attention",
         "policy",
         "max_queued",
     )
@@ -185,6 +188,7 @@ def announce(engine: Serving, port: int, began: float) -> None:
             f"{FLAGS.data_parallel} copies of the model, each on {FLAGS.tensor_parallel} devices; sizes are of one copy"
         )
     say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    say(f"attention: {engine_config().backend().name}")
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")

@@ -12,6 +12,7 @@ visits for each block of pages only the chunk of tiles that still has one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -31,8 +32,14 @@ State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 """Of the loop: block, chunk, highest score, sum of weights, weighted values."""
 
 
+@dataclass(frozen=True)
 class Reference:
     """The backend of these two functions."""
+
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all."""
+    soft_cap: float | None = None
+    """Scores become ``cap * tanh(score / cap)``."""
 
     name = "reference"
     heads_axis = 2
@@ -50,7 +57,8 @@ class Reference:
     ) -> tuple[jax.Array, jax.Array]:
         """:func:`write_kv`, then :func:`attention`."""
         pages = write_kv(pages, k, v, batch.slots)
-        return attention(q, pages, batch.page_table, batch.kv_lens, batch.cu_q_lens, q_tile=q_tile), pages
+        where = batch.page_table, batch.kv_lens, batch.cu_q_lens
+        return attention(q, pages, *where, q_tile=q_tile, window=self.window, soft_cap=self.soft_cap), pages
 
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
@@ -80,6 +88,8 @@ def attention(
     cu_q_lens: jax.Array,
     *,
     q_tile: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Causal attention of ragged queries over paged keys and values, scaled by ``H ** -0.5``.
 
@@ -90,6 +100,8 @@ def attention(
         kv_lens: ``[R]`` int32, tokens in each row's context, this step's included.
         cu_q_lens: ``[R + 1]`` int32, where each row's queries start; they are the last of its context.
         q_tile: queries of one row handled together; 1 when every row has one query.
+        window: tokens that a query sees, itself included; None: all.
+        soft_cap: scores become ``cap * tanh(score / cap)``.
 
     Returns:
         ``[T, N, H]`` in the dtype of ``q``; rows of padding are zero.
@@ -119,13 +131,21 @@ def attention(
     tiled = tiled.reshape(tiles, q_tile, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
     tiled = tiled.reshape(tiles, heads, -1, h)  # [tiles, K, G * q_tile, H]
 
-    out = _flash_loop(tiled, pages, page_table[row], q_pos, reach)
+    out = _flash_loop(tiled, pages, page_table[row], q_pos, reach, window, soft_cap)
     out = out.reshape(tiles, heads, n // heads, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
     result = jnp.zeros((t, n, h), q.dtype)
     return result.at[q_index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
 
 
-def _flash_loop(q: jax.Array, pages: jax.Array, table: jax.Array, q_pos: jax.Array, reach: jax.Array) -> jax.Array:
+def _flash_loop(
+    q: jax.Array,
+    pages: jax.Array,
+    table: jax.Array,
+    q_pos: jax.Array,
+    reach: jax.Array,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
     """Attend ``q [tiles, K, G * q_tile, H]``, sorted by falling ``reach [tiles]``, to pages ``table [tiles, M]``."""
     tiles, heads, lanes, h = q.shape
     s = pages.shape[3]
@@ -150,7 +170,11 @@ def _flash_loop(q: jax.Array, pages: jax.Array, table: jax.Array, q_pos: jax.Arr
         inside = at_pos < cut(reach)[:, None]
         v = jnp.where(inside[:, None, :, None], v, 0.0)  # beyond it may be NaN, which a weight of 0 keeps
         scores = scores_of(cut(q), k)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
         seen = at_pos <= cut(q_pos)[:, :, None]
+        if window is not None:
+            seen &= at_pos > cut(q_pos)[:, :, None] - window
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         m_old, l_old, o_old = cut(top), cut(mass), cut(out)
         m_new = jnp.maximum(m_old, scores.max(-1))
