@@ -301,7 +301,7 @@ def show(figures: Sequence[Figure], floors: Floors) -> None:
             table.add_section()
         last = f.case
         if f.ms is None or f.floor_ms is None:
-            table.add_row(f.kind, f.case, f.backend, "", f"[dim]{f.failed}[/]", "", "")
+            table.add_row(f.kind, f.case, f.backend, "-")  # why: said when it was tried
         else:
             share = f"{f.floor_ms / f.ms:.0%}"
             table.add_row(f.kind, f.case, f.backend, f"{f.ms:.4f}", share, f"{f.error:.1e}", str(f.layers))
