@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS, Backend
-from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.sharding import check_mesh, mesh_of
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 
@@ -47,7 +50,7 @@ class EngineConfig:
     page_size: int = 16
     """Tokens per KV page."""
     kv_bytes: int | None = None
-    """Device memory for KV pages. None: most of what is free on an accelerator, 512 MiB on a CPU."""
+    """Memory for KV pages on each device. None: most of what is free on an accelerator, 512 MiB on a CPU."""
     host_kv_bytes: int | None = None
     """Pinned host memory for KV of programs that wait, under memory pressure. 0: none. None: half of the host's memory
     (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
@@ -57,6 +60,11 @@ class EngineConfig:
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
     """Of weights and KV. None: float32 on a CPU, bfloat16 elsewhere."""
+    tensor_parallel: int = 1
+    """Devices that share one copy of the model and its KV."""
+    data_parallel: int = 1
+    """Copies of the model, each with devices, KV and running segments of its own. The other sizes are those of one
+    copy, but host_kv_bytes, which all of them share."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
@@ -76,6 +84,8 @@ class EngineConfig:
             "max_context",
             "max_queued",
             "max_programs",
+            "tensor_parallel",
+            "data_parallel",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,6 +111,32 @@ class EngineConfig:
     def backend(self) -> Backend:
         return BACKENDS[self.attention or "reference"]()
 
+    def meshes(self, model: ModelConfig) -> list[Mesh]:
+        """The devices of each copy of the model.
+
+        Raises:
+            StartupError: there are too few, or they cannot divide the model.
+        """
+        devices, shared = jax.devices(), self.tensor_parallel
+        wanted = shared * self.data_parallel
+        if wanted > len(devices):
+            raise StartupError(
+                f"tensor_parallel {shared} times data_parallel {self.data_parallel} makes {wanted} devices, "
+                f"and there are {len(devices)} ({devices[0].device_kind}); choose less"
+            )
+        meshes = [mesh_of(devices[first : first + shared]) for first in range(0, wanted, shared)]
+        try:
+            check_mesh(model, meshes[0])
+        except CheckpointError as error:
+            raise StartupError(str(error)) from None
+        if model.vocab_size % shared:
+            log.warning(
+                "%d devices do not divide the %d tokens of the vocabulary: each holds the whole embedding",
+                shared,
+                model.vocab_size,
+            )
+        return meshes
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -110,22 +146,23 @@ class Layout:
     num_pages: int
     """Scrap page included."""
     page_bytes: int
+    """On all devices that share it."""
     max_context: int
     pages_per_seq: int
     host: HostTier
 
     @classmethod
-    def plan(cls, config: EngineConfig, model: ModelConfig) -> Layout:
-        """Fit the pages into memory, once the weights are loaded.
+    def plan(cls, config: EngineConfig, model: ModelConfig, devices: Sequence[jax.Device]) -> Layout:
+        """Fit the pages into the memory of ``devices``, once the weights are loaded.
 
         Raises:
             StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
                 message gives the numbers.
         """
         dtype = config.weight_dtype()
-        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory()
-        one = page_bytes(model, config.backend(), config.page_size, dtype)
-        num_pages = pages_within(budget, one)
+        budget = config.kv_bytes if config.kv_bytes is not None else min(map(_free_memory, devices))
+        one = page_bytes(model, config.backend(), config.page_size, dtype, len(devices))
+        num_pages = pages_within(budget, one // len(devices))
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
         if wanted > model.max_position:
@@ -171,8 +208,8 @@ def staging_pages(pool: int) -> int:
     return max(1, min(STAGING_PAGES, pool // 2))
 
 
-def _free_memory() -> int:
-    stats = jax.local_devices()[0].memory_stats()
+def _free_memory(device: jax.Device) -> int:
+    stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_KV_BYTES
     return int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))

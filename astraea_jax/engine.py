@@ -18,13 +18,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from astraea_jax.cache.host import HostStore
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import Progress, load, random_decoder
-from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.config import PUBLISHED, ModelConfig, read_json
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.runner import CompileGuard, InFlight, Runner
@@ -35,6 +37,7 @@ from astraea_jax.scheduler.prediction import Predictor, StepCosts
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler
+from astraea_jax.step import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -81,16 +84,22 @@ class Engine:
         decoder: the model.
         tokenizer: from the same folder.
         config: sizes and policy.
+        mesh: the devices that share the model; None: the first ``tensor_parallel`` ones.
 
     Raises:
         StartupError: the sizes do not fit the model or this machine.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None):
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None, mesh: Mesh | None = None
+    ):
         self.config = config or EngineConfig()
+        if self.config.data_parallel > 1:
+            raise StartupError("an Engine has one copy of the model; Replicas serve a data_parallel above 1")
+        mesh = mesh or self.config.meshes(decoder.config)[0]
         self.model_config = decoder.config
         self.tokenizer = tokenizer
-        self.layout = Layout.plan(self.config, decoder.config)
+        self.layout = Layout.plan(self.config, decoder.config, list(mesh.devices.flat))
         self.times = StepTimes()
         self.live = False
         c, layout = self.config, self.layout
@@ -110,12 +119,15 @@ class Engine:
         self._runner = Runner(
             decoder,
             c.backend(),
-            num_pages=layout.num_pages,
-            page_size=c.page_size,
-            max_seqs=c.max_seqs,
-            max_step_tokens=c.max_step_tokens,
-            max_pages_per_seq=layout.pages_per_seq,
-            kv_dtype=layout.dtype,
+            Sizes(
+                num_pages=layout.num_pages,
+                page_size=c.page_size,
+                max_seqs=c.max_seqs,
+                max_step_tokens=c.max_step_tokens,
+                max_pages_per_seq=layout.pages_per_seq,
+                kv_dtype=layout.dtype,
+            ),
+            mesh=mesh,
             staging=layout.host.staging,
         )
         self._store: HostStore | None = None
@@ -141,8 +153,10 @@ class Engine:
         """Load a checkpoint folder, or the bundled ``"astraea-tiny"``, without starting it."""
         config = config or EngineConfig()
         folder = resolve(model)
-        decoder = load(folder, config.weight_dtype(), progress=progress)
-        return cls(decoder, Tokenizer.from_folder(folder), config)
+        model_config = ModelConfig.from_hf(read_json(folder / "config.json"))
+        mesh = config.meshes(model_config)[0]
+        decoder = load(folder, config.weight_dtype(), mesh, progress=progress)
+        return cls(decoder, Tokenizer.from_folder(folder), config, mesh)
 
     @classmethod
     def with_random_weights(cls, shape: str, config: EngineConfig | None = None) -> Engine:
@@ -154,8 +168,9 @@ class Engine:
         if shape not in PUBLISHED:
             raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
         config = config or EngineConfig()
-        decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), seed=0)
-        return cls(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config)
+        mesh = config.meshes(PUBLISHED[shape])[0]
+        decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), seed=0, mesh=mesh)
+        return cls(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config, mesh)
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile every step, then start the loop. ``progress(done, total)`` counts compiled steps."""

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .config import CheckpointError, ModelConfig, read_json
 from .decoder import Decoder
+from .sharding import abstract_decoder, default_mesh
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -86,25 +87,27 @@ def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[Tensor]:
     return found
 
 
-def load(folder: Path, dtype: Any, *, progress: Progress | None = None) -> Decoder:
-    """The decoder in a Hugging Face or Orbax folder.
+def load(folder: Path, dtype: Any, mesh: Mesh | None = None, *, progress: Progress | None = None) -> Decoder:
+    """The decoder in a Hugging Face or Orbax folder, on the devices of ``mesh``; None: on the first one.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file or tensor.
     """
     if (folder / ORBAX).is_dir():
-        return load_orbax(folder, dtype)
-    return load_hf(folder, dtype, progress=progress)
+        return load_orbax(folder, dtype, mesh)
+    return load_hf(folder, dtype, mesh, progress=progress)
 
 
-def load_hf(folder: Path, dtype: Any, *, progress: Progress | None = None) -> Decoder:
+def load_hf(folder: Path, dtype: Any, mesh: Mesh | None = None, *, progress: Progress | None = None) -> Decoder:
     """Read ``config.json`` and the safetensors of a Hugging Face folder; weights are cast to ``dtype``.
+
+    The host reads every tensor once, and every device gets its own part of it.
 
     Raises:
         CheckpointError: as :func:`load`.
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    graph, state = _abstract(config, dtype)
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh()))
     params = dict(nnx.to_flat_state(state))
     parts = {path: hf_tensors(path, leaf.shape) for path, leaf in params.items()}
     total = sum(math.prod(leaf.shape) for leaf in params.values()) * np.dtype(dtype).itemsize
@@ -115,7 +118,7 @@ def load_hf(folder: Path, dtype: Any, *, progress: Progress | None = None) -> De
         for path, leaf in params.items():
             arrays = [_read(tensors[part.name], part) for part in parts[path]]
             whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
-            params[path] = leaf.replace(jnp.asarray(whole, dtype))
+            params[path] = leaf.replace(_put(whole.astype(dtype, copy=False), leaf.sharding))
             done += math.prod(leaf.shape) * np.dtype(dtype).itemsize
             if progress is not None:
                 progress(done, total)
@@ -147,14 +150,14 @@ def save_orbax(decoder: Decoder, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(decoder.config.to_hf(), indent=2) + "\n")
 
 
-def load_orbax(folder: Path, dtype: Any) -> Decoder:
-    """Read what :func:`save_orbax` wrote; weights are cast to ``dtype``.
+def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None) -> Decoder:
+    """Read what :func:`save_orbax` wrote, every device its own part; weights are cast to ``dtype``.
 
     Raises:
         CheckpointError: the arrays are damaged or do not fit ``config.json``.
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    graph, state = _abstract(config, dtype)
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh()))
     wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -183,16 +186,17 @@ def copy_beside(source: Path, target: Path) -> None:
             shutil.copy(source / name, target / name)
 
 
-def random_decoder(config: ModelConfig, dtype: Any, seed: int) -> Decoder:
-    """Random weights, made on the device; nothing passes through the host."""
-    graph, _ = _abstract(config, dtype)
-    state = jax.jit(lambda: nnx.state(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))))()
-    return nnx.merge(graph, state)
+def random_decoder(config: ModelConfig, dtype: Any, seed: int, mesh: Mesh | None = None) -> Decoder:
+    """Random weights, made where they belong; nothing passes through the host."""
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh()))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    make = jax.jit(lambda: nnx.state(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))), out_shardings=shardings)
+    return nnx.merge(graph, make())
 
 
-def _abstract(config: ModelConfig, dtype: Any) -> tuple[Any, Any]:
-    """Graph and state of a decoder without arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Give every device of this process its part of an array."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> Mapping[str, Any]:

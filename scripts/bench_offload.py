@@ -40,6 +40,7 @@ from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.transfer import HostCopy, Part, Transfer
+from astraea_jax.step import Sizes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
@@ -88,11 +89,10 @@ class Bench:
         self.runner = Runner(
             random_decoder(self.config, self.dtype, seed=0),
             backend,
-            num_pages=pages + len(self.spare),
-            max_pages_per_seq=-(-longest // size),
-            kv_dtype=self.dtype,
+            Sizes(
+                num_pages=pages + len(self.spare), max_pages_per_seq=-(-longest // size), kv_dtype=self.dtype, **sizes
+            ),
             staging=STAGING_PAGES,
-            **sizes,
         )
         self.scheduler = Scheduler(SchedulerConfig(num_pages=pages, max_context=longest, **sizes), make_policy("fcfs"))
         self.store = HostStore(self.runner, self.runner.block_sharding, STAGING_PAGES)

@@ -33,6 +33,8 @@ os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
+jax.config.update("jax_num_cpu_devices", 8)  # simulated; what does not ask for more runs on the first
+
 RANDOM = ModelConfig(
     vocab_size=260,
     hidden_size=64,

@@ -7,18 +7,29 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Backend
 from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.sharding import TP
 
 PagedKV = tuple[jax.Array, ...]
 """One array ``[P, …]`` per layer, in the form of the backend's pages; the step donates and returns them."""
 
 
-def page_bytes(model: ModelConfig, backend: Backend, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page: the keys and values of ``page_size`` tokens over all layers."""
-    shape = backend.page_shape(model.num_kv_heads, page_size, model.head_dim, dtype)
+def page_shape(
+    model: ModelConfig, backend: Backend, page_size: int, dtype: jnp.dtype, devices: int = 1
+) -> tuple[int, ...]:
+    """Of one page of one layer, over all ``devices`` that share the heads; each has the form the backend gives it."""
+    shape = list(backend.page_shape(model.num_kv_heads // devices, page_size, model.head_dim, dtype))
+    shape[backend.heads_axis - 1] *= devices
+    return tuple(shape)
+
+
+def page_bytes(model: ModelConfig, backend: Backend, page_size: int, dtype: jnp.dtype, devices: int = 1) -> int:
+    """Bytes of one page: the keys and values of ``page_size`` tokens over all layers and all ``devices``."""
+    shape = page_shape(model, backend, page_size, dtype, devices)
     return model.num_layers * math.prod(shape) * np.dtype(dtype).itemsize
 
 
@@ -33,10 +44,23 @@ def pages_within(budget: int, page: int) -> int:
     return budget // page
 
 
-def make_pages(model: ModelConfig, backend: Backend, num_pages: int, page_size: int, dtype: jnp.dtype) -> PagedKV:
+def abstract_pages(
+    model: ModelConfig, backend: Backend, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of the pages of every layer, and how they lie on the devices: divided by heads."""
+    shape = (num_pages, *page_shape(model, backend, page_size, dtype, mesh.size))
+    sharding = NamedSharding(mesh, heads_spec(backend.heads_axis))
+    return (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),) * model.num_layers
+
+
+def heads_spec(axis: int) -> PartitionSpec:
+    """Divides an array by heads, which are its axis ``axis``."""
+    return PartitionSpec(*[None] * axis, TP)
+
+
+def make_pages(abstract: tuple[jax.ShapeDtypeStruct, ...]) -> PagedKV:
     """Zeroed pages for every layer. Page 0 is scrap: padding writes land there."""
-    shape = (num_pages, *backend.page_shape(model.num_kv_heads, page_size, model.head_dim, dtype))
-    return tuple(jnp.zeros(shape, dtype) for _ in range(model.num_layers))
+    return tuple(jnp.zeros(layer.shape, layer.dtype, device=layer.sharding) for layer in abstract)
 
 
 def gather_pages(pages: PagedKV, ids: jax.Array) -> jax.Array:
