@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
-from astraea_jax.kernels import BACKENDS, Backend
+from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.sharding import check_mesh, mesh_of
 from astraea_jax.scheduler.strategies import STRATEGIES
@@ -108,8 +108,17 @@ class EngineConfig:
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
 
-    def backend(self) -> Backend:
-        return BACKENDS[self.attention or "reference"]()
+    def backend(self, model: ModelConfig, devices: Sequence[jax.Device]) -> Backend:
+        """Of attention, for a model divided over ``devices``; see :func:`astraea_jax.kernels.choose`."""
+        return choose(
+            self.attention,
+            devices[0].platform,
+            heads=model.num_heads // len(devices),
+            kv_heads=model.num_kv_heads // len(devices),
+            head_dim=model.head_dim,
+            page_size=self.page_size,
+            dtype=self.weight_dtype(),
+        )
 
     def meshes(self, model: ModelConfig) -> list[Mesh]:
         """The devices of each copy of the model.
@@ -143,6 +152,8 @@ class Layout:
     """Sizes that follow from an :class:`EngineConfig` and a model."""
 
     dtype: Any
+    backend: Backend
+    """Of attention."""
     num_pages: int
     """Scrap page included."""
     page_bytes: int
@@ -156,12 +167,13 @@ class Layout:
         """Fit the pages into the memory of ``devices``, once the weights are loaded.
 
         Raises:
-            StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
-                message gives the numbers.
+            StartupError: ``max_context`` exceeds the model's limit or the pages, or attention or the host tier cannot be
+                had; the message gives the numbers.
         """
         dtype = config.weight_dtype()
         budget = config.kv_bytes if config.kv_bytes is not None else min(map(_free_memory, devices))
-        one = page_bytes(model, config.backend(), config.page_size, dtype, len(devices))
+        backend = config.backend(model, devices)
+        one = page_bytes(model, backend, config.page_size, dtype, len(devices))
         num_pages = pages_within(budget, one // len(devices))
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
@@ -171,6 +183,7 @@ class Layout:
             raise StartupError(f"max_context {wanted} exceeds the {held} tokens that the KV pages hold; raise kv_bytes")
         return cls(
             dtype=dtype,
+            backend=backend,
             num_pages=num_pages,
             page_bytes=one,
             host=_host_tier(config.host_kv_bytes, one, num_pages - 1),

@@ -118,7 +118,7 @@ class Engine:
         self._scheduler = Scheduler(scheduler_config, make_policy(c.policy, self._predictor, c.residency))
         self._runner = Runner(
             decoder,
-            c.backend(),
+            layout.backend,
             Sizes(
                 num_pages=layout.num_pages,
                 page_size=c.page_size,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import NOWHERE, block_sharding, block_sizes
-from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
+from astraea_jax.cache.paged import PagedKV, jitted_transfers, make_pages
 from astraea_jax.kernels import Backend
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
@@ -96,14 +96,7 @@ class Runner:
             self._launch(shape, self._empty_batch(shape)).block_until_ready()
 
     def _compile_transfers(self) -> None:
-        pages, ids_sharding = jax.tree.map(lambda layer: layer.sharding, self._step.pages), self._step.whole
-        gather = jax.jit(gather_pages, in_shardings=(pages, ids_sharding), out_shardings=self.block_sharding)
-        scatter = jax.jit(
-            scatter_pages,
-            in_shardings=(pages, self.block_sharding, ids_sharding),
-            out_shardings=pages,
-            donate_argnums=0,
-        )
+        gather, scatter = jitted_transfers(self._step.pages, self._step.whole)
         for size in self._blocks:
             ids = np.zeros(size, np.int32)
             self._gathers[size] = gather.lower(self._pages, ids).compile()

@@ -18,7 +18,7 @@ FLOORS = (
     {"config", "generation", "step"},
     {"runner"},
     {"engine"},
-    {"agent", "shop", "replay"},
+    {"agent", "shop", "replay", "ahead"},
     {"llm", "rpc", "plots"},
     {"__init__"},
 )

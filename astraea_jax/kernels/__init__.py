@@ -1,8 +1,7 @@
 """Attention kernels: one interface, one implementation per backend."""
 
 from .backend import Backend, Batch
+from .choice import BACKENDS, choose
 from .reference import Reference
 
-BACKENDS: dict[str, type[Backend]] = {"reference": Reference}
-
-__all__ = ["BACKENDS", "Backend", "Batch", "Reference"]
+__all__ = ["BACKENDS", "Backend", "Batch", "Reference", "choose"]

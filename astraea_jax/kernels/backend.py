@@ -28,11 +28,16 @@ class Backend(Protocol):
     """Ragged paged attention of one layer on one kind of device."""
 
     name: str
+    platforms: tuple[str, ...]
+    """Of JAX, on which it runs; none named: on all."""
     heads_axis: int
     """Of the pages of a layer ``[P, …]``: the axis along which they are sharded by key/value head."""
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
         """Shape of one page of one layer; what it holds beyond keys and values is padding."""
+
+    def refusal(self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> str | None:
+        """Why it cannot serve these sizes of one device, or cannot be had at all; None: it can."""
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int

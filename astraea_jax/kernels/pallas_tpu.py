@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from astraea_jax.errors import StartupError
+
 from .backend import Batch
 from .tiles import cut, most, queries
 
@@ -50,6 +52,7 @@ class PallasTPU:
     """
 
     name = "pallas"
+    platforms = ("tpu",)
     heads_axis = 2
 
     def __init__(self, interpret: Interpret = False):
@@ -70,8 +73,33 @@ class PallasTPU:
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
         """:func:`write_kv`, then :func:`attention`."""
+        check_page_table(batch)
         pages = write_kv(pages, k, v, batch, decode=q_tile == 1, interpret=self.interpret)
         return attention(q, pages, batch, q_tile=q_tile, interpret=self.interpret), pages
+
+
+class PallasInterpreted(PallasTPU):
+    """The same on any device, many times slower: to see that its tokens are right."""
+
+    name = "pallas-interpreted"
+    platforms = ()
+
+    def __init__(self) -> None:
+        super().__init__(interpret=True)
+
+
+def check_page_table(batch: Batch) -> None:
+    """Refuse a page table that does not fit into scalar memory, where the kernels for TPUs keep it.
+
+    Raises:
+        StartupError: with the numbers and the way out.
+    """
+    rows, width = batch.page_table.shape
+    if 4 * rows * width > SMEM_BYTES:
+        raise StartupError(
+            f"a page table of {rows} rows and {width} pages takes {4 * rows * width // 1024} KiB of scalar memory, of "
+            f"which the TPU has {SMEM_BYTES // 1024}; raise page_size, or lower max_context or max_seqs"
+        )
 
 
 def write_kv(

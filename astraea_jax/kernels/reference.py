@@ -33,11 +33,16 @@ class Reference:
     """The backend of these two functions."""
 
     name = "reference"
+    platforms = ()
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
         """``(2, K, S, H)``."""
         return (2, kv_heads, page_size, head_dim)
+
+    def refusal(self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> str | None:
+        """It serves everything."""
+        return None
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
