@@ -167,8 +167,8 @@ class Layout:
         """Fit the pages into the memory of ``devices``, once the weights are loaded.
 
         Raises:
-            StartupError: ``max_context`` exceeds the model's limit or the pages, or attention or the host tier cannot be
-                had; the message gives the numbers.
+            StartupError: ``max_context`` exceeds the model's limit or the pages, or attention or the host tier cannot
+                be had; the message gives the numbers.
         """
         dtype = config.weight_dtype()
         budget = config.kv_bytes if config.kv_bytes is not None else min(map(_free_memory, devices))

@@ -84,8 +84,9 @@ def compile_all(console: Console) -> tuple[list[Figures], list[str]]:
         for case in todo:
             name = f"{case.target} {case.model} tp={case.tp}"
             try:
-                for figures in compile_case(case, FLAGS.program, lambda program, name=name: bars.update(
-                    task, description=f"{name} {program}")):
+                for figures in compile_case(
+                    case, FLAGS.program, lambda program, name=name: bars.update(task, description=f"{name} {program}")
+                ):
                     done.append(figures)
                     bars.advance(task)
                     for failure in figures.failures:

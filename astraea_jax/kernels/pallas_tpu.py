@@ -105,9 +105,9 @@ def check_page_table(batch: Batch) -> None:
 def write_kv(
     pages: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, *, decode: bool, interpret: Interpret = False
 ) -> jax.Array:
-    """Store ``k, v [T, K, H]`` behind the contexts of their rows, in place: each page concerned is read, changed, written.
+    """Store ``k, v [T, K, H]`` behind the contexts of their rows, in place: their pages are read, changed and written.
 
-    A single token cannot be written: in memory it shares its tile of 8 rows with its neighbours. Padding changes no page.
+    A single token cannot be written: in memory it shares its tile of 8 rows with others. Padding changes no page.
 
     Args:
         pages: ``[P, sides, K, S, lanes]``; donated by whoever compiles the call.
@@ -161,9 +161,7 @@ def _write_kernel(page: Any, low: Any, high: Any, new: Any, old: Any, out: Any) 
     out[...] = jnp.where((at >= low[i]) & (at < high[i]), new[...], old[...])
 
 
-def attention(
-    q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, interpret: Interpret = False
-) -> jax.Array:
+def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, interpret: Interpret = False) -> jax.Array:
     """Causal attention of ragged queries over paged keys and values, scaled by ``H ** -0.5``.
 
     Args:
@@ -205,14 +203,12 @@ def attention(
                 pltpu.VMEM((2, per_block, *pages.shape[1:]), pages.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SMEM((1,), jnp.int32),
-                pltpu.VMEM(block[1:3] + (LANES,), jnp.float32),
-                pltpu.VMEM(block[1:3] + (LANES,), jnp.float32),
+                pltpu.VMEM((*block[1:3], LANES), jnp.float32),
+                pltpu.VMEM((*block[1:3], LANES), jnp.float32),
                 pltpu.VMEM(block[1:], jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="paged_attention",
     )(tiles.row, tiles.reach, tiles.position, batch.page_table, tiled, pages)

@@ -1,6 +1,6 @@
 """Published ragged paged attention for TPUs: tokamax's, and JAX's own as the floor.
 
-Both bring their own form of a page, and neither runs without a TPU; :mod:`.pallas_tpu` is the kernel that tests can run.
+Both bring their own form of a page, and neither runs without a TPU; :mod:`.pallas_tpu` is what tests can run.
 """
 
 from __future__ import annotations

@@ -7,27 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.attention import naive
 
 from astraea_jax.kernels.reference import attention, write_kv
 
 TOKENS, ROWS, HEAD = 64, 8, 16
 attend = jax.jit(attention, static_argnames="q_tile")
-
-
-def naive(q, pages, table, kv_lens, cu):
-    out = np.zeros_like(q)
-    kv_heads, size, head = pages.shape[2:]
-    group = q.shape[1] // kv_heads
-    for r, kv_len in enumerate(kv_lens):
-        used = table[r, : -(-kv_len // size)]
-        context = pages[used].transpose(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head)
-        for t in range(cu[r], cu[r + 1]):
-            keys, values = context[:, :, : kv_len - (cu[r + 1] - t) + 1]
-            for n in range(q.shape[1]):
-                scores = keys[n // group] @ q[t, n] * head**-0.5
-                weights = np.exp(scores - scores.max())
-                out[t, n] = weights @ values[n // group] / weights.sum()
-    return out
 
 
 @st.composite
