@@ -53,10 +53,13 @@ class Target:
 
     def devices(self) -> list[Any]:
         """Stand-ins for the devices; they can be compiled for, nothing else."""
-        options = {}
-        if self.description is not None:
-            options["target_config"] = (Path(__file__).parent / "targets" / self.description).read_text()
-        return list(topologies.get_topology_desc(self.topology, platform=self.platform, **options).devices)
+        if self.description is None:
+            described = topologies.get_topology_desc(self.topology, platform=self.platform)
+        else:
+            config = (Path(__file__).parent / "targets" / self.description).read_text()
+            options = {"target_config": config, "topology": self.topology}
+            described = topologies.get_topology_desc(platform=self.platform, **options)
+        return list(described.devices)
 
 
 TARGETS = {
@@ -183,8 +186,8 @@ def _programs(step: Step, tp: int) -> Iterator[_Program]:
         yield _Program(name, lower, pool, layers if tp > 1 else 0)
     gather, scatter = jitted_transfers(pages, step.whole)
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.whole)
-    shape = (LARGEST_BLOCK, layers, *pages[0].shape[1:])
-    block = jax.ShapeDtypeStruct(shape, pages[0].dtype, sharding=block_sharding(pages[0]))
+    whole = (LARGEST_BLOCK, layers, *pages[0].shape[1:])
+    block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
     yield _Program("offload", lambda: gather.lower(pages, ids), 0, 0)
     yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, 0)
 

@@ -28,7 +28,7 @@ def choose(
     Raises:
         StartupError: it cannot be had, or none can; the message gives the reason and the way out.
     """
-    refusals = []
+    refusals: list[str] = []
     for candidate in (name,) if name is not None else PREFERRED.get(platform, ("reference",)):
         backend = BACKENDS[candidate]()
         refusal = backend.refusal(heads, kv_heads, head_dim, page_size, dtype)

@@ -52,7 +52,7 @@ class PallasTPU:
     """
 
     name = "pallas"
-    platforms = ("tpu",)
+    platforms: tuple[str, ...] = ("tpu",)
     heads_axis = 2
 
     def __init__(self, interpret: Interpret = False):
@@ -82,7 +82,7 @@ class PallasInterpreted(PallasTPU):
     """The same on any device, many times slower: to see that its tokens are right."""
 
     name = "pallas-interpreted"
-    platforms = ()
+    platforms: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__(interpret=True)
@@ -264,7 +264,7 @@ def _attend_kernel(
     blocks = pl.cdiv(reach[tile], block_tokens)
 
     @pl.when(tile == 0)
-    def _() -> None:
+    def first() -> None:
         parity[0] = 0
         start(0, 0, 0)
 
@@ -279,7 +279,7 @@ def _attend_kernel(
         following = jnp.where(last, jnp.minimum(tile + 1, tiles - 1), tile)
 
         @pl.when(~last | (tile + 1 < tiles))
-        def _() -> None:
+        def ahead() -> None:
             start(following, jnp.where(last, 0, block + 1), 1 - side)
 
         wait(tile, block, side)

@@ -33,7 +33,7 @@ class Reference:
     """The backend of these two functions."""
 
     name = "reference"
-    platforms = ()
+    platforms: tuple[str, ...] = ()
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:

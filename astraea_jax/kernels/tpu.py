@@ -23,7 +23,7 @@ class TokamaxRPA:
     """``tokamax.ops.ragged_paged_attention``, which writes the pages, too."""
 
     name = "tokamax"
-    platforms = ("tpu",)
+    platforms: tuple[str, ...] = ("tpu",)
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class JaxRPA:
     """``jax.experimental.pallas.ops.tpu.ragged_paged_attention`` behind a scatter, which XLA does in place."""
 
     name = "jax-rpa"
-    platforms = ("tpu",)
+    platforms: tuple[str, ...] = ("tpu",)
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
