@@ -15,6 +15,8 @@ blocks, into two buffers: while one is computed with, the next is on its way, ac
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,6 +44,9 @@ NEVER = -1e30
 """Score of a token that a query may not see; finite, so that differences of scores are."""
 
 Interpret = bool | pltpu.InterpretParams
+
+_START: Callable[[Any], None] = operator.methodcaller("start")
+_WAIT: Callable[[Any], None] = operator.methodcaller("wait")
 
 
 class PallasTPU:
@@ -230,78 +235,81 @@ def _attend_kernel(
     buffer: Any,
     arrived: Any,
     parity: Any,
-    top: Any,
-    mass: Any,
-    total: Any,
-    *,
+    *state: Any,
     q_tile: int,
     scale: float,
 ) -> None:
     """One tile. Scalars ``row, reach, position [C]`` (see :class:`Tiles`) and ``table [R, M]``.
 
     ``q [1, K, L, lanes]`` and ``pages`` in HBM come in; ``out`` is like ``q``. Scratch: two buffers of pages, their
-    semaphores, which of the two this tile begins with, and highest score, sum of weights and weighted values of each of
-    the L lanes, as in :mod:`.reference`.
+    semaphores, which of the two this tile begins with, and the state of :func:`_take_in` for every head.
     """
-    tile = pl.program_id(0)
-    tiles = pl.num_programs(0)
+    tile, tiles = pl.program_id(0), pl.num_programs(0)
     _, per_block, sides, heads, s, _ = buffer.shape
-    block_tokens = per_block * s
-
-    def copies(of: Any, block: Any, side: Any, do: Any) -> None:
-        """Start, or wait for, the pages of a block of tile ``of``; those beyond its reach stay as they are."""
-        first = block * per_block
-        here = jnp.minimum(per_block, pl.cdiv(reach[of], s) - first)
-
-        def one(j: Any, _: None) -> None:
-            page = table[row[of], first + j]
-            do(pltpu.make_async_copy(pages.at[page], buffer.at[side, j], arrived.at[side]))
-
-        jax.lax.fori_loop(0, here, one, None)
-
-    start = partial(copies, do=lambda copy: copy.start())
-    wait = partial(copies, do=lambda copy: copy.wait())
-    blocks = pl.cdiv(reach[tile], block_tokens)
+    size = per_block * s
+    copies = partial(_copies, row, reach, table, pages, buffer, arrived)
+    blocks = pl.cdiv(reach[tile], size)
 
     @pl.when(tile == 0)
     def first() -> None:
         parity[0] = 0
-        start(0, 0, 0)
+        copies(0, 0, 0, _START)
 
     begin = parity[0]
-    top[...] = jnp.full(top.shape, NEVER, jnp.float32)
-    mass[...] = jnp.zeros(mass.shape, jnp.float32)
-    total[...] = jnp.zeros(total.shape, jnp.float32)
+    for ref, value in zip(state, (NEVER, 0.0, 0.0)):
+        ref[...] = jnp.full(ref.shape, value, jnp.float32)
 
     def body(block: Any, _: None) -> None:
         side = jax.lax.rem(begin + block, 2)
         last = block + 1 == blocks
-        following = jnp.where(last, jnp.minimum(tile + 1, tiles - 1), tile)
 
         @pl.when(~last | (tile + 1 < tiles))
         def ahead() -> None:
-            start(following, jnp.where(last, 0, block + 1), 1 - side)
+            of = jnp.where(last, jnp.minimum(tile + 1, tiles - 1), tile)
+            copies(of, jnp.where(last, 0, block + 1), 1 - side, _START)
 
-        wait(tile, block, side)
-        at = block * block_tokens + jax.lax.broadcasted_iota(jnp.int32, (1, block_tokens), 1)
+        copies(tile, block, side, _WAIT)
+        at = block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         lane = jax.lax.broadcasted_iota(jnp.int32, (q.shape[2], 1), 0)
         seen = at <= jnp.minimum(position[tile] + jax.lax.rem(lane, q_tile), reach[tile] - 1)
-        row_at = block * block_tokens + jax.lax.broadcasted_iota(jnp.int32, (block_tokens, 1), 0)
+        inside = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) < reach[tile]
         for head in range(heads):
-            k = buffer[side, :, 0, head].reshape(block_tokens, -1)
-            v = buffer[side, :, sides - 1, head].reshape(block_tokens, -1)
-            v = jnp.where(row_at < reach[tile], v, 0)  # beyond it may be NaN, which a weight of 0 keeps
+            k = buffer[side, :, 0, head].reshape(size, -1)
+            v = buffer[side, :, sides - 1, head].reshape(size, -1)
+            v = jnp.where(inside, v, 0)  # beyond its reach it may be NaN, which a weight of 0 keeps
             scores = jnp.where(seen, scale * _product(q[0, head], k, 1), NEVER)
-            highest = jnp.maximum(top[head], scores.max(1, keepdims=True))
-            shrink = jnp.exp(top[head] - highest)
-            weights = jnp.exp(scores - highest[:, :1])
-            top[head] = highest
-            mass[head] = mass[head] * shrink + weights.sum(1, keepdims=True)
-            total[head] = total[head] * shrink[:, :1] + _product(weights.astype(v.dtype), v, 0)
+            _take_in(scores, v, *(ref.at[head] for ref in state))
 
     jax.lax.fori_loop(0, blocks, body, None)
     parity[0] = jax.lax.rem(begin + blocks, 2)
+    _, mass, total = state
     out[0] = (total[...] / jnp.where(mass[..., :1] == 0, 1.0, mass[..., :1])).astype(out.dtype)
+
+
+def _copies(
+    row: Any, reach: Any, table: Any, pages: Any, buffer: Any, arrived: Any, of: Any, block: Any, side: Any, do: Any
+) -> None:
+    """Start, or wait for, the pages of a block of tile ``of``; those beyond its reach stay as they are."""
+    _, per_block, _, _, s, _ = buffer.shape
+    first = block * per_block
+
+    def one(j: Any, _: None) -> None:
+        do(pltpu.make_async_copy(pages.at[table[row[of], first + j]], buffer.at[side, j], arrived.at[side]))
+
+    jax.lax.fori_loop(0, jnp.minimum(per_block, pl.cdiv(reach[of], s) - first), one, None)
+
+
+def _take_in(scores: jax.Array, v: jax.Array, top: Any, mass: Any, total: Any) -> None:
+    """Of one head: ``scores [L, tokens]`` and ``v [tokens, lanes]`` into its state.
+
+    That is the highest score and the sum of weights ``[L, 128]`` and the weighted values ``[L, lanes]`` of its L lanes.
+    """
+    highest = jnp.maximum(top[...], scores.max(1, keepdims=True))
+    shrink = jnp.exp(top[...] - highest)
+    weights = jnp.exp(scores - highest[:, :1])
+    top[...] = highest
+    mass[...] = mass[...] * shrink + weights.sum(1, keepdims=True)
+    total[...] = total[...] * shrink[:, :1] + _product(weights.astype(v.dtype), v, 0)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
