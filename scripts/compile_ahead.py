@@ -89,12 +89,24 @@ def compile_all(console: Console) -> tuple[list[Figures], list[str]]:
                 ):
                     done.append(figures)
                     bars.advance(task)
+                    console.print(f"{name} {figures.program}: {figures.seconds:.0f} s")
                     for failure in figures.failures:
                         console.print(f"[red]{name} {figures.program}: {failure}")
+                    save(done, unfit)
             except Unfit as error:
                 unfit.append(f"{name}: {error}")
                 bars.advance(task, len(FLAGS.program))
+                save(done, unfit)
     return done, unfit
+
+
+def save(done: list[Figures], unfit: list[str]) -> None:
+    """Write the files that the flags name; after every program, since all together take long."""
+    if FLAGS.json:
+        record = {"command": sys.argv[1:], "programs": [asdict(figures) for figures in done], "unfit": unfit}
+        Path(FLAGS.json).write_text(json.dumps(record, indent=1) + "\n")
+    if FLAGS.markdown:
+        Path(FLAGS.markdown).write_text(markdown(done, unfit))
 
 
 @contextlib.contextmanager
@@ -122,11 +134,6 @@ def main(_: list[str]) -> None:
     Console(width=160).print(table)
     for line in unfit:
         print(f"does not fit: {line}")
-    if FLAGS.json:
-        record = {"command": sys.argv[1:], "programs": [asdict(figures) for figures in done], "unfit": unfit}
-        Path(FLAGS.json).write_text(json.dumps(record, indent=1) + "\n")
-    if FLAGS.markdown:
-        Path(FLAGS.markdown).write_text(markdown(done, unfit))
     sys.exit(any(figures.failures for figures in done))
 
 
