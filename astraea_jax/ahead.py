@@ -158,11 +158,11 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     backend = choose(
         case.attention,
         "gpu" if target.platform == "cuda" else target.platform,
-        heads=model.num_heads // case.tp,
         kv_heads=model.num_kv_heads // case.tp,
         head_dim=model.head_dim,
         page_size=config.page_size,
         dtype=dtype,
+        ahead=True,
     )
     weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
     page = page_bytes(model, backend, config.page_size, dtype, case.tp) // case.tp

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
@@ -17,6 +18,7 @@ from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import check_mesh, mesh_of
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
@@ -33,6 +35,8 @@ HOST_SHARE = 0.5
 GPU_PINNED_BYTES = 60 * 2**30
 """XLA pins at most 64 GiB on a GPU's host unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise."""
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("fp8",)
+"""Those narrower than the activations."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,30 @@ class EngineConfig:
     kv_bytes: int | None = None
     """Memory for KV pages on each device. None: most of what is free on an accelerator, 512 MiB on a CPU."""
     host_kv_bytes: int | None = None
-    """Pinned host memory for KV of programs that wait, under memory pressure. 0: none. None: half of the host's memory
+    """Pinned memory of each host for KV of programs that wait, under memory pressure. 0: none. None: half of it
     (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
     residency: str | None = None
     """Strategy for the KV of programs that wait; None: the policy's own, or else adaptive."""
     max_context: int | None = None
     """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
-    """Of weights and KV. None: float32 on a CPU, bfloat16 elsewhere."""
+    """Of activations, and of weights and KV unless told otherwise. None: float32 on a CPU, bfloat16 elsewhere."""
+    quantize: str | None = None
+    """The layers' weight matrices in eight bits, ``"int8"`` or ``"fp8"``, with a scale for every output channel. None:
+    as they are stored if that is in eight bits, else in ``dtype``."""
+    kv_dtype: str | None = None
+    """``"fp8"`` (float8_e4m3fn, as it is, clipped at 448): twice the tokens of 16 bits in the same memory. None:
+    ``dtype``."""
     tensor_parallel: int = 1
     """Devices that share one copy of the model and its KV."""
     data_parallel: int = 1
-    """Copies of the model, each with devices, KV and running segments of its own. The other sizes are those of one
-    copy, but host_kv_bytes, which all of them share."""
+    """Copies of the model in this process, each with devices, KV and running segments of its own. The other sizes are
+    those of one copy, but host_kv_bytes, which all of them share."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
     policy: str = "astraea"
+    compile_cache: str | None = None
+    """Folder where compiled steps are kept for later starts. None: as JAX is configured, by default nowhere."""
     max_queued: int = 1024
     """Requests that may wait; beyond that they are refused."""
     max_programs: int = 8192
@@ -101,6 +113,10 @@ class EngineConfig:
             raise StartupError(f"residency {self.residency!r} is unknown; choose one of {', '.join(STRATEGIES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise StartupError(f"dtype {self.dtype!r} is not served; choose one of {', '.join(DTYPES)}")
+        if self.quantize is not None and self.quantize not in EIGHT_BITS:
+            raise StartupError(f"quantize {self.quantize!r} is not served; choose one of {', '.join(EIGHT_BITS)}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise StartupError(f"kv_dtype {self.kv_dtype!r} is not served; choose one of {', '.join(KV_DTYPES)}")
         if self.attention is not None and self.attention not in BACKENDS:
             raise StartupError(f"attention {self.attention!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
@@ -108,16 +124,35 @@ class EngineConfig:
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
 
-    def backend(self, model: ModelConfig, devices: Sequence[jax.Device]) -> Backend:
-        """Of attention, for a model divided over ``devices``; see :func:`astraea_jax.kernels.choose`."""
+    def narrow_dtype(self) -> Any:
+        """The eight-bit dtype of the layers' matrices, or None.
+
+        Raises:
+            StartupError: this device cannot compute with it.
+        """
+        return None if self.quantize is None else _on_device(EIGHT_BITS[self.quantize], "quantize")
+
+    def page_dtype(self) -> Any:
+        """Of keys and values.
+
+        Raises:
+            StartupError: this device cannot compute with it.
+        """
+        return self.weight_dtype() if self.kv_dtype is None else _on_device(EIGHT_BITS[self.kv_dtype], "kv_dtype")
+
+    def backend(self, model: ModelConfig) -> Backend:
+        """Of attention, for this model.
+
+        Raises:
+            StartupError: what is named cannot be had, or serves no such model.
+        """
         return choose(
             self.attention,
-            devices[0].platform,
-            heads=model.num_heads // len(devices),
-            kv_heads=model.num_kv_heads // len(devices),
+            jax.default_backend(),
+            kv_heads=model.num_kv_heads // self.tensor_parallel,
             head_dim=model.head_dim,
             page_size=self.page_size,
-            dtype=self.weight_dtype(),
+            dtype=self.page_dtype(),
         )
 
     def meshes(self, model: ModelConfig) -> list[Mesh]:
@@ -128,6 +163,11 @@ class EngineConfig:
         """
         devices, shared = jax.devices(), self.tensor_parallel
         wanted = shared * self.data_parallel
+        if jax.process_count() > 1 and (self.data_parallel > 1 or wanted != len(devices)):
+            raise StartupError(
+                f"{jax.process_count()} processes serve one copy of the model on all their devices; "
+                f"start each with tensor_parallel {len(devices)} and data_parallel 1"
+            )
         if wanted > len(devices):
             raise StartupError(
                 f"tensor_parallel {shared} times data_parallel {self.data_parallel} makes {wanted} devices, "
@@ -152,6 +192,8 @@ class Layout:
     """Sizes that follow from an :class:`EngineConfig` and a model."""
 
     dtype: Any
+    """Of activations."""
+    kv_dtype: Any
     backend: Backend
     """Of attention."""
     num_pages: int
@@ -163,18 +205,17 @@ class Layout:
     host: HostTier
 
     @classmethod
-    def plan(cls, config: EngineConfig, model: ModelConfig, devices: Sequence[jax.Device]) -> Layout:
-        """Fit the pages into the memory of ``devices``, once the weights are loaded.
+    def plan(cls, config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Layout:
+        """Fit the pages into the memory of the devices, once the weights are loaded; the same in every process.
 
         Raises:
             StartupError: ``max_context`` exceeds the model's limit or the pages, or attention or the host tier cannot
                 be had; the message gives the numbers.
         """
-        dtype = config.weight_dtype()
-        budget = config.kv_bytes if config.kv_bytes is not None else min(map(_free_memory, devices))
-        backend = config.backend(model, devices)
-        one = page_bytes(model, backend, config.page_size, dtype, len(devices))
-        num_pages = pages_within(budget, one // len(devices))
+        kv_dtype, backend = config.page_dtype(), config.backend(model)
+        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
+        one = page_bytes(model, backend, config.page_size, kv_dtype, mesh.size)
+        num_pages = pages_within(budget, one // mesh.size)
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
         if wanted > model.max_position:
@@ -182,18 +223,20 @@ class Layout:
         if wanted > held:
             raise StartupError(f"max_context {wanted} exceeds the {held} tokens that the KV pages hold; raise kv_bytes")
         return cls(
-            dtype=dtype,
+            dtype=config.weight_dtype(),
+            kv_dtype=kv_dtype,
             backend=backend,
             num_pages=num_pages,
             page_bytes=one,
-            host=_host_tier(config.host_kv_bytes, one, num_pages - 1),
+            host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
 
 
-def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
-    """The host tier that fits into ``budget`` bytes, for pages of ``page`` bytes and a pool of ``pool`` pages."""
+def _host_tier(budget: int | None, page: int, pool: int, copies: int) -> HostTier:
+    """The host tier of one of so many ``copies`` of the model that share ``budget`` bytes of this machine, for pages of
+    ``page`` bytes in its memory and a pool of ``pool`` pages."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pinned = has_pinned_host()
     if budget is None:
@@ -209,11 +252,26 @@ def _host_tier(budget: int | None, page: int, pool: int) -> HostTier:
         raise StartupError(f"host_kv_bytes {budget} exceeds the {installed} bytes of this machine's memory")
     if not pinned:
         raise StartupError("this backend cannot pin host memory; start with host_kv_bytes 0, without a host tier")
-    if budget < page:
+    if budget < copies * page:
         raise StartupError(
-            f"host_kv_bytes {budget} holds no page of {page} bytes; raise it, or give 0 for no host tier"
+            f"host_kv_bytes {budget} holds no page of {page} bytes{f' for each of {copies} copies' * (copies > 1)}; "
+            "raise it, or give 0 for no host tier"
         )
-    return HostTier(budget // page, staging_pages(pool))
+    return HostTier(budget // copies // page, staging_pages(pool))
+
+
+def _on_device(dtype: Any, option: str) -> Any:
+    """``dtype``, if this device turns wide numbers into it and back: asked of the device, not of a table."""
+    numbers = np.array([-112, -1, 0, 3, 120], np.float32)  # exact in both
+    try:
+        narrow = jax.jit(lambda x: x.astype(dtype))(numbers)
+        back = np.asarray(jax.jit(lambda x: x.astype(jnp.float32) + 0.0)(narrow))
+    except Exception as error:  # the kinds of error differ between compilers
+        back = np.array((str(error) or type(error).__name__).splitlines()[0])
+    if not np.array_equal(back, numbers):
+        kind = jax.local_devices()[0].device_kind
+        raise StartupError(f"{option}: {kind} cannot compute with {dtype} ({back}); start without --{option}")
+    return dtype
 
 
 def staging_pages(pool: int) -> int:
@@ -221,8 +279,14 @@ def staging_pages(pool: int) -> int:
     return max(1, min(STAGING_PAGES, pool // 2))
 
 
-def _free_memory(device: jax.Device) -> int:
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return CPU_KV_BYTES
-    return int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+def _free_memory(mesh: Mesh) -> int:
+    """Bytes that every device of the mesh has for pages."""
+    free = CPU_KV_BYTES
+    for device in mesh.local_devices:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            here = int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+            free = here if device is mesh.local_devices[0] else min(free, here)
+    if jax.process_count() > 1:
+        free = int(multihost_utils.process_allgather(np.int32(free // 2**20)).min()) * 2**20
+    return free

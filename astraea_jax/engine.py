@@ -21,15 +21,16 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import HostStore
+from astraea_jax.compilation import use_cache
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.generation import Delta, Generation, Output, Usage
-from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import Progress, load, random_decoder
-from astraea_jax.models.config import PUBLISHED, ModelConfig, read_json
+from astraea_jax.hosts import make_runner
+from astraea_jax.loading import ModelOnDevices, load_model, random_model
+from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.runner import CompileGuard, InFlight, Runner
+from astraea_jax.runner import CompileGuard, InFlight
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.policies import make_policy
@@ -37,7 +38,6 @@ from astraea_jax.scheduler.prediction import Predictor, StepCosts
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
 from astraea_jax.scheduler.scheduler import Scheduler
-from astraea_jax.step import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Engine:
         decoder: the model.
         tokenizer: from the same folder.
         config: sizes and policy.
-        mesh: the devices that share the model; None: the first ``tensor_parallel`` ones.
+        mesh: the devices that share the model; None: the first ``tensor_parallel`` ones, and no others are asked for.
 
     Raises:
         StartupError: the sizes do not fit the model or this machine.
@@ -94,12 +94,17 @@ class Engine:
         self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None, mesh: Mesh | None = None
     ):
         self.config = config or EngineConfig()
-        if self.config.data_parallel > 1:
-            raise StartupError("an Engine has one copy of the model; Replicas serve a data_parallel above 1")
-        mesh = mesh or self.config.meshes(decoder.config)[0]
+        use_cache(self.config.compile_cache)
+        if mesh is None:
+            if self.config.data_parallel > 1:
+                raise StartupError(
+                    f"an Engine is one copy of a model, data_parallel {self.config.data_parallel} asks for more; "
+                    "use astraea_jax.replicas"
+                )
+            mesh = self.config.meshes(decoder.config)[0]
         self.model_config = decoder.config
         self.tokenizer = tokenizer
-        self.layout = Layout.plan(self.config, decoder.config, list(mesh.devices.flat))
+        self.layout = Layout.plan(self.config, decoder.config, mesh)
         self.times = StepTimes()
         self.live = False
         c, layout = self.config, self.layout
@@ -116,23 +121,10 @@ class Engine:
         )
         self._predictor = Predictor()
         self._scheduler = Scheduler(scheduler_config, make_policy(c.policy, self._predictor, c.residency))
-        self._runner = Runner(
-            decoder,
-            layout.backend,
-            Sizes(
-                num_pages=layout.num_pages,
-                page_size=c.page_size,
-                max_seqs=c.max_seqs,
-                max_step_tokens=c.max_step_tokens,
-                max_pages_per_seq=layout.pages_per_seq,
-                kv_dtype=layout.dtype,
-            ),
-            mesh=mesh,
-            staging=layout.host.staging,
-        )
+        self._runner = make_runner(decoder, c, layout, mesh)
         self._store: HostStore | None = None
         if layout.host.pages:
-            self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging)
+            self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._guard = CompileGuard()
         self._events: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -151,12 +143,7 @@ class Engine:
         cls, model: str | Path, config: EngineConfig | None = None, *, progress: Progress | None = None
     ) -> Engine:
         """Load a checkpoint folder, or the bundled ``"astraea-tiny"``, without starting it."""
-        config = config or EngineConfig()
-        folder = resolve(model)
-        model_config = ModelConfig.from_hf(read_json(folder / "config.json"))
-        mesh = config.meshes(model_config)[0]
-        decoder = load(folder, config.weight_dtype(), mesh, progress=progress)
-        return cls(decoder, Tokenizer.from_folder(folder), config, mesh)
+        return cls._of(load_model(model, config or EngineConfig(), progress), config)
 
     @classmethod
     def with_random_weights(cls, shape: str, config: EngineConfig | None = None) -> Engine:
@@ -165,21 +152,25 @@ class Engine:
         Raises:
             StartupError: no such shape.
         """
-        if shape not in PUBLISHED:
-            raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
-        config = config or EngineConfig()
-        mesh = config.meshes(PUBLISHED[shape])[0]
-        decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), seed=0, mesh=mesh)
-        return cls(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), config, mesh)
+        return cls._of(random_model(shape, config or EngineConfig()), config)
+
+    @classmethod
+    def _of(cls, model: ModelOnDevices, config: EngineConfig | None) -> Engine:
+        return cls(model.decoder, model.tokenizer, config, model.meshes[0] if len(model.meshes) == 1 else None)
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compile every step, then start the loop. ``progress(done, total)`` counts compiled steps."""
+        """Compile every step, then start the loop. ``progress(done, total)`` counts executables."""
         self._runner.compile(progress)
         gc.collect()
         gc.freeze()  # what is loaded by now stays: collections while serving need not look through it
         self._refusing = None
         self.live = True
         self._thread.start()
+
+    @property
+    def executables(self) -> int:
+        """How many programs of the device :meth:`start` has compiled."""
+        return self._runner.executables
 
     # -- called from any thread ------------------------------------------------------------------------------
 
@@ -246,6 +237,11 @@ class Engine:
         }
 
     @property
+    def in_progress(self) -> int:
+        """Requests accepted and not yet ended."""
+        return self._admitted
+
+    @property
     def step_costs(self) -> StepCosts:
         """What steps cost here, fitted to those taken so far."""
         return self._predictor.costs
@@ -285,6 +281,7 @@ class Engine:
         try:
             self._loop()
             self._fail_all("the engine was shut down")
+            self._runner.close()
         except Exception as error:
             log.exception("the serving loop failed")
             self._fail_all(f"the serving loop failed: {error!r}")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from astraea_jax import replicas
 from astraea_jax.agent import ProgramResult, run_program
 from astraea_jax.config import EngineConfig
-from astraea_jax.engine import Engine
 from astraea_jax.generation import Usage
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.sampling import SamplingParams
@@ -34,7 +34,7 @@ class Completion:
 
 
 class LLM:
-    """A model ready to use from ordinary Python; a context manager, since it owns the engine's thread.
+    """A model ready to use from ordinary Python; a context manager, since it owns the threads of its engines.
 
     Args:
         model: a checkpoint folder, or the bundled ``"astraea-tiny"``.
@@ -53,7 +53,7 @@ class LLM:
         progress: bool = False,
     ):
         with StartupDisplay(enabled=progress) as display:
-            self.engine = Engine.from_folder(model, config, progress=display.loading)
+            self.engine = replicas.from_folder(model, config, progress=display.loading)
             self.engine.start(display.compiling)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="astraea-llm", daemon=True)

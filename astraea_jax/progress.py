@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class StartupDisplay:
-    """Bars for loading (MB) and compilation (step shapes); plain lines where there is no terminal.
+    """Bars for loading (MB) and compilation (executables); plain lines where there is no terminal.
 
     Use as a context manager and pass :meth:`loading` and :meth:`compiling` as progress callbacks.
     """
@@ -40,8 +40,8 @@ class StartupDisplay:
         self._show("weights", done, total, f"{done / 1e6:.0f}/{total / 1e6:.0f} MB")
 
     def compiling(self, done: int, total: int) -> None:
-        """Step shapes compiled so far."""
-        self._show("compile", done, total, f"{done}/{total} step shapes")
+        """Executables compiled so far: step shapes and sizes of transfers."""
+        self._show("compile", done, total, f"{done}/{total} executables")
 
     def _show(self, name: str, done: int, total: int, count: str) -> None:
         if name not in self._tasks:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from astraea_jax.cache.host import NOWHERE, block_sharding, block_sizes
-from astraea_jax.cache.paged import PagedKV, jitted_transfers, make_pages
+from astraea_jax.cache.host import NOWHERE, PINNED, block_sharding, block_sizes
+from astraea_jax.cache.paged import PagedKV, gather_pages, jitted_transfers, make_pages
+from astraea_jax.compilation import compile_all
 from astraea_jax.kernels import Backend
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.sampling import SamplingParams
-from astraea_jax.scheduler.plan import Plan, Row
+from astraea_jax.scheduler.plan import Plan
 from astraea_jax.step import COLUMNS, Sizes, Step, StepShape
 
 Progress = Callable[[int, int], None]
@@ -69,7 +69,8 @@ class Runner:
         self._batch_sizes = {shape: self._step.batch(shape).shape for shape in self._step.shapes}
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(sizes.max_seqs, jnp.int32, device=self._step.whole)
-        self._shapes = self._step.shapes
+        self.shapes = self._step.shapes
+        """Of the steps."""
         self._compiled: dict[StepShape, Any] = {}
         self._blocks = block_sizes(staging)
         self.block_sharding = block_sharding(self._pages[0])
@@ -79,30 +80,35 @@ class Runner:
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
-        """Compile every step shape, several at a time, and run each once on scrap so that nothing is left to set up."""
-        self._compile_transfers()
-        shapes = self._shapes
-
-        def build(shape: StepShape) -> Any:
-            return self._step.jitted(shape).lower(*self._step.arguments(shape)).compile()
-
-        lowered = 0
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for shape, compiled in zip(shapes, pool.map(build, shapes), strict=True):
-                self._compiled[shape] = compiled
-                lowered += 1
-                progress(lowered, len(shapes))
-        for shape in shapes:
-            self._launch(shape, self._empty_batch(shape)).block_until_ready()
-
-    def _compile_transfers(self) -> None:
+        """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""
         gather, scatter = jitted_transfers(self._step.pages, self._step.whole)
+        lowerings: dict[tuple[str, Any], Callable[[], Any]] = {}
+        for shape in self.shapes:
+            lowerings["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
         for size in self._blocks:
             ids = np.zeros(size, np.int32)
-            self._gathers[size] = gather.lower(self._pages, ids).compile()
-            block = self.gather([0] * size)
-            self._scatters[size] = scatter.lower(self._pages, block, ids).compile()
+            block = jax.eval_shape(gather_pages, self._step.pages, ids)
+            lowerings["gather", size] = partial(gather.lower, self._step.pages, ids)
+            lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
+        compiled = compile_all(lowerings, progress)
+        self._compiled = {shape: compiled["step", shape] for shape in self.shapes}
+        self._gathers = {size: compiled["gather", size] for size in self._blocks}
+        self._scatters = {size: compiled["scatter", size] for size in self._blocks}
+        self._meet()
+        for shape in self.shapes:
+            self.launch(shape, self._empty_batch(shape)).block_until_ready()
+        for size in self._blocks:
+            there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
+            block = self.put(there, self.block_sharding)  # over several processes copies are compiled, too
             self.scatter(block, np.full(size, NOWHERE, np.int32))
+
+    def _meet(self) -> None:
+        """All who share the arrays have compiled: what they run together does not wait long for any of them."""
+
+    @property
+    def executables(self) -> int:
+        """How many programs of the device have been compiled."""
+        return len(self._compiled) + len(self._gathers) + len(self._scatters)
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
         """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""
@@ -112,6 +118,13 @@ class Runner:
     def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
         self._pages = self._scatters[len(pages)](self._pages, block, pages)
+
+    def put(self, block: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+        """Copy a block to the host or back, and return at once."""
+        return jax.device_put(block, sharding)
+
+    def close(self) -> None:
+        """Nothing will be dispatched any more."""
 
     def _empty_batch(self, shape: StepShape) -> np.ndarray:
         return np.zeros(self._batch_sizes[shape], np.int32)
@@ -123,41 +136,40 @@ class Runner:
 
     def dispatch(self, plan: Plan, page_table: np.ndarray) -> InFlight:
         """Start a step and return at once. ``page_table`` is the scheduler's, ``[max_seqs, M]`` by slot."""
-        rows = plan.rows
-        shape = self._fitting(len(rows), plan.tokens)
+        rows = len(plan.segments)
+        shape = self._fitting(rows, plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
         batch = self._empty_batch(shape)
-        head = batch[shape.tokens :].reshape(shape.rows, -1)[: len(rows)]
-        numbers: list[int] = []
-        for segment, start, count, samples in rows:
-            numbers += segment.slot, start, count, samples
-        head[:, :4] = np.array(numbers, np.int32).reshape(-1, 4)
-        slots = head[:, 0]
-        head[:, 4:COLUMNS] = self._sampling[slots]
-        head[:, COLUMNS:] = page_table[slots]
-        _fill_tokens(batch[: plan.tokens], rows)
-        sampled = self._launch(shape, batch)
+        head = batch[shape.tokens :].reshape(shape.rows, -1)[:rows]
+        head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
+        head[: plan.samples, 3] = 1
+        head[:, 4:COLUMNS] = self._sampling[plan.slots]
+        head[:, COLUMNS:] = page_table[plan.slots]
+        _fill_tokens(batch[: plan.tokens], plan)
+        sampled = self.launch(shape, batch)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
 
     def _fitting(self, rows: int, tokens: int) -> StepShape:
         """The smallest shape that holds the step."""
         decode = rows == tokens
-        return next(s for s in self._shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
+        return next(s for s in self.shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
 
-    def _launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
+    def launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
+        """Start the step of this shape with what the host says, and return ``[R]`` int32, its sampled tokens."""
         self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, batch)
         return sampled
 
     def read(self, step: InFlight) -> list[int]:
-        """Wait for a step's tokens, one per row of its plan."""
-        return np.asarray(step.tokens)[: len(step.plan.rows)].tolist()
+        """Wait for a step's tokens, one per row that samples."""
+        return np.asarray(step.tokens)[: step.plan.samples].tolist()
 
 
-def _fill_tokens(tokens: np.ndarray, rows: Sequence[Row]) -> None:
-    tokens[:] = -1  # the usual decode: only the device knows its token yet
-    at = 0
-    for segment, start, count, _ in rows:
+def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
+    tokens[:] = -1  # the usual decode: the device has its token
+    at = plan.steady
+    for i in range(plan.steady, len(plan.segments)):
+        segment, start, count = plan.segments[i], int(plan.starts[i]), int(plan.counts[i])
         if start < segment.known:
             segment.copy_tokens(start, tokens[at : at + count])
         at += count

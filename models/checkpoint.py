@@ -1,11 +1,12 @@
 """Weights in and out: Hugging Face safetensors and Orbax.
 
-A Hugging Face folder is read tensor by tensor, each put on the device and dropped, so that the host never holds much
-more than one copy of the model.
+A Hugging Face folder is read tensor by tensor, each put on the device (and there quantised, if that is wanted) and
+dropped, so that neither the host nor the device holds much more than one copy of the model.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 
 from .config import CheckpointError, ModelConfig, read_json
 from .decoder import Decoder
+from .quantize import SCALE, quantize
 from .sharding import abstract_decoder, default_mesh
 
 Progress = Callable[[int, int], None]
@@ -87,19 +89,31 @@ def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[Tensor]:
     return found
 
 
-def load(folder: Path, dtype: Any, mesh: Mesh | None = None, *, progress: Progress | None = None) -> Decoder:
-    """The decoder in a Hugging Face or Orbax folder, on the devices of ``mesh``; None: on the first one.
+def load(
+    folder: Path, dtype: Any, mesh: Mesh | None = None, *, narrow: Any = None, progress: Progress | None = None
+) -> Decoder:
+    """The decoder in a Hugging Face or Orbax folder.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: what weights are cast to.
+        mesh: the devices that get it; None: the first one.
+        narrow: eight-bit dtype to which the layers' matrices are quantised. None: they are not, unless the folder holds
+            quantised ones, which stay as they are.
+        progress: told of Hugging Face folders.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file or tensor.
     """
     if (folder / ORBAX).is_dir():
-        return load_orbax(folder, dtype, mesh)
-    return load_hf(folder, dtype, mesh, progress=progress)
+        return load_orbax(folder, dtype, mesh, narrow=narrow)
+    return load_hf(folder, dtype, mesh, narrow=narrow, progress=progress)
 
 
-def load_hf(folder: Path, dtype: Any, mesh: Mesh | None = None, *, progress: Progress | None = None) -> Decoder:
-    """Read ``config.json`` and the safetensors of a Hugging Face folder; weights are cast to ``dtype``.
+def load_hf(
+    folder: Path, dtype: Any, mesh: Mesh | None = None, *, narrow: Any = None, progress: Progress | None = None
+) -> Decoder:
+    """Read ``config.json`` and the safetensors of a Hugging Face folder.
 
     The host reads every tensor once, and every device gets its own part of it.
 
@@ -107,29 +121,65 @@ def load_hf(folder: Path, dtype: Any, mesh: Mesh | None = None, *, progress: Pro
         CheckpointError: as :func:`load`.
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh()))
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), narrow=narrow))
     params = dict(nnx.to_flat_state(state))
-    parts = {path: hf_tensors(path, leaf.shape) for path, leaf in params.items()}
-    total = sum(math.prod(leaf.shape) for leaf in params.values()) * np.dtype(dtype).itemsize
+    parts = {path: hf_tensors(path, leaf.shape) for path, leaf in params.items() if not _is_scale(path)}
+    total = sum(math.prod(params[path].shape) for path in parts) * np.dtype(dtype).itemsize
     done = 0
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_names(folder, {part.name for of_one in parts.values() for part in of_one}, set(tensors), config)
-        for path, leaf in params.items():
-            arrays = [_read(tensors[part.name], part) for part in parts[path]]
+        for path, of_one in parts.items():
+            arrays = [_read(tensors[part.name], part) for part in of_one]
             whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
-            params[path] = leaf.replace(_put(whole.astype(dtype, copy=False), leaf.sharding))
-            done += math.prod(leaf.shape) * np.dtype(dtype).itemsize
+            _fill(params, path, whole, dtype)
+            done += whole.size * np.dtype(dtype).itemsize
             if progress is not None:
                 progress(done, total)
     return nnx.merge(graph, nnx.from_flat_state(params))
 
 
+def _fill(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], whole: np.ndarray, dtype: Any) -> None:
+    """Put a weight into the abstract ``params``: in ``dtype``, or quantised if it has scales there."""
+    if _scale_of(path) in params:
+        whole = whole.astype(jax.dtypes.canonicalize_dtype(whole.dtype), copy=False)
+        _fill_quantized(params, path, _put(whole, params[path].sharding))
+    else:
+        params[path] = params[path].replace(_put(whole.astype(dtype, copy=False), params[path].sharding))
+
+
+def _fill_quantized(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], wide: jax.Array) -> None:
+    leaf, scale = params[path], params[_scale_of(path)]
+    make = _quantizer(leaf.dtype, len(leaf.shape) - len(scale.shape), (leaf.sharding, scale.sharding))
+    values, scales = jax.block_until_ready(make(wide))  # or many wide ones could wait on the device for their turn
+    params[path], params[_scale_of(path)] = leaf.replace(values), scale.replace(scales)
+
+
+@functools.cache
+def _quantizer(dtype: Any, inputs: int, shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding]) -> Any:
+    return jax.jit(lambda weight: quantize(weight, dtype, inputs), out_shardings=shardings)
+
+
+def _scale_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*path[:-1], f"{path[-1]}{SCALE}")
+
+
+def _is_scale(path: tuple[Any, ...]) -> bool:
+    return str(path[-1]).endswith(SCALE)
+
+
 def save_hf(decoder: Decoder, folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` (weights as they are) as a Hugging Face folder."""
+    """Write ``config.json`` and ``model.safetensors`` (weights as they are) as a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the decoder is quantised.
+    """
+    params = nnx.to_flat_state(nnx.state(decoder))
+    if any(_is_scale(path) for path, _ in params):
+        raise CheckpointError("quantised weights have no Hugging Face form here; write them with Orbax")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
+    for path, leaf in params:
         array = np.asarray(leaf[...])
         parts = hf_tensors(path, array.shape)
         widths = [part.part[-2] for part in parts[:-1]]
@@ -150,21 +200,27 @@ def save_orbax(decoder: Decoder, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(decoder.config.to_hf(), indent=2) + "\n")
 
 
-def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None) -> Decoder:
-    """Read what :func:`save_orbax` wrote, every device its own part; weights are cast to ``dtype``.
+def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, narrow: Any = None) -> Decoder:
+    """Read what :func:`save_orbax` wrote, every device its own part. To quantise it takes a wide copy of the model;
+    quantised ones need none.
 
     Raises:
-        CheckpointError: the arrays are damaged or do not fit ``config.json``.
+        CheckpointError: the arrays are damaged, do not fit ``config.json``, or are quantised to another dtype.
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh()))
-    wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    mesh = mesh or default_mesh()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata((folder / ORBAX).absolute()).item_metadata.tree
-            found = {".".join(str(key.key) for key in path): leaf.shape for path, leaf in _leaves(stored)}
-            if wanted != found:  # asked before the restore, which leaves its reads unawaited when one fails
-                differ = sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name))
+            found = {".".join(str(key.key) for key in path): leaf for path, leaf in _leaves(stored)}
+            kept = {leaf.dtype for name, leaf in found.items() if name + SCALE in found}
+            if narrow is not None and kept - {narrow}:
+                raise CheckpointError(f"{folder} is quantised to {', '.join(map(str, kept))}, not to {narrow}")
+            graph, state = nnx.split(abstract_decoder(config, dtype, mesh, narrow=next(iter(kept), None)))
+            wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+            # Asked before the restore, which leaves its reads unawaited when one fails.
+            shapes = {name: leaf.shape for name, leaf in found.items()}
+            if differ := sorted(n for n in wanted.keys() | shapes if wanted.get(n) != shapes.get(n)):
                 raise CheckpointError(f"{folder / ORBAX} does not fit its config.json: {', '.join(differ[:5])}")
             arrays = checkpointer.restore((folder / ORBAX).absolute(), nnx.to_pure_dict(state))
     except (ValueError, KeyError, AttributeError, FileNotFoundError) as error:
@@ -172,7 +228,19 @@ def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None) -> Decoder:
             raise
         raise CheckpointError(f"{folder / ORBAX} is damaged: {error}") from error
     nnx.replace_by_pure_dict(state, arrays)
-    return nnx.merge(graph, state)
+    if narrow is None or kept:
+        return nnx.merge(graph, state)
+    wide = dict(nnx.to_flat_state(state))
+    del arrays, state
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh, narrow=narrow))
+    params = dict(nnx.to_flat_state(state))
+    for path in list(wide):
+        leaf = wide.pop(path)
+        if _scale_of(path) in params:
+            _fill_quantized(params, path, leaf[...])
+        else:
+            params[path] = leaf
+    return nnx.merge(graph, nnx.from_flat_state(params))
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:
@@ -186,11 +254,15 @@ def copy_beside(source: Path, target: Path) -> None:
             shutil.copy(source / name, target / name)
 
 
-def random_decoder(config: ModelConfig, dtype: Any, seed: int, mesh: Mesh | None = None) -> Decoder:
+def random_decoder(
+    config: ModelConfig, dtype: Any, seed: int, mesh: Mesh | None = None, *, narrow: Any = None
+) -> Decoder:
     """Random weights, made where they belong; nothing passes through the host."""
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh()))
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), narrow=narrow))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    make = jax.jit(lambda: nnx.state(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))), out_shardings=shardings)
+    make = jax.jit(
+        lambda: nnx.state(Decoder(config, dtype=dtype, narrow=narrow, rngs=nnx.Rngs(seed))), out_shardings=shardings
+    )
     return nnx.merge(graph, make())
 
 

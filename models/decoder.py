@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import ModelConfig, RopeScaling
+from .quantize import matrix, project
 
 LayerCache = Any
 """What ``attend`` keeps for one layer; opaque to the model."""
@@ -68,10 +69,10 @@ class Attention(nnx.Module):
     then its value. So it is sharded by that head, and nothing moves to tell the three apart.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv = _normal((d, k, n // k + 2, h), dtype, rngs)
-        self.o = _normal((n, h, d), dtype, rngs)
+        self.qkv, self.qkv_scale = matrix((d, k, n // k + 2, h), 1, dtype, narrow, rngs)
+        self.o, self.o_scale = matrix((n, h, d), 2, dtype, narrow, rngs)
         self.has_bias, self.qk_norm = config.qkv_bias, config.qk_norm
         if config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((k, n // k + 2, h), dtype))
@@ -82,7 +83,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: int, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        qkv = jnp.einsum("TD,DKEH->TKEH", x, self.qkv[...])
+        qkv = project("TD,DKEH->TKEH", x, self.qkv, self.qkv_scale)
         if self.has_bias:
             qkv = qkv + self.qkv_bias[...]
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
@@ -90,30 +91,30 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
-        return jnp.einsum("TNH,NHD->TD", out, self.o[...]), cache
+        return project("TNH,NHD->TD", out, self.o, self.o_scale), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward; gate and up projection are one product, ``[D, 2, F]``."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_up = _normal((d, 2, f), dtype, rngs)
-        self.down = _normal((f, d), dtype, rngs)
+        self.gate_up, self.gate_up_scale = matrix((d, 2, f), 1, dtype, narrow, rngs)
+        self.down, self.down_scale = matrix((f, d), 1, dtype, narrow, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = jnp.einsum("TD,DEF->TEF", x, self.gate_up[...])
-        return (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...]
+        gate_up = project("TD,DEF->TEF", x, self.gate_up, self.gate_up_scale)
+        return project("TF,FD->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], self.down, self.down_scale)
 
 
 class Layer(nnx.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.attention = Attention(config, dtype, rngs)
+        self.attention = Attention(config, dtype, narrow, rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = MLP(config, dtype, narrow, rngs)
 
 
 class Embedding(nnx.Module):
@@ -136,13 +137,14 @@ class Decoder(nnx.Module):
     Args:
         config: shape and constants.
         dtype: of weights and activations; norms, the rotary embedding and logits are computed in float32.
+        narrow: eight-bit dtype of the layers' matrices, which then have scales (see :mod:`.quantize`); None: ``dtype``.
         rngs: source of the random initial weights.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, narrow: Any = None, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config, dtype, rngs)
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, dtype, narrow, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, dtype, rngs)

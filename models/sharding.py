@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import CheckpointError, ModelConfig
 from .decoder import Decoder
+from .quantize import SCALE
 
 TP = "tp"
 """The axis of the mesh."""
@@ -30,8 +31,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "mlp.down": ("ffn", "embed"),
     "lm_head.weight": ("embed", "vocab"),
 }
-"""Last names of a parameter's path -> its logical axes; a parameter in several arrays has them below that path. What is
-not here, the norms, every device holds."""
+"""Last names of a parameter's path -> its logical axes; a parameter in several arrays has them below that path, and
+its scales have its last axes. What is not here, the norms, every device holds."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = R
     """How the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, of this shape is divided."""
     parts = [str(part) for part in path]
     name = ".".join(parts[2:] if parts[0] == "layers" else parts)
+    scale = name.endswith(SCALE)
+    name = name.removesuffix(SCALE)
     axes = next((axes for last, axes in AXES.items() if name == last or name.startswith(f"{last}.")), ())
+    if scale:
+        axes = axes[-len(shape) :]
     divided = [
         getattr(rules, axis) if axis and size % _divisor(axis, mesh, rules) == 0 else None
         for axis, size in zip(axes if len(axes) == len(shape) else (), shape)
@@ -105,13 +110,13 @@ def placed(state: nnx.State[Any, Any], mesh: Mesh, rules: Rules = RULES) -> nnx.
     return nnx.from_flat_state([(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
 
 
-def abstract_decoder(config: ModelConfig, dtype: Any, mesh: Mesh) -> Decoder:
+def abstract_decoder(config: ModelConfig, dtype: Any, mesh: Mesh, *, narrow: Any = None) -> Decoder:
     """A decoder whose arrays are shapes with their shardings.
 
     Raises:
         CheckpointError: the mesh does not divide the model.
     """
     check_mesh(config, mesh)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, narrow=narrow, rngs=nnx.Rngs(0))))
     decoder: Decoder = nnx.merge(graph, placed(state, mesh))
     return decoder

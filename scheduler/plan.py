@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from .program import Segment
 
 
-class Row(NamedTuple):
-    """Tokens ``start … start + tokens - 1`` of a segment, and whether the step samples the one after."""
+class Plan(NamedTuple):
+    """One step of R rows, as columns."""
 
-    segment: Segment
-    start: int
-    tokens: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step."""
-
-    rows: list[Row]
+    segments: list[Segment]
+    """R."""
+    slots: np.ndarray
+    """``[R]`` int32, each one's row of the page table."""
+    starts: np.ndarray
+    """``[R]`` int32: its tokens ``start … start + count - 1`` are computed."""
+    counts: np.ndarray
+    """``[R]`` int32."""
+    steady: int
+    """The first so many rows feed back the one token that they sampled last."""
+    samples: int
+    """The first so many rows, the steady ones among them, sample the token after."""
     admitted: list[Segment]
     """Segments that have got their slot since the last plan."""
     tokens: int
+    """All counts together."""
     context: int
     """Tokens that its rows attend to, all together."""

@@ -6,7 +6,7 @@ about it (``features``); when there is room, it scores all waiting segments at o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ class WaitingQueue:
     def __init__(self, columns: int):
         self._segments: list[Segment] = []
         self._at: dict[Segment, int] = {}
-        self._features = np.zeros((64, columns))
+        self._features = np.zeros((64, columns), order="F")  # scores are computed by columns
         self._numbers = np.zeros(64, np.int64)
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class WaitingQueue:
     def push(self, segment: Segment, features: Sequence[float]) -> None:
         at = len(self._segments)
         if at == len(self._features):
-            self._features = np.concatenate([self._features, np.zeros_like(self._features)])
+            self._features = np.asfortranarray(np.concatenate([self._features, np.zeros_like(self._features)]))
             self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
         self._segments.append(segment)
         self._at[segment] = at
@@ -122,16 +122,19 @@ class WaitingQueue:
             self._segments[at], self._at[last] = last, at
             self._features[at], self._numbers[at] = self._features[n], self._numbers[n]
 
-    def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> list[Segment]:
-        """The first ``count`` segments in the order of the policy."""
+    def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> Iterator[Segment]:
+        """The first ``count`` segments in the order of the policy, each found when it is asked for."""
         n = len(self._segments)
         if n == 0:
-            return []
+            return
         scores = policy.scores(self._features[:n], now, pressure)
-        if count < n:
-            bound = np.partition(scores, count - 1)[count - 1] if count > 1 else scores.min()
-            near = np.flatnonzero(scores <= bound)
-        else:
-            near = np.arange(n)
-        order = near[np.lexsort((self._numbers[near], scores[near]))]
-        return [self._segments[i] for i in order[:count]]
+        yield self._segments[self._lowest(scores, 1)[0]]
+        for at in self._lowest(scores, count)[1:]:  # rarely needed
+            yield self._segments[at]
+
+    def _lowest(self, scores: np.ndarray, count: int) -> list[int]:
+        last = min(count, len(scores)) - 1
+        bound = np.partition(scores, last)[last] if last else scores.min()
+        near = np.flatnonzero(scores <= bound)
+        order: list[int] = near[np.lexsort((self._numbers[near], scores[near]))][:count].tolist()
+        return order

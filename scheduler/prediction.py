@@ -46,7 +46,7 @@ class StepCosts:
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """A step took so long."""
-        self._recent.append((1.0, plan.tokens > len(plan.rows), plan.tokens, plan.context, seconds))
+        self._recent.append((1.0, plan.tokens > len(plan.segments), plan.tokens, plan.context, seconds))
         self.steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
         if len(self._recent) == self.EVERY:
@@ -309,11 +309,13 @@ class Predictor:
         if program.turns == 0:
             return
         self.turns.add(program.turns)
-        total = program.turns
-        k = np.arange(total)
-        r = total - k
-        moments = (total, k.sum(), r.sum(), (k * k).sum(), (r * r).sum(), (k * r).sum())
-        self._progress = [0.995 * old + float(new) for old, new in zip(self._progress, moments, strict=True)]
+        n = program.turns
+        k, squares = (
+            n * (n - 1) / 2,
+            (n - 1) * n * (2 * n - 1) / 6,
+        )  # sums over turns 0 … n - 1, of which n - k are left
+        moments = (n, k, n * n - k, squares, n**3 - 2 * n * k + squares, n * k - squares)
+        self._progress = [0.995 * old + new for old, new in zip(self._progress, moments, strict=True)]
 
 
 class Oracle(Predictor):

@@ -74,7 +74,7 @@ class Segment:
     """One model call of a program.
 
     ``computed`` tokens chase ``length`` tokens. Of those, ``pending`` have been sampled by a dispatched step whose
-    result the host has not read.
+    result the host has not read. A step that computes all of them samples one more, so ``computed`` stays below.
     """
 
     number: int
@@ -97,7 +97,6 @@ class Segment:
     output: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose KV is written, or will be by a dispatched step."""
-    pending: int = 0
     slot: int = -1
     """Its row in the page table while it runs; -1 otherwise."""
     keys: list[bytes] = field(default_factory=list)
@@ -117,20 +116,29 @@ class Segment:
     """Times that a later one has started because this one, first in order, did not fit."""
     first_scheduled: float | None = None
     first_token: float | None = None
-    length: int = field(init=False)
-    """Tokens the device knows: prompt, output and pending ones."""
+    reached: int = field(init=False)
+    """Its length when it last began to compute."""
     limit: int = field(init=False)
     """Tokens that are ever computed; the last one it may generate is not fed back."""
 
     def __post_init__(self) -> None:
-        self.length = len(self.prompt)
-        self.limit = self.length + self.max_tokens - 1
+        self.reached = len(self.prompt)
+        self.limit = self.reached + self.max_tokens - 1
         self.queued = self.submitted
+
+    @property
+    def length(self) -> int:
+        """Tokens the device knows: prompt, output and pending ones."""
+        return max(self.reached, self.computed + 1)
 
     @property
     def known(self) -> int:
         """Tokens the host knows."""
-        return self.length - self.pending
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def pending(self) -> int:
+        return self.length - self.known
 
     @property
     def wanted(self) -> int:

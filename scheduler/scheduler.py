@@ -11,7 +11,6 @@ away at once, because the device runs steps in the order of dispatch: a late wri
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,11 +18,12 @@ import numpy as np
 
 from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
-from .plan import Plan, Row
+from .plan import Plan
 from .policy import Policy, Pressure, WaitingQueue
 from .program import Program, QueueFull, Rejected, Segment
 from .registry import Registry
 from .residency import Residency
+from .running import Running
 from .transfer import HostCopy, Transfer
 
 
@@ -40,18 +40,20 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, policy: Policy):
         self.config = config
-        self.page_table = np.zeros((config.max_seqs, config.pages_per_seq), np.int32)
-        """Pages of each slot, in order."""
         self._policy = policy
         self._pool = PagePool(config.num_pages)
+        self._running = Running(config, self._pool, policy.rank)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._queue = WaitingQueue(policy.columns)
-        self._running: list[Segment] = []  # in the order of the policy
-        self._slots = list(range(config.max_seqs - 1, -1, -1))
         self._programs = Registry(config.max_programs, self._forget)
         self._counts = _Counts()
         self._submitted = 0
         self._fresh: list[Segment] = []  # admitted since the last plan with rows; some may have ended since
+
+    @property
+    def page_table(self) -> np.ndarray:
+        """``[max_seqs, pages_per_seq]`` int32: pages of each slot, in order."""
+        return self._running.page_table
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -189,17 +191,13 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        used = [s.pages for s in self._running] + self._residency.pinning()
+        used = [s.pages for s in self._running.segments] + self._residency.pinning()
         self._pool.check(used + [p.pages for p in self._programs.programs()], used)
         self._residency.check(self._programs.programs())
         self._programs.check()
         started = {s for s in self._programs.live.values() if s.slot >= 0}
-        assert started == set(self._running), "a running segment is not live"
-        assert sorted([s.slot for s in self._running] + self._slots) == list(range(self.config.max_seqs)), "slots leak"
-        for segment in self._running:
-            assert self.page_table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
-            assert segment.computed <= len(segment.pages) * self.config.page_size, "computed tokens without a page"
-            assert segment.program.running
+        assert started == set(self._running.segments), "a running segment is not live"
+        self._running.check()
 
     # -- a step ----------------------------------------------------------------------------------------------
 
@@ -209,11 +207,10 @@ class Scheduler:
         Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
         """
         self.expire(now)
-        chosen, others = self._decoding()
-        budget = self.config.max_step_tokens - len(chosen)
-        for segment in others:
-            if segment.slot < 0:
-                continue  # preempted by one before it
+        self._running.turn_pages()
+        budget = self.config.max_step_tokens - self._running.steady
+        chosen: dict[Segment, int] = {}
+        for segment in self._running.busy():
             count = self._hold(segment, min(segment.wanted, budget), chosen, now)
             if count > 0:
                 chosen[segment] = count
@@ -227,60 +224,23 @@ class Scheduler:
         if not len(self._queue):
             self._residency.prefetch(now)
         self._fresh += admitted
-        if not chosen:
+        if not chosen and not self._running.steady:
             return None
-        rows = self._rows(chosen, now)
         fresh, self._fresh = [segment for segment in self._fresh if segment.slot >= 0], []
-        tokens = sum(chosen.values())
-        self._counts.computed_tokens += tokens
-        return Plan(rows, fresh, tokens, sum([segment.computed for segment in chosen]))
-
-    def _decoding(self) -> tuple[dict[Segment, int], list[Segment]]:
-        """Of the running segments those that decode one more token into a page they have; and the others with work,
-        decodes first. Every step goes through here with every running segment, so it is as short as can be."""
-        usual: dict[Segment, int] = {}
-        decodes: list[Segment] = []
-        chunks: list[Segment] = []
-        for segment in self._running:
-            computed = segment.computed
-            left = segment.length - computed
-            if left == 1 and computed < segment.room and computed < segment.limit and segment.pending:
-                usual[segment] = 1
-            elif segment.loading is None and (wanted := segment.wanted) > 0:
-                (decodes if wanted == 1 else chunks).append(segment)
-        return usual, decodes + chunks
+        plan = self._running.step(chosen, fresh, now)
+        self._counts.computed_tokens += plan.tokens
+        return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Say how long a step took, for predictions."""
         self._policy.predict.costs.observe(plan, seconds)
 
     def extend(self, plan: Plan, times: int) -> int:
-        """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now.
-
-        It can if every running segment decodes, until the first has its last token or there are no free pages.
-        """
-        rows = plan.rows
-        if len(rows) < len(self._running) or plan.tokens > len(rows) or not all(row.samples for row in rows):
-            return 1
-        segments = [row.segment for row in rows]
-        times = min(times, 1 + min(s.limit + 1 - s.length for s in segments))
-        while times > 1:
-            needs = [self._pages_for(s.computed + times - 1) - len(s.pages) for s in segments]
-            if sum(n for n in needs if n > 0) <= self._pool.free:
-                break
-            times //= 2
-        for segment, need in zip(segments, needs if times > 1 else (), strict=False):
-            if need > 0:
-                held = len(segment.pages)
-                segment.pages += (new := self._pool.allocate(need))
-                self._pool.pin(new)
-                self.page_table[segment.slot, held : held + need] = new
-            segment.computed += times - 1
-            segment.length += times - 1
-            segment.pending += times - 1
-            segment.room = len(segment.pages) * self.config.page_size
-        self._counts.computed_tokens += len(rows) * (max(times, 1) - 1)
-        return max(times, 1)
+        """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now; see
+        :meth:`.running.Running.extend`."""
+        times = self._running.extend(plan, times)
+        self._counts.computed_tokens += plan.tokens * (times - 1)
+        return times
 
     def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
         """Transfers begun since the last call, in order, whose offloads read their pages before the next step; and host
@@ -291,59 +251,37 @@ class Scheduler:
         return begun, dropped
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Segment, int]]:
-        """Take in what a dispatched plan sampled, ``tokens`` one per row; returns the new token of each live segment.
+        """Take in what a dispatched plan sampled, ``tokens`` one per row that samples; returns the new token of each
+        live segment.
 
         Segments that have ended since the plan are passed over. A segment ends here if its token is a stop or its
         last, or negative: that is, if the device could not choose one.
         """
-        new = []
-        for (segment, _, _, samples), token in zip(plan.rows, tokens, strict=True):
-            if not samples or segment.finish_reason is not None:
-                continue
-            segment.pending -= 1
-            new.append((segment, token))
+        new = [
+            (segment, token)
+            for segment, token in zip(plan.segments[: plan.samples], tokens, strict=True)
+            if segment.finish_reason is None
+        ]
+        for segment, token in new:
+            output = segment.output
             if token < 0:
-                segment.length -= 1
                 self.finish(segment, "error", now)
                 continue
-            segment.output.append(token)
-            if segment.first_token is None:
+            if not output:
                 segment.first_token = now
+            output.append(token)
             if token in segment.stops:
                 self.finish(segment, "stop", now)
-            elif len(segment.output) == segment.max_tokens:
+            elif len(output) == segment.max_tokens:
                 self.finish(segment, "length", now)
         return new
-
-    def _rows(self, chosen: dict[Segment, int], now: float) -> list[Row]:
-        """The rows of a step; from now on their tokens count as computed."""
-        rows, new = [], tuple.__new__  # Row(…) without its keyword arguments, which cost as much as all the rest
-        for segment, count in chosen.items():
-            start = segment.computed
-            segment.computed = end = start + count
-            samples = end == segment.length
-            if samples:
-                segment.pending += 1
-                segment.length = end + 1
-            if segment.first_scheduled is None:
-                segment.first_scheduled = now
-            rows.append(new(Row, (segment, start, count, samples)))
-            if count > 1 and segment.keys:
-                self._publish(segment, start)
-        return rows
-
-    def _publish(self, segment: Segment, start: int) -> None:
-        """Let others find the full pages from token ``start`` on that are computed, or will be by a dispatched step."""
-        size = self.config.page_size
-        for i in range(start // size, min(segment.computed // size, len(segment.keys))):
-            self._pool.publish(segment.pages[i], segment.keys[i])
 
     # -- admission -------------------------------------------------------------------------------------------
 
     def _admit_waiting(self, budget: int, now: float) -> list[Segment]:
         """Give slots and pages to waiting segments, in the order of the policy, while both last."""
         admitted: list[Segment] = []
-        while budget > 0 and self._slots and len(self._queue):
+        while budget > 0 and self._running.slots and len(self._queue):
             self._refresh()
             segment, found = self._next(now)
             if segment is None:
@@ -379,7 +317,7 @@ class Scheduler:
             return None  # its last token is still on the device, or its pages are on their way
         found = self._residency.found(segment)
         need = self._residency.needs(segment, found)
-        reserve = len(self._running) // 2 if self._running else 0  # so that those who run can grow
+        reserve = len(self._running) // 2  # so that those who run can grow
         spare = self._pool.obtainable - need - reserve
         own = len(program.pages) + len(found)  # they are no longer to be had if it starts
         if spare < 0 or (spare < own and spare < self._pool.unpinned({*program.pages, *found})):
@@ -394,8 +332,7 @@ class Scheduler:
         self._queue.remove(segment)
         program = segment.program
         pages, parts = self._residency.take(segment, found, now)
-        segment.pages = pages + self._pool.allocate(self._pages_for(segment.known) - len(pages))
-        self._pool.pin(segment.pages)
+        self._running.add(segment, pages + self._pool.allocate(self._pages_for(segment.known) - len(pages)))
         if parts:
             end = len(pages) + sum(part.pages for part in parts)
             segment.loading = self._residency.restore(segment, segment.pages[len(pages) : end], parts, now)
@@ -403,12 +340,8 @@ class Scheduler:
             segment.cached_tokens = segment.reused
         self._counts.reused_tokens += segment.reused
         self._counts.recomputed_tokens += max(0, segment.matched - segment.reused - 1)
-        segment.room = len(segment.pages) * self.config.page_size
-        segment.slot = self._slots.pop()
-        self.page_table[segment.slot, : len(segment.pages)] = segment.pages
         program.waited_s += now - segment.queued
         segment.started = now
-        bisect.insort(self._running, segment, key=self._policy.rank)
         self._policy.admitted(segment, now)
 
     def _enqueue(self, segment: Segment, now: float) -> None:
@@ -447,45 +380,36 @@ class Scheduler:
         Pages come from the free ones, then from programs that do not run, then from running segments after it in the
         order of the policy. So the first in order always gets on, and nothing waits for ever.
         """
-        held, size = len(segment.pages), self.config.page_size
         if segment.computed + count <= segment.room:
             return count
-        need = self._pages_for(segment.computed + count) - held
-        while not self._residency.reclaim(need, now, wait=False) and self._running[-1] is not segment:
-            victim = self._running[-1]
+        need = self._pages_for(segment.computed + count) - len(segment.pages)
+        while not self._residency.reclaim(need, now, wait=False) and self._running.segments[-1] is not segment:
+            victim = self._running.segments[-1]
             chosen.pop(victim, None)
             self._preempt(victim, now)
-        new = self._pool.allocate(min(need, self._pool.free))
-        self._pool.pin(new)
-        self.page_table[segment.slot, held : held + len(new)] = new
-        segment.pages += new
-        segment.room = len(segment.pages) * size
+        self._running.grow(segment, min(need, self._pool.free))
         return min(count, segment.room - segment.computed)
 
     def _preempt(self, victim: Segment, now: float) -> None:
         """Take a running segment off its slot; its KV is kept like that of a waiting program, for as long as it can."""
+        victim.matched = victim.reached = victim.length
         self._vacate(victim, now)
-        victim.matched = victim.length
         victim.preemptions += 1
         self._counts.preemptions += 1
         self._enqueue(victim, now)
 
     def _vacate(self, segment: Segment, now: float) -> None:
         """Take a segment off its slot; its program retains the KV that has been computed."""
-        self._running.remove(segment)
-        self._slots.append(segment.slot)
-        segment.slot = -1
         segment.program.ran_s += now - segment.started
         segment.program.service += segment.computed - segment.reused
-        self._pool.unpin(segment.pages)
         keep = self._pages_for(segment.computed)
         if segment.loading is not None:  # what it waits for stays in host memory
             keep -= len(segment.loading.pages)
             segment.loading = None
         else:
             segment.extend_keys()
-            self._publish(segment, 0)
-        pages, segment.pages = segment.pages, []
+            self._running.publish(segment, 0)
+        pages = self._running.remove(segment)
         self._pool.release(pages[keep:])
         self._residency.retain(segment.program, segment, pages[:keep], segment.computed)
         segment.computed = 0

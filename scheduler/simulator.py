@@ -144,7 +144,8 @@ class Simulator:
             launched, next_plan = None, now
             if plan is not None:
                 if self._plans is not None:
-                    self._plans.append((now, tuple((r.segment.number, r.start, r.tokens) for r in plan.rows)))
+                    rows = zip((s.number for s in plan.segments), plan.starts.tolist(), plan.counts.tolist())
+                    self._plans.append((now, tuple(rows)))
                 times, next_plan, next_end = self._launch(plan, max(now, end))
                 launched = (plan, times)
                 steps += times
@@ -166,11 +167,11 @@ class Simulator:
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step: how many equal ones it stands for, when the last of them starts, and when it ends."""
-        step_s = self._costs.step_s(len(plan.rows), plan.tokens, plan.context)
+        step_s = self._costs.step_s(len(plan.segments), plan.tokens, plan.context)
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1
-        growth = self._costs.per_context_s * len(plan.rows)
+        growth = self._costs.per_context_s * len(plan.segments)
         last = step_s + growth * (times - 1)
         end = start + times * step_s + growth * times * (times - 1) / 2
         return times, end - last, end
@@ -206,9 +207,9 @@ class Simulator:
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:
         for _ in range(times - 1):  # nothing can end before the last
-            self.scheduler.commit(plan, [row.segment.length - row.segment.pending for row in plan.rows], now)
+            self.scheduler.commit(plan, [segment.known for segment in plan.segments[: plan.samples]], now)
         # A sampled token is its position, as in the prompts: so the next prompt repeats it.
-        tokens = [row.segment.known for row in plan.rows]
+        tokens = [segment.known for segment in plan.segments[: plan.samples]]
         for segment, _token in self.scheduler.commit(plan, tokens, now):
             if segment.finish_reason is not None:
                 self._finished(segment, now)

@@ -17,7 +17,6 @@ this machine can work off, as its steps show before the first run.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,8 +28,10 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from astraea_jax.config import EngineConfig
+from astraea_jax.record import Section, define_flags, publish
+from astraea_jax.roofline import Floors
 from astraea_jax.scheduler.costs import MACHINES, CostModel
 from astraea_jax.scheduler.experiment import (
     PREDICTORS,
@@ -63,7 +64,7 @@ flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
 flags.DEFINE_float("load", 0.85, "Share of the machine's throughput that arrives.", lower_bound=0.01)
 flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of the simulated machine.")
 flags.DEFINE_float("tool_scale", 0.1, "Factor on tool times of the engine backend.", lower_bound=0.0)
-flags.DEFINE_string("json", None, "Write all rows to this file.")
+define_flags("bench_jct")
 flags.DEFINE_string("plots", None, "Draw pictures into this folder.")
 
 console = Console(width=max(140, Console().width))
@@ -161,51 +162,54 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[s
     return found
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def completion_times(rows: Sequence[dict[str, Any]]) -> list[Section]:
+    """A table per workload, residency and oversubscription."""
+    found = []
     for (workload, residency, factor), group in groups(rows).items():
         first = next((runs for (policy, _), runs in group.items() if policy == "fcfs"), next(iter(group.values())))
-        table = Table(
-            title=f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, "
+        title = (
+            f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, "
             f"{first[0]['programs']} programs, {len(first)} seeds, {first[0]['machine']}"
         )
-        for name in (
+        columns = (
             *("policy", "mean JCT s", "95 %", f"vs {first[0]['policy']}", "P50", "P90", "P99", "no tools", "max slow-"),
             *("hit", "again", "moved GB", "preempt", "us/step"),
-        ):
-            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        )
         base = np.array([r["mean_jct_s"] for r in first])
+        table = []
         for (policy, predictor), runs in group.items():
             mean = lambda key, runs=runs: float(np.mean([r[key] for r in runs]))  # noqa: E731
             low, high = interval([r["mean_jct_s"] for r in runs])
             ratio = float(np.mean(np.array([r["mean_jct_s"] for r in runs]) / base))
-            table.add_row(
-                policy if predictor == "online" else f"{policy} ({predictor})",
-                f"{mean('mean_jct_s'):.1f}",
-                f"{low:.0f}-{high:.0f}",
-                f"{ratio:.3f}",
-                *(f"{mean(k):.0f}" for k in ("p50_jct_s", "p90_jct_s", "p99_jct_s", "mean_jct_no_tool_s")),
-                f"{mean('max_slowdown'):.1f}",
-                f"{mean('prefix_hit'):.0%}",
-                f"{mean('recomputed_tokens') / 1e6:.1f}M",
-                f"{mean('moved_bytes') / 1e9:.0f}",
-                f"{mean('preemptions'):.0f}",
-                f"{mean('scheduler_us_per_step'):.0f}",
+            table.append(
+                (
+                    policy if predictor == "online" else f"{policy} ({predictor})",
+                    f"{mean('mean_jct_s'):.1f}",
+                    f"{low:.0f}-{high:.0f}",
+                    f"{ratio:.3f}",
+                    *(f"{mean(k):.0f}" for k in ("p50_jct_s", "p90_jct_s", "p99_jct_s", "mean_jct_no_tool_s")),
+                    f"{mean('max_slowdown'):.1f}",
+                    f"{mean('prefix_hit'):.0%}",
+                    f"{mean('recomputed_tokens') / 1e6:.1f}M",
+                    f"{mean('moved_bytes') / 1e9:.0f}",
+                    f"{mean('preemptions'):.0f}",
+                    f"{mean('scheduler_us_per_step'):.0f}",
+                )
             )
-        console.print(table)
+        found.append(Section(title, columns, table))
+    return found
 
 
-def compare_residencies(rows: Sequence[dict[str, Any]]) -> None:
-    """A table of what becomes of KV, per policy: mean completion times and the bytes moved."""
+def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
+    """A table of what becomes of KV, per policy: mean completion times and the bytes moved; none of one residency."""
     names = list(dict.fromkeys(row["residency"] for row in rows))
     if len(names) < 2:
-        return
-    table = Table(title=f"Mean JCT against KV {names[0]} (P99 against it; GB moved)")
-    for name in ("workload", "x", "policy", f"{names[0]}, s", *names[1:]):
-        table.add_column(name, justify="left" if name in ("workload", "policy") else "right", no_wrap=True)
+        return []
     cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         key = (Path(row["workload"]).stem, row["oversubscription"], row["policy"])
         cells.setdefault(key, {}).setdefault(row["residency"], []).append(row)
+    table = []
     for (workload, factor, policy), by_name in cells.items():
         keys = ("mean_jct_s", "p99_jct_s", "moved_bytes")
         means = {name: [float(np.mean([r[key] for r in by_name[name]])) for key in keys] for name in names}
@@ -214,8 +218,9 @@ def compare_residencies(rows: Sequence[dict[str, Any]]) -> None:
             f"{mean / base_s:.3f} ({p99 / base_p99:.2f}; {moved / 1e9:,.0f})"
             for mean, p99, moved in (means[name] for name in names[1:])
         ]
-        table.add_row(workload, f"{factor:g}", policy, f"{base_s:.1f} ({moved / 1e9:,.0f})", *others)
-    console.print(table)
+        table.append((workload, policy, f"{factor:g}", f"{base_s:.1f} ({moved / 1e9:,.0f})", *others))
+    title = f"Mean JCT against KV {names[0]} (P99 against it; GB moved)"
+    return [Section(title, ("workload", "policy", "x", f"{names[0]}, s", *names[1:]), table, named=2)]
 
 
 def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], folder: Path) -> None:
@@ -246,13 +251,12 @@ def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], fo
 
 
 def main(_: list[str]) -> None:
-    results = (run_engine if FLAGS.backend == "engine" else run_all)(cells())
+    on_engine = FLAGS.backend == "engine"
+    study = cells()
+    floors = Floors.measure(EngineConfig().weight_dtype()) if on_engine else None
+    results = (run_engine if on_engine else run_all)(study)
     rows = [row for row, _ in results]
-    show(rows)
-    compare_residencies(rows)
-    if FLAGS.json:
-        Path(FLAGS.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(FLAGS.json).write_text(json.dumps({"rows": rows}, indent=1))
+    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, floors, console=console)
     if FLAGS.plots:
         draw_plots(results, Path(FLAGS.plots))
 

@@ -6,14 +6,11 @@ back faster than computing it again. Weights are random: only the shape of the m
 
   python scripts/bench_offload.py                                 astraea-tiny's shape, up to 32k tokens
   python scripts/bench_offload.py --model=llama-3.1-8b --batch=64 --context=2048 --dtype=bfloat16    on an accelerator
-  python scripts/bench_offload.py --lengths=1024,4096 --plot=out/offload.png --json=out/offload.json
+  python scripts/bench_offload.py --lengths=1024,4096 --plot=out/offload.png
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +23,6 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from astraea_jax.cache.host import HostStore, has_pinned_host
 from astraea_jax.cache.paged import page_bytes
@@ -34,6 +30,8 @@ from astraea_jax.config import DTYPES, STAGING_PAGES, EngineConfig
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import random_decoder
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
+from astraea_jax.record import Section, define_flags, publish
+from astraea_jax.roofline import Floors, best_seconds
 from astraea_jax.runner import Runner
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.policies import make_policy
@@ -53,7 +51,7 @@ flags.DEFINE_integer("context", 256, "Tokens of each of them.", lower_bound=1)
 flags.DEFINE_integer("steps", 64, "Decode steps of a measurement.", lower_bound=8)
 flags.DEFINE_integer("repeats", 5, "Measurements; the best counts for bandwidth, the median for steps.", lower_bound=1)
 flags.DEFINE_string("plot", "out/offload.png", "Where bringing back is drawn against computing again.")
-flags.DEFINE_string("json", None, "Also write the figures to this file.")
+define_flags("bench_offload")
 
 console = Console()
 
@@ -75,7 +73,7 @@ class Bench:
         longest = max(*lengths, FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) + 16
         self.config = model_config(longest)
         engine = EngineConfig(dtype=FLAGS.dtype, page_size=size)
-        self.dtype, backend = engine.weight_dtype(), engine.backend(self.config, jax.local_devices()[:1])
+        self.dtype, backend = engine.weight_dtype(), engine.backend(self.config)
         self.page_bytes = page_bytes(self.config, backend, size, self.dtype)
         running = FLAGS.batch * -(-(FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) // size)
         pages = 1 + max(running, -(-longest // size))
@@ -149,7 +147,10 @@ class Bench:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         there = jnp.ones(pages * self.page_bytes // self.dtype.itemsize, self.dtype)
         back = jax.device_put(there, device.with_memory_kind("pinned_host"))
-        return best(lambda: jax.device_put(there, back.sharding)), best(lambda: jax.device_put(back, device))
+        return (
+            best_seconds(lambda: jax.device_put(there, back.sharding), FLAGS.repeats, queued=1),
+            best_seconds(lambda: jax.device_put(back, device), FLAGS.repeats, queued=1),
+        )
 
     def decode_ms(self, progress: Callable[[], None]) -> tuple[float, float]:
         """Median milliseconds of a decode step, alone and while KV is moved there and back all the time; measured in
@@ -184,16 +185,6 @@ class Bench:
             self.store.poll()
         self.store.start([], [there.parts[0].copy])
         return total / FLAGS.steps
-
-
-def best(run: Callable[[], jax.Array]) -> float:
-    run().block_until_ready()
-    times = []
-    for _ in range(FLAGS.repeats):
-        began = time.perf_counter()
-        run().block_until_ready()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def measure(bench: Bench, lengths: list[int]) -> dict[str, Any]:
@@ -231,34 +222,29 @@ def measure(bench: Bench, lengths: list[int]) -> dict[str, Any]:
     }
 
 
-def show(figures: dict[str, Any], dtype: str) -> None:
+def sections(figures: dict[str, Any], dtype: str) -> list[Section]:
     f = figures
-    table = Table(title=f"{FLAGS.model}'s KV in {dtype}, {f['bytes'] / 2**20:,.0f} MiB, pages of {FLAGS.page_size}")
-    for name in ("", "measured", "plain device_put", "share"):
-        table.add_column(name, justify="left" if not name else "right")
+    rows = []
     for name, ours, plain in (("offload", "offload", "plain_out"), ("restore", "restore", "plain_in")):
         rate, floor = f[f"{ours}_gb_s"], f[f"{plain}_gb_s"]
-        table.add_row(name, f"{rate:.2f} GB/s", f"{floor:.2f} GB/s", f"{rate / floor:.0%}")
+        rows.append((name, f"{rate:.2f} GB/s", f"{floor:.2f} GB/s", f"{rate / floor:.0%}"))
     slower = f["decode_while_moving_ms"] / f["decode_ms"] - 1
-    table.add_row(f"decode step, {FLAGS.batch} programs", f"{f['decode_ms']:.2f} ms", "", "")
-    table.add_row("  while KV moves", f"{f['decode_while_moving_ms']:.2f} ms", "", f"{slower:+.1%}")
-    console.print(table)
-    table = Table(title="Coming back to a context")
-    for name in ("tokens", "from the host", "computed again", "faster by"):
-        table.add_column(name, justify="right")
-    for row in f["resume"]:
-        gain = row["recompute_s"] / row["restore_s"]
-        table.add_row(
+    rows.append((f"decode step, {FLAGS.batch} programs", f"{f['decode_ms']:.2f} ms", "", ""))
+    rows.append(("  while KV moves", f"{f['decode_while_moving_ms']:.2f} ms", "", f"{slower:+.1%}"))
+    back = [
+        (
             f"{row['tokens']:,}",
             f"{1e3 * row['restore_s']:.1f} ms",
             f"{1e3 * row['recompute_s']:.0f} ms",
-            f"{gain:.0f}x",
+            f"{row['recompute_s'] / row['restore_s']:.0f}x",
         )
-    console.print(table)
-    device = jax.devices()[0]
-    console.print(
-        f"{device.device_kind} ({device.platform}), jax {jax.__version__}, Python {platform.python_version()}"
-    )
+        for row in f["resume"]
+    ]
+    title = f"{FLAGS.model}'s KV in {dtype}, {f['bytes'] / 2**20:,.0f} MiB, pages of {FLAGS.page_size}"
+    return [
+        Section(title, ("", "measured", "plain device_put", "share"), rows),
+        Section("Coming back to a context", ("tokens", "from the host", "computed again", "faster by"), back),
+    ]
 
 
 def main(_: list[str]) -> None:
@@ -270,15 +256,13 @@ def main(_: list[str]) -> None:
         raise app.UsageError("--lengths: at least one is needed, all above 0")
     if not has_pinned_host():
         raise SystemExit("cannot measure: this backend cannot pin host memory")
+    floors = Floors.measure(EngineConfig(dtype=FLAGS.dtype).weight_dtype())
     try:
         bench = Bench(lengths)
     except CheckpointError as error:
         raise SystemExit(f"cannot measure: {error}") from None
     figures = measure(bench, lengths)
-    show(figures, bench.dtype.name)
-    if FLAGS.json:
-        Path(FLAGS.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(FLAGS.json).write_text(json.dumps({"command": sys.argv, **figures}, indent=1))
+    publish("bench_offload", sections(figures, bench.dtype.name), figures, floors, console=console)
     if FLAGS.plot:
         from astraea_jax.plots import resumes
 

@@ -12,18 +12,15 @@ one begins to wait, when pages are copied to the host ahead of need, when pages 
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
+from astraea_jax.record import Section, define_flags, publish
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy
@@ -34,15 +31,13 @@ from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.strategies import STRATEGIES, make_strategy
 from astraea_jax.scheduler.transfer import HostTier
 
-console = Console(width=max(100, Console().width))
-
 FLAGS = flags.FLAGS
 flags.DEFINE_list("policies", SERVING, "Policies to time.")
 flags.DEFINE_list("strategies", ["adaptive"], f"Residency strategies to time, of {', '.join(STRATEGIES)}.")
 flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Segments that wait.")
 flags.DEFINE_integer("running", 256, "Segments that run.", lower_bound=1)
 flags.DEFINE_integer("steps", 400, "Steps to measure.", lower_bound=10)
-flags.DEFINE_string("json", None, "Also write the figures to this file.")
+define_flags("bench_scheduler")
 
 
 def measure(name: str, waiting: int) -> tuple[float, float, float]:
@@ -75,7 +70,7 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
         plan = scheduler.plan(now)
         planned = time.perf_counter()
         if before is not None:
-            scheduler.commit(before, [1] * len(before.rows), now)
+            scheduler.commit(before, [1] * before.samples, now)
         if step >= 200:
             plans.append(1e6 * (planned - began))
             commits.append(1e6 * (time.perf_counter() - planned))
@@ -130,38 +125,34 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
     return {event: float(np.median(found or [0.0])) for event, found in times.items()}
 
 
-def show_residency() -> list[dict[str, float | str | int]]:
-    counts = [int(waiting) for waiting in FLAGS.waiting]
-    table = Table(title="Microseconds per event of the residency manager, medians")
-    for column in ("strategy", "event", *(f"{waiting:,} waiting" for waiting in counts)):
-        table.add_column(column, justify="right" if "waiting" in column else "left")
-    rows: list[dict[str, float | str | int]] = []
+def of_residency(counts: list[int]) -> tuple[Section, list[dict[str, float | str | int]]]:
+    table, rows = [], []
     for name in FLAGS.strategies:
         found = [measure_residency(name, waiting) for waiting in counts]
-        for event in found[0]:
-            table.add_row(name, event, *(f"{figures[event]:.0f}" for figures in found))
+        table += [(name, event, *(f"{figures[event]:.0f}" for figures in found)) for event in found[0]]
         rows += [{"strategy": name, "waiting": n, **figures} for n, figures in zip(counts, found, strict=True)]
-    console.print(table)
-    return rows
+    columns = ("strategy", "event", *(f"{waiting:,} waiting" for waiting in counts))
+    return Section("Microseconds per event of the residency manager, medians", columns, table, named=2), rows
 
 
-def main(_: list[str]) -> None:
-    table = Table(title=f"Microseconds per step, {FLAGS.running} running: plan + commit, medians (99th percentile)")
-    table.add_column("policy")
-    for waiting in FLAGS.waiting:
-        table.add_column(f"{int(waiting):,} waiting", justify="right")
-    rows = []
+def of_policies(counts: list[int]) -> tuple[Section, list[dict[str, float | str | int]]]:
+    table, rows = [], []
     for name in FLAGS.policies:
         cells = []
-        for waiting in map(int, FLAGS.waiting):
+        for waiting in counts:
             plan, commit, worst = measure(name, waiting)
             rows.append({"policy": name, "waiting": waiting, "plan_us": plan, "commit_us": commit, "p99_us": worst})
             cells.append(f"{plan:.0f} + {commit:.0f} ({worst:.0f})")
-        table.add_row(name, *cells)
-    console.print(table)
-    events = show_residency()
-    if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps({"rows": rows, "residency": events}, indent=1))
+        table.append((name, *cells))
+    title = f"Microseconds per step, {FLAGS.running} running: plan + commit, medians (99th percentile)"
+    return Section(title, ("policy", *(f"{waiting:,} waiting" for waiting in counts)), table), rows
+
+
+def main(_: list[str]) -> None:
+    counts = [int(waiting) for waiting in FLAGS.waiting]
+    policies, rows = of_policies(counts)
+    events, event_rows = of_residency(counts)
+    publish("bench_scheduler", [policies, events], {"rows": rows, "residency": event_rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How fast the serving loop steps, against what this machine could do at best.
 
-The floors are measured in the same run: a decode step cannot be faster than reading the weights and the KV of its
-contexts at this machine's read bandwidth, nor a prefill faster than its multiplications at the measured matmul rate.
+The floors are measured in the same run (`astraea_jax/roofline.py`).
 
 The device waits for the host only before steps that were dispatched after the one before had ended, and then for no
 longer than the host's work; that bounds the gap.
@@ -15,27 +14,21 @@ longer than the host's work; that bounds the gap.
 from __future__ import annotations
 
 import asyncio
-import json
-import platform
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine, StepTimes
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
-from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig
+from astraea_jax.models.config import PUBLISHED, CheckpointError
 from astraea_jax.progress import StartupDisplay
+from astraea_jax.record import Section, define_flags, publish
+from astraea_jax.roofline import Floors, decode_bytes, prefill_operations
 from astraea_jax.sampling import SamplingParams
 
 FLAGS = flags.FLAGS
@@ -54,16 +47,8 @@ flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; the backend's 
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )
-flags.DEFINE_string("json", None, "Also write the figures to this file.")
-
-
-@dataclass(frozen=True)
-class Floors:
-    """What this machine can do, measured now."""
-
-    read_gb_s: float
-    """Bytes per second at which a large array is summed, in 1e9."""
-    matmul_tflop_s: float
+flags.DEFINE_string("compile_cache", None, "Folder where compiled steps are kept for the next run.")
+define_flags("bench_step")
 
 
 @dataclass(frozen=True)
@@ -82,37 +67,16 @@ class Figures:
     prefill_ms: float
     prefill_floor_ms: float
     prefill_tokens_s: float
-
-
-def best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
-    """Shortest of several runs, after one to warm up."""
-    run().block_until_ready()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run().block_until_ready()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def measure_floors(dtype: jnp.dtype) -> Floors:
-    large = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**30, jnp.float32)
-    total = jax.jit(jnp.sum)
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    square = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda x: x @ x)
-    read = large.nbytes / best_seconds(lambda: total(large))
-    return Floors(read / 1e9, 2 * n**3 / best_seconds(lambda: product(square)) / 1e12)
-
-
-def weight_count(c: ModelConfig) -> int:
-    """Weights that every step reads: all but the embedding rows of other tokens."""
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+    compile_s: float
 
 
 def load_engine(display: StartupDisplay) -> Engine:
-    config = EngineConfig(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), dtype=FLAGS.dtype)
+    config = EngineConfig(
+        max_seqs=FLAGS.batch,
+        max_step_tokens=step_tokens(),
+        dtype=FLAGS.dtype,
+        compile_cache=FLAGS.compile_cache,
+    )
     span = max(max(context_lengths()) + output_tokens(), FLAGS.prefill + 1)
     if FLAGS.random_weights:
         engine = Engine.with_random_weights(FLAGS.model, config)
@@ -170,15 +134,16 @@ async def prefill(engine: Engine) -> float:
     return min(times)
 
 
-def measure(engine: Engine, floors: Floors) -> Figures:
+def measure(engine: Engine, floors: Floors, compile_s: float) -> Figures:
     prefill_s = asyncio.run(prefill(engine))
     took, spent = asyncio.run(decode(engine))
     c, item = engine.model_config, engine.layout.dtype.itemsize
-    kv = FLAGS.batch * (FLAGS.context + FLAGS.steps / 2) * engine.layout.page_bytes / engine.config.page_size
+    contexts = FLAGS.batch * (FLAGS.context + FLAGS.steps / 2)
+    step_bytes = decode_bytes(c, item, engine.layout.page_bytes / engine.config.page_size, 1, contexts)
     per_step = 1e3 / spent.steps
     return Figures(
         decode_ms=took * per_step,
-        decode_floor_ms=1e3 * (weight_count(c) * item + kv) / (floors.read_gb_s * 1e9),
+        decode_floor_ms=1e3 * floors.read_s(step_bytes),
         decode_tokens_s=spent.tokens / took,
         host_ms=(spent.plan_s + spent.dispatch_s + spent.commit_s) * per_step,
         host_cpu_ms=spent.cpu_s * per_step,
@@ -187,8 +152,9 @@ def measure(engine: Engine, floors: Floors) -> Figures:
         commit_ms=spent.commit_s * per_step,
         starved_share=spent.starved / spent.steps,
         prefill_ms=1e3 * prefill_s,
-        prefill_floor_ms=1e3 * 2 * weight_count(c) * FLAGS.prefill / (floors.matmul_tflop_s * 1e12),
+        prefill_floor_ms=1e3 * floors.matmul_s(prefill_operations(c, [FLAGS.prefill])),
         prefill_tokens_s=FLAGS.prefill / prefill_s,
+        compile_s=compile_s,
     )
 
 
@@ -221,63 +187,67 @@ def transformers_tokens_s(folder: Path, dtype: str) -> float:
     return FLAGS.batch * FLAGS.steps / (run(FLAGS.steps + 1) - run(1))
 
 
-def show(engine: Engine, floors: Floors, f: Figures, rival: float | None) -> None:
-    device = jax.devices()[0]
-    title = f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context} ± {FLAGS.spread:.0%}"
-    table = Table(title=f"{title}, {engine.layout.dtype.name}")
-    for name in ("", "measured", "floor", "floor / measured"):
-        table.add_column(name, justify="left" if not name else "right")
-    table.add_row(
-        "decode step",
-        f"{f.decode_ms:.2f} ms",
-        f"{f.decode_floor_ms:.2f} ms",
-        f"{f.decode_floor_ms / f.decode_ms:.0%}",
-    )
-    table.add_row("decode rate", f"{f.decode_tokens_s:,.0f} tokens/s", "", "")
-    table.add_row(
-        f"prefill of {FLAGS.prefill}",
-        f"{f.prefill_ms:.2f} ms",
-        f"{f.prefill_floor_ms:.2f} ms",
-        f"{f.prefill_floor_ms / f.prefill_ms:.0%}",
-    )
-    table.add_row("prefill rate", f"{f.prefill_tokens_s:,.0f} tokens/s", "", "")
-    parts = f"plan {f.plan_ms:.2f}, dispatch {f.dispatch_ms:.2f}, commit {f.commit_ms:.2f}"
-    table.add_row("host work per step", f"{f.host_ms:.2f} ms", "", parts)
-    table.add_row("  of processor time", f"{f.host_cpu_ms:.2f} ms", "", "")
-    gap = f"at most {f.starved_share * f.host_ms:.3f} ms"
-    table.add_row("host gap between steps", gap, "", f"device idle before {f.starved_share:.1%} of steps")
-    if rival is not None:
-        table.add_row(
-            "transformers generate()",
-            f"{rival:,.0f} tokens/s",
+def sections(engine: Engine, f: Figures, rival: float | None) -> list[Section]:
+    rows = [
+        (
+            "decode step",
+            f"{f.decode_ms:.2f} ms",
+            f"{f.decode_floor_ms:.2f} ms",
+            f"{f.decode_floor_ms / f.decode_ms:.0%}",
+        ),
+        ("decode rate", f"{f.decode_tokens_s:,.0f} tokens/s", "", ""),
+        (
+            f"prefill of {FLAGS.prefill}",
+            f"{f.prefill_ms:.2f} ms",
+            f"{f.prefill_floor_ms:.2f} ms",
+            f"{f.prefill_floor_ms / f.prefill_ms:.0%}",
+        ),
+        ("prefill rate", f"{f.prefill_tokens_s:,.0f} tokens/s", "", ""),
+        (
+            "host work per step",
+            f"{f.host_ms:.2f} ms",
             "",
-            f"we are {f.decode_tokens_s / rival:.1f}x",
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"floors: read {floors.read_gb_s:.1f} GB/s, matmul {floors.matmul_tflop_s:.3f} TFLOP/s")
-    console.print(
-        f"{device.device_kind} ({device.platform}), jax {jax.__version__}, Python {platform.python_version()}"
-    )
+            f"plan {f.plan_ms:.2f}, dispatch {f.dispatch_ms:.2f}, commit {f.commit_ms:.2f}",
+        ),
+        ("  of processor time", f"{f.host_cpu_ms:.2f} ms", "", ""),
+        (
+            "host gap between steps",
+            f"at most {f.starved_share * f.host_ms:.3f} ms",
+            "",
+            f"device idle before {f.starved_share:.1%} of steps",
+        ),
+        (
+            "start-up: compile",
+            f"{f.compile_s:.1f} s",
+            "",
+            f"{engine.executables} executables, cached ones included",
+        ),
+    ]
+    if rival is not None:
+        ratio = f"we are {f.decode_tokens_s / rival:.1f}x"
+        rows.append(("transformers generate()", f"{rival:,.0f} tokens/s", "", ratio))
+    title = f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context} ± {FLAGS.spread:.0%}"
+    title += f", {engine.layout.dtype.name}"
+    return [Section(title, ("", "measured", "floor", "floor / measured"), rows)]
 
 
 def main(_: list[str]) -> None:
     with StartupDisplay() as display:
         try:
+            floors = Floors.measure(EngineConfig(dtype=FLAGS.dtype).weight_dtype())
             engine = load_engine(display)
         except (CheckpointError, StartupError) as error:
             raise SystemExit(f"cannot measure: {error}") from None
+        began = time.perf_counter()
         engine.start(display.compiling)
-    floors = measure_floors(engine.layout.dtype)
-    figures = measure(engine, floors)
+        compile_s = time.perf_counter() - began
+    figures = measure(engine, floors, compile_s)
     engine.shutdown(grace_s=0)
     rival = None
     if FLAGS.compare_transformers:
         rival = transformers_tokens_s(resolve(FLAGS.model), engine.layout.dtype.name)
-    show(engine, floors, figures, rival)
-    if FLAGS.json:
-        record = {"command": sys.argv, **asdict(floors), **asdict(figures), "transformers_tokens_s": rival}
-        Path(FLAGS.json).write_text(json.dumps(record, indent=1))
+    found = {**asdict(figures), "transformers_tokens_s": rival}
+    publish("bench_step", sections(engine, figures, rival), found, floors)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
   python scripts/convert_checkpoint.py --source=Qwen3-4B --target=qwen3-4b-orbax               to Orbax
   python scripts/convert_checkpoint.py --source=qwen3-4b-orbax --target=Qwen3-4B --to=hf       and back
   python scripts/convert_checkpoint.py --source=Qwen3-4B --target=small --dtype=bfloat16       cast on the way
+  python scripts/convert_checkpoint.py --source=Qwen3-4B --target=smaller --quantize=int8      in eight bits
 
 Configuration, tokenizer and chat template are copied along; the engine serves either kind of folder. Tensors are read
 one at a time, so that memory holds little more than one copy of the model.
@@ -19,6 +20,7 @@ from rich.console import Console
 from astraea_jax.config import DTYPES
 from astraea_jax.models import CheckpointError, resolve
 from astraea_jax.models.checkpoint import copy_beside, load, save_hf, save_orbax
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.progress import StartupDisplay
 
 FLAGS = flags.FLAGS
@@ -26,6 +28,7 @@ flags.DEFINE_string("source", None, "Folder to read, of either kind, or the name
 flags.DEFINE_string("target", None, "Folder to write; it must not hold a checkpoint yet.", required=True)
 flags.DEFINE_enum("to", "orbax", ("orbax", "hf"), "Kind of folder to write.")
 flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of the weights written.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits; to Orbax only.")
 
 
 def main(_: list[str]) -> None:
@@ -35,7 +38,8 @@ def main(_: list[str]) -> None:
             raise CheckpointError(f"{target} holds a checkpoint already; choose another --target")
         source = resolve(FLAGS.source)
         with StartupDisplay() as display:
-            decoder = load(source, jnp.dtype(FLAGS.dtype), progress=display.loading)
+            narrow = EIGHT_BITS.get(FLAGS.quantize)
+            decoder = load(source, jnp.dtype(FLAGS.dtype), narrow=narrow, progress=display.loading)
         (save_orbax if FLAGS.to == "orbax" else save_hf)(decoder, target)
         copy_beside(source, target)
     except CheckpointError as error:

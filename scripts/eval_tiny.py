@@ -2,6 +2,7 @@
 
 python scripts/eval_tiny.py                  500 tasks that training never saw
 python scripts/eval_tiny.py --tasks=2000 --seed=7 --show_wrong=10
+python scripts/eval_tiny.py --quantize=int8 --kv_dtype=fp8       with eight-bit weights and KV
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from rich.progress import track
 from rich.table import Table
 
 from astraea_jax.agent import ProgramResult, run_program
+from astraea_jax.config import KV_DTYPES, EngineConfig
 from astraea_jax.engine import Engine
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.shop import Task, make_tasks
@@ -23,6 +26,8 @@ from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
+flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits.")
 flags.DEFINE_integer("tasks", 500, "Held-out tasks.", lower_bound=1)
 flags.DEFINE_integer("seed", 100, "Of the tasks; training used 0 and its own evaluation 1.")
 flags.DEFINE_integer("show_wrong", 5, "Wrong answers to print.", lower_bound=0)
@@ -45,8 +50,9 @@ async def run(engine: Engine, tasks: list[Task]) -> list[tuple[Task, ProgramResu
 
 
 def main(_: list[str]) -> None:
+    config = EngineConfig(quantize=FLAGS.quantize, kv_dtype=FLAGS.kv_dtype)
     with StartupDisplay() as display:
-        engine = Engine.from_folder(FLAGS.model, progress=display.loading)
+        engine = Engine.from_folder(FLAGS.model, config, progress=display.loading)
         engine.start(display.compiling)
     done = asyncio.run(run(engine, make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.tasks)))
     engine.shutdown(grace_s=0)

@@ -3,6 +3,11 @@
   python scripts/serve.py                                        astraea-tiny, the bundled model, on port 9000
   python scripts/serve.py --model=/models/Qwen3-4B --port=9000   a Hugging Face or Orbax folder
   python scripts/serve.py --model=llama-3.1-8b --random_weights  a published shape without weights, for benchmarks
+  python scripts/serve.py --model=/models/Qwen3-32B --tensor_parallel=4 --data_parallel=2   two copies on eight devices
+
+Several processes serve one model together, each started with the same flags and its own --process:
+
+  python scripts/serve.py --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
 
 Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
 its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
@@ -18,14 +23,20 @@ import signal
 import sys
 import time
 
+import jax
 from absl import app, flags, logging
 
-from astraea_jax.config import DTYPES, EngineConfig
-from astraea_jax.engine import Engine
+from astraea_jax import hosts, replicas
+from astraea_jax.compilation import default_cache, use_cache
+from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
 from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.kernels import BACKENDS
+from astraea_jax.loading import load_model, random_model
 from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.progress import StartupDisplay
+from astraea_jax.replicas import Serving
 from astraea_jax.rpc.server import Server
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.strategies import STRATEGIES
@@ -39,7 +50,9 @@ flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready
 flags.DEFINE_integer("max_seqs", DEFAULT.max_seqs, "Segments that run at once.", lower_bound=1)
 flags.DEFINE_integer("max_step_tokens", DEFAULT.max_step_tokens, "Tokens of one step.", lower_bound=1)
 flags.DEFINE_integer("page_size", DEFAULT.page_size, "Tokens per KV page.", lower_bound=1)
-flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).", 1)
+flags.DEFINE_integer(
+    "kv_bytes", None, "Memory for KV pages on each device; by default what is free (512 MiB on a CPU).", 1
+)
 flags.DEFINE_integer(
     "host_kv_bytes",
     None,
@@ -50,7 +63,21 @@ flags.DEFINE_integer(
 flags.DEFINE_enum("residency", None, list(STRATEGIES), "What becomes of KV while a program waits; by default adaptive.")
 flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.", 1)
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
+flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits; by default as --dtype says.")
+flags.DEFINE_enum("attention", None, list(BACKENDS), "Attention kernels; by default those for this kind of device.")
+flags.DEFINE_integer("tensor_parallel", DEFAULT.tensor_parallel, "Devices that share one copy of the model.", 1)
+flags.DEFINE_integer("data_parallel", DEFAULT.data_parallel, "Copies of the model, each on devices of its own.", 1)
+flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
+flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
+flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
 flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
+flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Folder where compiled steps are kept for later starts; by default what JAX is configured for, or else "
+    "astraea_jax/compiled in the user's cache folder; empty: none.",
+)
 flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
 flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
 
@@ -65,23 +92,58 @@ def engine_config() -> EngineConfig:
         "residency",
         "max_context",
         "dtype",
+        "quantize",
+        "kv_dtype",
+        "tensor_parallel",
+        "data_parallel",
+        "attention",
         "policy",
         "max_queued",
     )
-    return EngineConfig(**{name: getattr(FLAGS, name) for name in names})
+    return EngineConfig(**{name: getattr(FLAGS, name) for name in names}, compile_cache=compile_cache())
 
 
-def load_engine(display: StartupDisplay) -> Engine:
+def compile_cache() -> str | None:
+    """The folder for compiled steps, announced. A default that cannot be used is done without, and said."""
+    if FLAGS.compile_cache is not None:
+        if not FLAGS.compile_cache:
+            jax.config.update("jax_enable_compilation_cache", False)
+        say(f"compile cache: {FLAGS.compile_cache or 'none'}")
+        return FLAGS.compile_cache or None
+    if jax.config.jax_compilation_cache_dir:
+        say(f"compile cache: {jax.config.jax_compilation_cache_dir}, as JAX is configured")
+        return None
+    try:
+        use_cache(default_cache())
+    except StartupError as error:
+        say(f"warning: {error}; every start compiles everything")
+        return None
+    say(f"compile cache: {default_cache()}")
+    return default_cache()
+
+
+def load_engine(display: StartupDisplay) -> Serving:
     if FLAGS.random_weights:
-        return Engine.with_random_weights(FLAGS.model, engine_config())
-    return Engine.from_folder(FLAGS.model, engine_config(), progress=display.loading)
+        return replicas.with_random_weights(FLAGS.model, engine_config())
+    return replicas.from_folder(FLAGS.model, engine_config(), progress=display.loading)
+
+
+def follow(display: StartupDisplay) -> None:
+    """Be one of the processes that do what the first one says."""
+    for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
+        signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if FLAGS.random_weights:
+        model = random_model(FLAGS.model, engine_config())
+    else:
+        model = load_model(FLAGS.model, engine_config(), display.loading)
+    hosts.follow(model, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def stop_on_signals(engine: Engine, display: StartupDisplay) -> asyncio.Event:
+def stop_on_signals(engine: Serving, display: StartupDisplay) -> asyncio.Event:
     """The event that the first signal sets; the second one, or one before the engine serves, ends the process."""
     stop = asyncio.Event()
 
@@ -98,7 +160,7 @@ def stop_on_signals(engine: Engine, display: StartupDisplay) -> asyncio.Event:
     return stop
 
 
-async def serve(engine: Engine, display: StartupDisplay, began: float) -> None:
+async def serve(engine: Serving, display: StartupDisplay, began: float) -> None:
     server = Server(engine, FLAGS.host, FLAGS.port)
     port = await server.start()  # before the compilation: a taken port shows at once, health says "not serving"
     stop = stop_on_signals(engine, display)
@@ -117,14 +179,26 @@ async def serve(engine: Engine, display: StartupDisplay, began: float) -> None:
         await asyncio.to_thread(engine.shutdown, 0)
 
 
-def announce(engine: Engine, port: int, began: float) -> None:
+def announce(engine: Serving, port: int, began: float) -> None:
     layout = engine.layout
     pages = layout.num_pages - 1
     size = pages * layout.page_bytes / 2**20
+    if FLAGS.tensor_parallel * FLAGS.data_parallel > 1:
+        say(
+            f"{FLAGS.data_parallel} copies of the model, each on {FLAGS.tensor_parallel} devices; sizes are of one copy"
+        )
     say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    say(f"attention: {layout.backend.name}")
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
+
+
+def fail(cause: str) -> None:
+    say(f"cannot serve: {cause}")
+    if FLAGS.processes > 1:
+        os._exit(1)  # an orderly end would wait for the other processes
+    raise SystemExit(1)
 
 
 def main(_: list[str]) -> None:
@@ -133,13 +207,22 @@ def main(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
     try:
+        if FLAGS.processes > 1:
+            hosts.join(FLAGS.coordinator or "", FLAGS.processes, FLAGS.process)
         with StartupDisplay() as display:
+            if FLAGS.process > 0:
+                follow(display)
+                return
             engine = load_engine(display)
             asyncio.run(serve(engine, display, began))
     except (CheckpointError, EngineDead, StartupError, OSError) as error:
-        raise SystemExit(f"cannot serve: {error}") from None
+        fail(str(error))
     except MemoryError:
-        raise SystemExit("cannot serve: out of memory; give a smaller --kv_bytes or --max_seqs") from None
+        fail("out of memory; give a smaller --kv_bytes or --max_seqs")
+    except RuntimeError as error:  # of the devices, when another process has gone before this one has compiled
+        if FLAGS.processes == 1:
+            raise
+        fail(f"another process may have gone; its log says why ({error})")
 
 
 if __name__ == "__main__":

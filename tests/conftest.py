@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,21 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.sizes import SMALL
+from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
-from astraea_jax.models.checkpoint import load_hf, save_hf
+from astraea_jax.models.checkpoint import copy_beside, load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.tokenizer import Tokenizer as Tokens
 
-COMPILED = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
+OWN = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
+COMPILED = os.environ.get("JAX_COMPILATION_CACHE_DIR", OWN.name)
 """What one test or process has compiled, the others find here; most of the time of a run would be compilation."""
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 jax.config.update("jax_num_cpu_devices", 8)  # simulated; what does not ask for more runs on the first
@@ -44,7 +47,7 @@ RANDOM = ModelConfig(
     num_kv_heads=2,
     head_dim=16,
     max_position=256,
-    tie_embeddings=True,
+    tie_embeddings=False,
     qk_norm=True,
 )
 EOS = "<|im_end|>"
@@ -58,8 +61,10 @@ TEMPLATE = (
 def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, large enough that greedy choices differ clearly; every byte is a token."""
     folder = tmp_path_factory.mktemp("random-model")
-    decoder = Decoder(RANDOM, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    nnx.update(decoder, jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, nnx.state(decoder)))
+    decoder = nnx.eval_shape(lambda: Decoder(RANDOM, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)  # quicker than to compile JAX's draws
+    fill = lambda x: rng.normal(0, 0.16, x.shape) if len(x.shape) > 1 else np.ones(x.shape)  # noqa: E731
+    nnx.update(decoder, jax.tree.map(lambda x: jnp.asarray(fill(x), x.dtype), nnx.state(decoder)))
     save_hf(decoder, folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
@@ -93,8 +98,30 @@ def engine(make_engine: Callable[..., Engine]) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def greedy(random_folder: Path) -> Callable[[list[int], int], list[int]]:
-    """``greedy(prompt, n)``: n tokens by dense attention over the whole text, one at a time, without any cache."""
+def wide_folder(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide-model")
+    save_hf(wide_decoder(), folder)
+    copy_beside(random_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_engine(random_folder: Path) -> Iterator[Engine]:
+    """The model that several devices can share, on one device."""
+    engine = Engine(wide_decoder(), Tokens.from_folder(random_folder), TIGHT)
+    engine.start()
+    yield engine
+    engine.shutdown(grace_s=0)
+
+
+@pytest.fixture(scope="session")
+def greedy(random_folder: Path) -> Callable[..., list[int]]:
+    """``greedy(prompt, n)``: n tokens by dense attention over the whole text, without any cache.
+
+    A text whose every token is the likeliest after those before it can only be the greedy one. So one is guessed and
+    each token replaced by the likeliest at its place until none changes: every turn one more is right at least, and
+    the right ``guess`` takes one turn.
+    """
     decoder = load_hf(random_folder, jnp.float32)
     graph, state = nnx.split(decoder)
     length = RANDOM.max_position
@@ -103,17 +130,22 @@ def greedy(random_folder: Path) -> Callable[[list[int], int], list[int]]:
         return jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0], cache
 
     @jax.jit
-    def scores(state, tokens, last):
+    def likeliest(state, tokens):
         model = nnx.merge(graph, state)
         hidden, _ = model(tokens, jnp.arange(length), (None,) * RANDOM.num_layers, attend)
-        return model.logits(hidden[last])
+        return model.logits(hidden).argmax(-1)
 
-    def generate(prompt: list[int], n: int) -> list[int]:
+    def generate(prompt: list[int], n: int, guess: Sequence[int] = ()) -> list[int]:
+        begin, end = len(prompt), len(prompt) + n
         tokens = np.zeros(length, np.int32)
-        tokens[: len(prompt)] = prompt
-        for at in range(len(prompt), len(prompt) + n):
-            tokens[at] = int(scores(state, tokens, at - 1).argmax())
-        return tokens[len(prompt) : len(prompt) + n].tolist()
+        tokens[:begin] = prompt
+        tokens[begin:end][: len(guess)] = guess[:n]
+        while True:
+            better = np.asarray(likeliest(state, tokens))[begin - 1 : end - 1]
+            if np.array_equal(tokens[begin:end], better):
+                return better.tolist()
+            tokens = tokens.copy()  # on a CPU the device may still read the old ones
+            tokens[begin:end] = better
 
     return generate
 
@@ -135,7 +167,8 @@ def serve(random_folder: Path) -> Callable[..., AbstractContextManager[ServingPr
 
     @contextmanager
     def start(*arguments: str) -> Iterator[ServingProcess]:
-        sizes = ("--max_seqs=16", "--max_step_tokens=16", f"--kv_bytes={2 * 2**20}")
+        names = ("max_seqs", "max_step_tokens", "page_size", "kv_bytes", "dtype")
+        sizes = [f"--{name}={getattr(SMALL, name)}" for name in names]  # so that its steps have been compiled already
         command = [*SERVE, f"--model={random_folder}", "--port=0", *sizes, *arguments]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert process.stderr is not None
@@ -160,7 +193,7 @@ def serve_fails() -> Callable[..., str]:
     """``serve_fails(*flags)`` is what scripts/serve.py says when it does not start; its exit status is 1."""
 
     def run(*arguments: str) -> str:
-        done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=300)
         assert done.returncode == 1, done.stderr
         return done.stderr
 

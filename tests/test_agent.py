@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from support.engines import held, settled
 
 from astraea_jax.agent import ProgramResult, run_program
 from astraea_jax.engine import Engine
@@ -206,7 +207,8 @@ async def test_cancelling_a_program_ends_its_session(where: str) -> None:
     else:
         model, tools = Script(call("wait")), [tool(name="wait", timeout_s=3600)(hang.function)]
     program = asyncio.create_task(run_program(model, QUESTION, tools))
-    await asyncio.sleep(0.05)
+    while not (model.live if where == "segment" else model.waits):
+        await asyncio.sleep(0)
     assert len(model.live) == 1
     program.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -236,20 +238,24 @@ async def test_a_real_engine_serves_programs_side_by_side(engine: Engine) -> Non
     before = engine.stats()
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     longest = SamplingParams(max_tokens=200, ignore_eos=True)
-    doomed = asyncio.create_task(run_program(engine, QUESTION[1:], params=longest))
-    programs = [run_program(engine, [{"role": "user", "content": f"{i}?"}], [price], params=params) for i in range(12)]
+    with held(engine, 2):
+        doomed = asyncio.create_task(run_program(engine, QUESTION[1:], params=longest))
+        programs = [
+            asyncio.create_task(run_program(engine, [{"role": "user", "content": f"{i}?"}], [price], params=params))
+            for i in range(12)
+        ]
+        while not engine.stats().running:
+            await asyncio.sleep(0.002)
+        doomed.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
     results = await asyncio.gather(*programs)
-    doomed.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await doomed
     for result in results:
         [segment] = result.segments
         assert (result.finish_reason, segment.output_tokens) == ("length", 16)
         assert segment.usage is not None
         assert segment.usage.output_tokens == 16
         assert result.messages[-1]["content"].strip() == result.text
-    async with asyncio.timeout(30):
-        while engine.stats().programs:
-            await asyncio.sleep(0.005)
+    await settled(engine, programs=True)
     assert engine.stats().created == before.created + 13
     assert engine.stats().free_pages == before.free_pages

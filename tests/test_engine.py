@@ -10,29 +10,18 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
-from support.sizes import SMALL
+from support.engines import held, settled
+from support.sizes import NARROW, PAGE_BYTES, SMALL
 
 from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.models.checkpoint import load_hf
-from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.sampling import SamplingParams
-
-TIGHT = dataclasses.replace(SMALL, kv_bytes=40 * 2048, max_context=128)
-"""Forty pages of four tokens: less than eight running requests want."""
-PAGE_BYTES = 2048
 
 
 async def tokens(generation) -> list[int]:
     return [t async for delta in generation for t in delta.token_ids]
-
-
-async def settled(engine: Engine) -> None:
-    """Until no request is left; then nothing but retained pages may be held."""
-    while engine.stats().running or engine.stats().waiting:
-        await asyncio.sleep(0.005)
 
 
 def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -44,14 +33,14 @@ def no_eos(n: int, **more) -> SamplingParams:
     return SamplingParams(max_tokens=n, ignore_eos=True, **more)
 
 
-@pytest.mark.parametrize("config", [SMALL, TIGHT, dataclasses.replace(TIGHT, max_step_tokens=8, page_size=1)])
+@pytest.mark.parametrize("config", [SMALL, NARROW, dataclasses.replace(NARROW, max_step_tokens=8, page_size=1)])
 async def test_greedy_tokens_do_not_depend_on_batch_chunks_or_preemption(config, make_engine, greedy):
     engine = make_engine(config)
     before = engine.stats().preemptions
     work = prompts(24)
     outputs = await asyncio.gather(*[tokens(engine.generate(p, no_eos(24))) for p in work])
     for prompt, output in zip(work, outputs, strict=True):
-        assert output == greedy(prompt, 24)
+        assert output == greedy(prompt, 24, output)
     assert config is SMALL or engine.stats().preemptions > before, "the pool was meant to be too small"
     await settled(engine)
     assert engine.stats().free_pages == engine.layout.num_pages - 1
@@ -116,33 +105,38 @@ async def test_a_session_reuses_what_it_computed(engine, greedy):
 
 
 async def test_waiting_programs_give_their_pages_up_under_pressure(make_engine, greedy):
-    engine = make_engine(TIGHT)
+    engine = make_engine(NARROW)
     work = prompts(12, seed=4, longest=40)
     for i, prompt in enumerate(work):
         await tokens(engine.generate(prompt, no_eos(8), session=f"p{i}"))
     outputs = await asyncio.gather(
         *[tokens(engine.generate(p, no_eos(16), session=f"p{i}", final=True)) for i, p in enumerate(work)]
     )
-    assert outputs == [greedy(p, 16) for p in work]
+    assert outputs == [greedy(p, 16, output) for p, output in zip(work, outputs, strict=True)]
     await settled(engine)
     assert engine.stats().free_pages == engine.layout.num_pages - 1
 
 
 async def test_a_session_serves_one_segment_at_a_time(engine):
-    first = engine.generate([1, 2], no_eos(50), session="busy")
-    with pytest.raises(Overloaded, match="busy"):
-        await tokens(engine.generate([1, 2, 3], no_eos(5), session="busy"))
-    assert len(await tokens(first)) == 50
+    with held(engine, 2) as more:
+        first = engine.generate([1, 2], no_eos(50), session="busy")
+        await anext(aiter(first))
+        second = engine.generate([1, 2, 3], no_eos(5), session="busy")
+        more(2)  # it hears of the second before the last of these, and tells after it
+        with pytest.raises(Overloaded, match="busy"):
+            await tokens(second)
+    assert len(await tokens(first)) == 49
     engine.end_session("busy")
 
 
 async def test_cancel_frees_everything(engine):
-    running = [engine.generate(p, no_eos(150)) for p in prompts(16, longest=20)]
-    iterator = aiter(running[0])
-    await anext(iterator)
-    for generation in running:
-        generation.cancel()
-        generation.cancel()
+    with held(engine, 2):
+        running = [engine.generate(p, no_eos(150)) for p in prompts(16, longest=3)]
+        while not engine.stats().running:
+            await asyncio.sleep(0.002)
+        for generation in running:
+            generation.cancel()
+            generation.cancel()
     ends = [[d async for d in g][-1] for g in running]
     assert {d.finish_reason for d in ends} == {"cancelled"}
     await settled(engine)
@@ -180,9 +174,10 @@ async def test_bad_requests_are_refused_at_once(prompt, params, words, engine):
 
 async def test_overload_is_refused_and_passes(make_engine):
     engine = make_engine(dataclasses.replace(SMALL, max_queued=4))
-    running = [engine.generate([1], no_eos(60)) for _ in range(12)]
-    with pytest.raises(Overloaded, match="12 requests"):
-        engine.generate([1], no_eos(1))
+    with held(engine, 2):
+        running = [engine.generate([1], no_eos(60)) for _ in range(12)]
+        with pytest.raises(Overloaded, match="12 requests"):
+            engine.generate([1], no_eos(1))
     await asyncio.gather(*map(tokens, running))
     assert len(await tokens(engine.generate([1], no_eos(1)))) == 1
 
@@ -214,16 +209,9 @@ async def test_a_compilation_after_start_is_an_error(random_folder):
 
 async def test_scores_that_are_not_finite_fail_the_request_only(random_folder):
     decoder = load_hf(random_folder, jnp.float32)
-    table = decoder.embed.weight[...]
-    nnx.update(
-        decoder,
-        jax.tree.map(lambda x: x.at[13].set(jnp.nan) if x.shape == table.shape else x, nnx.state(decoder)),
-    )
-    # The output projection stays sound, so only requests that contain token 13 are poisoned.
-    untied = Decoder(dataclasses.replace(decoder.config, tie_embeddings=False), dtype=jnp.float32, rngs=nnx.Rngs(0))
-    nnx.update(untied, nnx.state(decoder))
-    untied.lm_head.weight[...] = table.T
-    engine = Engine(untied, Tokenizer.from_folder(random_folder), SMALL)
+    # The output projection is another matrix, so only requests that contain token 13 are poisoned.
+    decoder.embed.weight[...] = decoder.embed.weight[...].at[13].set(jnp.nan)
+    engine = Engine(decoder, Tokenizer.from_folder(random_folder), SMALL)
     engine.start()
     alone = await tokens(engine.generate([1, 2], no_eos(30, stop_token_ids=(13,))))
     neighbour = engine.generate([1, 2], no_eos(30, stop_token_ids=(13,)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=380)
+QUICK = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"}
+"""For scripts whose figures nobody looks at here: compiled in two thirds of the time, then slower."""
+
+
+def run(*command: str, environment: Mapping[str, str] = os.environ) -> str:
+    command = (sys.executable, *command)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,7 +48,7 @@ def test_the_evaluation(tmp_path):
 def test_the_demo_draws_its_picture(tmp_path):
     picture = tmp_path / "demo.png"
     flags = ("--residency=always-offload,always-discard", "--kv_bytes=1048576", f"--picture={picture}")
-    out = run("scripts/demo.py", "--programs=12", "--concurrency=8", "--tool_scale=0.05", *flags)
+    out = run("scripts/demo.py", "--programs=12", "--concurrency=8", "--tool_scale=0.05", *flags, environment=QUICK)
     assert "12, 8 at once" in out
     moved = {name: int(found) for name, found in re.findall(r"(always-\w+) .* ([\d,]+) MiB", out)}
     assert moved["always-offload"] > moved["always-discard"] == 0
@@ -49,7 +56,8 @@ def test_the_demo_draws_its_picture(tmp_path):
 
 
 def test_the_step_benchmark_prints_its_floors():
-    out = run("scripts/bench_step.py", "--batch=4", "--context=16", "--steps=8", "--prefill=32")
+    sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--json=")
+    out = run("scripts/bench_step.py", *sizes, environment=QUICK)
     for word in ("decode step", "prefill of 32", "host work per step", "read", "matmul"):
         assert word in out
 
@@ -57,7 +65,7 @@ def test_the_step_benchmark_prints_its_floors():
 def test_the_offload_benchmark_compares_with_plain_copies(tmp_path):
     picture = tmp_path / "offload.png"
     sizes = ("--lengths=64,128", "--batch=4", "--context=16", "--steps=8", "--repeats=1", "--chunk=64")
-    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}")
+    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}", "--json=", environment=QUICK)
     for word in ("offload", "restore", "while KV moves", "from the host", "computed again"):
         assert word in out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -76,7 +84,7 @@ def test_the_study_of_completion_times_writes_its_rows_and_pictures(tmp_path):
         ),
     )
     assert "claude-code, KV host, 2x oversubscribed" in out
-    rows = json.loads(table.read_text())["rows"]
+    rows = json.loads(table.read_text())["figures"]["rows"]
     assert [(r["policy"], r["oversubscription"]) for r in rows] == [
         (policy, factor) for factor in (0.5, 2.0) for policy in ("fcfs", "astraea")
     ]
@@ -110,13 +118,16 @@ def test_the_replay_compares_engine_and_simulator(tmp_path):
         "scripts/bench_jct.py",
         *("--backend=engine", "--policies=astraea", "--workload=infercept-mix", "--programs=6", "--tool_scale=0.002"),
         f"--json={table}",
+        environment=QUICK,
     )
-    real, simulated = json.loads(table.read_text())["rows"]
+    real, simulated = json.loads(table.read_text())["figures"]["rows"]
     assert (real["policy"], simulated["policy"]) == ("astraea", "astraea simulated")
     assert real["programs"] == simulated["programs"] == 6
     assert 0 < real["mean_jct_s"] < 60
 
 
 def test_the_scheduler_benchmark_prints_a_curve():
-    out = run("scripts/bench_scheduler.py", "--policies=astraea", "--waiting=100,200", "--running=16", "--steps=20")
+    out = run(
+        "scripts/bench_scheduler.py", "--policies=astraea", "--waiting=100,200", "--running=16", "--steps=20", "--json="
+    )
     assert "200 waiting" in out

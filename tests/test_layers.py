@@ -13,12 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"models", "scheduler", "kernels", "tool_types"},
-    {"cache", "sampling", "tools", "tool_calls"},
-    {"config", "generation", "step"},
-    {"runner"},
+    {"compilation", "models", "scheduler", "kernels", "tool_types"},
+    {"cache", "roofline", "sampling", "tools", "tool_calls"},
+    {"record", "step"},
+    {"config", "generation"},
+    {"loading", "runner"},
+    {"hosts"},
     {"engine"},
-    {"agent", "shop", "replay", "ahead"},
+    {"agent", "ahead", "replicas", "shop", "replay"},
     {"llm", "rpc", "plots"},
     {"__init__"},
 )

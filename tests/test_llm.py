@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from support.sizes import SMALL
 
-from astraea_jax import LLM, EngineConfig, RequestError, SamplingParams
-
-CONFIG = EngineConfig(max_seqs=4, max_step_tokens=16, page_size=4, kv_bytes=2**20, dtype="float32")
+from astraea_jax import LLM, RequestError, SamplingParams
 
 
 def test_generate_and_chat(random_folder, greedy):
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    with LLM(random_folder, CONFIG) as llm:
+    with LLM(random_folder, SMALL) as llm:
         encode = llm.engine.tokenizer.encode
         completions = llm.generate(["hello", "x" * 30, "you"], params)
         assert [list(c.token_ids) for c in completions] == [greedy(encode(p), 8) for p in ("hello", "x" * 30, "you")]

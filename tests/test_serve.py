@@ -36,25 +36,39 @@ def test_serves_and_finishes_what_runs_at_sigterm(serve, random_folder, greedy):
     tokenizer = Tokenizer.from_folder(random_folder)
     with serve() as server:
         tokens, states = asyncio.run(drained(server, tokenizer))
-        assert server.process.wait(10) == 0
-    assert tokens == greedy([1, 2, 3], 200)
+        assert server.process.wait(300) == 0
+    assert tokens == greedy([1, 2, 3], 200, tokens)
     status = health_pb2.HealthCheckResponse
     assert states == [status.SERVING, status.NOT_SERVING]
     assert "KV: " in server.said
+    assert "compile cache: " in server.said
 
 
 def test_a_second_signal_stops_at_once(serve):
     with serve() as server:
+        server.process.send_signal(signal.SIGSTOP)  # so that it sees both at once and cannot be done before the second
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 1
+        server.process.send_signal(signal.SIGCONT)
+        assert server.process.wait(300) == 1
 
 
 def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = serve_fails(f"--model={random_folder}", f"--port={taken.getsockname()[1]}")
     assert "choose another --port" in said
-    assert "compile" not in said
+    assert "executables" not in said
+
+
+def test_a_default_cache_that_cannot_be_used_is_done_without(serve_fails, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert f"compile cache: {tmp_path}/astraea_jax/compiled" in serve_fails("--model=/no/such/folder")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    said = serve_fails("--model=/no/such/folder")
+    assert "warning: the compile cache" in said
+    assert "neither a folder" in said
 
 
 @pytest.mark.parametrize(
@@ -62,6 +76,7 @@ def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
     [
         (["--model=/no/such/folder"], "'/no/such/folder' is neither a folder"),
         (["--model=no-such-shape", "--random_weights"], "llama-3.1-8b"),
+        (["--compile_cache=/dev/null"], "the compile cache /dev/null cannot be used"),
         (["--max_seqs=64", "--max_step_tokens=8"], "max_step_tokens 8 is below max_seqs 64"),
     ],
 )

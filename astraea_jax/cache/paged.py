@@ -52,7 +52,7 @@ def abstract_pages(
     """Shapes of the pages of every layer, and how they lie on the devices: divided by heads."""
     shape = (num_pages, *page_shape(model, backend, page_size, dtype, mesh.size))
     sharding = NamedSharding(mesh, heads_spec(backend.heads_axis))
-    return (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),) * model.num_layers
+    return (jax.ShapeDtypeStruct(shape, backend.page_dtype(dtype), sharding=sharding),) * model.num_layers
 
 
 def heads_spec(axis: int) -> PartitionSpec:

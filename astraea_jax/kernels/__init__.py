@@ -2,6 +2,7 @@
 
 from .backend import Backend, Batch
 from .choice import BACKENDS, choose
+from .gpu import Triton
 from .reference import Reference
 
-__all__ = ["BACKENDS", "Backend", "Batch", "Reference", "choose"]
+__all__ = ["BACKENDS", "Backend", "Batch", "Reference", "Triton", "choose"]

@@ -28,21 +28,25 @@ class Backend(Protocol):
     """Ragged paged attention of one layer on one kind of device."""
 
     name: str
-    platforms: tuple[str, ...]
-    """Of JAX, on which it runs; none named: on all."""
     heads_axis: int
     """Of the pages of a layer ``[P, …]``: the axis along which they are sharded by key/value head."""
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """Shape of one page of one layer; what it holds beyond keys and values is padding."""
+        """Shape of one page of one layer; what it holds beyond keys and values is padding.
 
-    def refusal(self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> str | None:
-        """Why it cannot serve these sizes of one device, or cannot be had at all; None: it can."""
+        Raises:
+            StartupError: the backend has no such pages, because of a size or of ``dtype``.
+        """
+
+    def page_dtype(self, dtype: Any) -> Any:
+        """Dtype of the array in which pages of keys and values in ``dtype`` lie, of the same width."""
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
         """Store keys and values, then attend causally, scaled by ``H ** -0.5``.
+
+        What is beyond the largest number of a float8 page is stored as that number.
 
         Args:
             q: ``[T, N, H]`` queries of all rows end to end, padding last.

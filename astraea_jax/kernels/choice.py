@@ -8,38 +8,62 @@ from typing import Any
 from astraea_jax.errors import StartupError
 
 from .backend import Backend
+from .gpu import Triton
 from .pallas_tpu import PallasInterpreted, PallasTPU
 from .reference import Reference
 from .tpu import JaxRPA, TokamaxRPA
 
 log = logging.getLogger(__name__)
 
-_ALL: tuple[type[Backend], ...] = (Reference, TokamaxRPA, JaxRPA, PallasTPU, PallasInterpreted)
+_ALL: tuple[type[Backend], ...] = (Reference, Triton, TokamaxRPA, JaxRPA, PallasTPU, PallasInterpreted)
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
-PREFERRED: dict[str, tuple[str, ...]] = {"tpu": ("tokamax", "jax-rpa", "pallas")}
-"""Platform of JAX -> backends, best first; the reference on all others."""
+PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
+"""Kind of device, as JAX names it -> backends, best first; the reference on all others."""
+AHEAD_CAPABILITY = 90
+"""Compute capability of the GPUs that are compiled for where there is none."""
 
 
 def choose(
-    name: str | None, platform: str, *, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any
+    name: str | None,
+    platform: str,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: Any,
+    ahead: bool = False,
 ) -> Backend:
-    """The backend called ``name``, or if None the first preferred one that serves these sizes of one device.
+    """The backend called ``name``, or if None the first preferred one that serves these pages of one device.
+
+    Args:
+        name: of the backend.
+        platform: kind of device, as JAX names it.
+        kv_heads: see :meth:`Backend.page_shape`, like what follows.
+        head_dim: as above.
+        page_size: as above.
+        dtype: as above.
+        ahead: compile for devices that are not in this machine.
 
     Raises:
-        StartupError: it cannot be had, or none can; the message gives the reason and the way out.
+        StartupError: it cannot be had, or none can; the message gives the reasons.
     """
     refusals: list[str] = []
     for candidate in (name,) if name is not None else PREFERRED.get(platform, ("reference",)):
-        backend = BACKENDS[candidate]()
-        refusal = backend.refusal(heads, kv_heads, head_dim, page_size, dtype)
-        if backend.platforms and platform not in backend.platforms:
-            refusal = f"it runs on {' and '.join(backend.platforms)}, and this is {platform}"
-        if refusal is None:
-            if refusals:
-                log.warning("attention: %s, because of others %s", candidate, "; ".join(refusals))
-            else:
-                log.info("attention: %s", candidate)
-            return backend
-        refusals.append(f"{candidate}: {refusal}")
-    way_out = "leave attention unset, or choose" if name is not None else "choose"
-    raise StartupError(f"attention cannot be had ({'; '.join(refusals)}); {way_out} one of {', '.join(BACKENDS)}")
+        try:
+            if candidate in PREFERRED["tpu"] and platform != "tpu":
+                raise StartupError(f"attention {candidate!r} is for TPUs, but JAX runs on {platform}; start without it")
+            backend = (
+                Triton(compute_capability=AHEAD_CAPABILITY)
+                if ahead and candidate == "triton"
+                else BACKENDS[candidate]()
+            )
+            backend.page_shape(kv_heads, page_size, head_dim, dtype)
+        except StartupError as error:
+            refusals.append(str(error))
+            continue
+        if refusals:
+            log.warning("attention: %s, because %s", candidate, "; ".join(refusals))
+        else:
+            log.info("attention: %s", candidate)
+        return backend
+    raise StartupError("; ".join(refusals))

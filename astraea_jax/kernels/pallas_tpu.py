@@ -57,22 +57,28 @@ class PallasTPU:
     """
 
     name = "pallas"
-    platforms: tuple[str, ...] = ("tpu",)
     heads_axis = 2
 
     def __init__(self, interpret: Interpret = False):
         self.interpret = interpret
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """``(2, K, S, lanes)``, or ``(1, K, S, 128)`` where a key and a value share the lanes."""
+        """``(2, K, S, lanes)``, or ``(1, K, S, 128)`` where a key and a value share the lanes.
+
+        Raises:
+            StartupError: the kernels do not compute ``dtype``, or pages of this size.
+        """
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+            raise StartupError(f"attention {self.name!r} keeps bfloat16 and float32, not {jnp.dtype(dtype).name}")
+        if not self.interpret and page_size % SUBLANES:
+            raise StartupError(
+                f"attention {self.name!r} needs pages of a multiple of {SUBLANES} tokens, not {page_size}"
+            )
         return (1 if _shared(head_dim) else 2, kv_heads, page_size, -(-head_dim // LANES) * LANES)
 
-    def refusal(self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> str | None:
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-            return f"it keeps bfloat16 and float32, not {jnp.dtype(dtype).name}"
-        if not self.interpret and page_size % SUBLANES:
-            return f"its pages hold a multiple of {SUBLANES} tokens, not {page_size}"
-        return None
+    def page_dtype(self, dtype: Any) -> Any:
+        """The same."""
+        return jnp.dtype(dtype)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
@@ -87,7 +93,6 @@ class PallasInterpreted(PallasTPU):
     """The same on any device, many times slower: to see that its tokens are right."""
 
     name = "pallas-interpreted"
-    platforms: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__(interpret=True)

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.errors import StartupError
+
 from .backend import Batch
 from .pallas_tpu import LANES, VMEM_BYTES, check_page_table
 
@@ -23,24 +25,28 @@ class TokamaxRPA:
     """``tokamax.ops.ragged_paged_attention``, which writes the pages, too."""
 
     name = "tokamax"
-    platforms: tuple[str, ...] = ("tpu",)
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """``(S, 2K / pack, pack, lanes)``: keys and values in turn, as many in a word of 32 bits as fit."""
+        """``(S, 2K / pack, pack, lanes)``: keys and values in turn, as many in a word of 32 bits as fit.
+
+        Raises:
+            StartupError: it is not installed, or serves no such pages.
+        """
+        if importlib.util.find_spec("tokamax") is None:
+            raise StartupError("tokamax is not installed; on Python 3.12 or newer, install the [tpu] extra")
+        if jnp.dtype(dtype) != jnp.bfloat16:
+            raise StartupError(f"attention 'tokamax' keeps bfloat16, not {jnp.dtype(dtype).name}")
+        if head_dim not in (64, 128, 256):
+            raise StartupError(f"attention 'tokamax' has heads of 64, 128 or 256 dimensions, not {head_dim}")
+        if page_size % 16:
+            raise StartupError(f"attention 'tokamax' needs pages of a multiple of 16 tokens, not {page_size}")
         pack = 4 // jnp.dtype(dtype).itemsize
         return (page_size, -(-2 * kv_heads // pack), pack, -(-head_dim // LANES) * LANES)
 
-    def refusal(self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> str | None:
-        if importlib.util.find_spec("tokamax") is None:
-            return "tokamax is not installed; on Python 3.12 or newer, install the [tpu] extra"
-        if jnp.dtype(dtype) != jnp.bfloat16:
-            return f"it keeps bfloat16, not {jnp.dtype(dtype).name}"
-        if head_dim not in (64, 128, 256):
-            return f"its heads have 64, 128 or 256 dimensions, not {head_dim}"
-        if page_size % 16:
-            return f"its pages hold a multiple of 16 tokens, not {page_size}"
-        return None
+    def page_dtype(self, dtype: Any) -> Any:
+        """The same."""
+        return jnp.dtype(dtype)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
@@ -71,19 +77,23 @@ class JaxRPA:
     """``jax.experimental.pallas.ops.tpu.ragged_paged_attention`` behind a scatter, which XLA does in place."""
 
     name = "jax-rpa"
-    platforms: tuple[str, ...] = ("tpu",)
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """``(S, 2K, H)``: of each head its key, then its value."""
+        """``(S, 2K, H)``: of each head its key, then its value.
+
+        Raises:
+            StartupError: it serves no such pages.
+        """
+        if head_dim != LANES:
+            raise StartupError(f"attention 'jax-rpa' has heads of {LANES} dimensions, not {head_dim}")
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+            raise StartupError(f"attention 'jax-rpa' keeps bfloat16 and float32, not {jnp.dtype(dtype).name}")
         return (page_size, 2 * kv_heads, head_dim)
 
-    def refusal(self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> str | None:
-        if head_dim != LANES:
-            return f"its heads have {LANES} dimensions, not {head_dim}"
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-            return f"it keeps bfloat16 and float32, not {jnp.dtype(dtype).name}"
-        return None
+    def page_dtype(self, dtype: Any) -> Any:
+        """The same."""
+        return jnp.dtype(dtype)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int

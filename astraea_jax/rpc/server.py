@@ -26,9 +26,9 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.generation import Delta, Generation
+from astraea_jax.replicas import Serving
 from astraea_jax.rpc import wire
 from astraea_jax.rpc.metadata import read_salt, read_sampling, read_session, write_usage
 
@@ -64,18 +64,18 @@ class Server:
     """Serves an engine. :meth:`start` and :meth:`stop` run in the event loop that answers.
 
     Args:
-        engine: started or about to be; until then requests get ``UNAVAILABLE``.
+        engine: one or several; started or about to be; until then requests get ``UNAVAILABLE``.
         host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
     """
 
-    def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0):
+    def __init__(self, engine: Serving, host: str = "127.0.0.1", port: int = 0):
         self._engine = engine
         self._address = f"{host}:{port}"
         self._health = health.aio.HealthServicer()
         self._draining = False
         self._decoding: set[grpc.aio.ServicerContext] = set()
-        limit = engine.config.max_queued + engine.config.max_seqs
+        limit = engine.config.data_parallel * (engine.config.max_queued + engine.config.max_seqs)
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=2 * limit,  # beyond it gRPC itself answers RESOURCE_EXHAUSTED
             options=OPTIONS,

@@ -10,7 +10,7 @@ import pytest
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import choose
 
-LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16, "dtype": "bfloat16"}
+LLAMA = {"kv_heads": 8, "head_dim": 128, "page_size": 16, "dtype": "bfloat16"}
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def test_what_else_a_tpu_has_is_announced(sizes, name, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "platform", "sizes", "why"),
     [
-        ("pallas", "cpu", {}, "runs on tpu, and this is cpu"),
+        ("pallas", "cpu", {}, "is for TPUs, but JAX runs on cpu"),
         ("jax-rpa", "tpu", {"head_dim": 64}, "128 dimensions, not 64"),
         ("pallas", "tpu", {"page_size": 4}, "multiple of 8 tokens, not 4"),
         ("pallas", "tpu", {"dtype": "float16"}, "not float16"),
-        (None, "tpu", {"dtype": "float16"}, "jax-rpa: .*not float16.*pallas: .*not float16"),
+        (None, "tpu", {"dtype": "float16"}, "'jax-rpa' .*not float16.*'pallas' .*not float16"),
     ],
 )
 def test_what_cannot_be_had_says_why(name, platform, sizes, why):

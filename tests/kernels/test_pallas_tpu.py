@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only way to ask for the races found
 from jax.experimental.pallas import tpu as pltpu
-from support.attention import naive
+from support.ragged import Ragged
 from support.sizes import SMALL
 
 from astraea_jax.errors import StartupError
@@ -23,14 +23,15 @@ from astraea_jax.kernels.backend import Batch
 from astraea_jax.kernels.pallas_tpu import PallasTPU, check_page_table
 from astraea_jax.sampling import SamplingParams
 
-ROWS, WIDTH, SIZE, TOKENS = 4, 4, 8, 20
+ROWS, SIZE, LONGEST = 4, 8, 32
 POISONED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+seeds = st.integers(0, 2**32 - 1)
 own = jax.jit(PallasTPU(POISONED).attend, static_argnames="q_tile")
 
 
 def lengths(decode: bool) -> st.SearchStrategy[list[tuple[int, int]]]:
     """Of each row its queries and the context before them; in decode rows without a query come last."""
-    past = st.sampled_from([0, 1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE, WIDTH * SIZE - 5])
+    past = st.sampled_from([0, 1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE, LONGEST - 5])
     rows = st.lists(st.tuples(st.sampled_from([0, 1] if decode else [0, 1, 3, 5]), past), min_size=ROWS, max_size=ROWS)
     return rows.map(lambda drawn: sorted(drawn, key=lambda row: -row[0]) if decode else drawn)
 
@@ -54,30 +55,19 @@ def to_lanes(pages: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 @settings(deadline=None, max_examples=6)
 @given(data=st.data())
 def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dtype, data):
-    q_lens, past = np.array(data.draw(lengths(decode)), np.int32).T
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    q_lens, past = np.array(data.draw(lengths(decode))).T
     past = np.where(q_lens > 0, past, 0)
-    tokens = ROWS if decode else TOKENS
-    draw = lambda *shape: np.asarray(rng.normal(size=shape).astype(dtype), np.float32)  # noqa: E731
-    q, k, v = draw(tokens, kv_heads * group, head), draw(tokens, kv_heads, head), draw(tokens, kv_heads, head)
-    table = rng.permutation(np.arange(1, ROWS * WIDTH + 1)).reshape(ROWS, WIDTH).astype(np.int32)
-    lens, cu = past + q_lens, np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-    pages = np.full((ROWS * WIDTH + 1, 2, kv_heads, SIZE, head), np.nan, np.float32)
-    written = pages.copy()
-    for r in range(ROWS):
-        for at in range(lens[r]):
-            page, offset, token = table[r, at // SIZE], at % SIZE, cu[r] + at - past[r]
-            if at < past[r]:
-                pages[page, :, :, offset] = draw(2, kv_heads, head)
-            written[page, :, :, offset] = pages[page, :, :, offset] if at < past[r] else (k[token], v[token])
-    expected = naive(q, written, table, lens, cu)
-    for r in range(ROWS):
-        table[r, -(-lens[r] // SIZE) :] = rng.integers(2**30)  # what lies beyond a context may be any number
+    case = Ragged.make(SIZE, kv_heads, group, head, q_lens.tolist(), past.tolist(), data.draw(seeds), LONGEST)
+    rounded = {name: getattr(case, name).astype(dtype).astype(np.float32) for name in ("q", "k", "v", "pages")}
+    case = dataclasses.replace(case, **rounded)
+    expected, written = case.expected()
+    table = case.batch.page_table.copy()
+    for row, length in zip(table, case.batch.kv_lens):
+        row[-(-length // SIZE) :] = 2**30  # what lies beyond a context may be any number
 
     shape = PallasTPU().page_shape(kv_heads, SIZE, head, dtype)
-    arrays = [jnp.asarray(x, dtype) for x in (q, k, v, to_lanes(pages, shape))]
-    slots = jnp.zeros(tokens, jnp.int32)  # these kernels find the places by themselves
-    out, result = own(*arrays, Batch(*map(jnp.asarray, (table, lens, cu)), slots), q_tile=1 if decode else 4)
+    arrays = [jnp.asarray(x, dtype) for x in (case.q, case.k, case.v, to_lanes(case.pages, shape))]
+    out, result = own(*arrays, case.batch._replace(page_table=table), q_tile=1 if decode else 4)
 
     tolerance = 1e-4 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=tolerance, atol=tolerance)

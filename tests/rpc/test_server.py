@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.engines import held, posted, settled
 from support.sizes import SMALL
 
 from astraea_jax.engine import Engine
@@ -19,15 +20,20 @@ from astraea_jax.rpc.client import Client
 from astraea_jax.rpc.server import Server
 from astraea_jax.sampling import SamplingParams
 
-ONE_AT_A_TIME = dataclasses.replace(SMALL, max_queued=1, max_seqs=1, max_step_tokens=16)
+NINE = dataclasses.replace(SMALL, max_queued=1)
+"""Eight run, one waits."""
 
 
 @pytest.fixture
-async def endpoint(engine):
+async def serving(engine):
     server = Server(engine)
-    port = await server.start()
-    yield f"127.0.0.1:{port}"
+    yield server, f"127.0.0.1:{await server.start()}"
     await server.stop(0)
+
+
+@pytest.fixture
+async def endpoint(serving):
+    return serving[1]
 
 
 @pytest.fixture
@@ -61,9 +67,10 @@ async def decode(endpoint):
 NO_EOS = (("x-ignore-eos", "true"),)
 
 
-async def settled(engine: Engine) -> None:
-    while engine.stats().running or engine.stats().waiting:
-        await asyncio.sleep(0.005)
+async def deserted(server: Server) -> None:
+    """Until it knows that no caller is left."""
+    while server._decoding:
+        await asyncio.sleep(0.002)
 
 
 async def test_text_request_gets_text_and_tokens_and_an_empty_last_sample(decode, engine, greedy):
@@ -184,8 +191,7 @@ async def test_no_input_is_a_fault_of_ours(endpoint, engine, caplog):
     assert not caplog.records
     for session in values:
         engine.end_session(session)
-    while engine.stats().programs:
-        await asyncio.sleep(0.005)
+    await settled(engine, programs=True)
 
 
 async def test_the_longest_stop_strings_fit(decode):
@@ -206,35 +212,46 @@ async def test_a_fault_of_ours_is_told_to_the_log_only(decode, engine, monkeypat
     assert "a secret" in caplog.text
 
 
-async def test_cancel_and_deadline_free_the_pages(decode, client, engine):
+async def test_cancel_and_deadline_free_the_pages(decode, client, engine, serving):
     computed = engine.times.tokens
     generation = client.generate([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
     iterator = aiter(generation)
-    await anext(iterator)
-    generation.cancel()
+    with held(engine, 2):
+        await anext(iterator)
+        generation.cancel()
+        await deserted(serving[0])
     assert [delta.finish_reason async for delta in iterator][-1] == "cancelled"  # as with an engine in this process
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await decode(token_content={"token_ids": [1]}, max_tokens=250, limit_s=0.05, metadata=NO_EOS)
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await settled(engine)
-    assert engine.times.tokens - computed < 400  # of the 450 that were asked for
+    with held(engine, 2):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await decode(token_content={"token_ids": [1]}, max_tokens=250, limit_s=0.5, metadata=NO_EOS)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await deserted(serving[0])
+    await settled(engine)
+    assert engine.times.tokens - computed < 20  # of the 450 that were asked for
     assert engine.stats().free_pages == engine.layout.num_pages - 1
 
 
 async def test_a_deadline_is_honoured_in_the_queue(make_engine):
-    engine = make_engine(ONE_AT_A_TIME)
+    engine = make_engine(NINE)
     server = Server(engine)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
         method = channel.unary_stream(f"/{wire.ORCHESTRATOR}/Decode")
         request = wire.DecodeRequest(token_content={"token_ids": [1]}, max_tokens=250).SerializeToString()
         computed = engine.times.tokens
-        running = method(request, metadata=NO_EOS)
-        await running.read()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            [_ async for _ in method(request, metadata=NO_EOS, timeout=0.02)]
-        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        with held(engine, 2) as more:
+            running = [method(request, metadata=NO_EOS) for _ in range(8)]
+            while engine._admitted < 8:
+                await asyncio.sleep(0.002)
+            more(2)  # by now all eight run
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [_ async for _ in method(request, metadata=NO_EOS, timeout=0.5)]
+            assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            for call in running:
+                call.cancel()
+            await deserted(server)
         await settled(engine)
-    assert engine.times.tokens - computed < 300  # the 250 of the one that ran, none of the one that waited
+    assert engine.times.tokens - computed < 100  # of those that ran a few, of the one that waited none
     await server.stop(0)
 
 
@@ -243,21 +260,24 @@ async def test_a_cancelled_task_stays_cancelled(client, engine):
         async for _ in client.generate([1, 2], SamplingParams(max_tokens=200, ignore_eos=True)):
             pass
 
-    task = asyncio.create_task(consume())
-    while not engine.stats().running:
-        await asyncio.sleep(0.002)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    with held(engine, 2):
+        task = asyncio.create_task(consume())
+        while not engine.stats().running:
+            await asyncio.sleep(0.002)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     await settled(engine)
 
 
 async def test_a_session_ended_from_outside_is_no_whole_answer(decode, client, engine):
     metadata = (*NO_EOS, ("x-session-id", "ended"))
-    call = asyncio.create_task(decode(token_content={"token_ids": [1]}, max_tokens=250, metadata=metadata))
-    while not engine.stats().running:
-        await asyncio.sleep(0.002)
-    client.end_session("ended")
+    with held(engine, 2):
+        call = asyncio.create_task(decode(token_content={"token_ids": [1]}, max_tokens=250, metadata=metadata))
+        while not engine.stats().running:
+            await asyncio.sleep(0.002)
+        client.end_session("ended")
+        await posted(engine)
     with pytest.raises(grpc.aio.AioRpcError, match="session was ended"):
         await call
 
@@ -274,8 +294,7 @@ async def test_our_client_sees_text_usage_and_errors(client, engine, greedy):
         [delta async for delta in client.generate([10**6], SamplingParams(max_tokens=1))]
     with pytest.raises(RequestError, match="stop_token_ids"):
         client.generate([1], SamplingParams(stop_token_ids=(1,)))
-    while engine.stats().programs:
-        await asyncio.sleep(0.005)
+    await settled(engine, programs=True)
 
 
 async def test_health_reflection_and_liveness(endpoint, client):
@@ -297,14 +316,15 @@ async def test_health_reflection_and_liveness(endpoint, client):
 
 
 async def test_overload_and_a_dead_engine_are_told_apart(make_engine, random_folder):
-    engine = make_engine(ONE_AT_A_TIME)
+    engine = make_engine(NINE)
     server = Server(engine)
     async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
-        busy = [client.generate([1], SamplingParams(max_tokens=100, ignore_eos=True)) for _ in range(2)]
-        while engine.stats().running + engine.stats().waiting < 2:
-            await asyncio.sleep(0.005)
-        with pytest.raises(Overloaded) as caught:
-            [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
+        with held(engine, 2):
+            busy = [client.generate([1], SamplingParams(max_tokens=100, ignore_eos=True)) for _ in range(9)]
+            while engine._admitted < 9:
+                await asyncio.sleep(0.005)
+            with pytest.raises(Overloaded) as caught:
+                [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
         assert ("grpc-retry-pushback-ms", "1000") in tuple(caught.value.__cause__.trailing_metadata())
         for generation in busy:
             generation.cancel()
@@ -325,17 +345,17 @@ async def test_stopping_lets_running_requests_finish_and_refuses_new_ones(engine
         health = health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        iterator = aiter(client.generate([1, 2], SamplingParams(max_tokens=240, ignore_eos=True)))
-        tokens = [*(await anext(iterator)).token_ids]
-        stopping = asyncio.create_task(server.stop(20))
-        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert not await client.is_live()
-        with pytest.raises(EngineDead, match="shutting down"):
-            [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
+        with held(engine, 2):
+            iterator = aiter(client.generate([1, 2], SamplingParams(max_tokens=240, ignore_eos=True)))
+            tokens = [*(await anext(iterator)).token_ids]
+            stopping = asyncio.create_task(server.stop(3600))
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert not await client.is_live()
+            with pytest.raises(EngineDead, match="shutting down"):
+                [delta async for delta in client.generate([1], SamplingParams(max_tokens=1))]
         tokens += [token async for delta in iterator for token in delta.token_ids]
         assert len(tokens) == 240
-        async with asyncio.timeout(5):  # the watching stream does not hold it up
-            await stopping
+        await stopping  # the watching stream does not hold it up
 
 
 async def test_a_taken_port_is_an_error(engine):

@@ -116,7 +116,7 @@ def test_agentsched_turns_cache_first_as_memory_tightens():
     for s in (cached, short):
         queue.push(s, policy.features(s))
     tight = Pressure(16, pages=100, free=0, retained=0, running=5, host=False)
-    assert queue.first(policy, 0.0, tight, 1) == [cached]  # 109 new tokens against 310
+    assert list(queue.first(policy, 0.0, tight, 1)) == [cached]  # 109 new tokens against 310
     policy_hit = policy.features(cached)
     assert policy_hit[:2] == (0.95, 110.0)
 
@@ -329,4 +329,4 @@ def test_columns_follow_their_segments():
     for s in rng.permutation(np.array(segments, dtype=object))[:150]:
         queue.remove(s)
         del scores[s]
-        assert queue.first(policy, 0.0, ROOM, 3) == sorted(scores, key=scores.__getitem__)[:3]
+        assert list(queue.first(policy, 0.0, ROOM, 3)) == sorted(scores, key=scores.__getitem__)[:3]

@@ -16,13 +16,14 @@ from astraea_jax.scheduler.trace import TraceProgram, TraceSegment
 
 
 def test_step_costs_are_found_from_steps():
-    costs, rng = StepCosts(), random.Random(0)
+    costs, rng, none = StepCosts(), random.Random(0), np.zeros(0, np.int32)
     for _ in range(2000):
         rows = rng.randint(1, 64)
         tokens = rows + rng.choice([0, 0, rng.randint(1, 500)])
         context = rng.randint(0, 100_000)
         seconds = 2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context
-        costs.observe(Plan([None] * rows, [], tokens, context), seconds * rng.uniform(0.95, 1.05))
+        plan = Plan([None] * rows, none, none, none, 0, rows, [], tokens, context)
+        costs.observe(plan, seconds * rng.uniform(0.95, 1.05))
     assert costs.base == pytest.approx(2e-3, rel=0.1)
     assert costs.per_prefill == pytest.approx(5e-3, rel=0.15)
     assert costs.per_token == pytest.approx(3e-5, rel=0.1)

@@ -313,7 +313,7 @@ def test_ending_a_program_returns_its_live_segment():
 def test_copied_tokens_mark_what_only_the_device_knows():
     segment = make().submit([1, 2, 3], 5, now=0)
     segment.output += [4, 5]
-    segment.length, segment.pending = 6, 1
+    segment.reached = 6
     out = np.zeros(5, np.int32)
     segment.copy_tokens(1, out)
     assert out.tolist() == [2, 3, 4, 5, -1]

@@ -69,25 +69,27 @@ class Device:
         return [self.kv.get(page * self.page_size + offset) for offset in range(self.page_size)]
 
     def run(self, plan: Plan) -> list[int]:
-        """Execute a step at dispatch: write its tokens into their pages, attend, sample one token per row."""
-        slots = [row.segment.slot for row in plan.rows]
+        """Execute a step at dispatch: write its tokens into their pages, attend, sample."""
+        slots, starts, counts = (column.tolist() for column in (plan.slots, plan.starts, plan.counts))
+        assert slots == [segment.slot for segment in plan.segments]
         assert len(set(slots)) == len(slots) <= self.scheduler.config.max_seqs
-        assert plan.tokens == sum(row.tokens for row in plan.rows) <= self.scheduler.config.max_step_tokens
+        assert plan.tokens == sum(counts) <= self.scheduler.config.max_step_tokens
+        assert counts[: plan.steady] == [1] * plan.steady
+        assert plan.context == sum(starts) + sum(counts)
         tables = [self.scheduler.page_table[slot].copy() for slot in slots]
-        for row, table in zip(plan.rows, tables, strict=True):
-            tokens = np.zeros(row.tokens, np.int32)
-            row.segment.copy_tokens(row.start, tokens)
-            for i, token in enumerate(tokens.tolist()):
-                at = self._slot(table, row.start + i)
-                assert at not in {self._slot(table, p) for p in range(row.start + i)}
-                self.kv[at] = self.last[row.segment.slot] if token < 0 else token
+        for i, (segment, table) in enumerate(zip(plan.segments, tables, strict=True)):
+            tokens = np.full(counts[i], -1)
+            if i >= plan.steady:
+                segment.copy_tokens(starts[i], tokens)
+            for at, token in enumerate(tokens.tolist(), starts[i]):
+                place = self._slot(table, at)
+                assert place not in {self._slot(table, p) for p in range(at)}
+                self.kv[place] = self.last[slots[i]] if token < 0 else token
         sampled = []
-        for row, table in zip(plan.rows, tables, strict=True):
-            context = [self.kv[self._slot(table, p)] for p in range(row.start + row.tokens)]
-            token = next_token(context)
-            if row.samples:
-                self.last[row.segment.slot] = token
-            sampled.append(token)
+        for i, table in enumerate(tables[: plan.samples]):
+            context = [self.kv[self._slot(table, p)] for p in range(starts[i] + counts[i])]
+            self.last[slots[i]] = next_token(context)
+            sampled.append(self.last[slots[i]])
         return sampled
 
     def _slot(self, table: np.ndarray, position: int) -> int:

@@ -43,12 +43,15 @@ class Loop:
             for segment in plan.admitted:
                 assert segment.finish_reason is None
                 self.slots[segment.slot] = segment
-            assert all(self.slots[row.segment.slot] is row.segment for row in plan.rows)
-            self.log.append([(r.segment.number, r.start, r.tokens, r.samples) for r in plan.rows])
+            assert [self.slots[slot] for slot in plan.slots.tolist()] == plan.segments
+            samples = [i < plan.samples for i in range(len(plan.segments))]
+            numbers = [segment.number for segment in plan.segments]
+            self.log.append(sorted(zip(numbers, plan.starts.tolist(), plan.counts.tolist(), samples, strict=True)))
             launched = (plan, self.device.run(plan))
         if self.in_flight is not None:
             before, tokens = self.in_flight
-            tokens = [-1 if row.segment in self.broken else t for row, t in zip(before.rows, tokens, strict=True)]
+            segments = before.segments[: before.samples]
+            tokens = [-1 if segment in self.broken else t for segment, t in zip(segments, tokens, strict=True)]
             self.scheduler.commit(before, tokens, self.now)
         busy = launched is not None or self.in_flight is not None or bool(self.transfers)
         busy = busy or self.scheduler.stats().waiting > 0

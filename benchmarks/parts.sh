@@ -1,0 +1,75 @@
+# The parts of run_gpu.sh and run_tpu.sh, which choose the sizes. Each part has its own time and may fail alone.
+#
+#   [--tiny] [--model=SHAPE] [--revision=TEXT] [OUT]
+#
+# --tiny: smallest sizes on whatever device there is, to try the scripts; ten minutes for each part. --revision names
+# the code where there is no git. OUT gets a log per part and records.jsonl; by default $OUT, or else out/bench.
+# $PYTHON is the interpreter, by default .venv's.
+
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tiny='' revision=() out=${OUT:-out/bench}
+for argument; do
+  case $argument in
+    --tiny) tiny=600 ;;
+    --model=*) model=${argument#*=} ;;
+    --revision=*) revision=("$argument") ;;
+    -*) echo "unknown option $argument; there are --tiny, --model=SHAPE and --revision=TEXT" >&2; exit 2 ;;
+    *) out=$argument ;;
+  esac
+done
+mkdir -p "$out" || exit 2
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+"$python" -P -c 'from importlib.util import find_spec as f; import sys; sys.exit(f("astraea_jax") is None)' || {
+  echo "$python has no astraea_jax: pip install -e . there, or name another interpreter in \$PYTHON" >&2
+  exit 2
+}
+# What one part has compiled, the others and the next run find.
+export JAX_COMPILATION_CACHE_DIR=$PWD/out/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
+if [ "$tiny" ]; then
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"  # sooner compiled; nobody looks at the figures
+  serving=(--prompts=8 --input=32 --output=16 --max_seqs=8 --max_step_tokens=64 --load=0.5)
+  step=(--batch=4 --context=16 --steps=8 --prefill=32)
+  offload=(--lengths=64,128 --batch=4 --context=16 --steps=8 --repeats=1 --chunk=64)
+  jct=(--policies=astraea --programs=4 --tool_scale=0.002)
+else
+  export JAX_PLATFORMS=$platforms  # without the device a run fails, and does not go on on the processor
+  serving=(--model="$model" --random_weights "${serving[@]}")
+  step=(--model="$model" --random_weights "${step[@]}")
+  offload=(--model="$model" "${offload[@]}")
+fi
+
+names=() statuses=() seconds=() failed=0
+
+# part NAME SECONDS SCRIPT FLAGS...: run it, show its output and keep it.
+part() {
+  local name=$1 limit=${tiny:-$2} script=$3 began=$SECONDS status
+  shift 3
+  echo "== $name"
+  timeout --kill-after=10 "$limit" "$python" "scripts/$script" "$@" --json="$out/records.jsonl" "${revision[@]}" \
+    2>&1 | tee "$out/$name.log"
+  status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] || failed=1
+  names+=("$name") seconds+=($((SECONDS - began)))
+  case $status in
+    0) statuses+=(done) ;;
+    124 | 137) statuses+=("stopped after $limit s") ;;
+    *) statuses+=("failed, status $status") ;;
+  esac
+}
+
+# The limits add up to less than nine minutes.
+part step 80 bench_step.py "${step[@]}"
+part serving 290 bench_serving.py "${serving[@]}" --timeout_s=270 --peers="$peers"
+part offload 70 bench_offload.py "${offload[@]}" --plot="$out/offload.png"
+part jct 90 bench_jct.py --backend=engine --workload=infercept-mix "${jct[@]}"
+
+echo
+printf '%-10s %8s  %s\n' part seconds state
+for i in "${!names[@]}"; do
+  printf '%-10s %8d  %s\n' "${names[$i]}" "${seconds[$i]}" "${statuses[$i]}"
+done
+echo "logs and records.jsonl in $out, $SECONDS s in all"
+exit $failed

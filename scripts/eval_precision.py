@@ -1,0 +1,165 @@
+"""What eight-bit weights and eight-bit KV change in a model's predictions, against the same model in full precision.
+
+python scripts/eval_precision.py                                   astraea-tiny, on solved shop tasks it never saw
+python scripts/eval_precision.py --model=Qwen3-4B --text=book.txt  another model, on a text
+
+Every token of a text (of the tasks: every token that the model has to write) is predicted from what comes before it,
+through the pages of the reference attention. Reported are the mean Kullback-Leibler divergence from full precision, its
+99th percentile, how often the likeliest token is the same, and the perplexity of the texts. For answers instead of
+predictions there is eval_tiny.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
+from astraea_jax.kernels import Batch, Reference
+from astraea_jax.models import resolve
+from astraea_jax.models.checkpoint import load
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.shop import make_tasks
+from astraea_jax.tools import tool
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")
+flags.DEFINE_string("text", None, "Text file; by default held-out shop tasks and their solutions.")
+flags.DEFINE_integer("tasks", 100, "Shop tasks.", lower_bound=1)
+flags.DEFINE_integer("seed", 100, "Of the tasks; training used 0 and its own evaluation 1.")
+flags.DEFINE_integer("length", 384, "Tokens that are predicted together; a file is cut into such pieces.", 16)
+flags.DEFINE_enum("dtype", None, DTYPES, "Full precision; by default float32 on a CPU, bfloat16 elsewhere.")
+
+PAGE = 16
+console = Console()
+
+
+@dataclass(frozen=True)
+class Option:
+    name: str
+    quantize: str | None
+    kv_dtype: str | None
+
+
+OPTIONS = [
+    Option(", ".join(filter(None, (w and f"{w} weights", kv and f"{kv} KV"))) or "full precision", w, kv)
+    for kv in (None, *KV_DTYPES)
+    for w in (None, *EIGHT_BITS)
+]
+
+
+class Text(NamedTuple):
+    tokens: list[int]
+    asked: list[bool]
+    """Of each token: whether its prediction counts. Of a chat: whether the model writes it, or else it is asked for
+    something that it has never learned."""
+
+
+def texts(tokenizer: Tokenizer) -> Iterator[Text]:
+    """None longer than ``--length``."""
+    if FLAGS.text is not None:
+        tokens = tokenizer.encode(Path(FLAGS.text).read_text())
+        for at in range(0, len(tokens) - 1, FLAGS.length):
+            piece = tokens[at : at + FLAGS.length]
+            yield Text(piece, [i > 0 for i in range(len(piece))])
+        return
+    for task in make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.tasks):
+        schemas, chat = [tool(function).schema() for function in task.tools()], task.solution()
+        tokens = tokenizer.encode(tokenizer.render(chat, schemas, add_generation_prompt=False))
+        asked = [False] * len(tokens)
+        for i, message in enumerate(chat):
+            if message["role"] == "assistant":
+                first, end = (
+                    len(tokenizer.encode(tokenizer.render(part, schemas, add_generation_prompt=prompt)))
+                    for part, prompt in ((chat[:i], True), (chat[: i + 1], False))
+                )
+                while tokens[end - 1] not in tokenizer.eos_ids:  # what the template writes after it, nobody asks for
+                    end -= 1
+                asked[first:end] = [True] * (end - first)
+        yield Text(tokens[: FLAGS.length], asked[: FLAGS.length])
+
+
+Predict = Callable[[np.ndarray, int], jax.Array]
+"""``predict(tokens [length], n)``: log-probabilities ``[length, V]`` of the token after each of the first n."""
+
+
+def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
+    """Of one model; the attention reads what it has written to pages of ``kv_dtype``."""
+    c, length, backend = decoder.config, FLAGS.length, Reference()
+    count = -(-length // PAGE)
+    shape = (count + 1, *backend.page_shape(c.num_kv_heads, PAGE, c.head_dim, kv_dtype))
+    table, at = jnp.arange(1, count + 1)[None], jnp.arange(length)
+
+    def predict(decoder: Decoder, tokens: jax.Array, n: jax.Array) -> jax.Array:
+        pages = (jnp.zeros(shape, backend.page_dtype(kv_dtype)),) * c.num_layers
+        where = Batch(table, n[None], jnp.stack([0, n]), jnp.where(at < n, at + PAGE, 0))
+        hidden, _ = decoder(tokens, at, pages, lambda _, q, k, v, p: backend.attend(q, k, v, p, where, q_tile=16))
+        return jax.nn.log_softmax(decoder.logits(hidden))
+
+    graph, state = nnx.split(decoder)
+    jitted = jax.jit(lambda state, tokens, n: predict(nnx.merge(graph, state), tokens, n))
+    return lambda tokens, n: jitted(state, tokens, n)
+
+
+@dataclass
+class Differences:
+    """Of one option from full precision, one number per token."""
+
+    divergences: list[np.ndarray] = field(default_factory=list)
+    same: list[np.ndarray] = field(default_factory=list)
+    losses: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, full: np.ndarray, other: np.ndarray, following: np.ndarray) -> None:
+        """Log-probabilities ``[n, V]`` in full precision and otherwise, and the tokens ``[n]`` that did follow."""
+        self.divergences.append((np.exp(full) * (full - other)).sum(-1))
+        self.same.append(full.argmax(-1) == other.argmax(-1))
+        self.losses.append(-other[np.arange(len(following)), following])
+
+    def row(self) -> tuple[str, ...]:
+        divergence, same, loss = map(np.concatenate, (self.divergences, self.same, self.losses))
+        figures = (f"{divergence.mean():.1e}", f"{np.quantile(divergence, 0.99):.1e}", f"{same.mean():.2%}")
+        return (*figures, f"{np.exp(loss.mean()):.4f}")
+
+
+def main(_: list[str]) -> None:
+    folder = resolve(FLAGS.model)
+    configs = {o: EngineConfig(dtype=FLAGS.dtype, quantize=o.quantize, kv_dtype=o.kv_dtype) for o in OPTIONS}
+    full_dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
+    decoders = {
+        c.quantize: load(folder, full_dtype, narrow=c.narrow_dtype()) for c in configs.values() if not c.kv_dtype
+    }
+    sizes = {name: sum(x.nbytes for x in jax.tree.leaves(nnx.state(d))) for name, d in decoders.items()}
+    predictors = {o: predictor(decoders[o.quantize], c.page_dtype()) for o, c in configs.items()}
+    differences = {option: Differences() for option in OPTIONS}
+    for text in track(list(texts(Tokenizer.from_folder(folder))), "texts", console=console):
+        length, asked = len(text.tokens), np.flatnonzero(text.asked)
+        tokens = np.zeros(FLAGS.length, np.int32)
+        tokens[:length] = text.tokens
+        full = np.asarray(predictors[OPTIONS[0]](tokens, length))[asked - 1]
+        for option, predict in predictors.items():
+            other = full if option is OPTIONS[0] else np.asarray(predict(tokens, length))[asked - 1]
+            differences[option].add(full, other, tokens[asked])
+    count = sum(map(len, differences[OPTIONS[0]].same))
+    table = Table(title=f"{FLAGS.model}, {full_dtype}: {count} predictions")
+    for column in ("", "weights", "mean KL", "99 %", "same token", "perplexity"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for option in OPTIONS:
+        table.add_row(option.name, f"{sizes[option.quantize] / 2**20:.2f} MiB", *differences[option].row())
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)

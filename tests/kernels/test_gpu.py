@@ -1,0 +1,124 @@
+"""The Triton backend: choosing it; compiling it for an H200 that is not there; with `-m gpu`, running it on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.parity import check_tokens
+from support.ragged import VARIANTS, Ragged, ragged
+
+from astraea_jax.config import EngineConfig
+from astraea_jax.errors import StartupError
+from astraea_jax.kernels import Triton
+from astraea_jax.kernels.gpu import HEAD_DIMS, MOST_SPLITS, load_kernels, split_context
+from astraea_jax.models.config import PUBLISHED
+
+HAS = {name: importlib.util.find_spec(name) is not None for name in ("jax_triton", "jax_cuda13_plugin")}
+AHEAD = Path(__file__).parents[1] / "support" / "ahead.py"
+GOLDENS = sorted((Path(__file__).parents[1] / "parity" / "goldens").iterdir())
+
+on_a_gpu = pytest.mark.gpu
+needs_no_gpu = pytest.mark.skipif(
+    not all(HAS.values()), reason="compiling for a GPU needs the [cuda] extra, on Python 3.12 or newer"
+)
+
+
+def test_a_machine_without_a_gpu_is_told_so():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(StartupError, match="NVIDIA GPUs, but JAX runs on"):
+        EngineConfig(attention="triton").backend(PUBLISHED["qwen3-4b"])
+
+
+@pytest.mark.skipif(HAS["jax_triton"], reason="jax-triton is installed")
+def test_without_triton_the_way_out_is_named():
+    with pytest.raises(StartupError, match=r"astraea-jax\[cuda\].*'reference'"):
+        load_kernels()
+
+
+@given(
+    rows=st.integers(1, 512), heads=st.integers(1, 32), context=st.integers(1, 2**20), block=st.sampled_from([32, 64])
+)
+def test_splits_are_bounded_and_worth_while(rows, heads, context, block):
+    splits, least = split_context(rows, heads, context, block)
+    assert 1 <= splits <= MOST_SPLITS
+    assert least >= 1
+    assert (splits - 1) * least * block < context, "the last one would never have work"
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("kind", ["decode", "mixed", "float8"])
+def test_compiled_for_an_h200_pools_are_written_in_place(kind):
+    """Kernels become machine code for it, the pool is the output's memory, and nothing of its size is copied."""
+    done = subprocess.run([sys.executable, AHEAD, kind], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kernels"] == (4 if kind == "mixed" else 3)
+    assert report["aliased"] >= report["pool"]
+    assert report["temporary"] < report["pool"] / 4
+    assert not re.search(rf"= \S*\[{report['pages']},2,\S* (copy|copy-start|fusion|scatter)\(", report["hlo"])
+
+
+@needs_no_gpu
+def test_launches_may_be_recorded_into_command_buffers():
+    """What jaxlib's handler of them says of itself, by XLA's FFI metadata (bit 0 of the traits)."""
+    done = subprocess.run([sys.executable, AHEAD, "traits"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[-1:] == ["1"], done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def triton():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU that JAX sees")
+    return Triton
+
+
+@on_a_gpu
+@settings(deadline=None, max_examples=60)
+@given(case=ragged(long=700), variant=VARIANTS)
+def test_matches_numpy(triton, case, variant):
+    case.check(case.attend(triton(*variant)), case.expected(*variant), rtol=1e-4, atol=1e-5)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("head", HEAD_DIMS)
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_matches_numpy_in_half_precision(triton, dtype, size, head):
+    case = Ragged.make(size, 4, 4, head, [1, 130, 0, 1, 17], [3000, 65, 0, size - 1, 0], seed=head)
+    case.check(case.attend(triton(), dtype), case.expected(), rtol=1e-2, atol=1e-2)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 32])
+def test_query_heads_that_share_a_head(triton, group):
+    case = Ragged.make(16, 2, group, 64, [1, 50, 1], [500, 100, 0], seed=group)
+    case.check(case.attend(triton(), jnp.bfloat16), case.expected(), rtol=1e-2, atol=1e-2)
+
+
+@on_a_gpu
+def test_float8_pages(triton):
+    case = Ragged.make(32, 4, 4, 128, [1, 40, 1], [700, 30, 5], seed=8)
+    out, _ = case.attend(triton(), jnp.bfloat16, jnp.float8_e4m3fn)
+    real = case.batch.cu_q_lens[-1]
+    np.testing.assert_allclose(out[:real], case.expected()[0][:real], atol=0.15)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
+async def test_the_engine_generates_golden_tokens(triton, folder):
+    """The default backend of a GPU, in float32."""
+    assert isinstance(EngineConfig().backend(PUBLISHED["qwen3-4b"]), triton)
+    with jax.default_matmul_precision("highest"):
+        await check_tokens(folder)

@@ -1,0 +1,74 @@
+"""The Triton kernels against NumPy, run by Triton's interpreter: `make parity`, since that needs PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from support.ragged import VARIANTS, Ragged, ragged
+
+from astraea_jax.config import EngineConfig
+from astraea_jax.kernels import BACKENDS
+from astraea_jax.sampling import SamplingParams
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Imported late: collecting tests must work without Triton and PyTorch."""
+    from support.interpreted import Interpreted
+
+    return Interpreted
+
+
+@settings(deadline=None, max_examples=12)
+@given(case=ragged(long=200), variant=VARIANTS)
+def test_matches_numpy(interpreted, case, variant):
+    got = case.attend(interpreted(*variant))
+    case.check(got, case.expected(*variant), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_head_sizes_in_float16(interpreted, head):
+    """The interpreter multiplies no bfloat16 matrices."""
+    case = Ragged.make(16, 2, 4, head, [1, 33, 0, 2], [200, 31, 0, 15], seed=head)
+    case.check(case.attend(interpreted(), jnp.float16), case.expected(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_page_sizes(interpreted, size):
+    case = Ragged.make(size, 1, 2, 16, [1, 20, 1], [size, size - 1, 2 * size - 1], seed=size)
+    case.check(case.attend(interpreted()), case.expected(), rtol=1e-4, atol=1e-5)
+
+
+def test_float8_pages_are_scaled(interpreted):
+    """With numbers that float8 holds exactly: the interpreter, unlike a GPU, loses carries when it rounds to it."""
+    k_scale, v_scale, fp8 = 0.5, 0.25, jnp.float8_e4m3fn
+    case = Ragged.make(16, 2, 2, 32, [1, 5, 1], [40, 3, 0], seed=1)
+    scale = np.array([k_scale, v_scale], np.float32)[:, None, None, None]
+
+    def exact(x: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
+        return (x / scale).astype(fp8).astype(np.float32) * scale
+
+    changes = {"k": exact(case.k, k_scale), "v": exact(case.v, v_scale), "pages": exact(case.pages, scale)}
+    case = dataclasses.replace(case, **changes)
+    divided = dataclasses.replace(case, pages=case.pages / scale)
+    out, pages = divided.attend(interpreted(k_scale=k_scale, v_scale=v_scale), jnp.float16, fp8)
+    case.check((out, pages * scale), case.expected(), rtol=1e-2, atol=1e-2)
+
+
+async def test_the_engine_generates_what_dense_attention_does(interpreted, make_engine, greedy, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "interpreted", interpreted)
+    sizes = EngineConfig(max_seqs=2, max_step_tokens=24, page_size=8, kv_bytes=2**20, max_context=64, dtype="float32")
+    engine = make_engine(dataclasses.replace(sizes, attention="interpreted"))
+    prompts = [list(range(40, 71)), list(range(90, 95))]
+    streams = [engine.generate(prompt, SamplingParams(max_tokens=4, ignore_eos=True)) for prompt in prompts]
+    for prompt, stream in zip(prompts, streams, strict=True):
+        assert [token async for delta in stream for token in delta.token_ids] == greedy(prompt, 4)

@@ -1,0 +1,158 @@
+"""Eight-bit weights: how far they are from the wide ones, what they weigh, and that loading makes them one by one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from astraea_jax.models import CheckpointError
+from astraea_jax.models.checkpoint import load, save_hf, save_orbax
+from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.quantize import EIGHT_BITS, SCALE, project, quantize
+
+CONFIG = ModelConfig(64, 32, 48, 2, 4, 2, 16, 128, qkv_bias=True)
+INT8, FP8 = EIGHT_BITS["int8"], EIGHT_BITS["fp8"]
+quantized = jax.jit(quantize, static_argnums=(1, 2))
+each = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
+
+
+@functools.cache
+def made(narrow):
+    """Random numbers, drawn by NumPy, which is quicker than to compile JAX's draws."""
+    decoder = nnx.eval_shape(lambda: Decoder(CONFIG, dtype=jnp.float32, narrow=narrow, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    fill = lambda x: jnp.asarray(rng.normal(0, 1 if x.dtype == "float32" else 40, x.shape).astype(x.dtype))  # noqa: E731
+    nnx.update(decoder, jax.tree.map(fill, nnx.state(decoder)))
+    return decoder
+
+
+def parameters(decoder):
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+
+
+def assert_same(a, b):
+    a, b = parameters(a), parameters(b)
+    assert {name: x.dtype for name, x in a.items()} == {name: x.dtype for name, x in b.items()}
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@st.composite
+def weights(draw):
+    """``[8, 3, 5]`` with channels of very different sizes, some zero, some with one number far above the others."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weight = rng.normal(size=(8, 3, 5)).astype(np.float32)
+    sizes = st.sampled_from([0.0, 1e-42, 1e-30, 1e-3, 1.0, 3e4, 1e30])
+    weight *= np.array(draw(st.lists(sizes, min_size=5, max_size=5)), np.float32)
+    weight[draw(st.integers(0, 7))] *= draw(st.sampled_from([1.0, 100.0]))
+    return weight
+
+
+@each
+@settings(deadline=None, max_examples=40)
+@given(weight=weights(), inputs=st.sampled_from([1, 2]))
+def test_every_number_comes_back_within_half_a_step(dtype, weight, inputs):
+    values, scale = map(np.asarray, quantized(weight, dtype, inputs))
+    assert values.dtype == dtype
+    assert values.shape == weight.shape
+    assert scale.shape == weight.shape[inputs:]
+    assert np.isfinite(scale).all()
+    assert (scale > 0).all()
+    error = np.abs(values.astype(np.float64) * scale - weight)
+    # int8: half a step. float8: three bits of fraction, so a 16th at most, and below 2**-6 steps of 2**-9.
+    step = 0.5 if dtype == INT8 else np.maximum(np.abs(weight / scale) / 16, 2.0**-10)
+    peak = np.abs(weight).max(tuple(range(inputs)))
+    assert (error <= np.where(peak < 1e-35, peak, 1.001 * step * scale)).all()
+    largest = 127 if dtype == INT8 else 448
+    reached = np.abs(values.astype(np.float32)).max(tuple(range(inputs)))
+    assert (reached == np.where(peak < 1e-35, 0, largest)).all()
+
+
+@each
+def test_what_is_not_finite_stays_to_be_seen(dtype):
+    weight = np.ones((4, 2), np.float32)
+    weight[1, 0] = np.nan
+    _, scale = quantized(weight, dtype, 1)
+    assert np.isnan(scale[0])
+    assert np.isfinite(scale[1])
+
+
+@each
+@pytest.mark.parametrize("wide", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_product_is_that_of_the_values_scaled(dtype, wide):
+    """Also in float16, whose range the sums before the scale exceed."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(30 * rng.normal(size=(3, 64)), wide)
+    weight = rng.normal(size=(64, 2, 5)).astype(np.float32)
+    values, scale = quantized(weight, dtype, 1)
+    out = project("TD,DEF->TEF", x, nnx.Param(values), nnx.Param(scale))
+    assert out.dtype == wide
+    exact = np.einsum("TD,DEF->TEF", np.asarray(x, np.float64), np.asarray(values, np.float64)) * np.asarray(scale)
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=float(jnp.finfo(wide).eps), atol=1e-3)
+
+
+@each
+def test_matrices_are_a_quarter_and_the_rest_stays(dtype):
+    wide, narrow = (parameters(made(d)) for d in (None, dtype))
+    scales = {name for name in narrow if name.endswith(SCALE)}
+    assert narrow.keys() - scales == wide.keys()
+    assert len(scales) == 4 * CONFIG.num_layers
+    for name, x in wide.items():
+        if name + SCALE in scales:
+            assert 4 * narrow[name].nbytes == x.nbytes
+            assert narrow[name + SCALE].dtype == jnp.float32
+        else:
+            assert narrow[name].dtype == jnp.float32
+
+
+@each
+def test_loading_quantises_what_the_file_holds(dtype, tmp_path):
+    """Not what is left of it in the dtype of the activations; and the same from either kind of folder."""
+    wide = made(None)
+    save_hf(wide, tmp_path / "hf")
+    save_orbax(wide, tmp_path / "orbax")
+    loaded = load(tmp_path / "hf", jnp.float32, narrow=dtype)
+    assert_same(load(tmp_path / "orbax", jnp.float32, narrow=dtype), loaded)
+    halves = parameters(load(tmp_path / "hf", jnp.bfloat16, narrow=dtype))
+    for name, weight in parameters(loaded).items():
+        if name + SCALE in halves:
+            inputs = weight.ndim - halves[name + SCALE].ndim
+            values, scale = quantized(parameters(wide)[name], dtype, inputs)
+            np.testing.assert_array_equal(halves[name], values)
+            np.testing.assert_array_equal(halves[name + SCALE], scale)
+            np.testing.assert_array_equal(weight, values)
+    assert halves["embed.weight"].dtype == jnp.bfloat16
+
+
+@each
+def test_quantised_weights_are_kept_by_orbax_only(dtype, tmp_path):
+    decoder = made(dtype)
+    save_orbax(decoder, tmp_path)
+    assert_same(load(tmp_path, jnp.float32), decoder)
+    assert_same(load(tmp_path, jnp.float32, narrow=dtype), decoder)
+    other = FP8 if dtype == INT8 else INT8
+    with pytest.raises(CheckpointError, match=f"is quantised to {dtype}, not to {other}"):
+        load(tmp_path, jnp.float32, narrow=other)
+    with pytest.raises(CheckpointError, match="Orbax"):
+        save_hf(decoder, tmp_path / "hf")
+
+
+def test_no_second_copy_while_loading(tmp_path):
+    save_hf(made(None), tmp_path)
+    size = {d: sum(x.nbytes for x in jax.tree.leaves(nnx.state(made(d)))) for d in (None, INT8)}
+    largest = max(x.nbytes for x in jax.tree.leaves(nnx.state(made(None))))
+    before, seen = {id(x) for x in jax.live_arrays()}, []
+
+    def watch(done, total):
+        seen.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+
+    load(tmp_path, jnp.float32, narrow=INT8, progress=watch)
+    assert size[INT8] - 1024 < max(seen) <= size[INT8] + largest < size[None]

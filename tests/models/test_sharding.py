@@ -1,0 +1,108 @@
+"""Parameters on several (simulated) devices: each its own part, from whatever they are read, and nobody the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from support.wide import WIDE, wide_decoder
+
+from astraea_jax.models.checkpoint import load, random_decoder, save_hf, save_orbax
+from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.models.sharding import AXES, abstract_decoder, check_mesh, mesh_of, spec
+
+SHAPES = [WIDE, dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True)]
+
+
+@pytest.fixture
+def mesh():
+    return mesh_of(jax.devices()[2:6])
+
+
+def check_parts(decoder, mesh) -> None:
+    """Each array lies as the rules say, and what is divided is divided evenly."""
+    for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
+        array = leaf[...]
+        assert array.sharding == jax.sharding.NamedSharding(mesh, spec(path, array.shape, mesh)), path
+        parts = {shard.device: shard.data for shard in array.addressable_shards}
+        assert set(parts) == set(mesh.devices.flat)
+        pieces = 1 if path[-1] == "scale" else mesh.size
+        assert {part.size for part in parts.values()} == {array.size // pieces}, path
+
+
+@pytest.mark.parametrize("save", [save_hf, save_orbax])
+def test_checkpoints_are_read_into_their_shardings(save, mesh, tmp_path):
+    whole = wide_decoder()
+    save(whole, tmp_path)
+    decoder = load(tmp_path, jnp.float32, mesh)
+    check_parts(decoder, mesh)
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(decoder)), jax.tree.leaves(nnx.state(whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_random_weights_are_made_where_they_belong(mesh):
+    config = dataclasses.replace(SHAPES[1], num_layers=1)  # the compiler is slow at random numbers
+    check_parts(random_decoder(config, jnp.float32, 3, mesh), mesh)
+
+
+@given(config=st.sampled_from([*PUBLISHED.values(), *SHAPES]), devices=st.sampled_from([1, 2, 4, 8]))
+@settings(max_examples=12, deadline=None)
+def test_every_matrix_of_every_shape_is_divided(config, devices):
+    mesh = mesh_of(jax.devices()[:devices])
+    config = dataclasses.replace(config, num_layers=1)
+    if config.num_kv_heads % devices:
+        with pytest.raises(CheckpointError, match=rf"key/value heads \({config.num_kv_heads}\).*multiple of {devices}"):
+            abstract_decoder(config, jnp.bfloat16, mesh)
+        return
+    for path, leaf in nnx.to_flat_state(nnx.state(abstract_decoder(config, jnp.bfloat16, mesh))):
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert part == math.prod(leaf.shape) // (1 if path[-1] == "scale" else devices), path
+
+
+def test_the_feed_forward_size_must_divide_too():
+    with pytest.raises(CheckpointError, match=r"feed-forward size \(98\).*choose a tensor_parallel of 1, 2$"):
+        check_mesh(dataclasses.replace(WIDE, intermediate_size=98), mesh_of(jax.devices()[:4]))
+
+
+def test_a_vocabulary_that_does_not_divide_is_whole_everywhere(mesh):
+    assert spec(("embed", "weight"), (260, 64), mesh) == P("tp")
+    assert spec(("embed", "weight"), (261, 64), mesh) == P()
+    assert spec(("lm_head", "weight"), (64, 261), mesh) == P()
+
+
+def test_parts_of_a_parameter_go_with_it(mesh):
+    """Of quantised values and their scales, which are one wide along the axes that were summed over."""
+    path = ("layers", 0, "attention", "qkv")
+    assert spec((*path, "values"), (64, 4, 4, 16), mesh) == P(None, "tp")
+    assert spec((*path, "scale"), (1, 4, 4, 16), mesh) == P(None, "tp")
+    assert spec(("layers", 0, "mlp", "down", "scale"), (1, 64), mesh) == P()
+    assert spec(("layers", 0, "mlp", "down", "scale"), (64,), mesh) == P()
+
+
+def test_every_name_of_the_rules_is_a_parameter():
+    """A parameter that is called otherwise would be whole on every device."""
+    names = set()
+    for config in SHAPES:
+        for path, _ in nnx.to_flat_state(nnx.state(abstract_decoder(config, jnp.float32, mesh_of(jax.devices()[:1])))):
+            names.add(".".join(map(str, path[2:] if path[0] == "layers" else path)))
+    assert set(AXES) == {name for name in names if not name.endswith("scale")}
+
+
+def test_scales_go_with_their_output_channels():
+    """Shapes as in ``models/decoder.py``: of every matrix the output axes, which come last."""
+    mesh = mesh_of(jax.devices()[:2])
+    for name, shape, divided in (
+        (("attention", "qkv_scale"), (4, 3, 16), ("tp",)),
+        (("attention", "o_scale"), (64,), ()),
+        (("mlp", "gate_up_scale"), (2, 48), (None, "tp")),
+        (("mlp", "down_scale"), (64,), ()),
+    ):
+        assert spec(("layers", 0, *name), shape, mesh) == jax.sharding.PartitionSpec(*divided), name

@@ -1,0 +1,135 @@
+"""Random ragged batches over paged keys and values, and what attention must make of them, in a few lines of NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from astraea_jax.kernels import Backend, Batch
+
+ROWS, TOKENS = 8, 64
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Arguments of ``attend`` as NumPy arrays, float32, with NaN wherever a backend must not look."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    pages: np.ndarray
+    batch: Batch
+    q_tile: int
+
+    @classmethod
+    def make(
+        cls,
+        size: int,
+        kv_heads: int,
+        group: int,
+        head: int,
+        q_lens: list[int],
+        past: list[int],
+        seed: int,
+        longest: int = 0,
+    ) -> Ragged:
+        """Rows of ``q_lens`` new tokens after ``past`` ones, on pages of ``size`` tokens in random order.
+
+        The page table is wide enough for ``longest`` tokens, too.
+        """
+        rng = np.random.default_rng(seed)
+        rows = len(q_lens)
+        lens = np.array(q_lens) + past
+        width = -(-max(longest, *lens) // size) + 1
+        table = rng.permutation(np.arange(1, rows * width + 1)).reshape(rows, width).astype(np.int32)
+        pages = np.full((rows * width + 1, 2, kv_heads, size, head), np.nan, np.float32)
+        decode = max(q_lens) <= 1
+        tokens = rows if decode else max(TOKENS, sum(q_lens))
+        slots, at = np.zeros(tokens, np.int32), 0
+        for row in range(rows):
+            pos = np.arange(lens[row])
+            slot = table[row, pos // size] * size + pos % size
+            old, new = np.split(slot, [past[row]])
+            pages[old // size, :, :, old % size] = rng.normal(size=(past[row], 2, kv_heads, head))
+            slots[at : at + len(new)] = new
+            at += len(new)
+        cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+        q, k, v = (
+            rng.normal(size=(tokens, n, head)).astype(np.float32) for n in (kv_heads * group, kv_heads, kv_heads)
+        )
+        return cls(q, k, v, pages, Batch(table, lens.astype(np.int32), cu, slots), 1 if decode else 16)
+
+    def attend(self, backend: Backend, dtype: Any = jnp.float32, kv_dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """What a backend makes of it: outputs and pages, as float32."""
+        tokens = [x.astype(dtype) for x in (self.q, self.k, self.v)]
+        kv_dtype = kv_dtype or dtype
+        pages = self.pages.astype(kv_dtype).view(backend.page_dtype(kv_dtype))
+        out, pages = _attend(backend, *tokens, pages, self.batch, self.q_tile)
+        assert out.dtype == dtype
+        return np.asarray(out, np.float32), np.asarray(pages).view(kv_dtype).astype(np.float32)
+
+    def expected(self, window: int | None = None, soft_cap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What it must be; outputs of padding are 0."""
+        table, lens, cu, slots = self.batch
+        pages, out = self.pages.copy(), np.zeros_like(self.q)
+        kv_heads, size, head = pages.shape[2:]
+        real = slots[: cu[-1]]
+        pages[real // size, 0, :, real % size] = self.k[: cu[-1]]
+        pages[real // size, 1, :, real % size] = self.v[: cu[-1]]
+        for row, kv_len in enumerate(lens):
+            used = table[row, : -(-kv_len // size)]
+            context = pages[used].transpose(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head)
+            for t in range(cu[row], cu[row + 1]):
+                end = kv_len - (cu[row + 1] - t) + 1
+                keys, values = context[:, :, max(0, end - window) if window else 0 : end]
+                queries = self.q[t].reshape(kv_heads, -1, head)
+                scores = np.einsum("KGH,KSH->KGS", queries, keys) * head**-0.5
+                if soft_cap:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+                out[t] = np.einsum("KGS,KSH->KGH", weights, values).reshape(-1, head)
+        return out, pages
+
+    def check(
+        self, got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], rtol: float, atol: float
+    ) -> None:
+        """Outputs are close, those of padding finite; pages hold what was written (the scrap page anything)."""
+        real = self.batch.cu_q_lens[-1]
+        np.testing.assert_allclose(got[0][:real], expected[0][:real], rtol=rtol, atol=atol)
+        assert np.isfinite(got[0][real:]).all()
+        np.testing.assert_allclose(got[1][1:], expected[1][1:], rtol=rtol, atol=atol)
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def _attend(
+    backend: Backend, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, q_tile: int
+) -> tuple[jax.Array, jax.Array]:
+    return backend.attend(q, k, v, pages, batch, q_tile=q_tile)
+
+
+LAYOUTS = st.sampled_from([(1, 2, 2), (4, 1, 8), (16, 2, 3)])
+"""Few, since each is compiled: tokens of a page, key/value heads, query heads to each."""
+VARIANTS = st.sampled_from([(None, None), (5, 2.0)])
+"""Window and soft cap."""
+
+
+@st.composite
+def ragged(draw: st.DrawFn, head: int = 16, long: int = 40) -> Ragged:
+    """Rows of 0, 1 or many queries on contexts around page edges, and up to ``long`` tokens before them."""
+    size, kv_heads, group = draw(LAYOUTS)
+    decode = draw(st.booleans())
+    edges = st.sampled_from([0, 1, size - 1, size, size + 1, long])
+    q_lens = [draw(st.integers(0, 1)) if decode else draw(st.sampled_from([0, 1, 3, 16, 17])) for _ in range(ROWS)]
+    while sum(q_lens) > TOKENS:
+        q_lens[int(np.argmax(q_lens))] = 1
+    if decode:  # rows without a query come last, as the runner lays them out
+        q_lens.sort(reverse=True)
+    past = [draw(edges) if n else 0 for n in q_lens]
+    return Ragged.make(size, kv_heads, group, head, q_lens, past, draw(st.integers(0, 2**32 - 1)), long + 17)

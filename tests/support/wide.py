@@ -1,0 +1,73 @@
+"""A random model that several devices can share, four key/value heads, and programs for it."""
+
+import asyncio
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from astraea_jax.config import EngineConfig
+from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.sharding import abstract_decoder, default_mesh
+from astraea_jax.replicas import Serving
+from astraea_jax.rpc.client import Client
+from astraea_jax.sampling import SamplingParams
+
+WIDE = ModelConfig(
+    vocab_size=260,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    max_position=256,
+    tie_embeddings=False,
+    qkv_bias=True,
+)
+PAGE_BYTES = 4096
+"""Of four tokens in float32."""
+TIGHT = EngineConfig(
+    max_seqs=4, max_step_tokens=16, page_size=4, max_context=96, kv_bytes=40 * PAGE_BYTES, dtype="float32"
+)
+"""Forty pages, on one device: less than four running requests want."""
+
+
+def wide_decoder() -> Decoder:
+    """Weights and biases large enough that greedy choices differ clearly. (NumPy draws them: nothing is compiled.)"""
+    draw = np.random.default_rng(0).standard_normal
+    graph, state = nnx.split(abstract_decoder(WIDE, jnp.float32, default_mesh()))
+    decoder: Decoder = nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.16 * draw(x.shape), x.dtype), state))
+    for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
+        if path[-1] == "scale":
+            leaf[...] = jnp.ones(leaf.shape)
+    return decoder
+
+
+_rng = random.Random(1)
+PROMPTS = [[_rng.randrange(256) for _ in range(_rng.randint(1, 50))] for _ in range(10)]
+
+
+async def tokens(generation) -> list[int]:
+    return [t async for delta in generation for t in delta.token_ids]
+
+
+async def programs(model: Serving | Client, *, alone: bool = False) -> list[list[int]]:
+    """What ten programs of two segments each say, all at once, or each with the model to itself."""
+    room = asyncio.Semaphore(1 if alone else len(PROMPTS))
+
+    async def program(name: str, prompt: list[int]) -> list[int]:
+        params = SamplingParams(max_tokens=16, ignore_eos=True)
+        async with room:
+            first = await tokens(model.generate(prompt, params, session=name))
+            return first + await tokens(model.generate(prompt + first + [7, 8], params, session=name, final=True))
+
+    return await asyncio.gather(*[program(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)])
+
+
+def run_programs(engine: Serving, *, alone: bool = False) -> list[list[int]]:
+    """:func:`programs`, in an event loop of their own."""
+    return asyncio.run(programs(engine, alone=alone))
