@@ -1,7 +1,7 @@
 """The serving step compiled for a TPU that is not here, through the script: what it says and what it refuses.
 
 Each program takes a processor most of a minute, so this is the shortest choice that shows every gate at work: the
-largest decode step over four devices, and the transfers. `python scripts/compile_ahead.py` compiles the rest.
+smallest decode step over four devices, and the transfers. `python scripts/compile_ahead.py` compiles the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_step_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
     done = run(
         *("--target=v6e", "--model=llama-3.2-1b", "--tp=4", "--attention=pallas"),
-        *("--program=decode-most,offload,restore", f"--json={tmp_path / 'figures.json'}"),
+        *("--program=decode-least,offload,restore", f"--json={tmp_path / 'figures.json'}"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     step, offload, restore = json.loads((tmp_path / "figures.json").read_text())["programs"]
@@ -32,12 +32,6 @@ def test_a_step_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
     assert (sums, step["collectives"]["all-to-all"]) == (2 * 16 + 2, 1)
     assert step["aliased"] == restore["aliased"] > 10e9
     assert offload["collectives"] == restore["collectives"] == {}
-
-
-def test_a_backend_whose_pages_are_copied_does_not_pass():
-    done = run("--target=v6e", "--model=llama-3.2-1b", "--tp=1", "--attention=reference", "--program=decode-least")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "of scratch memory" in done.stderr or "copies" in done.stderr
 
 
 def test_a_model_that_does_not_fit_is_said_to_be_so():
