@@ -110,6 +110,8 @@ class _Program:
     lower: Callable[[], Any]
     aliased: int
     """Bytes of the pages that it must write in place."""
+    large: set[int]
+    """Elements of the arrays that it must not copy."""
     shared_layers: int
     """Layers that the devices compute together; 0: each works alone."""
 
@@ -136,13 +138,11 @@ def compile_case(
     mesh = mesh_of(target.devices()[: case.tp])
     step = serving_step(case, mesh)
     case = replace(case, attention=step.backend.name)
-    large = {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in step.leaves if len(leaf.shape) > 1}
-    large.add(math.prod(step.pages[0].sharding.shard_shape(step.pages[0].shape)))
     with jax.default_device(mesh.devices.flat[0]):  # kernels ask it for its kind
         for program in _programs(step, case.tp):
             if program.name in programs:
                 on_program(program.name)
-                yield _compile(case, program, large)
+                yield _compile(case, program)
 
 
 def serving_step(case: Case, mesh: Mesh) -> Step:
@@ -180,19 +180,21 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
 def _programs(step: Step, tp: int) -> Iterator[_Program]:
     pages, layers = step.pages, len(step.pages)
     pool = sum(map(_shard_bytes, pages))
+    layer = {math.prod(pages[0].sharding.shard_shape(pages[0].shape))}
+    large = layer | {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in step.leaves if len(leaf.shape) > 1}
     decode = [shape for shape in step.shapes if shape.q_tile == 1]
     for name, shape in zip(PROGRAMS, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Program(name, lower, pool, layers if tp > 1 else 0)
+        yield _Program(name, lower, pool, large, layers if tp > 1 else 0)
     gather, scatter = jitted_transfers(pages, step.whole)
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.whole)
     whole = (LARGEST_BLOCK, layers, *pages[0].shape[1:])
     block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
-    yield _Program("offload", lambda: gather.lower(pages, ids), 0, 0)
-    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, 0)
+    yield _Program("offload", lambda: gather.lower(pages, ids), 0, layer, 0)
+    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, layer, 0)
 
 
-def _compile(case: Case, program: _Program, large: set[int]) -> Figures:
+def _compile(case: Case, program: _Program) -> Figures:
     figures = Figures(case, program.name)
     began = time.perf_counter()
     try:
@@ -212,7 +214,7 @@ def _compile(case: Case, program: _Program, large: set[int]) -> Figures:
         figures.failures.append(f"writes {(program.aliased - figures.aliased) / 1e9:.2f} GB of pages elsewhere")
     if figures.temp > TEMP_BYTES:
         figures.failures.append(f"wants {figures.temp / 1e9:.2f} GB of scratch memory")
-    figures.failures += [f"copies {copy}" for copy in large_copies(text, large)]
+    figures.failures += [f"copies {copy}" for copy in large_copies(text, program.large)]
     figures.failures += wrong_collectives(found, program.shared_layers)
     return figures
 
