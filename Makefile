@@ -9,7 +9,7 @@ SHELL := bash
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -e
 SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 
-.PHONY: help demo test lint parity
+.PHONY: help demo test lint parity ahead
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -18,7 +18,7 @@ demo: .venv/installed  ## 64 agents against a real server on this machine: a tab
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
-	$(BIN)/pytest -m "not parity and not gpu"
+	$(BIN)/pytest -m "not parity and not gpu and not ahead"
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -27,6 +27,9 @@ lint: .venv/installed  ## ruff and mypy
 
 parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 	$(BIN)/pytest -m parity
+
+ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not here (installs libtpu)
+	.venv-ahead/bin/pytest -m ahead
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -37,4 +40,10 @@ parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 
 .venv/parity: .venv/installed
 	$(INSTALL) '.[dev,demo,parity]' | $(SHOW)
+	@touch $@
+
+# By itself, so that libtpu never lies beside what the other tests import.
+.venv-ahead/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-ahead
+	.venv-ahead/bin/python -m pip install --disable-pip-version-check --no-input -e '.[dev,tpu]' | $(SHOW)
 	@touch $@

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
 from astraea_jax.errors import StartupError
-from astraea_jax.kernels import BACKENDS, DEFAULTS, Backend
+from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import check_mesh, mesh_of
@@ -140,13 +140,20 @@ class EngineConfig:
         """
         return self.weight_dtype() if self.kv_dtype is None else _on_device(EIGHT_BITS[self.kv_dtype], "kv_dtype")
 
-    def backend(self) -> Backend:
-        """Of attention.
+    def backend(self, model: ModelConfig) -> Backend:
+        """Of attention, for this model.
 
         Raises:
-            StartupError: it needs what is not installed.
+            StartupError: what is named cannot be had, or serves no such model.
         """
-        return BACKENDS[self.attention or DEFAULTS.get(jax.default_backend(), "reference")]()
+        return choose(
+            self.attention,
+            jax.default_backend(),
+            kv_heads=model.num_kv_heads // self.tensor_parallel,
+            head_dim=model.head_dim,
+            page_size=self.page_size,
+            dtype=self.page_dtype(),
+        )
 
     def meshes(self, model: ModelConfig) -> list[Mesh]:
         """The devices of each copy of the model.
@@ -187,6 +194,8 @@ class Layout:
     dtype: Any
     """Of activations."""
     kv_dtype: Any
+    backend: Backend
+    """Of attention."""
     num_pages: int
     """Scrap page included."""
     page_bytes: int
@@ -200,12 +209,12 @@ class Layout:
         """Fit the pages into the memory of the devices, once the weights are loaded; the same in every process.
 
         Raises:
-            StartupError: ``max_context`` exceeds the model's limit or the pages, or the host tier cannot be had; the
-                message gives the numbers.
+            StartupError: ``max_context`` exceeds the model's limit or the pages, or attention or the host tier cannot
+                be had; the message gives the numbers.
         """
-        kv_dtype = config.page_dtype()
+        kv_dtype, backend = config.page_dtype(), config.backend(model)
         budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
-        one = page_bytes(model, config.backend(), config.page_size, kv_dtype, mesh.size)
+        one = page_bytes(model, backend, config.page_size, kv_dtype, mesh.size)
         num_pages = pages_within(budget, one // mesh.size)
         held = (num_pages - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
@@ -216,6 +225,7 @@ class Layout:
         return cls(
             dtype=config.weight_dtype(),
             kv_dtype=kv_dtype,
+            backend=backend,
             num_pages=num_pages,
             page_bytes=one,
             host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),

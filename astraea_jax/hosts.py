@@ -254,7 +254,7 @@ class FollowingRunner(Runner):
 def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Runner:
     """That of the only process, or of the first of several."""
     kind = Runner if jax.process_count() == 1 else LeadingRunner
-    return kind(decoder, config.backend(), _sizes(config, layout), mesh=mesh, staging=layout.host.staging)
+    return kind(decoder, layout.backend, _sizes(config, layout), mesh=mesh, staging=layout.host.staging)
 
 
 def follow(
@@ -272,7 +272,7 @@ def follow(
     (mesh,) = model.meshes
     layout = Layout.plan(config, model.decoder.config, mesh)
     sizes = _sizes(config, layout)
-    runner = FollowingRunner(model.decoder, config.backend(), sizes, mesh=mesh, staging=layout.host.staging)
+    runner = FollowingRunner(model.decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
     runner.compile(progress)
     ready()
     runner.obey()

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import NOWHERE, PINNED, block_sharding, block_sizes
-from astraea_jax.cache.paged import PagedKV, gather_pages, make_pages, scatter_pages
+from astraea_jax.cache.paged import PagedKV, gather_pages, jitted_transfers, make_pages
 from astraea_jax.compilation import compile_all
 from astraea_jax.kernels import Backend
 from astraea_jax.models.decoder import Decoder
@@ -81,14 +81,7 @@ class Runner:
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""
-        pages, ids_sharding = jax.tree.map(lambda layer: layer.sharding, self._step.pages), self._step.whole
-        gather = jax.jit(gather_pages, in_shardings=(pages, ids_sharding), out_shardings=self.block_sharding)
-        scatter = jax.jit(
-            scatter_pages,
-            in_shardings=(pages, self.block_sharding, ids_sharding),
-            out_shardings=pages,
-            donate_argnums=0,
-        )
+        gather, scatter = jitted_transfers(self._step.pages, self._step.whole)
         lowerings: dict[tuple[str, Any], Callable[[], Any]] = {}
         for shape in self.shapes:
             lowerings["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))

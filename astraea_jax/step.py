@@ -91,7 +91,7 @@ class Step:
     def __init__(self, decoder: Decoder, backend: Backend, sizes: Sizes, mesh: Mesh):
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(placed(state, mesh))
-        self._backend, self._mesh, self._sizes = backend, mesh, sizes
+        self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = _Packing.of(leaves)
         self.whole = NamedSharding(mesh, PartitionSpec())
         """Of what every device holds."""
@@ -173,9 +173,9 @@ class Step:
 
     def _attend(self, q_tile: int) -> Any:
         """Attention of the backend, on every device for its own heads."""
-        heads, pages = heads_spec(1), heads_spec(self._backend.heads_axis)
+        heads, pages = heads_spec(1), heads_spec(self.backend.heads_axis)
         return jax.shard_map(
-            partial(self._backend.attend, q_tile=q_tile),
+            partial(self.backend.attend, q_tile=q_tile),
             mesh=self._mesh,
             in_specs=(heads, heads, heads, pages, PartitionSpec()),
             out_specs=(heads, pages),

@@ -72,8 +72,8 @@ class Bench:
         size = FLAGS.page_size
         longest = max(*lengths, FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) + 16
         self.config = model_config(longest)
-        engine = EngineConfig(dtype=FLAGS.dtype)
-        self.dtype, backend = engine.weight_dtype(), engine.backend()
+        engine = EngineConfig(dtype=FLAGS.dtype, page_size=size)
+        self.dtype, backend = engine.weight_dtype(), engine.backend(self.config)
         self.page_bytes = page_bytes(self.config, backend, size, self.dtype)
         running = FLAGS.batch * -(-(FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) // size)
         pages = 1 + max(running, -(-longest // size))

@@ -188,7 +188,7 @@ def announce(engine: Serving, port: int, began: float) -> None:
             f"{FLAGS.data_parallel} copies of the model, each on {FLAGS.tensor_parallel} devices; sizes are of one copy"
         )
     say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
-    say(f"attention: {engine_config().backend().name}")
+    say(f"attention: {layout.backend.name}")
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")

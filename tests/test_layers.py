@@ -20,7 +20,7 @@ FLOORS = (
     {"loading", "runner"},
     {"hosts"},
     {"engine"},
-    {"agent", "replicas", "shop", "replay"},
+    {"agent", "ahead", "replicas", "shop", "replay"},
     {"llm", "rpc", "plots"},
     {"__init__"},
 )

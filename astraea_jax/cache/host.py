@@ -51,7 +51,7 @@ def block_sizes(largest: int) -> list[int]:
     return [1 << i for i in range(min(largest, LARGEST_BLOCK).bit_length() - 1, -1, -1)]
 
 
-def block_sharding(pages: jax.Array) -> jax.sharding.Sharding:
+def block_sharding(pages: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     """Where a block of pages like ``pages [P, …]`` lies on the device."""
     sharding = pages.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):

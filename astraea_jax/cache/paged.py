@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from astraea_jax.cache.host import block_sharding
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Backend
 from astraea_jax.models.config import ModelConfig
@@ -71,3 +73,16 @@ def gather_pages(pages: PagedKV, ids: jax.Array) -> jax.Array:
 def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array) -> PagedKV:
     """Write a block to the pages ``ids [n]`` int32, all different; ids beyond the pool are passed over."""
     return tuple(layer.at[ids].set(block[:, i], mode="drop", unique_indices=True) for i, layer in enumerate(pages))
+
+
+def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding) -> tuple[Any, Any]:
+    """:func:`gather_pages` and :func:`scatter_pages` (which is donated the pages), to be lowered for every block size.
+
+    Args:
+        pages: shapes of the pages of every layer.
+        ids: where page ids lie.
+    """
+    layers, block = tuple(layer.sharding for layer in pages), block_sharding(pages[0])
+    gather = jax.jit(gather_pages, in_shardings=(layers, ids), out_shardings=block)
+    scatter = jax.jit(scatter_pages, in_shardings=(layers, block, ids), out_shardings=layers, donate_argnums=0)
+    return gather, scatter

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .backend import Batch
+from .tiles import Tiles, cut, most, queries
 
 BLOCK_TOKENS = 128
 """Context tokens per turn of the loop."""
@@ -108,31 +109,19 @@ def attention(
     """
     t, n, h = q.shape
     heads = pages.shape[2]
-    rows = page_table.shape[0]
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-
-    # Cut every row's queries into tiles; there are at most T / q_tile full ones and one partial one per row.
-    tiles = t if q_tile == 1 else -(-t // q_tile) + rows
-    tiles = -(-tiles // CHUNK_TILES) * CHUNK_TILES
-    tile_ends = jnp.cumsum(-(-q_lens // q_tile))
-    tile_starts = tile_ends - (-(-q_lens // q_tile))
-    tile = jnp.arange(tiles)
-    row = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right"), rows - 1)
-    first = (tile - tile_starts[row]) * q_tile  # of the row's queries
-    used = jnp.where(tile < tile_ends[-1], jnp.minimum(q_lens[row] - first, q_tile), 0)
-    reach = jnp.where(used > 0, kv_lens[row] - q_lens[row] + first + used, 0)  # context tokens the tile may see
-
-    order = jnp.argsort(-reach)
-    row, first, used, reach = row[order], first[order], used[order], reach[order]
+    count = most(t, page_table.shape[0], q_tile)
+    tiles = cut(kv_lens, cu_q_lens, q_tile, -(-count // CHUNK_TILES) * CHUNK_TILES)
+    order = jnp.argsort(-tiles.reach)
+    tiles = Tiles(*(column[order] for column in tiles))
+    q_index = queries(tiles, cu_q_lens, q_tile, t)
     lane = jnp.arange(q_tile)
-    q_index = jnp.where(lane < used[:, None], cu_q_lens[row][:, None] + first[:, None] + lane, t)
-    q_pos = jnp.where(lane < used[:, None], (kv_lens[row] - q_lens[row] + first)[:, None] + lane, -1)
+    q_pos = jnp.where(lane < tiles.used[:, None], tiles.position[:, None] + lane, -1)
     tiled = jnp.take(q, q_index, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * h**-0.5
-    tiled = tiled.reshape(tiles, q_tile, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
-    tiled = tiled.reshape(tiles, heads, -1, h)  # [tiles, K, G * q_tile, H]
+    tiled = tiled.reshape(-1, q_tile, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
+    tiled = tiled.reshape(len(q_index), heads, -1, h)  # [tiles, K, G * q_tile, H]
 
-    out = _flash_loop(tiled, pages, page_table[row], q_pos, reach, window, soft_cap)
-    out = out.reshape(tiles, heads, n // heads, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
+    out = _flash_loop(tiled, pages, page_table[tiles.row], q_pos, tiles.reach, window, soft_cap)
+    out = out.reshape(-1, heads, n // heads, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
     result = jnp.zeros((t, n, h), q.dtype)
     return result.at[q_index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
 

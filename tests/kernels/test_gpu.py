@@ -23,6 +23,7 @@ from astraea_jax.engine import Engine
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Triton
 from astraea_jax.kernels.gpu import HEAD_DIMS, MOST_SPLITS, load_kernels, split_context
+from astraea_jax.models.config import PUBLISHED
 from astraea_jax.sampling import SamplingParams
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("jax_triton", "jax_cuda13_plugin")}
@@ -38,7 +39,7 @@ def test_a_machine_without_a_gpu_is_told_so():
     if jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")
     with pytest.raises(StartupError, match="NVIDIA GPUs, but JAX runs on"):
-        EngineConfig(attention="triton").backend()
+        EngineConfig(attention="triton").backend(PUBLISHED["qwen3-4b"])
 
 
 @pytest.mark.skipif(HAS["jax_triton"], reason="jax-triton is installed")
@@ -120,7 +121,7 @@ def test_float8_pages(triton):
 @on_a_gpu
 async def test_the_engine_generates_what_dense_attention_does(triton, make_engine, greedy):
     """The default backend of a GPU, with prefill in chunks and decode in one batch."""
-    assert isinstance(EngineConfig().backend(), triton)
+    assert isinstance(EngineConfig().backend(PUBLISHED["qwen3-4b"]), triton)
     engine = make_engine(EngineConfig(max_seqs=8, max_step_tokens=24, page_size=8, kv_bytes=2**22, dtype="float32"))
     prompts = [[(7 * i + j) % 256 for j in range(3 + 11 * i)] for i in range(12)]
     outputs = await generate(engine, prompts)

@@ -1,0 +1,271 @@
+"""What the serving step becomes on devices that are not here: compiled ahead of time, and held to what must be true.
+
+A program that compiles may still be wrong for its device: it may copy the pages instead of writing into them, or bring
+the weights into another layout on every step. The compiler says so in its account of memory and in the optimised
+program, and both can be had without the device. Times cannot: nothing here is run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from astraea_jax.cache.host import LARGEST_BLOCK, block_sharding
+from astraea_jax.cache.paged import jitted_transfers, page_bytes
+from astraea_jax.config import DEVICE_KV_SHARE, EngineConfig
+from astraea_jax.kernels import choose
+from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.sharding import abstract_decoder, mesh_of
+from astraea_jax.step import Sizes, Step
+
+TEMP_BYTES = 512 * 2**20
+"""Scratch memory that a program may want on each device: activations and logits of a step, a block of a transfer."""
+MAX_CONTEXT = 16_384
+"""Tokens: the width of the page table."""
+PROGRAMS = ("decode-least", "decode-most", "mixed-most", "offload", "restore")
+"""Steps with the fewest and the most tokens of their kind, and transfers of the largest block."""
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+DTYPE_BYTES = {"bf16": 2, "f32": 4, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices of one kind."""
+
+    platform: str
+    topology: str
+    memory: int
+    """Bytes of each device."""
+    description: str | None = None
+    """File beside this module that describes a GPU to the compiler."""
+
+    def devices(self) -> list[Any]:
+        """Stand-ins for the devices; they can be compiled for, nothing else."""
+        if self.description is None:
+            described = topologies.get_topology_desc(self.topology, platform=self.platform)
+        else:
+            config = (Path(__file__).parent / "targets" / self.description).read_text()
+            options = {"target_config": config, "topology": self.topology}
+            described = topologies.get_topology_desc(platform=self.platform, **options)
+        return list(described.devices)
+
+
+TARGETS = {
+    "v5e": Target("tpu", "v5e:2x2", 16 * 2**30),
+    "v5p": Target("tpu", "v5p:2x2x1", 95 * 2**30),
+    "v6e": Target("tpu", "v6e:2x2", 32 * 2**30),
+    "7x": Target("tpu", "tpu7x:2x2x1", 96 * 2**30),
+    "h200": Target("cuda", "1x1x4", 141 * 10**9, "h200.txtpb"),
+}
+"""A tpu7x chip of 192 GiB is two devices."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a mesh."""
+
+    target: str
+    model: str
+    tp: int
+    attention: str | None = None
+    """None: what the engine would take."""
+
+
+@dataclass
+class Figures:
+    """Of one compiled program, per device."""
+
+    case: Case
+    program: str
+    arguments: int = 0
+    """Bytes."""
+    aliased: int = 0
+    """Bytes of the arguments that are the result's memory, too."""
+    temp: int = 0
+    """Bytes of scratch memory."""
+    collectives: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    """To trace, lower and compile it here."""
+    failures: list[str] = field(default_factory=list)
+    """Gates that it does not pass."""
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Something to compile, and what must be true of it."""
+
+    name: str
+    lower: Callable[[], Any]
+    aliased: int
+    """Bytes of the pages that it must write in place."""
+    large: set[int]
+    """Elements of the arrays that it must not copy."""
+    shared_layers: int
+    """Layers that the devices compute together; 0: each works alone."""
+
+
+class Unfit(Exception):
+    """The model's weights leave no room for pages on these devices."""
+
+
+def compile_case(
+    case: Case, programs: Collection[str] = PROGRAMS, on_program: Callable[[str], None] = lambda name: None
+) -> Iterator[Figures]:
+    """Compile the programs of these names, one after the other; what does not compile is a failure of its figures.
+
+    Args:
+        case: what for.
+        programs: some of :data:`PROGRAMS`.
+        on_program: told the name of each program before it is compiled.
+
+    Raises:
+        Unfit: the weights leave no room, with the numbers.
+        StartupError: this attention cannot be had there.
+    """
+    target = TARGETS[case.target]
+    mesh = mesh_of(target.devices()[: case.tp])
+    step = serving_step(case, mesh)
+    case = replace(case, attention=step.backend.name)
+    with jax.default_device(mesh.devices.flat[0]):  # kernels ask it for its kind
+        for program in _programs(step, case.tp):
+            if program.name in programs:
+                on_program(program.name)
+                yield _compile(case, program)
+
+
+def serving_step(case: Case, mesh: Mesh) -> Step:
+    """The step with the engine's default sizes, and as many pages as the devices hold beside the weights.
+
+    Raises:
+        Unfit: they hold less than one context of MAX_CONTEXT tokens.
+        StartupError: this attention cannot be had there.
+    """
+    config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
+    target = TARGETS[case.target]
+    decoder = abstract_decoder(model, dtype, mesh)
+    backend = choose(
+        case.attention,
+        "gpu" if target.platform == "cuda" else target.platform,
+        kv_heads=model.num_kv_heads // case.tp,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        dtype=dtype,
+        ahead=True,
+    )
+    weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
+    page = page_bytes(model, backend, config.page_size, dtype, case.tp) // case.tp
+    count = int(DEVICE_KV_SHARE * (target.memory - weights)) // page
+    if count * config.page_size < MAX_CONTEXT:
+        raise Unfit(
+            f"{weights / 1e9:.1f} GB of weights leave too little of {target.memory / 1e9:.1f} GB for the pages of "
+            f"{MAX_CONTEXT} tokens"
+        )
+    width = MAX_CONTEXT // config.page_size
+    sizes = Sizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, dtype)
+    return Step(decoder, backend, sizes, mesh)
+
+
+def _programs(step: Step, tp: int) -> Iterator[_Program]:
+    pages, layers = step.pages, len(step.pages)
+    pool = sum(map(_shard_bytes, pages))
+    layer = {math.prod(pages[0].sharding.shard_shape(pages[0].shape))}
+    large = layer | {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in step.leaves if len(leaf.shape) > 1}
+    decode = [shape for shape in step.shapes if shape.q_tile == 1]
+    for name, shape in zip(PROGRAMS, (decode[0], decode[-1], step.shapes[-1])):
+        lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
+        yield _Program(name, lower, pool, large, layers if tp > 1 else 0)
+    gather, scatter = jitted_transfers(pages, step.whole)
+    ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.whole)
+    whole = (LARGEST_BLOCK, layers, *pages[0].shape[1:])
+    block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
+    yield _Program("offload", lambda: gather.lower(pages, ids), 0, layer, 0)
+    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, layer, 0)
+
+
+def _compile(case: Case, program: _Program) -> Figures:
+    figures = Figures(case, program.name)
+    began = time.perf_counter()
+    try:
+        compiled = program.lower().compile()
+    except Exception as error:  # whatever the compiler or a kernel says is the finding
+        figures.failures.append(f"does not compile: {str(error).splitlines()[0][:300]}")
+        return figures
+    finally:
+        figures.seconds = time.perf_counter() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    figures.arguments = memory.argument_size_in_bytes
+    figures.aliased = memory.alias_size_in_bytes
+    figures.temp = memory.temp_size_in_bytes
+    found = collectives(text)
+    figures.collectives = dict(found)
+    if figures.aliased < program.aliased:
+        figures.failures.append(f"writes {(program.aliased - figures.aliased) / 1e9:.2f} GB of pages elsewhere")
+    if figures.temp > TEMP_BYTES:
+        figures.failures.append(f"wants {figures.temp / 1e9:.2f} GB of scratch memory")
+    figures.failures += [f"copies {copy}" for copy in large_copies(text, program.large)]
+    figures.failures += wrong_collectives(found, program.shared_layers)
+    return figures
+
+
+def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Bytes on each device."""
+    sharding = array.sharding
+    assert sharding is not None
+    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def collectives(program: str) -> Counter[str]:
+    """How often an optimised program, as text, has its devices exchange something, by kind."""
+    return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program))
+
+
+def wrong_collectives(found: Counter[str], layers: int) -> list[str]:
+    """What the devices exchange beyond, or short of, what dividing the model needs.
+
+    Per layer two sums, after attention and after the feed-forward; one of the embeddings, since each device has the
+    vectors of its share of V; one exchange of logits, from shares of V to shares of the rows; and the sampled tokens
+    brought to every device, by a sum or a gather. A device alone exchanges nothing.
+
+    Args:
+        found: see :func:`collectives`.
+        layers: that devices compute together; 0: each works alone.
+    """
+    sums = found["all-reduce"] + found["all-gather"]
+    others = found.total() - sums - found["all-to-all"]
+    if layers and (sums, found["all-to-all"], others) == (2 * layers + 2, 1, 0) and found["all-gather"] <= 1:
+        return []
+    if not layers and not found:
+        return []
+    wanted = f"{2 * layers + 2} sums and 1 all-to-all" if layers else "nothing"
+    return [f"exchanges {', '.join(f'{n} {kind}' for kind, n in sorted(found.items())) or 'nothing'}, not {wanted}"]
+
+
+def large_copies(program: str, sizes: set[int]) -> list[str]:
+    """Copies in an optimised program of arrays with as many elements as one of ``sizes``: pages or weights.
+
+    Inside a fusion a copy only says in which order its operand is read. A copy into the fast memory of the chip
+    (``S(1)`` in its layout) is a read ahead.
+    """
+    found = []
+    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", program))
+    for name, computation in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", program, re.M | re.S):
+        if name in fused:
+            continue
+        for dtype, shape, layout, kind in re.findall(
+            r"= \(?(\w+)\[([\d,]+)\](\S*),? .*?\b(copy|copy-start|transpose)\(", computation
+        ):
+            if math.prod(map(int, shape.split(","))) in sizes and "S(1)" not in layout:
+                found.append(f"{dtype}[{shape}] by {kind}")
+    return found

@@ -1,0 +1,69 @@
+"""Which backend of attention serves: the one that is named, or the first for this kind of device that can."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from astraea_jax.errors import StartupError
+
+from .backend import Backend
+from .gpu import Triton
+from .pallas_tpu import PallasInterpreted, PallasTPU
+from .reference import Reference
+from .tpu import JaxRPA, TokamaxRPA
+
+log = logging.getLogger(__name__)
+
+_ALL: tuple[type[Backend], ...] = (Reference, Triton, TokamaxRPA, JaxRPA, PallasTPU, PallasInterpreted)
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
+PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
+"""Kind of device, as JAX names it -> backends, best first; the reference on all others."""
+AHEAD_CAPABILITY = 90
+"""Compute capability of the GPUs that are compiled for where there is none."""
+
+
+def choose(
+    name: str | None,
+    platform: str,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: Any,
+    ahead: bool = False,
+) -> Backend:
+    """The backend called ``name``, or if None the first preferred one that serves these pages of one device.
+
+    Args:
+        name: of the backend.
+        platform: kind of device, as JAX names it.
+        kv_heads: see :meth:`Backend.page_shape`, like what follows.
+        head_dim: as above.
+        page_size: as above.
+        dtype: as above.
+        ahead: compile for devices that are not in this machine.
+
+    Raises:
+        StartupError: it cannot be had, or none can; the message gives the reasons.
+    """
+    refusals: list[str] = []
+    for candidate in (name,) if name is not None else PREFERRED.get(platform, ("reference",)):
+        try:
+            if candidate in PREFERRED["tpu"] and platform != "tpu":
+                raise StartupError(f"attention {candidate!r} is for TPUs, but JAX runs on {platform}; start without it")
+            backend = (
+                Triton(compute_capability=AHEAD_CAPABILITY)
+                if ahead and candidate == "triton"
+                else BACKENDS[candidate]()
+            )
+            backend.page_shape(kv_heads, page_size, head_dim, dtype)
+        except StartupError as error:
+            refusals.append(str(error))
+            continue
+        if refusals:
+            log.warning("attention: %s, because %s", candidate, "; ".join(refusals))
+        else:
+            log.info("attention: %s", candidate)
+        return backend
+    raise StartupError("; ".join(refusals))

@@ -1,0 +1,126 @@
+"""Published ragged paged attention for TPUs: tokamax's, and JAX's own as the floor.
+
+Both bring their own form of a page, and neither runs without a TPU; :mod:`.pallas_tpu` is what tests can run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from astraea_jax.errors import StartupError
+
+from .backend import Batch
+from .pallas_tpu import LANES, VMEM_BYTES, check_page_table
+
+QUERIES_PER_BLOCK = 32
+PAGES_PER_BLOCK_TOKENS = 256
+"""Context tokens per block of JAX's kernel; its own table of block sizes asks for the devices of this process."""
+
+
+class TokamaxRPA:
+    """``tokamax.ops.ragged_paged_attention``, which writes the pages, too."""
+
+    name = "tokamax"
+    heads_axis = 2
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
+        """``(S, 2K / pack, pack, lanes)``: keys and values in turn, as many in a word of 32 bits as fit.
+
+        Raises:
+            StartupError: it is not installed, or serves no such pages.
+        """
+        if importlib.util.find_spec("tokamax") is None:
+            raise StartupError("tokamax is not installed; on Python 3.12 or newer, install the [tpu] extra")
+        if jnp.dtype(dtype) != jnp.bfloat16:
+            raise StartupError(f"attention 'tokamax' keeps bfloat16, not {jnp.dtype(dtype).name}")
+        if head_dim not in (64, 128, 256):
+            raise StartupError(f"attention 'tokamax' has heads of 64, 128 or 256 dimensions, not {head_dim}")
+        if page_size % 16:
+            raise StartupError(f"attention 'tokamax' needs pages of a multiple of 16 tokens, not {page_size}")
+        pack = 4 // jnp.dtype(dtype).itemsize
+        return (page_size, -(-2 * kv_heads // pack), pack, -(-head_dim // LANES) * LANES)
+
+    def page_dtype(self, dtype: Any) -> Any:
+        """The same."""
+        return jnp.dtype(dtype)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """One call; leading rows of one token each take its path for decode."""
+        from tokamax import ops  # type: ignore[import-not-found]
+
+        check_page_table(batch)
+        q_lens = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]
+        rows = jnp.sum(q_lens > 0)
+        decode = rows if q_tile == 1 else jnp.sum(jnp.cumprod(q_lens == 1))
+        out, pages = ops.ragged_paged_attention(
+            q,
+            k.astype(pages.dtype),
+            v.astype(pages.dtype),
+            pages,
+            batch.kv_lens,
+            batch.page_table.reshape(-1),
+            batch.cu_q_lens,
+            jnp.stack([decode, decode, rows]).astype(jnp.int32),
+            sm_scale=q.shape[-1] ** -0.5,
+            implementation="mosaic_tpu",
+        )
+        return _without_padding(out, batch), pages
+
+
+class JaxRPA:
+    """``jax.experimental.pallas.ops.tpu.ragged_paged_attention`` behind a scatter, which XLA does in place."""
+
+    name = "jax-rpa"
+    heads_axis = 2
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
+        """``(S, 2K, H)``: of each head its key, then its value.
+
+        Raises:
+            StartupError: it serves no such pages.
+        """
+        if head_dim != LANES:
+            raise StartupError(f"attention 'jax-rpa' has heads of {LANES} dimensions, not {head_dim}")
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+            raise StartupError(f"attention 'jax-rpa' keeps bfloat16 and float32, not {jnp.dtype(dtype).name}")
+        return (page_size, 2 * kv_heads, head_dim)
+
+    def page_dtype(self, dtype: Any) -> Any:
+        """The same."""
+        return jnp.dtype(dtype)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scatter, then attend."""
+        from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+        check_page_table(batch)
+        size = pages.shape[1]
+        kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]).astype(pages.dtype)
+        pages = pages.at[batch.slots // size, batch.slots % size].set(kv)
+        rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1])
+        out = ragged_paged_attention(
+            q,
+            pages,
+            batch.kv_lens,
+            batch.page_table,
+            batch.cu_q_lens,
+            rows[None].astype(jnp.int32),
+            sm_scale=q.shape[-1] ** -0.5,
+            num_kv_pages_per_block=max(1, min(PAGES_PER_BLOCK_TOKENS // size, batch.page_table.shape[1])),
+            num_queries_per_block=min(QUERIES_PER_BLOCK, q.shape[0]),
+            vmem_limit_bytes=VMEM_BYTES,
+        )
+        return _without_padding(out, batch), pages
+
+
+def _without_padding(out: jax.Array, batch: Batch) -> jax.Array:
+    """``out [T, N, H]``, zero after the last token: the kernels leave what memory held there."""
+    return jnp.where((jnp.arange(out.shape[0]) < batch.cu_q_lens[-1])[:, None, None], out, 0)

@@ -1,0 +1,141 @@
+"""Compiles the serving step for accelerators that are not here, and holds the programs to what must be true of them.
+
+  python scripts/compile_ahead.py                                        v5e, v6e and 7x; Llama-3.1-8B and Qwen3-4B
+  python scripts/compile_ahead.py --target=v6e --model=qwen3-4b --tp=4 --attention=pallas
+  python scripts/compile_ahead.py --target=h200 --tp=1                   needs the [cuda] extra, and no GPU
+
+The steps are those that the engine compiles at start-up (the extremes of their shapes), with its default sizes and as
+many pages as a device holds; then the gather that offloads pages and the scatter that restores them. For TPUs libtpu
+must be installed (the [tpu] extra; `make ahead` does it in a virtual environment of its own). Exit status 1: a program
+does not compile, or does not pass a gate (astraea_jax/ahead.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# libtpu would ask a metadata server which TPU this machine has, refuse a second process, and warn.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from astraea_jax.ahead import PROGRAMS, TARGETS, Case, Figures, Unfit, compile_case
+from astraea_jax.errors import StartupError
+from astraea_jax.kernels import BACKENDS
+from astraea_jax.models.config import PUBLISHED
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("target", ["v5e", "v6e", "7x"], f"Some of {', '.join(TARGETS)}.")
+flags.DEFINE_list("model", ["llama-3.1-8b", "qwen3-4b"], f"Some of {', '.join(PUBLISHED)}.")
+flags.DEFINE_list("tp", ["1", "4"], "Devices that share the model.")
+flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by default the one the engine would take.")
+flags.DEFINE_list("program", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
+flags.DEFINE_string("json", None, "Also write the figures to this file.")
+flags.DEFINE_string("markdown", None, "Also write the table to this file.")
+
+COLUMNS = ("target", "model", "tp", "attention", "program", "arguments GB", "aliased GB", "temp GB", "collectives", "s")
+
+
+def cases() -> list[Case]:
+    """Of the flags, in their order."""
+    if unknown := sorted({*FLAGS.target} - {*TARGETS} | {*FLAGS.model} - {*PUBLISHED} | {*FLAGS.program} - {*PROGRAMS}):
+        raise app.UsageError(f"unknown: {', '.join(unknown)}")
+    return [
+        Case(target, model, int(tp), FLAGS.attention)
+        for target in FLAGS.target
+        for model in FLAGS.model
+        for tp in FLAGS.tp
+    ]
+
+
+def row(figures: Figures) -> list[str]:
+    """Of the table; sizes are of each device."""
+    case, exchanges = figures.case, ", ".join(f"{n} {kind}" for kind, n in sorted(figures.collectives.items()))
+    sizes = [f"{size / 1e9:.2f}" for size in (figures.arguments, figures.aliased)]
+    named = [case.target, case.model, str(case.tp), case.attention or "", figures.program]
+    return [*named, *sizes, f"{figures.temp / 1e9:.3f}", exchanges or "none", f"{figures.seconds:.0f}"]
+
+
+def markdown(done: list[Figures], unfit: list[str]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(row, done)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([table, *(f"{line}." for line in unfit)]) + "\n"
+
+
+def compile_all(console: Console) -> tuple[list[Figures], list[str]]:
+    """Figures of every program, and which models do not fit which devices."""
+    done: list[Figures] = []
+    unfit: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        todo = cases()
+        task = bars.add_task("compiling", total=len(todo) * len(FLAGS.program))
+        for case in todo:
+            name = f"{case.target} {case.model} tp={case.tp}"
+            try:
+                for figures in compile_case(
+                    case, FLAGS.program, lambda program, name=name: bars.update(task, description=f"{name} {program}")
+                ):
+                    done.append(figures)
+                    bars.advance(task)
+                    console.print(f"{name} {figures.program}: {figures.seconds:.0f} s")
+                    for failure in figures.failures:
+                        console.print(f"[red]{name} {figures.program}: {failure}")
+                    save(done, unfit)
+            except Unfit as error:
+                unfit.append(f"{name}: {error}")
+                bars.advance(task, len(FLAGS.program))
+                save(done, unfit)
+    return done, unfit
+
+
+def save(done: list[Figures], unfit: list[str]) -> None:
+    """Write the files that the flags name; after every program, since all together take long."""
+    if FLAGS.json:
+        record = {"command": sys.argv[1:], "programs": [asdict(figures) for figures in done], "unfit": unfit}
+        Path(FLAGS.json).write_text(json.dumps(record, indent=1) + "\n")
+    if FLAGS.markdown:
+        Path(FLAGS.markdown).write_text(markdown(done, unfit))
+
+
+@contextlib.contextmanager
+def cross_compiling() -> Iterator[None]:
+    """tokamax asks the devices of this process what they can do, unless told not to."""
+    try:
+        from tokamax._src import config
+    except ImportError:
+        yield
+        return
+    with config.cross_compile(True):
+        yield
+
+
+def main(_: list[str]) -> None:
+    console = Console(stderr=True)
+    try:
+        with cross_compiling():
+            done, unfit = compile_all(console)
+    except StartupError as error:
+        raise SystemExit(f"cannot compile: {error}") from None
+    table = Table(*COLUMNS)
+    for figures in done:
+        table.add_row(*row(figures), style="red" if figures.failures else None)
+    Console(width=160).print(table)
+    for line in unfit:
+        print(f"does not fit: {line}")
+    sys.exit(any(figures.failures for figures in done))
+
+
+if __name__ == "__main__":
+    app.run(main)
