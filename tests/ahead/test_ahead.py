@@ -30,7 +30,7 @@ def test_a_step_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
     step, offload, restore = json.loads((tmp_path / "figures.json").read_text())["programs"]
     sums = step["collectives"].get("all-reduce", 0) + step["collectives"].get("all-gather", 0)
     assert (sums, step["collectives"]["all-to-all"]) == (2 * 16 + 2, 1)
-    assert step["aliased"] == restore["aliased"] > 10e9
+    assert step["aliased"] >= restore["aliased"] > 10e9  # the last tokens, too
     assert offload["collectives"] == restore["collectives"] == {}
 
 
