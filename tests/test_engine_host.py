@@ -65,6 +65,7 @@ async def at_rest(engine: Engine) -> None:
     assert engine._store.pages == 0
 
 
+@pytest.mark.serves("reference", "tested", "KV to the host and back")
 @pytest.mark.parametrize("strategy", ["adaptive", "always-offload", "infercept"])  # all: test_scheduler.py
 async def test_greedy_tokens_do_not_depend_on_residency(strategy, make_engine, greedy):
     engine = make_engine(dataclasses.replace(TIGHT, residency=strategy))

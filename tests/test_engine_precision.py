@@ -58,6 +58,7 @@ def likeliest(folder, config):
     return lambda text: np.asarray(follow(state, np.array(text + [0] * (LENGTH - len(text)), np.int32)))
 
 
+@pytest.mark.serves("reference", "tested", "int8 and fp8 weights", "fp8 KV")
 @pytest.mark.parametrize("config", [INT8_ALL, FP8_WEIGHTS], ids=["int8 weights, fp8 KV", "fp8 weights"])
 async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, make_engine, random_folder):
     engine, follow, rng = make_engine(config), likeliest(random_folder, config), random.Random(0)

@@ -21,6 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=380)
 
 
+@pytest.mark.serves("pallas", "compiled", "tensor parallelism", "KV to the host and back")
 def test_a_step_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
     done = run(
         *("--target=v6e", "--model=llama-3.2-1b", "--tp=4", "--attention=pallas"),

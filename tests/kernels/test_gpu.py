@@ -58,6 +58,7 @@ def test_splits_are_bounded_and_worth_while(rows, heads, context, block):
     assert (splits - 1) * least * block < context, "the last one would never have work"
 
 
+@pytest.mark.serves("triton", "compiled", "prefill and decode in one step", "fp8 KV")
 @needs_no_gpu
 @pytest.mark.parametrize("kind", ["decode", "mixed", "float8"])
 def test_compiled_for_an_h200_pools_are_written_in_place(kind):
@@ -87,6 +88,9 @@ def triton():
     jax.config.update("jax_default_matmul_precision", None)
 
 
+@pytest.mark.serves(
+    "triton", "written", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+)
 @on_a_gpu
 @settings(deadline=None, max_examples=60)
 @given(case=ragged(long=700), variant=VARIANTS)
@@ -94,6 +98,7 @@ def test_matches_numpy(triton, case, variant):
     case.check(case.attend(triton(*variant)), case.expected(*variant), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.serves("triton", "written", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
 @on_a_gpu
 @pytest.mark.parametrize("head", HEAD_DIMS)
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
@@ -110,6 +115,7 @@ def test_query_heads_that_share_a_head(triton, group):
     case.check(case.attend(triton(), jnp.bfloat16), case.expected(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.serves("triton", "written", "fp8 KV")
 @on_a_gpu
 def test_float8_pages(triton):
     case = Ragged.make(32, 4, 4, 128, [1, 40, 1], [700, 30, 5], seed=8)
@@ -118,6 +124,7 @@ def test_float8_pages(triton):
     np.testing.assert_allclose(out[:real], case.expected()[0][:real], atol=0.15)
 
 
+@pytest.mark.serves("triton", "written", "the engine's tokens, against dense attention")
 @on_a_gpu
 async def test_the_engine_generates_what_dense_attention_does(triton, make_engine, greedy):
     """The default backend of a GPU, with prefill in chunks and decode in one batch."""

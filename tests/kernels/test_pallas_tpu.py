@@ -43,6 +43,7 @@ def to_lanes(pages: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return wide if shape[0] == 2 else np.concatenate([wide[:, :1], wide[:, 1:]], axis=-1)
 
 
+@pytest.mark.serves("pallas", "interpreted", "prefill and decode in one step", "grouped queries, any ratio", "bfloat16")
 @pytest.mark.parametrize(
     ("decode", "kv_heads", "group", "head", "dtype"),
     [
@@ -75,6 +76,7 @@ def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dty
     assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.serves("pallas", "interpreted", "the engine's tokens, against dense attention")
 async def test_serves_the_same_tokens(make_engine, greedy):
     engine = make_engine(dataclasses.replace(SMALL, attention="pallas-interpreted", max_step_tokens=8))
     prompt = list(range(40, 63))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from support.ragged import VARIANTS, ragged
 
@@ -15,6 +16,9 @@ HEAD = 16
 attend = jax.jit(attention, static_argnames="q_tile")
 
 
+@pytest.mark.serves(
+    "reference", "tested", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+)
 @settings(deadline=None, max_examples=60)
 @given(case=ragged(), variant=VARIANTS)
 def test_matches_numpy(case, variant):
@@ -22,6 +26,7 @@ def test_matches_numpy(case, variant):
     case.check(got, case.expected(*variant), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.serves("reference", "tested", "bfloat16")
 def test_bfloat16_pages_keep_two_digits():
     rng = np.random.default_rng(0)
     pages = rng.normal(size=(9, 2, 2, 16, HEAD)).astype(np.float32)
@@ -44,6 +49,7 @@ def test_written_keys_and_values_are_apart_at_their_slots():
     assert pages.sum() == 2 * pages[1, :, :, 1].sum()
 
 
+@pytest.mark.serves("reference", "tested", "fp8 KV")
 def test_float8_pages_clip_what_they_cannot_hold_and_are_read_as_written():
     """As whole numbers of the same bits, which is how the backend keeps them, and as float8."""
     k = jnp.array([1e4, -500.0, 448.0, 0.3, 2.0**-9, 0.0, -3.3, 17.0], jnp.float32).repeat(2).reshape(1, 1, 16)

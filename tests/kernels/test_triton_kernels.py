@@ -28,6 +28,9 @@ def interpreted():
     return Interpreted
 
 
+@pytest.mark.serves(
+    "triton", "interpreted", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+)
 @settings(deadline=None, max_examples=12)
 @given(case=ragged(long=200), variant=VARIANTS)
 def test_matches_numpy(interpreted, case, variant):
@@ -35,6 +38,7 @@ def test_matches_numpy(interpreted, case, variant):
     case.check(got, case.expected(*variant), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.serves("triton", "interpreted", "heads of 64, 128, 256")
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_head_sizes_in_float16(interpreted, head):
     """The interpreter multiplies no bfloat16 matrices."""
@@ -42,12 +46,14 @@ def test_head_sizes_in_float16(interpreted, head):
     case.check(case.attend(interpreted(), jnp.float16), case.expected(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.serves("triton", "interpreted", "pages of 16 to 128 tokens")
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 def test_page_sizes(interpreted, size):
     case = Ragged.make(size, 1, 2, 16, [1, 20, 1], [size, size - 1, 2 * size - 1], seed=size)
     case.check(case.attend(interpreted()), case.expected(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.serves("triton", "interpreted", "fp8 KV")
 def test_float8_pages_are_scaled(interpreted):
     """With numbers that float8 holds exactly: the interpreter, unlike a GPU, loses carries when it rounds to it."""
     k_scale, v_scale, fp8 = 0.5, 0.25, jnp.float8_e4m3fn
@@ -64,6 +70,7 @@ def test_float8_pages_are_scaled(interpreted):
     case.check((out, pages * scale), case.expected(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.serves("triton", "interpreted", "the engine's tokens, against dense attention")
 async def test_the_engine_generates_what_dense_attention_does(interpreted, make_engine, greedy, monkeypatch):
     monkeypatch.setitem(BACKENDS, "interpreted", interpreted)
     sizes = EngineConfig(max_seqs=2, max_step_tokens=24, page_size=8, kv_bytes=2**20, max_context=64, dtype="float32")
