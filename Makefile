@@ -17,8 +17,11 @@ help:  ## This list
 demo: .venv/installed  ## 64 agents against a real server on this machine: a table and a timeline picture
 	$(BIN)/python scripts/demo.py
 
+# Tests compile much and compute little.
+test parity: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
-	$(BIN)/pytest -m "not parity and not gpu and not ahead"
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile -m "not parity and not gpu and not ahead"
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .

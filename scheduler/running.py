@@ -90,14 +90,18 @@ class Running:
             if segment.computed == segment.limit:
                 self._lockstep.discard(segment)
         full = [segment for segment in due if segment in self._lockstep]
-        enough = len(full) <= self._pool.free
-        for segment in full:
-            if enough:
-                self.grow(segment, 1)
-                self._lockstep.renew(segment)
-            else:
+        if len(full) > self._pool.free:
+            for segment in full:
                 self._lockstep.discard(segment)
                 bisect.insort(self._others, segment, key=self._rank)
+        elif full:
+            pages = self._pool.allocate(len(full))
+            self._pool.pin(pages)
+            self.page_table[[s.slot for s in full], [len(s.pages) for s in full]] = pages
+            for segment, page in zip(full, pages, strict=True):
+                segment.pages.append(page)
+                segment.room += self._size
+                self._lockstep.renew(segment)
 
     def step(self, chosen: dict[Segment, int], admitted: list[Segment], now: float) -> Plan:
         """The plan of a step of the steady ones and ``chosen``, so many tokens each; from now on these count as

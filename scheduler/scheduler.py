@@ -257,16 +257,13 @@ class Scheduler:
         Segments that have ended since the plan are passed over. A segment ends here if its token is a stop or its
         last, or negative: that is, if the device could not choose one.
         """
-        new = [
-            (segment, token)
-            for segment, token in zip(plan.segments[: plan.samples], tokens, strict=True)
-            if segment.finish_reason is None
-        ]
+        rows = zip(plan.segments[: plan.samples], tokens, strict=True)
+        new = [row for row in rows if row[0].finish_reason is None]
         for segment, token in new:
-            output = segment.output
             if token < 0:
                 self.finish(segment, "error", now)
                 continue
+            output = segment.output
             if not output:
                 segment.first_token = now
             output.append(token)

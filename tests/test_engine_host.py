@@ -18,6 +18,7 @@ from support.sizes import NARROW, PAGE_BYTES, SMALL
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.engine import Engine
 from astraea_jax.errors import RequestError, StartupError
+from astraea_jax.models.sharding import default_mesh
 from astraea_jax.sampling import SamplingParams
 
 TIGHT = dataclasses.replace(NARROW, host_kv_bytes=200 * PAGE_BYTES, residency="infercept")
@@ -200,26 +201,26 @@ def test_host_settings_that_make_no_sense_are_refused(changes, words):
 )
 def test_host_budgets_that_cannot_be_had_are_refused(budget, words, engine):
     with pytest.raises(StartupError, match=words):
-        Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=budget), engine.model_config)
+        Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=budget), engine.model_config, default_mesh())
 
 
 def test_without_a_budget_there_is_no_host_tier_on_a_cpu(engine):
     for budget in (0, None):
-        layout = Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=budget), engine.model_config)
+        layout = Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=budget), engine.model_config, default_mesh())
         assert layout.host.pages == 0
 
 
 def test_a_backend_that_cannot_pin_memory_says_so(engine, monkeypatch, caplog):
     monkeypatch.setattr("astraea_jax.config.has_pinned_host", lambda: False)
     with pytest.raises(StartupError, match="cannot pin host memory; start with host_kv_bytes 0"):
-        Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=2**20), engine.model_config)
+        Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=2**20), engine.model_config, default_mesh())
     monkeypatch.setattr("jax.default_backend", lambda: "other")
-    layout = Layout.plan(dataclasses.replace(SMALL, kv_bytes=2**20), engine.model_config)
+    layout = Layout.plan(dataclasses.replace(SMALL, kv_bytes=2**20), engine.model_config, default_mesh())
     assert layout.host.pages == 0
     assert "cannot pin host memory" in caplog.text
 
 
 def test_staging_never_exceeds_half_of_the_pool(engine):
-    layout = Layout.plan(dataclasses.replace(TIGHT), engine.model_config)
+    layout = Layout.plan(dataclasses.replace(TIGHT), engine.model_config, default_mesh())
     assert layout.host.pages == 200
     assert layout.host.staging == 23

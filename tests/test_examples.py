@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-QUICK = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"}
-"""For scripts whose figures nobody looks at here: compiled in two thirds of the time, then slower."""
-
-
-def run(*command: str, environment: Mapping[str, str] = os.environ) -> str:
-    command = (sys.executable, *command)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=380)
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,7 +41,7 @@ def test_the_evaluation(tmp_path):
 def test_the_demo_draws_its_picture(tmp_path):
     picture = tmp_path / "demo.png"
     flags = ("--residency=always-offload,always-discard", "--kv_bytes=1048576", f"--picture={picture}")
-    out = run("scripts/demo.py", "--programs=12", "--concurrency=8", "--tool_scale=0.05", *flags, environment=QUICK)
+    out = run("scripts/demo.py", "--programs=12", "--concurrency=8", "--tool_scale=0.05", *flags)
     assert "12, 8 at once" in out
     moved = {name: int(found) for name, found in re.findall(r"(always-\w+) .* ([\d,]+) MiB", out)}
     assert moved["always-offload"] > moved["always-discard"] == 0
@@ -57,7 +50,7 @@ def test_the_demo_draws_its_picture(tmp_path):
 
 def test_the_step_benchmark_prints_its_floors():
     sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--json=")
-    out = run("scripts/bench_step.py", *sizes, environment=QUICK)
+    out = run("scripts/bench_step.py", *sizes)
     for word in ("decode step", "prefill of 32", "host work per step", "read", "matmul"):
         assert word in out
 
@@ -65,7 +58,7 @@ def test_the_step_benchmark_prints_its_floors():
 def test_the_offload_benchmark_compares_with_plain_copies(tmp_path):
     picture = tmp_path / "offload.png"
     sizes = ("--lengths=64,128", "--batch=4", "--context=16", "--steps=8", "--repeats=1", "--chunk=64")
-    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}", "--json=", environment=QUICK)
+    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}", "--json=")
     for word in ("offload", "restore", "while KV moves", "from the host", "computed again"):
         assert word in out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -118,7 +111,6 @@ def test_the_replay_compares_engine_and_simulator(tmp_path):
         "scripts/bench_jct.py",
         *("--backend=engine", "--policies=astraea", "--workload=infercept-mix", "--programs=6", "--tool_scale=0.002"),
         f"--json={table}",
-        environment=QUICK,
     )
     real, simulated = json.loads(table.read_text())["figures"]["rows"]
     assert (real["policy"], simulated["policy"]) == ("astraea", "astraea simulated")

@@ -46,8 +46,8 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
         "dtype": "float32",
     }
     command = [sys.executable, SERVE, *(f"--{name}={value}" for name, value in flags.items())]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
-    devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {quick}", "JAX_PLATFORMS": "cpu"}
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    devices = {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen([*command, f"--process={i}"], env={**os.environ, **devices}, stderr=subprocess.PIPE, text=True)
         for i in range(2)

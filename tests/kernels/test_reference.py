@@ -19,7 +19,7 @@ attend = jax.jit(attention, static_argnames="q_tile")
 @pytest.mark.serves(
     "reference", "tested", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(case=ragged(), variant=VARIANTS)
 def test_matches_numpy(case, variant):
     got = case.attend(Reference(*variant))

@@ -285,8 +285,12 @@ def test_a_large_program_gets_its_turn_in_an_endless_stream_of_small_ones(name):
     assert ended < 0.8 * outcome.makespan_s
 
 
+WAITS = st.integers(0, 800).map(lambda n: n / 8)
+"""In typical running times; apart by more than rounding."""
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 100), st.integers(0, 30)), min_size=2, max_size=30))
+@given(st.lists(st.tuples(st.integers(1, 1000), WAITS, st.integers(0, 30)), min_size=2, max_size=30))
 def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
     policy = make_policy("astraea")
     typical = policy.predict.program_s()
