@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
@@ -118,6 +118,8 @@ def define_flags(name: str, values: flags.FlagValues = flags.FLAGS) -> None:
         "record", lambda on: not on or inside.is_dir(), f"there is no {inside} to write to", flag_values=values
     )
     flags.DEFINE_string("revision", None, "Names the code where git cannot.", flag_values=values)
+    if values is flags.FLAGS:  # what JAX tells about backends that it did not find is noise
+        logging.set_verbosity(logging.WARNING)
 
 
 def publish(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from rich.console import Console
 from serving_load import Latencies, Load, Slo, offline, online
 
@@ -305,8 +305,6 @@ def start_section(starts: dict[str, dict[str, Any] | str]) -> Section:
 
 
 def main(_: list[str]) -> None:
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     for name in FLAGS.peers:
         if name not in PEERS:
             raise app.UsageError(f"--peers: {name!r} is none of {', '.join(PEERS)}")
