@@ -32,6 +32,7 @@ if [ "$tiny" ]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"  # sooner compiled; nobody looks at the figures
   serving=(--prompts=8 --input=32 --output=16 --max_seqs=8 --max_step_tokens=64 --load=0.5)
   step=(--batch=4 --context=16 --steps=8 --prefill=32)
+  attention=(--batches=2 --contexts=64 --chunks= --backends=reference,gather)
   offload=(--lengths=64,128 --batch=4 --context=16 --steps=8 --repeats=1 --chunk=64)
   jct=(--policies=astraea --programs=4 --tool_scale=0.002)
 else
@@ -62,7 +63,8 @@ part() {
 
 # The limits add up to less than nine minutes.
 part step 80 bench_step.py "${step[@]}"
-part serving 290 bench_serving.py "${serving[@]}" --timeout_s=270 --peers="$peers"
+part attention 60 bench_attention.py "${attention[@]}"
+part serving 240 bench_serving.py "${serving[@]}" --timeout_s=220 --peers="$peers"
 part offload 70 bench_offload.py "${offload[@]}" --plot="$out/offload.png"
 part jct 90 bench_jct.py --backend=engine --workload=infercept-mix "${jct[@]}"
 

@@ -5,7 +5,7 @@ floor, which is the time to read the context once, or to compute the scores and 
 both measured here; and the largest error against the reference in float32.
 
   python scripts/bench_attention.py                     Llama-3.1-8B's heads on a GPU; a few tiny shapes on a CPU
-  python scripts/bench_attention.py --batches=64 --contexts=2048,8192 --chunks= --page_size=64 --json=out/attention.json
+  python scripts/bench_attention.py --batches=64 --contexts=2048,8192 --chunks= --page_size=64
   python scripts/bench_attention.py --backends=triton,cudnn --kv_dtype=float8_e4m3fn
 
 Backends: `triton` and `reference` are what `scripts/serve.py --attention` takes. The others are here to compare with:
@@ -16,12 +16,9 @@ decode only. A backend that fails says why in its line and stops nobody else.
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
 from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
+from astraea_jax.record import Section, define_flags, publish
 from astraea_jax.roofline import Floors, best_seconds
 from astraea_jax.step import PREFILL_TILE
 
@@ -50,7 +47,7 @@ flags.DEFINE_string("kv_dtype", None, "Of pages; by default the same.")
 flags.DEFINE_integer("layers", 8, "Pools that a step goes through, so that no cache holds them; fewer if large.", 1)
 flags.DEFINE_integer("pool_bytes", 48 * 2**30, "Device memory for all pools; what needs more is passed over.", 1)
 flags.DEFINE_integer("repeats", 5, "Measurements of a few steps; the shortest counts.", lower_bound=1)
-flags.DEFINE_string("json", None, "Also write the figures to this file.")
+define_flags("bench_attention")
 
 console = Console()
 Pool = Any
@@ -291,21 +288,16 @@ def measure(name: str, case: Case, batch: Batch, truth: tuple[np.ndarray, np.nda
     return Figure(case.kind, case.name, name, ms, 1e3 * floor, error, layers)
 
 
-def show(figures: Sequence[Figure], floors: Floors) -> None:
-    table = Table(title=f"attention of one layer; {floors}")
-    for column in ("step", "shape", "backend", "ms", "of the floor", "error", "pools"):
-        table.add_column(column, justify="left" if column in ("step", "shape", "backend") else "right")
-    last = None
+def table(figures: Sequence[Figure]) -> Section:
+    rows = []
     for f in figures:
-        if last not in (None, f.case):
-            table.add_section()
-        last = f.case
         if f.ms is None or f.floor_ms is None:
-            table.add_row(f.kind, f.case, f.backend, "-")  # why: said when it was tried
+            rows.append((f.kind, f.case, f.backend, *["-"] * 4))  # why: said when it was tried
         else:
             share = f"{f.floor_ms / f.ms:.0%}"
-            table.add_row(f.kind, f.case, f.backend, f"{f.ms:.4f}", share, f"{f.error:.1e}", str(f.layers))
-    console.print(table)
+            rows.append((f.kind, f.case, f.backend, f"{f.ms:.4f}", share, f"{f.error:.1e}", str(f.layers)))
+    title = f"Attention of one layer, {FLAGS.dtype}, pages of {FLAGS.page_size} tokens in {FLAGS.kv_dtype}"
+    return Section(title, ("step", "shape", "backend", "ms", "of the floor", "error", "pools"), rows, named=3)
 
 
 def main(_: list[str]) -> None:
@@ -313,8 +305,6 @@ def main(_: list[str]) -> None:
     FLAGS.dtype = FLAGS.dtype or default
     FLAGS.kv_dtype = FLAGS.kv_dtype or FLAGS.dtype
     itemsize, kv_itemsize = np.dtype(FLAGS.dtype).itemsize, np.dtype(FLAGS.kv_dtype).itemsize
-    device = jax.devices()[0].device_kind
-    console.print(f"{device}, jax {jax.__version__}, {FLAGS.dtype}, pages of {FLAGS.page_size} in {FLAGS.kv_dtype}")
     floors = Floors.measure(FLAGS.dtype)
     figures: list[Figure] = []
     for case in cases():
@@ -332,16 +322,8 @@ def main(_: list[str]) -> None:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
                 figures.append(Figure(case.kind, case.name, name, failed=reason))
             console.print(f"[dim]{case.kind} {case.name} {name}: {figures[-1].failed or f'{figures[-1].ms:.4f} ms'}[/]")
-    show(figures, floors)
-    if FLAGS.json:
-        host = {"device": device, "jax": jax.__version__, "python": platform.python_version()}
-        sizes = {
-            name: getattr(FLAGS, name) for name in ("heads", "kv_heads", "head_dim", "page_size", "dtype", "kv_dtype")
-        }
-        record = {**host, **sizes, "floors": asdict(floors)}
-        path = Path(FLAGS.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**record, "figures": [asdict(f) for f in figures]}, indent=1))
+    sizes = {name: getattr(FLAGS, name) for name in ("heads", "kv_heads", "head_dim", "page_size", "dtype", "kv_dtype")}
+    publish("bench_attention", [table(figures)], {**sizes, "rows": [asdict(f) for f in figures]}, floors)
 
 
 if __name__ == "__main__":
