@@ -21,7 +21,7 @@ demo: .venv/installed  ## 64 agents against a real server on this machine: a tab
 test parity: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
-	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile -m "not parity and not gpu and not ahead"
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not parity and not gpu and not ahead"
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 	$(BIN)/pytest -m parity
 
 ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not here (installs libtpu)
-	.venv-ahead/bin/pytest -m ahead
+	.venv-ahead/bin/pytest -m ahead tests/ahead
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -73,7 +73,7 @@ def test_blocks_are_powers_of_two():
     assert block_sizes(0) == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_restored_bytes_are_the_offloaded_bytes(data):
     """Any pages, any part of several copies, to any other pages, through any staging."""

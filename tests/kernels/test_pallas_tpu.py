@@ -53,7 +53,7 @@ def to_lanes(pages: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         (False, 1, 4, 16, "bfloat16"),
     ],
 )
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(data=st.data())
 def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dtype, data):
     q_lens, past = np.array(data.draw(lengths(decode))).T
