@@ -32,7 +32,7 @@ parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 	$(BIN)/pytest -m parity
 
 ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not here (installs libtpu)
-	.venv-ahead/bin/pytest -m ahead tests/ahead
+	.venv-ahead/bin/python -m pytest -m ahead tests/ahead
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -45,8 +45,11 @@ ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not 
 	$(INSTALL) '.[dev,demo,parity]' | $(SHOW)
 	@touch $@
 
-# By itself, so that libtpu never lies beside what the other tests import.
-.venv-ahead/installed: pyproject.toml
+# By itself, so that libtpu never lies beside what the other tests import; the rest it takes from .venv.
+.venv-ahead/installed: .venv/installed
 	$(PYTHON) -m venv .venv-ahead
-	.venv-ahead/bin/python -m pip install --disable-pip-version-check --no-input -e '.[dev,tpu]' | $(SHOW)
+	there=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	here=$$(.venv-ahead/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
+	echo "import site; site.addsitedir('$$there')" > $$here/shared.pth
+	.venv-ahead/bin/python -m pip install --disable-pip-version-check --no-input -e '.[tpu]' | $(SHOW)
 	@touch $@

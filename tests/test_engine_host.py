@@ -150,7 +150,7 @@ def test_a_soak_of_ten_thousand_programs_leaks_nothing(make_engine):
     rng = random.Random(3)
 
     async def one(number: int) -> None:
-        text = [*SYSTEM[: rng.randrange(17)], *(rng.randrange(256) for _ in range(rng.randint(1, 12)))]
+        text = [*SYSTEM[: rng.randrange(17)], *(rng.randrange(256) for _ in range(rng.randint(1, 30)))]
         for final in (False, True):
             generation = engine.generate(text, params(rng.randint(1, 3)), session=f"s{number}", final=final)
             if rng.random() < 0.1:
