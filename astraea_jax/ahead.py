@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import LARGEST_BLOCK, block_sharding
-from astraea_jax.cache.paged import jitted_transfers, page_bytes
+from astraea_jax.cache.paged import page_bytes
 from astraea_jax.config import DEVICE_KV_SHARE, EngineConfig
 from astraea_jax.kernels import choose
 from astraea_jax.models.config import PUBLISHED
@@ -32,6 +32,8 @@ from astraea_jax.step import Sizes, Step
 
 TEMP_BYTES = 512 * 2**20
 """Scratch memory that a program may want on each device: activations and logits of a step, a block of a transfer."""
+LARGE = 2**20
+"""Elements of a weight; smaller ones may be copied."""
 MAX_CONTEXT = 16_384
 """Tokens: the width of the page table."""
 PROGRAMS = ("decode-least", "decode-most", "mixed-most", "offload", "restore")
@@ -81,6 +83,8 @@ class Case:
     tp: int
     attention: str | None = None
     """None: what the engine would take."""
+    scan: bool | None = None
+    """The layers are one loop. None: as the engine would do it."""
 
 
 @dataclass
@@ -96,6 +100,7 @@ class Figures:
     temp: int = 0
     """Bytes of scratch memory."""
     collectives: dict[str, int] = field(default_factory=dict)
+    """How many of a kind the program has; those of a loop count once."""
     seconds: float = 0.0
     """To trace, lower and compile it here."""
     failures: list[str] = field(default_factory=list)
@@ -113,7 +118,7 @@ class _Program:
     large: set[int]
     """Elements of the arrays that it must not copy."""
     shared_layers: int
-    """Layers that the devices compute together; 0: each works alone."""
+    """Layers in its text that the devices compute together; 0: each works alone."""
 
 
 class Unfit(Exception):
@@ -137,7 +142,7 @@ def compile_case(
     target = TARGETS[case.target]
     mesh = mesh_of(target.devices()[: case.tp])
     step = serving_step(case, mesh)
-    case = replace(case, attention=step.backend.name)
+    case = replace(case, attention=step.backend.name, scan=step.stacked)
     with jax.default_device(mesh.devices.flat[0]):  # kernels ask it for its kind
         for program in _programs(step, case.tp):
             if program.name in programs:
@@ -154,7 +159,8 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     """
     config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
     target = TARGETS[case.target]
-    decoder = abstract_decoder(model, dtype, mesh)
+    scan = target.platform == "tpu" if case.scan is None else case.scan
+    decoder = abstract_decoder(model, dtype, mesh, stacked=scan)
     backend = choose(
         case.attention,
         "gpu" if target.platform == "cuda" else target.platform,
@@ -178,20 +184,23 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
 
 
 def _programs(step: Step, tp: int) -> Iterator[_Program]:
-    pages, layers = step.pages, len(step.pages)
-    pool = sum(map(_shard_bytes, pages))
-    layer = {math.prod(pages[0].sharding.shard_shape(pages[0].shape))}
-    large = layer | {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in step.leaves if len(leaf.shape) > 1}
+    pages, in_text = step.pages, 1 if step.stacked else step.layers
+    pool, of_layer = sum(map(_shard_bytes, pages)), _shard_elements(pages[0]) * len(pages) // step.layers
+    paged = {of_layer, _shard_elements(pages[0])}
+    weights = {_shard_elements(leaf) for leaf in step.leaves if len(leaf.shape) > 1}
+    if step.stacked:  # matrices of the layers have three axes or more
+        weights |= {_shard_elements(leaf) // step.layers for leaf in step.leaves if len(leaf.shape) > 2}
+    large = paged | {elements for elements in weights if elements >= LARGE}
     decode = [shape for shape in step.shapes if shape.q_tile == 1]
     for name, shape in zip(PROGRAMS, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Program(name, lower, pool, large, layers if tp > 1 else 0)
-    gather, scatter = jitted_transfers(pages, step.whole)
+        yield _Program(name, lower, pool, large, in_text if tp > 1 else 0)
+    gather, scatter = step.transfers()
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.whole)
-    whole = (LARGEST_BLOCK, layers, *pages[0].shape[1:])
+    whole = (LARGEST_BLOCK, step.layers, *pages[0].shape[1:])
     block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
-    yield _Program("offload", lambda: gather.lower(pages, ids), 0, layer, 0)
-    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, layer, 0)
+    yield _Program("offload", lambda: gather.lower(pages, ids), 0, paged, 0)
+    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, paged, 0)
 
 
 def _compile(case: Case, program: _Program) -> Figures:
@@ -219,11 +228,15 @@ def _compile(case: Case, program: _Program) -> Figures:
     return figures
 
 
+def _shard_elements(array: jax.ShapeDtypeStruct) -> int:
+    """Elements on each device."""
+    assert array.sharding is not None
+    return math.prod(array.sharding.shard_shape(array.shape))
+
+
 def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
     """Bytes on each device."""
-    sharding = array.sharding
-    assert sharding is not None
-    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return _shard_elements(array) * int(array.dtype.itemsize)
 
 
 def collectives(program: str) -> Counter[str]:

@@ -77,6 +77,9 @@ class EngineConfig:
     those of one copy, but host_kv_bytes, which all of them share."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
+    scan_layers: bool | None = None
+    """The layers as one loop over stacked weights and pages, compiled once instead of once for each layer. None: on a
+    TPU, where a layer is read out of the stack as it is used; a GPU would copy its weights first."""
     policy: str = "astraea"
     compile_cache: str | None = None
     """Folder where compiled steps are kept for later starts. None: as JAX is configured, by default nowhere."""
@@ -196,6 +199,7 @@ class Layout:
     kv_dtype: Any
     backend: Backend
     """Of attention."""
+    scan_layers: bool
     num_pages: int
     """Scrap page included."""
     page_bytes: int
@@ -226,6 +230,7 @@ class Layout:
             dtype=config.weight_dtype(),
             kv_dtype=kv_dtype,
             backend=backend,
+            scan_layers=jax.default_backend() == "tpu" if config.scan_layers is None else config.scan_layers,
             num_pages=num_pages,
             page_bytes=one,
             host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),

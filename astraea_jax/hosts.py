@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -252,9 +253,8 @@ class FollowingRunner(Runner):
 
 
 def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Runner:
-    """That of the only process, or of the first of several."""
-    kind = Runner if jax.process_count() == 1 else LeadingRunner
-    return kind(decoder, layout.backend, _sizes(config, layout), mesh=mesh, staging=layout.host.staging)
+    """That of the only process, or of the first of several. It stacks the decoder's layers if the layout says so."""
+    return _runner(Runner if jax.process_count() == 1 else LeadingRunner, decoder, config, layout, mesh)
 
 
 def follow(
@@ -271,15 +271,19 @@ def follow(
     """
     (mesh,) = model.meshes
     layout = Layout.plan(config, model.decoder.config, mesh)
-    sizes = _sizes(config, layout)
-    runner = FollowingRunner(model.decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
+    runner = _runner(FollowingRunner, model.decoder, config, layout, mesh)
     runner.compile(progress)
     ready()
     runner.obey()
 
 
-def _sizes(config: EngineConfig, layout: Layout) -> Sizes:
-    return Sizes(
+_R = TypeVar("_R", bound=Runner)
+
+
+def _runner(kind: type[_R], decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> _R:
+    if layout.scan_layers:
+        decoder.stack()
+    sizes = Sizes(
         num_pages=layout.num_pages,
         page_size=config.page_size,
         max_seqs=config.max_seqs,
@@ -287,6 +291,7 @@ def _sizes(config: EngineConfig, layout: Layout) -> Sizes:
         max_pages_per_seq=layout.pages_per_seq,
         kv_dtype=layout.kv_dtype,
     )
+    return kind(decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
 
 
 _lines: list[Line] = []

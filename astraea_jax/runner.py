@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astraea_jax.cache.host import NOWHERE, PINNED, block_sharding, block_sizes
-from astraea_jax.cache.paged import PagedKV, gather_pages, jitted_transfers, make_pages
+from astraea_jax.cache.paged import PagedKV, make_pages
 from astraea_jax.compilation import compile_all
 from astraea_jax.kernels import Backend
 from astraea_jax.models.decoder import Decoder
@@ -81,13 +81,13 @@ class Runner:
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""
-        gather, scatter = jitted_transfers(self._step.pages, self._step.whole)
+        gather, scatter = self._step.transfers()
         lowerings: dict[tuple[str, Any], Callable[[], Any]] = {}
         for shape in self.shapes:
             lowerings["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
         for size in self._blocks:
             ids = np.zeros(size, np.int32)
-            block = jax.eval_shape(gather_pages, self._step.pages, ids)
+            block = jax.eval_shape(gather, self._step.pages, ids)
             lowerings["gather", size] = partial(gather.lower, self._step.pages, ids)
             lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
         compiled = compile_all(lowerings, progress)

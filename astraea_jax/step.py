@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from astraea_jax.cache.paged import PagedKV, abstract_pages, heads_spec
+from astraea_jax.cache.paged import PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import TP, placed
@@ -96,7 +96,13 @@ class Step:
         self.whole = NamedSharding(mesh, PartitionSpec())
         """Of what every device holds."""
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.whole))
-        self.pages = abstract_pages(decoder.config, backend, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
+        self.layers = decoder.config.num_layers
+        """How many."""
+        self.stacked = decoder.stacked
+        """Whether the layers are one loop, and the pages one array."""
+        self.pages = abstract_pages(
+            decoder.config, backend, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh, stacked=self.stacked
+        )
         self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.whole)
         self._shardings = [leaf.sharding for leaf in leaves]
 
@@ -113,6 +119,10 @@ class Step:
     def arguments(self, shape: StepShape) -> tuple[Any, ...]:
         """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, batch."""
         return self.leaves, self.pages, self.last, self.batch(shape)
+
+    def transfers(self) -> tuple[Any, Any]:
+        """The gather and the scatter of pages, see :func:`~astraea_jax.cache.paged.jitted_transfers`."""
+        return jitted_transfers(self.pages, self.whole, self._sizes.num_pages)
 
     def jitted(self, shape: StepShape) -> Any:
         """The step of this shape, to be lowered with :meth:`arguments`; pages and last are donated.
@@ -161,15 +171,19 @@ class Step:
         where = Batch(table, jnp.where(count > 0, start + count, 0), cu_q_lens, write_to)
         attend_heads = self._attend(shape.q_tile)
 
-        def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return attend_heads(q, k, v, layer, where)
+        def attend(
+            i: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            own = where.shifted(i * self._sizes.num_pages, page_size) if self.stacked else where
+            return attend_heads(q, k, v, layer, own)
 
         decoder = self._decoder(leaves)
-        hidden, pages = decoder(jnp.where(tokens < 0, last[slot[row]], tokens), position, pages, attend)
+        tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
+        hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
         scores = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
         sampled = self._sample(scores, temperature, top_k, top_p, min_p, seed, start + count)
         last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
-        return pages, last, sampled
+        return (kept,) if self.stacked else kept, last, sampled
 
     def _attend(self, q_tile: int) -> Any:
         """Attention of the backend, on every device for its own heads."""

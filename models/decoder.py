@@ -24,7 +24,9 @@ from .quantize import matrix, project
 LayerCache = Any
 """What ``attend`` keeps for one layer; opaque to the model."""
 
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache]]
+Index = int | jax.Array
+
+Attend = Callable[[Index, jax.Array, jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache]]
 """``attend(layer, q [T, N, H], k [T, K, H], v [T, K, H], cache) -> (out [T, N, H], cache)``."""
 
 
@@ -81,7 +83,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(h, config.rms_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: int, cache: LayerCache
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Index, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
         qkv = project("TD,DKEH->TKEH", x, self.qkv, self.qkv_scale)
         if self.has_bias:
@@ -116,6 +118,39 @@ class Layer(nnx.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
         self.mlp = MLP(config, dtype, narrow, rngs)
 
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Index, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        out, cache = self.attention(self.input_norm(x), cos, sin, attend, layer, cache)
+        x = x + out
+        return x + self.mlp(self.post_attention_norm(x)), cache
+
+
+class Stack(nnx.Module):
+    """All layers in one whose arrays are ``[L, …]``, run in a loop: it is compiled once, not L times.
+
+    For compilers that read a layer out of the stack as they use it. XLA does so for TPUs; for GPUs it copies
+    its weights first.
+    """
+
+    def __init__(self, layer: Layer, count: int):
+        self.layer, self.count = layer, count
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        graph, arrays = nnx.split(self.layer)
+
+        def body(carry: tuple[jax.Array, LayerCache], each: Any) -> tuple[tuple[jax.Array, LayerCache], None]:
+            i, of_one = each
+            layer: Layer = nnx.merge(graph, of_one)
+            x, cache = carry
+            return layer(x, cos, sin, attend, i, cache), None
+
+        with jax.named_scope("layers"):
+            carry, _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.count), arrays))
+        return carry
+
 
 class Embedding(nnx.Module):
     """Token embedding table ``[V, D]``."""
@@ -144,27 +179,49 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, narrow: Any = None, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config, dtype, rngs)
-        self.layers = nnx.List([Layer(config, dtype, narrow, rngs) for _ in range(config.num_layers)])
+        self.layers: nnx.List[Layer] | Stack = nnx.List(
+            [Layer(config, dtype, narrow, rngs) for _ in range(config.num_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, dtype, rngs)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, cache: tuple[LayerCache, ...], attend: Attend
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Run ``tokens [T]`` int32 at ``positions [T]`` int32; return the final hidden states ``[T, D]`` and caches."""
+    def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """Run ``tokens [T]`` int32 at ``positions [T]`` int32; return the final hidden states ``[T, D]`` and the cache.
+
+        The cache is one of every layer, or for stacked layers one of them all, and that is what ``attend`` gets.
+        """
         c = self.config
         angle = positions[:, None, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = jnp.cos(angle), jnp.sin(angle)  # [T, 1, H / 2]
         x = self.embed.weight[...][tokens]
+        if isinstance(self.layers, Stack):
+            x, cache = self.layers(x, cos, sin, attend, cache)
+            return self.norm(x), cache
         caches = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                out, layer_cache = layer.attention(layer.input_norm(x), cos, sin, attend, i, cache[i])
-                x = x + out
-                x = x + layer.mlp(layer.post_attention_norm(x))
+                x, layer_cache = layer(x, cos, sin, attend, i, cache[i])
             caches.append(layer_cache)
         return self.norm(x), tuple(caches)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are a :class:`Stack`."""
+        return isinstance(self.layers, Stack)
+
+    def stack(self) -> None:
+        """Make the layers a :class:`Stack`, if they are none. Each parameter's arrays are given up once they are in the
+        stack, so it takes the memory of the largest one over all layers."""
+        if isinstance(self.layers, Stack):
+            return
+        count, (graph, _) = len(self.layers), nnx.split(self.layers[0])
+        states = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in self.layers]
+        self.layers = nnx.List([])
+        stacked = []
+        for path, leaf in list(states[0].items()):
+            stacked.append((path, leaf.replace(jnp.stack([state.pop(path)[...] for state in states]))))
+        self.layers = Stack(nnx.merge(graph, nnx.from_flat_state(stacked)), count)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the next token, ``[..., D] -> [..., V]`` float32."""

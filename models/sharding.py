@@ -77,8 +77,14 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
 
 
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
-    """How the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, of this shape is divided."""
+    """How the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, of this shape is divided.
+
+    In the stack of all layers (``("layers", "layer", …)``) it is divided as in each of them.
+    """
     parts = [str(part) for part in path]
+    if parts[:2] == ["layers", "layer"]:
+        of_one = spec(("layers", 0, *parts[2:]), shape[1:], mesh, rules)
+        return PartitionSpec(None, *of_one) if of_one else of_one
     name = ".".join(parts[2:] if parts[0] == "layers" else parts)
     scale = name.endswith(SCALE)
     name = name.removesuffix(SCALE)
@@ -110,13 +116,22 @@ def placed(state: nnx.State[Any, Any], mesh: Mesh, rules: Rules = RULES) -> nnx.
     return nnx.from_flat_state([(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
 
 
-def abstract_decoder(config: ModelConfig, dtype: Any, mesh: Mesh, *, narrow: Any = None) -> Decoder:
-    """A decoder whose arrays are shapes with their shardings.
+def abstract_decoder(
+    config: ModelConfig, dtype: Any, mesh: Mesh, *, narrow: Any = None, stacked: bool = False
+) -> Decoder:
+    """A decoder, its layers stacked or not, whose arrays are shapes with their shardings.
 
     Raises:
         CheckpointError: the mesh does not divide the model.
     """
     check_mesh(config, mesh)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, narrow=narrow, rngs=nnx.Rngs(0))))
+
+    def make() -> Decoder:
+        decoder = Decoder(config, dtype=dtype, narrow=narrow, rngs=nnx.Rngs(0))
+        if stacked:
+            decoder.stack()
+        return decoder
+
+    graph, state = nnx.split(nnx.eval_shape(make))
     decoder: Decoder = nnx.merge(graph, placed(state, mesh))
     return decoder

@@ -40,11 +40,24 @@ flags.DEFINE_list("target", ["v5e", "v6e", "7x"], f"Some of {', '.join(TARGETS)}
 flags.DEFINE_list("model", ["llama-3.1-8b", "qwen3-4b"], f"Some of {', '.join(PUBLISHED)}.")
 flags.DEFINE_list("tp", ["1", "4"], "Devices that share the model.")
 flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by default the one the engine would take.")
+flags.DEFINE_bool("scan", None, "The layers as one loop; by default as the engine does it, for TPUs.")
 flags.DEFINE_list("program", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_string("json", None, "Also write the figures to this file.")
 flags.DEFINE_string("markdown", None, "Also write the table to this file.")
 
-COLUMNS = ("target", "model", "tp", "attention", "program", "arguments GB", "aliased GB", "temp GB", "collectives", "s")
+COLUMNS = (
+    "target",
+    "model",
+    "tp",
+    "attention",
+    "layers",
+    "program",
+    "arguments GB",
+    "aliased GB",
+    "temp GB",
+    "collectives",
+    "s",
+)
 
 
 def cases() -> list[Case]:
@@ -52,7 +65,7 @@ def cases() -> list[Case]:
     if unknown := sorted({*FLAGS.target} - {*TARGETS} | {*FLAGS.model} - {*PUBLISHED} | {*FLAGS.program} - {*PROGRAMS}):
         raise app.UsageError(f"unknown: {', '.join(unknown)}")
     return [
-        Case(target, model, int(tp), FLAGS.attention)
+        Case(target, model, int(tp), FLAGS.attention, FLAGS.scan)
         for target in FLAGS.target
         for model in FLAGS.model
         for tp in FLAGS.tp
@@ -63,7 +76,8 @@ def row(figures: Figures) -> list[str]:
     """Of the table; sizes are of each device."""
     case, exchanges = figures.case, ", ".join(f"{n} {kind}" for kind, n in sorted(figures.collectives.items()))
     sizes = [f"{size / 1e9:.2f}" for size in (figures.arguments, figures.aliased)]
-    named = [case.target, case.model, str(case.tp), case.attention or "", figures.program]
+    layers = "loop" if case.scan else "unrolled"
+    named = [case.target, case.model, str(case.tp), case.attention or "", layers, figures.program]
     return [*named, *sizes, f"{figures.temp / 1e9:.3f}", exchanges or "none", f"{figures.seconds:.0f}"]
 
 

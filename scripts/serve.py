@@ -71,6 +71,7 @@ flags.DEFINE_integer("data_parallel", DEFAULT.data_parallel, "Copies of the mode
 flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
 flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
 flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
+flags.DEFINE_bool("scan_layers", None, "The layers as one loop, compiled once for all; by default on a TPU.")
 flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
 flags.DEFINE_string(
     "compile_cache",
@@ -97,6 +98,7 @@ def engine_config() -> EngineConfig:
         "tensor_parallel",
         "data_parallel",
         "attention",
+        "scan_layers",
         "policy",
         "max_queued",
     )

@@ -31,7 +31,7 @@ INT8_ALL = dataclasses.replace(
     residency="infercept",
 )
 """As many pages as NARROW has, in a quarter of the memory, and a host tier."""
-FP8_WEIGHTS = dataclasses.replace(NARROW, quantize="fp8")
+FP8_WEIGHTS = dataclasses.replace(NARROW, quantize="fp8", scan_layers=True)
 
 
 async def tokens(engine, prompt, n, **more) -> list[int]:

@@ -21,16 +21,17 @@ from astraea_jax.sampling import SamplingParams
 
 @pytest.fixture(scope="module")
 def shared(random_folder) -> Iterator[Engine]:
-    """Four devices, each with its quarter of a pool that is too small, and a host tier."""
+    """Four devices, each with its quarter of a pool that is too small, and a host tier; the layers are one loop. (Those
+    of test_hosts.py are unrolled.)"""
     sizes = {"kv_bytes": TIGHT.kv_bytes // 4, "host_kv_bytes": 80 * PAGE_BYTES}
-    config = dataclasses.replace(TIGHT, tensor_parallel=4, residency="always-offload", **sizes)
+    config = dataclasses.replace(TIGHT, tensor_parallel=4, residency="always-offload", scan_layers=True, **sizes)
     engine = Engine(wide_decoder(), Tokenizer.from_folder(random_folder), config)
     engine.start()
     yield engine
     engine.shutdown(grace_s=0)
 
 
-@pytest.mark.serves("reference", "tested", "tensor parallelism")
+@pytest.mark.serves("reference", "tested", "tensor parallelism", "layers in one loop")
 def test_four_devices_say_what_one_says(shared, wide_engine):
     """In chunks of prefill, preempted, and with KV that went to the host and came back in four parts."""
     assert run_programs(shared) == run_programs(wide_engine, alone=True)
@@ -46,7 +47,8 @@ def test_no_device_has_the_whole(shared):
     for array in (*runner._pages, *runner._leaves):
         parts = {shard.device: shard.data.size for shard in array.addressable_shards}
         assert set(parts) == set(jax.devices()[:4])
-        assert set(parts.values()) == {array.size // (4 if array.ndim > 1 else 1)}
+        norms = array.shape in ((WIDE.hidden_size,), (WIDE.num_layers, WIDE.hidden_size))
+        assert set(parts.values()) == {array.size // (1 if norms else 4)}
 
 
 def test_draws_are_those_of_one_device(shared, wide_engine):

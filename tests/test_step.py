@@ -9,6 +9,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support.wide import WIDE, wide_decoder
 
 from astraea_jax.kernels import Reference
@@ -26,11 +27,13 @@ def test_shapes_are_few_and_reach_the_largest_step():
     assert [s.tokens for s in step_shapes(64, 512)] == [8, 16, 32, 64, 128, 256, 512]
 
 
-def test_only_sums_move_between_devices():
-    """Compiled from shapes alone: two sums per layer and one of the embedding, [T, D] each; then scores change hands
-    from shares of the vocabulary to shares of the rows. No device asks for the weights or the KV of another."""
+@pytest.mark.parametrize("stacked", [False, True])
+def test_only_sums_move_between_devices(stacked):
+    """Compiled from shapes alone: two sums per layer, or of the loop over them, and one of the embedding, [T, D] each;
+    then scores change hands from shares of the vocabulary to shares of the rows. No device asks for the weights or the
+    KV of another."""
     mesh = mesh_of(jax.devices()[:2])
-    step = Step(abstract_decoder(WIDE, jnp.float32, mesh), Reference(), SIZES, mesh)
+    step = Step(abstract_decoder(WIDE, jnp.float32, mesh, stacked=stacked), Reference(), SIZES, mesh)
     shape = StepShape(4, 4, 1)
     compiled = step.jitted(shape).lower(*step.arguments(shape)).compile()
     moves = Counter()
@@ -38,7 +41,7 @@ def test_only_sums_move_between_devices():
         sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", result)]
         moves[kind, max(sizes)] += 1
     tokens_times_hidden = shape.tokens * WIDE.hidden_size
-    assert moves.pop(("all-reduce", tokens_times_hidden)) == 2 * WIDE.num_layers + 1
+    assert moves.pop(("all-reduce", tokens_times_hidden)) == 2 * (1 if stacked else WIDE.num_layers) + 1
     assert max(size for _, size in moves) <= shape.rows * WIDE.vocab_size // mesh.size, moves
     pages = sum(math.prod(layer.shape) for layer in step.pages) * 4 // mesh.size
     assert compiled.memory_analysis().alias_size_in_bytes >= pages, "the pages are meant to be written in place"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.sharding import TP
 
 PagedKV = tuple[jax.Array, ...]
-"""One array ``[P, …]`` per layer, in the form of the backend's pages; the step donates and returns them."""
+"""One array ``[P, …]`` per layer, in the form of the backend's pages, or for stacked layers one ``[L * P, …]``, layer
+after layer; the step donates and returns them."""
 
 
 def page_shape(
@@ -47,12 +49,20 @@ def pages_within(budget: int, page: int) -> int:
 
 
 def abstract_pages(
-    model: ModelConfig, backend: Backend, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh
+    model: ModelConfig,
+    backend: Backend,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    *,
+    stacked: bool = False,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of the pages of every layer, and how they lie on the devices: divided by heads."""
-    shape = (num_pages, *page_shape(model, backend, page_size, dtype, mesh.size))
+    """Shapes of the pages of every layer, or of all in one, and how they lie on the devices: divided by heads."""
+    one = page_shape(model, backend, page_size, dtype, mesh.size)
+    arrays, pages = (1, model.num_layers * num_pages) if stacked else (model.num_layers, num_pages)
     sharding = NamedSharding(mesh, heads_spec(backend.heads_axis))
-    return (jax.ShapeDtypeStruct(shape, backend.page_dtype(dtype), sharding=sharding),) * model.num_layers
+    return (jax.ShapeDtypeStruct((pages, *one), backend.page_dtype(dtype), sharding=sharding),) * arrays
 
 
 def heads_spec(axis: int) -> PartitionSpec:
@@ -61,28 +71,48 @@ def heads_spec(axis: int) -> PartitionSpec:
 
 
 def make_pages(abstract: tuple[jax.ShapeDtypeStruct, ...]) -> PagedKV:
-    """Zeroed pages for every layer. Page 0 is scrap: padding writes land there."""
-    return tuple(jnp.zeros(layer.shape, layer.dtype, device=layer.sharding) for layer in abstract)
+    """Zeroed pages. Page 0 of every layer is scrap: padding writes land there."""
+    return tuple(jnp.zeros(array.shape, array.dtype, device=array.sharding) for array in abstract)
 
 
-def gather_pages(pages: PagedKV, ids: jax.Array) -> jax.Array:
-    """A block ``[n, L, …]`` of the pages ``ids [n]`` int32, one contiguous piece each."""
-    return jnp.stack([layer[ids] for layer in pages], axis=1)
+def gather_pages(pages: PagedKV, ids: jax.Array, num_pages: int) -> jax.Array:
+    """A block ``[n, L, …]`` of the pages ``ids [n]`` int32, one contiguous piece each; a layer has ``num_pages``."""
+    return jnp.concatenate([array[_of_layers(array, ids, num_pages)] for array in pages], axis=1)
 
 
-def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array) -> PagedKV:
-    """Write a block to the pages ``ids [n]`` int32, all different; ids beyond the pool are passed over."""
-    return tuple(layer.at[ids].set(block[:, i], mode="drop", unique_indices=True) for i, layer in enumerate(pages))
+def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: int) -> PagedKV:
+    """Write a block to the pages ``ids [n]`` int32, all different; ids beyond the ``num_pages`` of a layer are passed
+    over."""
+    parts = jnp.split(block, len(pages), axis=1)
+    return tuple(
+        array.at[_of_layers(array, ids, num_pages)].set(part, mode="drop", unique_indices=True)
+        for array, part in zip(pages, parts, strict=True)
+    )
 
 
-def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding) -> tuple[Any, Any]:
+def _of_layers(array: jax.Array, ids: jax.Array, num_pages: int) -> jax.Array:
+    """Where the pages ``ids [n]`` of each layer lie in an array of one or more, ``[n, layers]``."""
+    there = ids[:, None] + jnp.arange(0, array.shape[0], num_pages, dtype=jnp.int32)
+    beyond = array.shape[0] + jnp.arange(there.size, dtype=jnp.int32).reshape(there.shape)
+    return jnp.where(ids[:, None] < num_pages, there, beyond)
+
+
+def jitted_transfers(
+    pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding, num_pages: int
+) -> tuple[Any, Any]:
     """:func:`gather_pages` and :func:`scatter_pages` (which is donated the pages), to be lowered for every block size.
 
     Args:
-        pages: shapes of the pages of every layer.
+        pages: their shapes.
         ids: where page ids lie.
+        num_pages: of each layer.
     """
-    layers, block = tuple(layer.sharding for layer in pages), block_sharding(pages[0])
-    gather = jax.jit(gather_pages, in_shardings=(layers, ids), out_shardings=block)
-    scatter = jax.jit(scatter_pages, in_shardings=(layers, block, ids), out_shardings=layers, donate_argnums=0)
+    arrays, block = tuple(array.sharding for array in pages), block_sharding(pages[0])
+    gather = jax.jit(partial(gather_pages, num_pages=num_pages), in_shardings=(arrays, ids), out_shardings=block)
+    scatter = jax.jit(
+        partial(scatter_pages, num_pages=num_pages),
+        in_shardings=(arrays, block, ids),
+        out_shardings=arrays,
+        donate_argnums=0,
+    )
     return gather, scatter

@@ -23,6 +23,10 @@ class Batch(NamedTuple):
     slots: jax.Array
     """``[T]`` int32, where each token's keys and values go: page * S + offset; padding goes to page 0, the scrap."""
 
+    def shifted(self, pages: int | jax.Array, page_size: int) -> Batch:
+        """The same, so many pages further on."""
+        return self._replace(page_table=self.page_table + pages, slots=self.slots + pages * page_size)
+
 
 class Backend(Protocol):
     """Ragged paged attention of one layer on one kind of device."""

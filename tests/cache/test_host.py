@@ -32,10 +32,10 @@ class Pools:
         self.pages = tuple(numbers)
 
     def gather(self, pages):
-        return gather_pages(self.pages, np.asarray(pages))
+        return gather_pages(self.pages, np.asarray(pages), PAGES)
 
     def scatter(self, block, pages):
-        self.pages = scatter_pages(self.pages, block, pages)
+        self.pages = scatter_pages(self.pages, block, pages, PAGES)
 
     def wipe(self):
         self.pages = tuple(jnp.full_like(layer, jnp.nan) for layer in self.pages)
@@ -194,7 +194,6 @@ def test_pages_sharded_by_heads_keep_their_shards():
         import jax, jax.numpy as jnp, numpy as np, sys
         from jax.sharding import NamedSharding, PartitionSpec as P
         from astraea_jax.cache.host import block_sharding
-        from astraea_jax.cache.paged import gather_pages, scatter_pages
         sys.path.insert(0, "tests/cache")
         import test_host as t
         mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -76,9 +76,11 @@ def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dty
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.serves("pallas", "interpreted", "the engine's tokens, against dense attention")
+@pytest.mark.serves("pallas", "interpreted", "the engine's tokens, against dense attention", "layers in one loop")
 async def test_serves_the_same_tokens(make_engine, greedy):
-    engine = make_engine(dataclasses.replace(SMALL, attention="pallas-interpreted", max_step_tokens=8))
+    """In a loop over the layers, as on a TPU."""
+    config = dataclasses.replace(SMALL, attention="pallas-interpreted", max_step_tokens=8, scan_layers=True)
+    engine = make_engine(config)
     prompt = list(range(40, 63))
     generation = engine.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True))
     assert [token async for delta in generation for token in delta.token_ids] == greedy(prompt, 6)

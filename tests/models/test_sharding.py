@@ -48,6 +48,22 @@ def test_checkpoints_are_read_into_their_shardings(save, mesh, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_stacked_layers_lie_as_each_layer_did(mesh, tmp_path):
+    save_hf(wide_decoder(), tmp_path)
+    decoder = load(tmp_path, jnp.float32, mesh)
+    apart = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in decoder.layers]
+    decoder.stack()
+    decoder.stack()  # once is enough
+    check_parts(decoder, mesh)
+    stacked = dict(nnx.to_flat_state(nnx.state(decoder.layers.layer)))
+    assert stacked.keys() == apart[0].keys()
+    for path, leaf in stacked.items():
+        np.testing.assert_array_equal(leaf[...], np.stack([layer[path][...] for layer in apart]))
+    shapes = nnx.state(abstract_decoder(WIDE, jnp.float32, mesh, stacked=True))
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(decoder)), jax.tree.leaves(shapes), strict=True):
+        assert (ours.shape, ours.sharding) == (theirs.shape, theirs.sharding)
+
+
 def test_random_weights_are_made_where_they_belong(mesh):
     config = dataclasses.replace(SHAPES[1], num_layers=1)  # the compiler is slow at random numbers
     check_parts(random_decoder(config, jnp.float32, 3, mesh), mesh)
