@@ -27,6 +27,7 @@ from astraea_jax.cache.paged import page_bytes
 from astraea_jax.config import DEVICE_KV_SHARE, EngineConfig
 from astraea_jax.kernels import choose
 from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 from astraea_jax.step import Sizes, Step
 
@@ -85,6 +86,9 @@ class Case:
     """None: what the engine would take."""
     scan: bool | None = None
     """The layers are one loop. None: as the engine would do it."""
+    quantize: str | None = None
+    """See :class:`~astraea_jax.config.EngineConfig`, as the next."""
+    kv_dtype: str | None = None
 
 
 @dataclass
@@ -160,18 +164,20 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
     target = TARGETS[case.target]
     scan = target.platform == "tpu" if case.scan is None else case.scan
-    decoder = abstract_decoder(model, dtype, mesh, stacked=scan)
+    narrow = EIGHT_BITS[case.quantize] if case.quantize else None
+    kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
+    decoder = abstract_decoder(model, dtype, mesh, narrow=narrow, stacked=scan)
     backend = choose(
         case.attention,
         "gpu" if target.platform == "cuda" else target.platform,
         kv_heads=model.num_kv_heads // case.tp,
         head_dim=model.head_dim,
         page_size=config.page_size,
-        dtype=dtype,
+        dtype=kv_dtype,
         ahead=True,
     )
     weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
-    page = page_bytes(model, backend, config.page_size, dtype, case.tp) // case.tp
+    page = page_bytes(model, backend, config.page_size, kv_dtype, case.tp) // case.tp
     count = int(DEVICE_KV_SHARE * (target.memory - weights)) // page
     if count * config.page_size < MAX_CONTEXT:
         raise Unfit(
@@ -179,7 +185,7 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
             f"{MAX_CONTEXT} tokens"
         )
     width = MAX_CONTEXT // config.page_size
-    sizes = Sizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, dtype)
+    sizes = Sizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype)
     return Step(decoder, backend, sizes, mesh)
 
 

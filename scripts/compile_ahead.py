@@ -31,9 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from astraea_jax.ahead import PROGRAMS, TARGETS, Case, Figures, Unfit, compile_case
+from astraea_jax.config import KV_DTYPES
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS
 from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.quantize import EIGHT_BITS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("target", ["v5e", "v6e", "7x"], f"Some of {', '.join(TARGETS)}.")
@@ -41,6 +43,8 @@ flags.DEFINE_list("model", ["llama-3.1-8b", "qwen3-4b"], f"Some of {', '.join(PU
 flags.DEFINE_list("tp", ["1", "4"], "Devices that share the model.")
 flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by default the one the engine would take.")
 flags.DEFINE_bool("scan", None, "The layers as one loop; by default as the engine does it, for TPUs.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
+flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits.")
 flags.DEFINE_list("program", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_string("json", None, "Also write the figures to this file.")
 flags.DEFINE_string("markdown", None, "Also write the table to this file.")
@@ -65,7 +69,7 @@ def cases() -> list[Case]:
     if unknown := sorted({*FLAGS.target} - {*TARGETS} | {*FLAGS.model} - {*PUBLISHED} | {*FLAGS.program} - {*PROGRAMS}):
         raise app.UsageError(f"unknown: {', '.join(unknown)}")
     return [
-        Case(target, model, int(tp), FLAGS.attention, FLAGS.scan)
+        Case(target, model, int(tp), FLAGS.attention, FLAGS.scan, FLAGS.quantize, FLAGS.kv_dtype)
         for target in FLAGS.target
         for model in FLAGS.model
         for tp in FLAGS.tp
@@ -77,7 +81,8 @@ def row(figures: Figures) -> list[str]:
     case, exchanges = figures.case, ", ".join(f"{n} {kind}" for kind, n in sorted(figures.collectives.items()))
     sizes = [f"{size / 1e9:.2f}" for size in (figures.arguments, figures.aliased)]
     layers = "loop" if case.scan else "unrolled"
-    named = [case.target, case.model, str(case.tp), case.attention or "", layers, figures.program]
+    dtypes = [case.quantize or "bf16", case.kv_dtype or "bf16"]
+    named = [case.target, case.model, str(case.tp), *dtypes, case.attention or "", layers, figures.program]
     return [*named, *sizes, f"{figures.temp / 1e9:.3f}", exchanges or "none", f"{figures.seconds:.0f}"]
 
 
@@ -145,7 +150,7 @@ def main(_: list[str]) -> None:
     table = Table(*COLUMNS)
     for figures in done:
         table.add_row(*row(figures), style="red" if figures.failures else None)
-    Console(width=160).print(table)
+    Console(width=180).print(table)
     for line in unfit:
         print(f"does not fit: {line}")
     sys.exit(any(figures.failures for figures in done))

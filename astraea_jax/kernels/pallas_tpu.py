@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from astraea_jax.errors import StartupError
 
-from .backend import Batch
+from .backend import Batch, stored
 from .tiles import cut, most, queries
 
 LANES = 128
@@ -68,8 +68,10 @@ class PallasTPU:
         Raises:
             StartupError: the kernels do not compute ``dtype``, or pages of this size.
         """
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-            raise StartupError(f"attention {self.name!r} keeps bfloat16 and float32, not {jnp.dtype(dtype).name}")
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn):
+            raise StartupError(
+                f"attention {self.name!r} keeps bfloat16, float32 and float8, not {jnp.dtype(dtype).name}"
+            )
         if not self.interpret and page_size % SUBLANES:
             raise StartupError(
                 f"attention {self.name!r} needs pages of a multiple of {SUBLANES} tokens, not {page_size}"
@@ -129,7 +131,7 @@ def write_kv(
     """
     _, sides, heads, s, lanes = pages.shape
     rows = batch.kv_lens.shape[0]
-    new = _in_lanes(k, v, lanes).astype(pages.dtype)  # [T, sides, K, lanes]
+    new = stored(_in_lanes(k, v, lanes), pages.dtype)  # [T, sides, K, lanes]
     past = batch.kv_lens - (batch.cu_q_lens[1:] - batch.cu_q_lens[:-1])
     if decode:
         row = jnp.arange(rows)
@@ -188,7 +190,8 @@ def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, inte
     _, sides, heads, s, lanes = pages.shape
     tiles = cut(batch.kv_lens, batch.cu_q_lens, q_tile, most(t, batch.kv_lens.shape[0], q_tile))
     count = tiles.row.shape[0]
-    padded = jnp.pad(q.astype(pages.dtype), ((0, 0), (0, 0), (0, lanes - h)))
+    wide = q.dtype if pages.dtype.itemsize == 1 else pages.dtype  # what is multiplied
+    padded = jnp.pad(q.astype(wide), ((0, 0), (0, 0), (0, lanes - h)))
     if q_tile == 1:
         tiled = padded.reshape(t, heads, n // heads, lanes)
     else:
@@ -279,8 +282,8 @@ def _attend_kernel(
         seen = at <= jnp.minimum(position[tile] + jax.lax.rem(lane, q_tile), reach[tile] - 1)
         inside = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) < reach[tile]
         for head in range(heads):
-            k = buffer[side, :, 0, head].reshape(size, -1)
-            v = buffer[side, :, sides - 1, head].reshape(size, -1)
+            k = buffer[side, :, 0, head].reshape(size, -1).astype(q.dtype)
+            v = buffer[side, :, sides - 1, head].reshape(size, -1).astype(q.dtype)
             v = jnp.where(inside, v, 0)  # beyond its reach it may be NaN, which a weight of 0 keeps
             scores = jnp.where(seen, scale * _product(q[0, head], k, 1), NEVER)
             _take_in(scores, v, *(ref.at[head] for ref in state))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from astraea_jax.errors import StartupError
 
-from .backend import Batch
+from .backend import Batch, stored
 from .pallas_tpu import LANES, VMEM_BYTES, check_page_table
 
 QUERIES_PER_BLOCK = 32
@@ -35,8 +35,8 @@ class TokamaxRPA:
         """
         if importlib.util.find_spec("tokamax") is None:
             raise StartupError("tokamax is not installed; on Python 3.12 or newer, install the [tpu] extra")
-        if jnp.dtype(dtype) != jnp.bfloat16:
-            raise StartupError(f"attention 'tokamax' keeps bfloat16, not {jnp.dtype(dtype).name}")
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float8_e4m3fn):
+            raise StartupError(f"attention 'tokamax' keeps bfloat16 and float8, not {jnp.dtype(dtype).name}")
         if head_dim not in (64, 128, 256):
             raise StartupError(f"attention 'tokamax' has heads of 64, 128 or 256 dimensions, not {head_dim}")
         if page_size % 16:
@@ -60,8 +60,8 @@ class TokamaxRPA:
         decode = rows if q_tile == 1 else jnp.sum(jnp.cumprod(q_lens == 1))
         out, pages = ops.ragged_paged_attention(
             q,
-            k.astype(pages.dtype),
-            v.astype(pages.dtype),
+            stored(k, pages.dtype),
+            stored(v, pages.dtype),
             pages,
             batch.kv_lens,
             batch.page_table.reshape(-1),
@@ -87,8 +87,8 @@ class JaxRPA:
         """
         if head_dim != LANES:
             raise StartupError(f"attention 'jax-rpa' has heads of {LANES} dimensions, not {head_dim}")
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-            raise StartupError(f"attention 'jax-rpa' keeps bfloat16 and float32, not {jnp.dtype(dtype).name}")
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn):
+            raise StartupError(f"attention 'jax-rpa' keeps bfloat16, float32 and float8, not {jnp.dtype(dtype).name}")
         return (page_size, 2 * kv_heads, head_dim)
 
     def page_dtype(self, dtype: Any) -> Any:
@@ -103,7 +103,7 @@ class JaxRPA:
 
         check_page_table(batch)
         size = pages.shape[1]
-        kv = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]).astype(pages.dtype)
+        kv = stored(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), pages.dtype)
         pages = pages.at[batch.slots // size, batch.slots % size].set(kv)
         rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1])
         out = ragged_paged_attention(

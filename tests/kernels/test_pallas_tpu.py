@@ -44,31 +44,35 @@ def to_lanes(pages: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.serves("pallas", "interpreted", "prefill and decode in one step", "grouped queries, any ratio", "bfloat16")
+@pytest.mark.serves("pallas", "interpreted", "fp8 KV")
 @pytest.mark.parametrize(
-    ("decode", "kv_heads", "group", "head", "dtype"),
+    ("decode", "kv_heads", "group", "head", "dtype", "kv_dtype"),
     [
-        (True, 1, 8, 128, "float32"),
-        (True, 2, 4, 64, "bfloat16"),  # a key and a value share the lanes
-        (False, 2, 1, 128, "float32"),
-        (False, 1, 4, 16, "bfloat16"),
+        (True, 1, 8, 128, "float32", "float32"),
+        (True, 2, 4, 64, "bfloat16", "bfloat16"),  # a key and a value share the lanes
+        (True, 2, 2, 64, "bfloat16", "float8_e4m3fn"),
+        (False, 2, 1, 128, "float32", "float32"),
+        (False, 1, 4, 16, "bfloat16", "bfloat16"),
     ],
 )
 @settings(deadline=None, max_examples=4)
 @given(data=st.data())
-def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dtype, data):
+def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dtype, kv_dtype, data):
     q_lens, past = np.array(data.draw(lengths(decode))).T
     past = np.where(q_lens > 0, past, 0)
     case = Ragged.make(SIZE, kv_heads, group, head, q_lens.tolist(), past.tolist(), data.draw(seeds), LONGEST)
-    rounded = {name: getattr(case, name).astype(dtype).astype(np.float32) for name in ("q", "k", "v", "pages")}
+    dtypes = {"q": dtype, "k": kv_dtype, "v": kv_dtype, "pages": kv_dtype}
+    rounded = {name: getattr(case, name).astype(of_it).astype(np.float32) for name, of_it in dtypes.items()}
     case = dataclasses.replace(case, **rounded)
     expected, written = case.expected()
     table = case.batch.page_table.copy()
     for row, length in zip(table, case.batch.kv_lens):
         row[-(-length // SIZE) :] = 2**30  # what lies beyond a context may be any number
 
-    shape = PallasTPU().page_shape(kv_heads, SIZE, head, dtype)
-    arrays = [jnp.asarray(x, dtype) for x in (case.q, case.k, case.v, to_lanes(case.pages, shape))]
-    out, result = own(*arrays, case.batch._replace(page_table=table), q_tile=1 if decode else 4)
+    shape = PallasTPU().page_shape(kv_heads, SIZE, head, kv_dtype)
+    tokens = [jnp.asarray(x, dtype) for x in (case.q, case.k, case.v)]
+    pages = jnp.asarray(to_lanes(case.pages, shape), kv_dtype)
+    out, result = own(*tokens, pages, case.batch._replace(page_table=table), q_tile=1 if decode else 4)
 
     tolerance = 1e-4 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=tolerance, atol=tolerance)
