@@ -143,6 +143,10 @@ class EngineConfig:
         """
         return self.weight_dtype() if self.kv_dtype is None else _on_device(EIGHT_BITS[self.kv_dtype], "kv_dtype")
 
+    def stacks(self) -> bool:
+        """Whether the layers are one loop."""
+        return jax.default_backend() == "tpu" if self.scan_layers is None else self.scan_layers
+
     def backend(self, model: ModelConfig) -> Backend:
         """Of attention, for this model.
 
@@ -199,7 +203,6 @@ class Layout:
     kv_dtype: Any
     backend: Backend
     """Of attention."""
-    scan_layers: bool
     num_pages: int
     """Scrap page included."""
     page_bytes: int
@@ -230,7 +233,6 @@ class Layout:
             dtype=config.weight_dtype(),
             kv_dtype=kv_dtype,
             backend=backend,
-            scan_layers=jax.default_backend() == "tpu" if config.scan_layers is None else config.scan_layers,
             num_pages=num_pages,
             page_bytes=one,
             host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),

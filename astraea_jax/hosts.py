@@ -253,7 +253,7 @@ class FollowingRunner(Runner):
 
 
 def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Runner:
-    """That of the only process, or of the first of several. It stacks the decoder's layers if the layout says so."""
+    """That of the only process, or of the first of several. It stacks the decoder's layers if that is configured."""
     return _runner(Runner if jax.process_count() == 1 else LeadingRunner, decoder, config, layout, mesh)
 
 
@@ -281,7 +281,7 @@ _R = TypeVar("_R", bound=Runner)
 
 
 def _runner(kind: type[_R], decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> _R:
-    if layout.scan_layers:
+    if config.stacks():
         decoder.stack()
     sizes = Sizes(
         num_pages=layout.num_pages,

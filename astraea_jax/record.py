@@ -118,6 +118,8 @@ def define_flags(name: str, values: flags.FlagValues = flags.FLAGS) -> None:
         "record", lambda on: not on or inside.is_dir(), f"there is no {inside} to write to", flag_values=values
     )
     flags.DEFINE_string("revision", None, "Names the code where git cannot.", flag_values=values)
+    for flag in ("json", "record", "revision"):
+        values.register_key_flag_for_module(sys.argv[0], values[flag])  # or else --help would not show it
     if values is flags.FLAGS:  # what JAX tells about backends that it did not find is noise
         logging.set_verbosity(logging.WARNING)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.models.config import ModelConfig
 
 QUEUED = 4
@@ -88,19 +89,32 @@ def layer_weights(c: ModelConfig) -> int:
     return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
 
-def decode_bytes(c: ModelConfig, itemsize: int, kv_token_bytes: float, steps: int, read_tokens: float) -> float:
-    """What ``steps`` decode steps read: every weight but the embedding rows of other tokens, and KV.
+@dataclass(frozen=True)
+class Work:
+    """What a model asks of each of the devices that share it."""
 
-    Args:
-        itemsize: bytes of one weight.
-        kv_token_bytes: KV of one token over all layers.
-        read_tokens: sum of the contexts of all decoded tokens.
-    """
-    return steps * (layer_weights(c) + c.vocab_size * c.hidden_size) * itemsize + read_tokens * kv_token_bytes
+    model: ModelConfig
+    weights: int
+    """Bytes of all weights that a decode step reads: every one but the embedding rows of other tokens."""
+    kv_token: float
+    """Bytes of one token's keys and values."""
+    devices: int = 1
 
+    @classmethod
+    def of(cls, model: ModelConfig, config: EngineConfig, layout: Layout) -> Work:
+        """Of an engine; weights count as the configuration has them, even if the checkpoint's were in eight bits."""
+        wide, narrow = layout.dtype.itemsize, config.narrow_dtype()
+        layers = layer_weights(model) * (narrow.itemsize if narrow else wide)
+        weights = layers + model.vocab_size * model.hidden_size * wide
+        return cls(model, weights, layout.page_bytes / config.page_size, config.tensor_parallel)
 
-def prefill_operations(c: ModelConfig, prompts: Sequence[int]) -> float:
-    """Floating-point operations of computing prompts of these lengths, and one token's scores of each."""
-    attention = 2 * c.num_layers * c.num_heads * c.head_dim  # two products, causal: half of each square
-    head = 2 * c.vocab_size * c.hidden_size
-    return sum(2 * layer_weights(c) * n + attention * n * n + head for n in prompts)
+    def decode_bytes(self, steps: int, read_tokens: float) -> float:
+        """What so many decode steps read, whose decoded tokens have contexts of ``read_tokens`` in all."""
+        return (steps * self.weights + read_tokens * self.kv_token) / self.devices
+
+    def prefill_operations(self, prompts: Sequence[int]) -> float:
+        """Floating-point operations of computing prompts of these lengths, and one token's scores of each."""
+        c = self.model
+        attention = 2 * c.num_layers * c.num_heads * c.head_dim  # two products, causal: half of each square
+        head = 2 * c.vocab_size * c.hidden_size
+        return sum(2 * layer_weights(c) * n + attention * n * n + head for n in prompts) / self.devices

@@ -213,6 +213,10 @@ def make_pool(name: str, case: Case, seed: int) -> Pool:
         pages = jnp.tile(some, (-(-shape[0] // len(some)), 1, 1, 1, 1))[: shape[0]]
         if name == "flashinfer":
             return tuple(jnp.moveaxis(pages, (1, 2), (0, 3)))
+        if name in ("tokamax", "jax-rpa"):  # of every token its heads, of each the key, then the value
+            of_token = pages.transpose(0, 3, 2, 1, 4)
+            sizes = FLAGS.kv_heads, FLAGS.page_size, FLAGS.head_dim, np.dtype(FLAGS.kv_dtype)
+            return of_token.reshape(len(pages), *BACKENDS[name]().page_shape(*sizes))
         return pages.view(bits_of(name)) if name in BACKENDS else pages
 
     return jax.block_until_ready(make(jax.random.key(seed)))

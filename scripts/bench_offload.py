@@ -26,10 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from astraea_jax.cache.host import HostStore, has_pinned_host
 from astraea_jax.cache.paged import page_bytes
-from astraea_jax.config import DTYPES, STAGING_PAGES, EngineConfig
+from astraea_jax.config import STAGING_PAGES
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import random_decoder
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
+from astraea_jax.options import engine_flags
 from astraea_jax.record import Section, define_flags, publish
 from astraea_jax.roofline import Floors, best_seconds
 from astraea_jax.runner import Runner
@@ -42,9 +43,8 @@ from astraea_jax.step import Sizes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
-flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
+options = engine_flags("dtype", "attention", "scan_layers", "page_size")
 flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192", "16384", "32768"], "Tokens to bring back or compute.")
-flags.DEFINE_integer("page_size", 16, "Tokens per page.", lower_bound=1)
 flags.DEFINE_integer("chunk", 512, "Tokens of a prefill step.", lower_bound=16)
 flags.DEFINE_integer("batch", 32, "Programs that decode while transfers run.", lower_bound=1)
 flags.DEFINE_integer("context", 256, "Tokens of each of them.", lower_bound=1)
@@ -72,7 +72,7 @@ class Bench:
         size = FLAGS.page_size
         longest = max(*lengths, FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) + 16
         self.config = model_config(longest)
-        engine = EngineConfig(dtype=FLAGS.dtype, page_size=size)
+        engine = options()
         self.dtype, backend = engine.weight_dtype(), engine.backend(self.config)
         self.page_bytes = page_bytes(self.config, backend, size, self.dtype)
         running = FLAGS.batch * -(-(FLAGS.context + FLAGS.steps * (2 * FLAGS.repeats + 4)) // size)
@@ -84,8 +84,11 @@ class Bench:
             "max_seqs": FLAGS.batch,
             "max_step_tokens": max(FLAGS.chunk, FLAGS.batch),
         }
+        decoder = random_decoder(self.config, self.dtype, seed=0)
+        if engine.stacks():
+            decoder.stack()
         self.runner = Runner(
-            random_decoder(self.config, self.dtype, seed=0),
+            decoder,
             backend,
             Sizes(
                 num_pages=pages + len(self.spare), max_pages_per_seq=-(-longest // size), kv_dtype=self.dtype, **sizes
@@ -256,7 +259,7 @@ def main(_: list[str]) -> None:
         raise app.UsageError("--lengths: at least one is needed, all above 0")
     if not has_pinned_host():
         raise SystemExit("cannot measure: this backend cannot pin host memory")
-    floors = Floors.measure(EngineConfig(dtype=FLAGS.dtype).weight_dtype())
+    floors = Floors.measure(options().weight_dtype())
     try:
         bench = Bench(lengths)
     except CheckpointError as error:

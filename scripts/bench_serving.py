@@ -32,27 +32,24 @@ from absl import app, flags
 from rich.console import Console
 from serving_load import Latencies, Load, Slo, offline, online
 
-from astraea_jax.config import DTYPES, EngineConfig
 from astraea_jax.engine import Engine
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
+from astraea_jax.options import MODEL, engine_flags, engine_title
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.record import Environment, Section, command, define_flags, publish
-from astraea_jax.roofline import Floors, decode_bytes, prefill_operations
+from astraea_jax.roofline import Floors, Work
 
 PEERS = ("transformers", "torch", "vllm", "sglang")
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
-flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
+options = engine_flags(*MODEL, "max_seqs", "max_step_tokens", max_seqs=32)
 flags.DEFINE_integer("prompts", 64, "Prompts of the offline run.", lower_bound=2)
 flags.DEFINE_integer("input", 128, "Tokens of a prompt.", lower_bound=1)
 flags.DEFINE_integer("output", 64, "Tokens made for it.", lower_bound=2)
 flags.DEFINE_float("spread", 0.0, "Both are up to this much shorter or longer, evenly.", 0.0, 0.99)
-flags.DEFINE_integer("max_seqs", 32, "Segments that run at once.", lower_bound=1)
-flags.DEFINE_integer("max_step_tokens", 512, "Tokens of one step.", lower_bound=1)
-flags.DEFINE_integer("kv_bytes", None, "Device memory for KV pages; by default what is free (512 MiB on a CPU).", 1)
 flags.DEFINE_list("load", ["0.5", "0.8"], "Rates of arrival, as shares of the offline run's; empty: no online run.")
 flags.DEFINE_list("rate", [], "Rates of arrival in requests per second, instead.")
 flags.DEFINE_integer("arrivals", None, "Prompts of each online run; by default as many as offline.", lower_bound=2)
@@ -113,14 +110,7 @@ def open_device() -> float:
 
 def start_engine(device_s: float) -> tuple[Engine, dict[str, float]]:
     """A started engine, and where the time went, in seconds."""
-    config = EngineConfig(
-        max_seqs=FLAGS.max_seqs,
-        max_step_tokens=FLAGS.max_step_tokens,
-        kv_bytes=FLAGS.kv_bytes,
-        dtype=FLAGS.dtype,
-        max_queued=max(1024, FLAGS.prompts),
-        compile_cache=FLAGS.compile_cache,
-    )
+    config = options(max_queued=max(1024, FLAGS.prompts), compile_cache=FLAGS.compile_cache)
     with StartupDisplay() as display:
         began = time.perf_counter()
         if FLAGS.random_weights:
@@ -137,26 +127,27 @@ def start_engine(device_s: float) -> tuple[Engine, dict[str, float]]:
 def serve() -> None:
     """The offline run, then the online ones; what there is so far is written down after each."""
     device_s = open_device()
-    dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
+    dtype = options().weight_dtype()
     floors = Floors.measure(dtype)  # now, while there is memory
     engine, start = start_engine(device_s)
     offline(engine, load(1).first(2))  # to warm up
     work = load(0)
     done = offline(engine, work)
-    c, kv_token = engine.model_config, engine.layout.page_bytes / engine.config.page_size
-    decode = decode_bytes(c, dtype.itemsize, kv_token, work.decode_steps(FLAGS.max_seqs), work.read_tokens())
-    alone = decode_bytes(c, dtype.itemsize, kv_token, 1, FLAGS.input + FLAGS.output / 2)
+    ideal = Work.of(engine.model_config, engine.config, engine.layout)
+    decode = ideal.decode_bytes(work.decode_steps(FLAGS.max_seqs), work.read_tokens())
+    alone = ideal.decode_bytes(1, FLAGS.input + FLAGS.output / 2)
     found: dict[str, Any] = {
         "start": start,
         "environment": asdict(Environment.here()),
         "floors": asdict(floors),
         "dtype": dtype.name,
+        "engine": engine_title(engine),
         "offline": {
             **asdict(done),
-            "prefill_floor_s": floors.matmul_s(prefill_operations(c, [len(p) for p in work.prompts])),
+            "prefill_floor_s": floors.matmul_s(ideal.prefill_operations([len(p) for p in work.prompts])),
             "decode_floor_s": floors.read_s(decode),
         },
-        "ttft_floor_s": floors.matmul_s(prefill_operations(c, [FLAGS.input])),
+        "ttft_floor_s": floors.matmul_s(ideal.prefill_operations([FLAGS.input])),
         "tpot_floor_s": floors.read_s(alone),
         "online": [],
     }
@@ -245,7 +236,7 @@ def offline_section(found: dict[str, Any]) -> Section:
         ("input and output", f"{(o['input_tokens'] + o['output_tokens']) / seconds:,.0f} /s", "", ""),
     ]
     spread = f" ± {FLAGS.spread:.0%}" if FLAGS.spread else ""
-    title = f"{FLAGS.model}{', random weights' if FLAGS.random_weights else ''}, {found['dtype']}: {FLAGS.prompts} "
+    title = f"{FLAGS.model}{', random weights' if FLAGS.random_weights else ''}, {found['engine']}: {FLAGS.prompts} "
     title += f"prompts at once, {FLAGS.input} in, {FLAGS.output} out{spread}, {FLAGS.max_seqs} running"
     return Section(title, ("", "measured", "floor", "floor / measured"), rows)
 
@@ -342,7 +333,7 @@ def measure(rates: int) -> None:
     if rates:
         sections.append(online_section(found, rates))
     starts = {"first": first, "again": found}
-    figures = {key: found[key] for key in ("dtype", "offline", "online", "ttft_floor_s", "tpot_floor_s")}
+    figures = {key: found[key] for key in ("dtype", "engine", "offline", "online", "ttft_floor_s", "tpot_floor_s")}
     figures["start"] = {key: s if isinstance(s, str) else s["start"] for key, s in starts.items()}
     environment = replace(Environment(**found["environment"]), command=command(sys.argv))
     publish(

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine, StepTimes
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.options import MODEL, engine_flags, engine_title
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.record import Section, define_flags, publish
-from astraea_jax.roofline import Floors, decode_bytes, prefill_operations
+from astraea_jax.roofline import Floors, Work
 from astraea_jax.sampling import SamplingParams
 
 FLAGS = flags.FLAGS
@@ -43,7 +43,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
-flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; the backend's default otherwise.")
+options = engine_flags(*MODEL)
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )
@@ -71,12 +71,7 @@ class Figures:
 
 
 def load_engine(display: StartupDisplay) -> Engine:
-    config = EngineConfig(
-        max_seqs=FLAGS.batch,
-        max_step_tokens=step_tokens(),
-        dtype=FLAGS.dtype,
-        compile_cache=FLAGS.compile_cache,
-    )
+    config = options(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), compile_cache=FLAGS.compile_cache)
     span = max(max(context_lengths()) + output_tokens(), FLAGS.prefill + 1)
     if FLAGS.random_weights:
         engine = Engine.with_random_weights(FLAGS.model, config)
@@ -137,9 +132,8 @@ async def prefill(engine: Engine) -> float:
 def measure(engine: Engine, floors: Floors, compile_s: float) -> Figures:
     prefill_s = asyncio.run(prefill(engine))
     took, spent = asyncio.run(decode(engine))
-    c, item = engine.model_config, engine.layout.dtype.itemsize
-    contexts = FLAGS.batch * (FLAGS.context + FLAGS.steps / 2)
-    step_bytes = decode_bytes(c, item, engine.layout.page_bytes / engine.config.page_size, 1, contexts)
+    work = Work.of(engine.model_config, engine.config, engine.layout)
+    step_bytes = work.decode_bytes(1, FLAGS.batch * (FLAGS.context + FLAGS.steps / 2))
     per_step = 1e3 / spent.steps
     return Figures(
         decode_ms=took * per_step,
@@ -152,7 +146,7 @@ def measure(engine: Engine, floors: Floors, compile_s: float) -> Figures:
         commit_ms=spent.commit_s * per_step,
         starved_share=spent.starved / spent.steps,
         prefill_ms=1e3 * prefill_s,
-        prefill_floor_ms=1e3 * floors.matmul_s(prefill_operations(c, [FLAGS.prefill])),
+        prefill_floor_ms=1e3 * floors.matmul_s(work.prefill_operations([FLAGS.prefill])),
         prefill_tokens_s=FLAGS.prefill / prefill_s,
         compile_s=compile_s,
     )
@@ -227,14 +221,14 @@ def sections(engine: Engine, f: Figures, rival: float | None) -> list[Section]:
         ratio = f"we are {f.decode_tokens_s / rival:.1f}x"
         rows.append(("transformers generate()", f"{rival:,.0f} tokens/s", "", ratio))
     title = f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context} ± {FLAGS.spread:.0%}"
-    title += f", {engine.layout.dtype.name}"
+    title += f", {engine_title(engine)}"
     return [Section(title, ("", "measured", "floor", "floor / measured"), rows)]
 
 
 def main(_: list[str]) -> None:
     with StartupDisplay() as display:
         try:
-            floors = Floors.measure(EngineConfig(dtype=FLAGS.dtype).weight_dtype())
+            floors = Floors.measure(options().weight_dtype())
             engine = load_engine(display)
         except (CheckpointError, StartupError) as error:
             raise SystemExit(f"cannot measure: {error}") from None

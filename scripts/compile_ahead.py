@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -46,21 +46,12 @@ flags.DEFINE_bool("scan", None, "The layers as one loop; by default as the engin
 flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
 flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits.")
 flags.DEFINE_list("program", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
-flags.DEFINE_string("json", None, "Also write the figures to this file.")
-flags.DEFINE_string("markdown", None, "Also write the table to this file.")
+flags.DEFINE_string("json", None, "Also write the figures to this file; what it has of other programs stays.")
+flags.DEFINE_string("markdown", None, "Also write the table to this file, with all that --json has.")
 
 COLUMNS = (
-    "target",
-    "model",
-    "tp",
-    "attention",
-    "layers",
-    "program",
-    "arguments GB",
-    "aliased GB",
-    "temp GB",
-    "collectives",
-    "s",
+    *("target", "model", "tp", "weights", "KV", "attention", "layers", "program"),
+    *("arguments GB", "aliased GB", "temp GB", "collectives", "s"),
 )
 
 
@@ -86,16 +77,43 @@ def row(figures: Figures) -> list[str]:
     return [*named, *sizes, f"{figures.temp / 1e9:.3f}", exchanges or "none", f"{figures.seconds:.0f}"]
 
 
-def markdown(done: list[Figures], unfit: list[str]) -> str:
+def markdown(done: list[Figures], unfit: dict[str, str]) -> str:
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(row, done)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([table, *(f"{line}." for line in unfit)]) + "\n"
+    return "\n\n".join([table, *(f"Does not fit: {name}: {why}." for name, why in unfit.items())]) + "\n"
 
 
-def compile_all(console: Console) -> tuple[list[Figures], list[str]]:
-    """Figures of every program, and which models do not fit which devices."""
+class Book:
+    """All figures there are: those of ``--json``, replaced by what is compiled anew."""
+
+    def __init__(self) -> None:
+        self.programs: dict[tuple[Case, str], Figures] = {}
+        self.unfit: dict[str, str] = {}
+        if FLAGS.json and Path(FLAGS.json).exists():
+            found = json.loads(Path(FLAGS.json).read_text())
+            self.unfit = found["unfit"]
+            for figures in found["programs"]:
+                self.add(Figures(**{**figures, "case": Case(**figures["case"])}))
+
+    def add(self, figures: Figures) -> None:
+        self.programs[figures.case, figures.program] = figures
+
+    def save(self) -> None:
+        """Write the files that the flags name; after every program, since all together take long."""
+        of_case = lambda figures: tuple(str(part) for part in astuple(figures.case))  # noqa: E731
+        programs = sorted(self.programs.values(), key=of_case)  # of a case they stay in their order
+        if FLAGS.json:
+            record = {"programs": [asdict(figures) for figures in programs], "unfit": self.unfit}
+            Path(FLAGS.json).write_text(json.dumps(record, indent=1) + "\n")
+        if FLAGS.markdown:
+            Path(FLAGS.markdown).write_text(markdown(programs, self.unfit))
+
+
+def compile_all(console: Console) -> tuple[list[Figures], dict[str, str]]:
+    """Figures of every program that the flags ask for, and why models do not fit."""
     done: list[Figures] = []
-    unfit: list[str] = []
+    unfit: dict[str, str] = {}
+    book = Book()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         todo = cases()
@@ -107,25 +125,17 @@ def compile_all(console: Console) -> tuple[list[Figures], list[str]]:
                     case, FLAGS.program, lambda program, name=name: bars.update(task, description=f"{name} {program}")
                 ):
                     done.append(figures)
+                    book.add(figures)
                     bars.advance(task)
                     console.print(f"{name} {figures.program}: {figures.seconds:.0f} s")
                     for failure in figures.failures:
                         console.print(f"[red]{name} {figures.program}: {failure}")
-                    save(done, unfit)
+                    book.save()
             except Unfit as error:
-                unfit.append(f"{name}: {error}")
+                unfit[name] = book.unfit[name] = str(error)
                 bars.advance(task, len(FLAGS.program))
-                save(done, unfit)
+                book.save()
     return done, unfit
-
-
-def save(done: list[Figures], unfit: list[str]) -> None:
-    """Write the files that the flags name; after every program, since all together take long."""
-    if FLAGS.json:
-        record = {"command": sys.argv[1:], "programs": [asdict(figures) for figures in done], "unfit": unfit}
-        Path(FLAGS.json).write_text(json.dumps(record, indent=1) + "\n")
-    if FLAGS.markdown:
-        Path(FLAGS.markdown).write_text(markdown(done, unfit))
 
 
 @contextlib.contextmanager
@@ -151,8 +161,8 @@ def main(_: list[str]) -> None:
     for figures in done:
         table.add_row(*row(figures), style="red" if figures.failures else None)
     Console(width=180).print(table)
-    for line in unfit:
-        print(f"does not fit: {line}")
+    for name, why in unfit.items():
+        print(f"does not fit: {name}: {why}")
     sys.exit(any(figures.failures for figures in done))
 
 

@@ -28,81 +28,36 @@ from absl import app, flags, logging
 
 from astraea_jax import hosts, replicas
 from astraea_jax.compilation import default_cache, use_cache
-from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
+from astraea_jax.config import EngineConfig
 from astraea_jax.errors import EngineDead, StartupError
-from astraea_jax.kernels import BACKENDS
 from astraea_jax.loading import load_model, random_model
 from astraea_jax.models import CheckpointError
 from astraea_jax.models.config import PUBLISHED
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.options import OPTIONS, engine_flags
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.replicas import Serving
 from astraea_jax.rpc.server import Server
-from astraea_jax.scheduler.policies import SERVING
-from astraea_jax.scheduler.strategies import STRATEGIES
 
 FLAGS = flags.FLAGS
-DEFAULT = EngineConfig()
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder, bundled model, or with --random_weights a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
 flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready line.", 0, 65535)
-flags.DEFINE_integer("max_seqs", DEFAULT.max_seqs, "Segments that run at once.", lower_bound=1)
-flags.DEFINE_integer("max_step_tokens", DEFAULT.max_step_tokens, "Tokens of one step.", lower_bound=1)
-flags.DEFINE_integer("page_size", DEFAULT.page_size, "Tokens per KV page.", lower_bound=1)
-flags.DEFINE_integer(
-    "kv_bytes", None, "Memory for KV pages on each device; by default what is free (512 MiB on a CPU).", 1
-)
-flags.DEFINE_integer(
-    "host_kv_bytes",
-    None,
-    "Pinned host memory for KV of waiting programs, used under memory pressure; 0: none. By default half of the host's "
-    "memory on an accelerator, none on a CPU.",
-    0,
-)
-flags.DEFINE_enum("residency", None, list(STRATEGIES), "What becomes of KV while a program waits; by default adaptive.")
-flags.DEFINE_integer("max_context", None, "Prompt and output tokens of one request; by default the model's limit.", 1)
-flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.")
-flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
-flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits; by default as --dtype says.")
-flags.DEFINE_enum("attention", None, list(BACKENDS), "Attention kernels; by default those for this kind of device.")
-flags.DEFINE_integer("tensor_parallel", DEFAULT.tensor_parallel, "Devices that share one copy of the model.", 1)
-flags.DEFINE_integer("data_parallel", DEFAULT.data_parallel, "Copies of the model, each on devices of its own.", 1)
+options = engine_flags(*OPTIONS)
 flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
 flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
 flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
-flags.DEFINE_bool("scan_layers", None, "The layers as one loop, compiled once for all; by default on a TPU.")
-flags.DEFINE_enum("policy", DEFAULT.policy, SERVING, "Order in which segments run; see scheduler/policies.")
 flags.DEFINE_string(
     "compile_cache",
     None,
     "Folder where compiled steps are kept for later starts; by default what JAX is configured for, or else "
     "astraea_jax/compiled in the user's cache folder; empty: none.",
 )
-flags.DEFINE_integer("max_queued", DEFAULT.max_queued, "Requests that may wait; beyond that they are refused.", 1)
 flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
 
 
 def engine_config() -> EngineConfig:
-    names = (
-        "max_seqs",
-        "max_step_tokens",
-        "page_size",
-        "kv_bytes",
-        "host_kv_bytes",
-        "residency",
-        "max_context",
-        "dtype",
-        "quantize",
-        "kv_dtype",
-        "tensor_parallel",
-        "data_parallel",
-        "attention",
-        "scan_layers",
-        "policy",
-        "max_queued",
-    )
-    return EngineConfig(**{name: getattr(FLAGS, name) for name in names}, compile_cache=compile_cache())
+    return options(compile_cache=compile_cache())
 
 
 def compile_cache() -> str | None:

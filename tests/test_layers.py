@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors", "progress"},
     {"compilation", "models", "scheduler", "kernels", "tool_types"},
-    {"cache", "roofline", "sampling", "tools", "tool_calls"},
-    {"record", "step"},
+    {"cache", "sampling", "tools", "tool_calls"},
+    {"step"},
     {"config", "generation"},
-    {"loading", "runner"},
-    {"hosts"},
+    {"loading", "roofline", "runner"},
+    {"hosts", "record"},
     {"engine"},
-    {"agent", "ahead", "replicas", "shop", "replay"},
+    {"agent", "ahead", "options", "replicas", "shop", "replay"},
     {"llm", "rpc", "plots"},
     {"__init__"},
 )

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.decoder import Decoder
-from astraea_jax.roofline import Floors, best_seconds, decode_bytes, layer_weights, prefill_operations
+from astraea_jax.models.sharding import default_mesh
+from astraea_jax.roofline import Floors, Work, best_seconds, layer_weights
 
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-0.6b"])
@@ -25,12 +27,21 @@ def test_weights_are_those_of_the_decoder(shape):
 
 def test_work_grows_as_it_should():
     c = PUBLISHED["llama-3.1-8b"]
-    weights = layer_weights(c) + c.vocab_size * c.hidden_size
-    assert decode_bytes(c, 2, 131_072, 1, 0) == 2 * weights
-    assert decode_bytes(c, 2, 131_072, 3, 10) == 6 * weights + 10 * 131_072
-    one, two = prefill_operations(c, [100]), prefill_operations(c, [200])
-    assert prefill_operations(c, [100, 100]) == 2 * one
+    alone, shared = Work(c, 16 * 10**9, 131_072), Work(c, 16 * 10**9, 131_072, devices=4)
+    assert alone.decode_bytes(3, 10) == 48 * 10**9 + 10 * 131_072 == 4 * shared.decode_bytes(3, 10)
+    one, two = alone.prefill_operations([100]), alone.prefill_operations([200])
+    assert alone.prefill_operations([100, 100]) == 2 * one == 4 * shared.prefill_operations([100, 100])
     assert two - 2 * (one - 2 * c.vocab_size * c.hidden_size) > 0  # attention grows with the square
+
+
+def test_eight_bits_are_half_of_sixteen():
+    c, head = PUBLISHED["qwen3-0.6b"], 151_936 * 1024
+    config = EngineConfig(dtype="bfloat16", kv_bytes=2**26, max_context=64)
+    narrow = replace(config, quantize="int8", kv_dtype="fp8")
+    wide, eight = (Work.of(c, one, Layout.plan(one, c, default_mesh())) for one in (config, narrow))
+    assert wide.weights == 2 * (layer_weights(c) + head)
+    assert eight.weights == layer_weights(c) + 2 * head
+    assert wide.kv_token == 2 * eight.kv_token == 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
 
 
 def test_rates_turn_into_seconds():
