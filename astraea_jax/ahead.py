@@ -50,7 +50,7 @@ class Target:
     platform: str
     topology: str
     memory: int
-    """Bytes of each device."""
+    """Bytes of each device that JAX has."""
     description: str | None = None
     """File beside this module that describes a GPU to the compiler."""
 
@@ -70,9 +70,9 @@ TARGETS = {
     "v5p": Target("tpu", "v5p:2x2x1", 95 * 2**30),
     "v6e": Target("tpu", "v6e:2x2", 32 * 2**30),
     "7x": Target("tpu", "tpu7x:2x2x1", 96 * 2**30),
-    "h200": Target("cuda", "1x1x4", 141 * 10**9, "h200.txtpb"),
+    "h200": Target("cuda", "1x1x4", 141 * 10**9 * 3 // 4, "h200.txtpb"),
 }
-"""A tpu7x chip of 192 GiB is two devices."""
+"""A tpu7x chip of 192 GiB is two devices; of a GPU's memory JAX takes three quarters unless told otherwise."""
 
 
 @dataclass(frozen=True)

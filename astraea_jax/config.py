@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.cache.host import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.cache.paged import page_bytes, pages_within
+from astraea_jax.devices import free_bytes
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
@@ -288,12 +289,8 @@ def staging_pages(pool: int) -> int:
 
 def _free_memory(mesh: Mesh) -> int:
     """Bytes that every device of the mesh has for pages."""
-    free = CPU_KV_BYTES
-    for device in mesh.local_devices:
-        stats = device.memory_stats()
-        if stats and "bytes_limit" in stats:
-            here = int(DEVICE_KV_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
-            free = here if device is mesh.local_devices[0] else min(free, here)
+    here = free_bytes(mesh)
+    free = CPU_KV_BYTES if here is None else int(DEVICE_KV_SHARE * here)
     if jax.process_count() > 1:
         free = int(multihost_utils.process_allgather(np.int32(free // 2**20)).min()) * 2**20
     return free

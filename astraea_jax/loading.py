@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from astraea_jax.compilation import use_cache
 from astraea_jax.config import EngineConfig
+from astraea_jax.devices import check_weights, free_bytes, overlooked
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import Progress, load, random_decoder
+from astraea_jax.models.checkpoint import ORBAX, Progress, load, random_decoder
 from astraea_jax.models.config import PUBLISHED, ModelConfig, read_json
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class ModelOnDevices(NamedTuple):
@@ -31,9 +36,10 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     Raises:
         CheckpointError, StartupError: it cannot be served here.
     """
-    use_cache(config.compile_cache)
     folder = resolve(model)
-    meshes = config.meshes(ModelConfig.from_hf(read_json(folder / "config.json")))
+    shape = ModelConfig.from_hf(read_json(folder / "config.json"))
+    # Orbax folders may hold matrices in eight bits, and are the smaller then.
+    meshes = _prepare(shape, config, narrow=1 if (folder / ORBAX).is_dir() else None)
     decoder = load(folder, config.weight_dtype(), meshes[0], narrow=config.narrow_dtype(), progress=progress)
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
 
@@ -46,7 +52,19 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
     """
     if shape not in PUBLISHED:
         raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
-    use_cache(config.compile_cache)
-    meshes = config.meshes(PUBLISHED[shape])
+    meshes = _prepare(PUBLISHED[shape], config)
     decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], narrow=config.narrow_dtype())
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)
+
+
+def _prepare(model: ModelConfig, config: EngineConfig, *, narrow: int | None = None) -> list[Mesh]:
+    """The devices of each copy, which have room for it; its layers' matrices have ``narrow`` bytes per weight if the
+    configuration does not say how many."""
+    use_cache(config.compile_cache)
+    if unused := overlooked():
+        log.warning(unused)
+    meshes, chosen = config.meshes(model), config.narrow_dtype()
+    if (free := free_bytes(meshes[0])) is not None:
+        itemsize, narrow = config.weight_dtype().itemsize, chosen.itemsize if chosen else narrow
+        check_weights(model, itemsize, narrow, shared=meshes[0].size, free=free, available=len(jax.devices()))
+    return meshes

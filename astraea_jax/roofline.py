@@ -83,12 +83,6 @@ def best_seconds(run: Callable[[], jax.Array], repeats: int = 7, queued: int = Q
     return min(times)
 
 
-def layer_weights(c: ModelConfig) -> int:
-    """Weights of all layers, without the head and the embedding."""
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-
-
 @dataclass(frozen=True)
 class Work:
     """What a model asks of each of the devices that share it."""
@@ -104,7 +98,7 @@ class Work:
     def of(cls, model: ModelConfig, config: EngineConfig, layout: Layout) -> Work:
         """Of an engine; weights count as the configuration has them, even if the checkpoint's were in eight bits."""
         wide, narrow = layout.dtype.itemsize, config.narrow_dtype()
-        layers = layer_weights(model) * (narrow.itemsize if narrow else wide)
+        layers = model.layer_weights * (narrow.itemsize if narrow else wide)
         weights = layers + model.vocab_size * model.hidden_size * wide
         return cls(model, weights, layout.page_bytes / config.page_size, config.tensor_parallel)
 
@@ -117,4 +111,4 @@ class Work:
         c = self.model
         attention = 2 * c.num_layers * c.num_heads * c.head_dim  # two products, causal: half of each square
         head = 2 * c.vocab_size * c.hidden_size
-        return sum(2 * layer_weights(c) * n + attention * n * n + head for n in prompts) / self.devices
+        return sum(2 * c.layer_weights * n + attention * n * n + head for n in prompts) / self.devices

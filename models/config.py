@@ -82,6 +82,17 @@ class ModelConfig:
             qk_norm=architecture == "Qwen3ForCausalLM",
         )
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of all layers."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def table_weights(self) -> int:
+        """Numbers in the embedding and in the output projection, which may be the same."""
+        return (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+
     def to_hf(self) -> dict[str, Any]:
         """The same as a Hugging Face ``config.json``."""
         architecture = ARCHITECTURES[1 if self.qkv_bias else 2 if self.qk_norm else 0]

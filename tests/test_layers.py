@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors", "progress"},
     {"compilation", "models", "scheduler", "kernels", "tool_types"},
-    {"cache", "sampling", "tools", "tool_calls"},
+    {"cache", "devices", "sampling", "tools", "tool_calls"},
     {"step"},
     {"config", "generation"},
     {"loading", "roofline", "runner"},

@@ -13,7 +13,7 @@ from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
-from astraea_jax.roofline import Floors, Work, best_seconds, layer_weights
+from astraea_jax.roofline import Floors, Work, best_seconds
 
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-0.6b"])
@@ -21,8 +21,7 @@ def test_weights_are_those_of_the_decoder(shape):
     c = replace(PUBLISHED[shape], num_layers=3)
     state = jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(Decoder(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))))
     matrices = sum(x.size for x in state if x.ndim > 1)
-    tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.hidden_size
-    assert layer_weights(c) == matrices - tables
+    assert c.layer_weights + c.table_weights == matrices
 
 
 def test_work_grows_as_it_should():
@@ -39,8 +38,8 @@ def test_eight_bits_are_half_of_sixteen():
     config = EngineConfig(dtype="bfloat16", kv_bytes=2**26, max_context=64)
     narrow = replace(config, quantize="int8", kv_dtype="fp8")
     wide, eight = (Work.of(c, one, Layout.plan(one, c, default_mesh())) for one in (config, narrow))
-    assert wide.weights == 2 * (layer_weights(c) + head)
-    assert eight.weights == layer_weights(c) + 2 * head
+    assert wide.weights == 2 * (c.layer_weights + head)
+    assert eight.weights == c.layer_weights + 2 * head
     assert wide.kv_token == 2 * eight.kv_token == 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
 
 

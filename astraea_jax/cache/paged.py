@@ -44,7 +44,10 @@ def pages_within(budget: int, page: int) -> int:
         StartupError: not even one usable page fits.
     """
     if budget < 2 * page:
-        raise StartupError(f"a KV budget of {budget} bytes holds fewer than two pages of {page} bytes; raise kv_bytes")
+        raise StartupError(
+            f"a KV budget of {budget} bytes holds fewer than two pages of {page} bytes; raise kv_bytes, or if there is "
+            "no more, share the model by tensor_parallel or keep it in eight bits by quantize"
+        )
     return budget // page
 
 
