@@ -40,7 +40,11 @@ MAX_CONTEXT = 16_384
 PROGRAMS = ("decode-least", "decode-most", "mixed-most", "offload", "restore")
 """Steps with the fewest and the most tokens of their kind, and transfers of the largest block."""
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-DTYPE_BYTES = {"bf16": 2, "f32": 4, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
+RESULT = r"= \(?(\w+)\[([\d,]+)\](\S*) .*?\b([a-z][a-z-]*)\("
+"""Of an instruction: dtype, shape and layout of its (first) result, and its kind."""
+COPIES = ("copy", "copy-start", "transpose")
+IN_PLACE = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "copy-done")
+"""Kinds of instructions that make nothing; what a copy makes is judged where it starts."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,10 @@ class _Program:
     lower: Callable[[], Any]
     aliased: int
     """Bytes of the pages that it must write in place."""
-    large: set[int]
-    """Elements of the arrays that it must not copy."""
+    pages: set[int]
+    """Elements of arrays of pages, which it must not copy."""
+    weights: set[int]
+    """Elements of weights, which it must not make anew."""
     shared_layers: int
     """Layers in its text that the devices compute together; 0: each works alone."""
 
@@ -194,19 +200,19 @@ def _programs(step: Step, tp: int) -> Iterator[_Program]:
     pool, of_layer = sum(map(_shard_bytes, pages)), _shard_elements(pages[0]) * len(pages) // step.layers
     paged = {of_layer, _shard_elements(pages[0])}
     weights = {_shard_elements(leaf) for leaf in step.leaves if len(leaf.shape) > 1}
-    if step.stacked:  # matrices of the layers have three axes or more
+    if step.stacked:  # the layers' matrices have three axes
         weights |= {_shard_elements(leaf) // step.layers for leaf in step.leaves if len(leaf.shape) > 2}
-    large = paged | {elements for elements in weights if elements >= LARGE}
+    weights = {elements for elements in weights if elements >= LARGE}
     decode = [shape for shape in step.shapes if shape.q_tile == 1]
     for name, shape in zip(PROGRAMS, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Program(name, lower, pool, large, in_text if tp > 1 else 0)
+        yield _Program(name, lower, pool, paged, weights, in_text if tp > 1 else 0)
     gather, scatter = step.transfers()
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.whole)
     whole = (LARGEST_BLOCK, step.layers, *pages[0].shape[1:])
     block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
-    yield _Program("offload", lambda: gather.lower(pages, ids), 0, paged, 0)
-    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, paged, 0)
+    yield _Program("offload", lambda: gather.lower(pages, ids), 0, paged, set(), 0)
+    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, paged, set(), 0)
 
 
 def _compile(case: Case, program: _Program) -> Figures:
@@ -229,7 +235,7 @@ def _compile(case: Case, program: _Program) -> Figures:
         figures.failures.append(f"writes {(program.aliased - figures.aliased) / 1e9:.2f} GB of pages elsewhere")
     if figures.temp > TEMP_BYTES:
         figures.failures.append(f"wants {figures.temp / 1e9:.2f} GB of scratch memory")
-    figures.failures += [f"copies {copy}" for copy in large_copies(text, program.large)]
+    figures.failures += [f"moves {what}" for what in moved(text, program.pages, program.weights)]
     figures.failures += wrong_collectives(found, program.shared_layers)
     return figures
 
@@ -271,20 +277,24 @@ def wrong_collectives(found: Counter[str], layers: int) -> list[str]:
     return [f"exchanges {', '.join(f'{n} {kind}' for kind, n in sorted(found.items())) or 'nothing'}, not {wanted}"]
 
 
-def large_copies(program: str, sizes: set[int]) -> list[str]:
-    """Copies in an optimised program of arrays with as many elements as one of ``sizes``: pages or weights.
+def moved(program: str, pages: set[int], weights: set[int]) -> list[str]:
+    """What an optimised program brings to another place or into another order and should not: pages by a copy, weights
+    by anything. Results in the fast memory of the chip (``S(1)`` in their layout) are read ahead.
 
-    Inside a fusion a copy only says in which order its operand is read. A copy into the fast memory of the chip
-    (``S(1)`` in its layout) is a read ahead.
+    Args:
+        program: as text.
+        pages: elements of arrays of pages.
+        weights: elements of weights, and of one layer's if they are stacked.
     """
     found = []
-    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", program))
+    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", program))  # inside, a copy says in which order it is read
     for name, computation in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", program, re.M | re.S):
         if name in fused:
             continue
-        for dtype, shape, layout, kind in re.findall(
-            r"= \(?(\w+)\[([\d,]+)\](\S*),? .*?\b(copy|copy-start|transpose)\(", computation
-        ):
-            if math.prod(map(int, shape.split(","))) in sizes and "S(1)" not in layout:
+        for dtype, shape, layout, kind in re.findall(RESULT, computation, re.M):
+            size = math.prod(map(int, shape.split(",")))
+            if "S(1)" not in layout and (
+                (size in pages and kind in COPIES) or (size in weights and kind not in IN_PLACE)
+            ):
                 found.append(f"{dtype}[{shape}] by {kind}")
     return found

@@ -33,6 +33,10 @@ PREFILL_TILE = 16
 COLUMNS = 9
 """Numbers of a row before its pages: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
 
+COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
+"""Kind of device -> options. That TPU's compiler wants weights of a loop in larger tiles than arrays have, and would
+bring all of them into those on every step."""
+
 Packed = tuple[Any, ...]
 """The arrays of a model as the step takes them, or their shapes."""
 
@@ -136,6 +140,7 @@ class Step:
             in_shardings=shardings,
             out_shardings=(pages, whole, whole),
             donate_argnums=(1, 2),
+            compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
         )
 
     def pack(self, decoder: Decoder) -> Packed:

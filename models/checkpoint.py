@@ -51,8 +51,8 @@ LAYER = {
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down": ("mlp.down_proj",),
 }
-"""Our parameter -> Hugging Face modules, which ours joins along its last axis but one; the tensors are their
-``weight``, or their ``bias`` where ours ends in ``_bias``."""
+"""Our parameter -> Hugging Face modules, which ours joins block by block; the tensors are their ``weight``, or their
+``bias`` where ours ends in ``_bias``."""
 
 
 class Tensor(NamedTuple):
@@ -60,13 +60,13 @@ class Tensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """There: ``[out, in]`` for projections, heads merged."""
+    """There: ``[out, in]`` for projections."""
     transposed: bool
     part: tuple[int, ...]
-    """Its shape here."""
+    """Its shape here; where parts are joined, their outputs are ``[blocks, w, size]``, and lie side by side in w."""
 
 
-def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[Tensor]:
+def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> list[Tensor]:
     """Where the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, comes from, in order."""
     parts = [str(part) for part in path]
     bias = parts[-1].endswith("_bias")
@@ -75,16 +75,17 @@ def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[Tensor]:
         modules = [f"model.layers.{parts[1]}.{module}" for module in LAYER[".".join(parts[2:])]]
     else:
         modules = [TOP[".".join(parts)]]
+    block = config.head_dim if parts[-1] == "qkv" else config.ffn_block
+    joined = config.num_heads // config.num_kv_heads + 2 if parts[-1] == "qkv" else 2
     found = []
     for i, module in enumerate(modules):
         part = shape
         if len(modules) > 1:  # all but the first are one wide
-            part = (*shape[:-2], 1 if i else shape[-2] - len(modules) + 1, shape[-1])
-        flat = bias or len(part) == 1
+            width = 1 if i else joined - len(modules) + 1
+            part = (*shape[:-1], shape[-1] // (joined * block), width, block)
+        flat = bias or len(shape) == 1
         transposed = not flat and parts[0] != "embed"
-        inputs = 2 if parts[-1] == "o" else 1
-        merged = (math.prod(part[inputs:]), math.prod(part[:inputs]))
-        there = (math.prod(part),) if flat else merged if transposed else part
+        there = (math.prod(part),) if flat else (math.prod(part[1:]), part[0]) if transposed else part
         found.append(Tensor(f"{module}.{'bias' if bias else 'weight'}", there, transposed, part))
     return found
 
@@ -123,7 +124,7 @@ def load_hf(
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), narrow=narrow))
     params = dict(nnx.to_flat_state(state))
-    parts = {path: hf_tensors(path, leaf.shape) for path, leaf in params.items() if not _is_scale(path)}
+    parts = {path: hf_tensors(path, leaf.shape, config) for path, leaf in params.items() if not _is_scale(path)}
     total = sum(math.prod(params[path].shape) for path in parts) * np.dtype(dtype).itemsize
     done = 0
     with ExitStack() as stack:
@@ -132,7 +133,7 @@ def load_hf(
         for path, of_one in parts.items():
             arrays = [_read(tensors[part.name], part) for part in of_one]
             whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
-            _fill(params, path, whole, dtype)
+            _fill(params, path, whole.reshape(params[path].shape), dtype)
             done += whole.size * np.dtype(dtype).itemsize
             if progress is not None:
                 progress(done, total)
@@ -150,14 +151,14 @@ def _fill(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], whole: np.n
 
 def _fill_quantized(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], wide: jax.Array) -> None:
     leaf, scale = params[path], params[_scale_of(path)]
-    make = _quantizer(leaf.dtype, len(leaf.shape) - len(scale.shape), (leaf.sharding, scale.sharding))
+    make = _quantizer(leaf.dtype, (leaf.sharding, scale.sharding))
     values, scales = jax.block_until_ready(make(wide))  # or many wide ones could wait on the device for their turn
     params[path], params[_scale_of(path)] = leaf.replace(values), scale.replace(scales)
 
 
 @functools.cache
-def _quantizer(dtype: Any, inputs: int, shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding]) -> Any:
-    return jax.jit(lambda weight: quantize(weight, dtype, inputs), out_shardings=shardings)
+def _quantizer(dtype: Any, shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding]) -> Any:
+    return jax.jit(lambda weight: quantize(weight, dtype), out_shardings=shardings)
 
 
 def _scale_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -181,9 +182,13 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
     tensors = {}
     for path, leaf in params:
         array = np.asarray(leaf[...])
-        parts = hf_tensors(path, array.shape)
-        widths = [part.part[-2] for part in parts[:-1]]
-        for part, piece in zip(parts, np.split(array, np.cumsum(widths), axis=-2) if widths else [array], strict=True):
+        parts = hf_tensors(path, array.shape, decoder.config)
+        pieces = [array]
+        if len(parts) > 1:
+            ends = np.cumsum([part.part[-2] for part in parts])
+            first = parts[0].part
+            pieces = np.split(array.reshape(*first[:-2], ends[-1], first[-1]), ends[:-1], axis=-2)
+        for part, piece in zip(parts, pieces, strict=True):
             tensors[part.name] = np.ascontiguousarray(
                 piece.reshape(part.shape[::-1]).T if part.transposed else piece.reshape(part.shape)
             )

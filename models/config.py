@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -81,6 +82,12 @@ class ModelConfig:
             qkv_bias=architecture == "Qwen2ForCausalLM",
             qk_norm=architecture == "Qwen3ForCausalLM",
         )
+
+    @property
+    def ffn_block(self) -> int:
+        """Features of the gate, or of the up projection, that lie side by side in their common matrix: 128, a TPU's
+        lanes, or what divides the share of every device in a mesh that divides the model."""
+        return math.gcd(self.intermediate_size // math.gcd(self.intermediate_size, self.num_kv_heads), 128)
 
     @property
     def layer_weights(self) -> int:

@@ -67,17 +67,19 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention.
 
-    Queries, keys and values are one product, ``[D, K, G + 2, H]``: of every key/value head its queries, then its key,
-    then its value. So it is sharded by that head, and nothing moves to tell the three apart.
+    Queries, keys and values are one product, ``[D, K * (G + 2) * H]``: of every key/value head its queries, then its
+    key, then its value. So it is sharded by that head, and nothing moves to tell the three apart. All matrices have two
+    axes: compilers read those without bringing them into another order first.
     """
 
     def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv, self.qkv_scale = matrix((d, k, n // k + 2, h), 1, dtype, narrow, rngs)
-        self.o, self.o_scale = matrix((n, h, d), 2, dtype, narrow, rngs)
+        self.heads = k, n // k + 2, h
+        self.qkv, self.qkv_scale = matrix((d, math.prod(self.heads)), dtype, narrow, rngs)
+        self.o, self.o_scale = matrix((n * h, d), dtype, narrow, rngs)
         self.has_bias, self.qk_norm = config.qkv_bias, config.qk_norm
         if config.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((k, n // k + 2, h), dtype))
+            self.qkv_bias = nnx.Param(jnp.zeros(math.prod(self.heads), dtype))
         if config.qk_norm:
             self.q_norm = RMSNorm(h, config.rms_eps, dtype)
             self.k_norm = RMSNorm(h, config.rms_eps, dtype)
@@ -85,28 +87,32 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Index, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        qkv = project("TD,DKEH->TKEH", x, self.qkv, self.qkv_scale)
+        qkv = project(x, self.qkv, self.qkv_scale)
         if self.has_bias:
             qkv = qkv + self.qkv_bias[...]
+        qkv = qkv.reshape(-1, *self.heads)
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
         q = q.reshape(q.shape[0], -1, q.shape[-1])
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
-        return project("TNH,NHD->TD", out, self.o, self.o_scale), cache
+        return project(out.reshape(out.shape[0], -1), self.o, self.o_scale), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward; gate and up projection are one product, ``[D, 2, F]``."""
+    """SwiGLU feed-forward; gate and up projection are one product, ``[D, 2 * F]``, in turn a block of each
+    (:attr:`ModelConfig.ffn_block`), so that it can be sharded by features."""
 
     def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_up, self.gate_up_scale = matrix((d, 2, f), 1, dtype, narrow, rngs)
-        self.down, self.down_scale = matrix((f, d), 1, dtype, narrow, rngs)
+        self.block = config.ffn_block
+        self.gate_up, self.gate_up_scale = matrix((d, 2 * f), dtype, narrow, rngs)
+        self.down, self.down_scale = matrix((f, d), dtype, narrow, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = project("TD,DEF->TEF", x, self.gate_up, self.gate_up_scale)
-        return project("TF,FD->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], self.down, self.down_scale)
+        gate_up = project(x, self.gate_up, self.gate_up_scale).reshape(x.shape[0], -1, 2, self.block)
+        inner = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return project(inner.reshape(x.shape[0], -1), self.down, self.down_scale)
 
 
 class Layer(nnx.Module):

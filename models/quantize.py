@@ -20,17 +20,17 @@ EIGHT_BITS: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.
 """What users call them -> dtype."""
 
 SCALE = "_scale"
-"""The scales of the parameter ``x`` are the parameter ``x_scale``, of the shape of its output axes, the last ones."""
+"""The scales of the parameter ``x`` are the parameter ``x_scale``, of the shape of its last axis."""
 
 
-def quantize(weight: jax.Array, dtype: Any, inputs: int) -> tuple[jax.Array, jax.Array]:
-    """Values in the eight-bit ``dtype`` and float32 scales of a weight whose first ``inputs`` axes are summed over.
+def quantize(weight: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Values ``[I, O]`` in the eight-bit ``dtype`` and float32 scales ``[O]`` of a weight ``[I, O]``.
 
     The largest number of a channel becomes the largest of the dtype. A channel of zeros has scale 1.
     """
     largest = float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
     wide = weight.astype(jnp.float32)
-    scale = jnp.abs(wide).max(range(inputs)) / largest
+    scale = jnp.abs(wide).max(0) / largest
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)  # not so NaN, which must stay to be seen
     values = wide / scale
     if jnp.issubdtype(dtype, jnp.integer):
@@ -39,19 +39,27 @@ def quantize(weight: jax.Array, dtype: Any, inputs: int) -> tuple[jax.Array, jax
 
 
 def matrix(
-    shape: tuple[int, ...], inputs: int, dtype: Any, narrow: Any, rngs: nnx.Rngs
+    shape: tuple[int, int], dtype: Any, narrow: Any, rngs: nnx.Rngs
 ) -> tuple[nnx.Param[Any], nnx.Param[Any] | None]:
-    """A random weight in ``dtype``, or in the eight-bit dtype ``narrow`` with its scales; see :func:`quantize`."""
+    """A random weight ``[I, O]`` in ``dtype``, or in the eight-bit dtype ``narrow`` with its scales; see
+    :func:`quantize`."""
     weight = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
     if narrow is None:
         return nnx.Param(weight), None
-    values, scale = quantize(weight, narrow, inputs)
+    values, scale = quantize(weight, narrow)
     return nnx.Param(values), nnx.Param(scale)
 
 
-def project(axes: str, x: jax.Array, weight: nnx.Param[Any], scale: nnx.Param[Any] | None) -> jax.Array:
-    """``einsum(axes, x, weight)`` in the dtype of ``x``, of a weight as :func:`matrix` makes it."""
+def project(x: jax.Array, weight: nnx.Param[Any], scale: nnx.Param[Any] | None) -> jax.Array:
+    """``x [T, I]`` times ``weight [I, O]``, in the dtype of ``x``; the weight is as :func:`matrix` makes it."""
+    x = _as_it_is(x)
     if scale is None:
-        return jnp.einsum(axes, x, weight[...])
-    sums = jnp.einsum(axes, x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-    return (sums * scale[...]).astype(x.dtype)
+        return _as_it_is(x @ weight[...])
+    sums = jnp.matmul(x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
+    return _as_it_is((sums * scale[...]).astype(x.dtype))
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    """``x``, whose axes XLA does not change: it would carry a reshape that comes before or after into the product, and
+    for that bring the weights into another order, on every step."""
+    return jax.lax.optimization_barrier(x)

@@ -22,17 +22,17 @@ from .quantize import SCALE
 TP = "tp"
 """The axis of the mesh."""
 
-AXES: dict[str, tuple[str | None, ...]] = {
+AXES: dict[str, tuple[str, ...]] = {
     "embed.weight": ("vocab", "embed"),
-    "attention.qkv": ("embed", "heads", None, None),
-    "attention.qkv_bias": ("heads", None, None),
-    "attention.o": ("heads", None, "embed"),  # query heads in the order of their key/value heads
-    "mlp.gate_up": ("embed", None, "ffn"),
+    "attention.qkv": ("embed", "heads"),
+    "attention.qkv_bias": ("heads",),
+    "attention.o": ("heads", "embed"),
+    "mlp.gate_up": ("embed", "ffn"),
     "mlp.down": ("ffn", "embed"),
     "lm_head.weight": ("embed", "vocab"),
 }
-"""Last names of a parameter's path -> its logical axes; a parameter in several arrays has them below that path, and
-its scales have its last axes. What is not here, the norms, every device holds."""
+"""Last names of a parameter's path -> its logical axes, of which its scales have the last. What is not here, the norms,
+every device holds."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rules:
     """Logical axis -> axis of the mesh that divides it; None: nothing does."""
 
     heads: str | None = TP
-    """Key/value heads, each with the query heads that share it."""
+    """Key/value heads, each with the query heads that share it; what is laid out by them has them outermost."""
     ffn: str | None = TP
     vocab: str | None = TP
     """If the mesh divides it; or else every device holds the whole embedding and the whole output projection."""
@@ -88,12 +88,11 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = R
     name = ".".join(parts[2:] if parts[0] == "layers" else parts)
     scale = name.endswith(SCALE)
     name = name.removesuffix(SCALE)
-    axes = next((axes for last, axes in AXES.items() if name == last or name.startswith(f"{last}.")), ())
+    axes = AXES.get(name, ())
     if scale:
-        axes = axes[-len(shape) :]
+        axes = axes[-1:]
     divided = [
-        getattr(rules, axis) if axis and size % _divisor(axis, mesh, rules) == 0 else None
-        for axis, size in zip(axes if len(axes) == len(shape) else (), shape)
+        getattr(rules, axis) if size % _divisor(axis, mesh, rules) == 0 else None for axis, size in zip(axes, shape)
     ]
     while divided and divided[-1] is None:
         divided.pop()

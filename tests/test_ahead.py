@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from astraea_jax.ahead import collectives, large_copies, wrong_collectives
+from astraea_jax.ahead import collectives, moved, wrong_collectives
 
 PROGRAM = """HloModule jit__run, is_scheduled=true
 
@@ -39,10 +39,18 @@ WEIGHT, LAYER = 4096 * 8 * 6 * 128, 9 * 2 * 8 * 16 * 128
             "%c = (bf16[9,2,8,16,128]{4,3}, bf16[9,2,8,16,128]{4}, u32[]) copy-start(%p)",
             ["bf16[9,2,8,16,128] by copy-start"],
         ),
+        ('%w = bf16[9,2,8,16,128]{4,3,2,1,0} custom-call(%k, %pages.1), custom_call_target="write"', []),
+        (
+            "%ds.1 = bf16[1,4096,6144]{2,1,0:T(8,128)(2,1)} fusion(%stack, %i), kind=kLoop, calls=%slice.7",
+            ["bf16[1,4096,6144] by fusion"],
+        ),
+        ("%ds.1 = bf16[1,4096,6144]{2,1,0:T(8,128)(2,1)S(1)} fusion(%stack, %i), kind=kLoop, calls=%slice.7", []),
+        ("%one = bf16[4096,6144]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=3", []),
     ],
 )
-def test_finds_copies_of_pages_and_weights_only(line, found):
-    assert large_copies(PROGRAM.replace("POOL", line), {WEIGHT, LAYER}) == found
+def test_finds_what_is_moved(line, found):
+    """Neither what is read ahead or inside a fusion, nor small things, nor pages that are written in place."""
+    assert moved(PROGRAM.replace("POOL", line), {LAYER}, {WEIGHT}) == found
 
 
 def test_counts_what_devices_exchange():

@@ -54,7 +54,9 @@ def test_a_packed_model_is_the_model():
     step = Step(decoder, Reference(), SIZES, mesh)
     packed = step.pack(decoder)
     assert [(x.shape, x.dtype, x.sharding) for x in packed] == [(x.shape, x.dtype, x.sharding) for x in step.leaves]
-    assert sum(x.ndim == 1 for x in packed) == 1
+    alone = sum(x.ndim == 1 and not x.sharding.is_fully_replicated for x in step.leaves)
+    assert alone == WIDE.num_layers, "biases are divided, and travel by themselves"
+    assert sum(x.ndim == 1 for x in packed) == 1 + alone
     again = step._decoder(packed)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(decoder), strict=True):
         np.testing.assert_array_equal(ours, theirs)
