@@ -68,10 +68,15 @@ def test_a_study_that_cannot_be_is_refused(flag, words):
 
 
 def test_the_replay_compares_engine_and_simulator(tmp_path):
-    table = tmp_path / "rows.json"
+    """On short programs, or else the model would take a minute to say it all."""
+    table, trace = tmp_path / "rows.json", tmp_path / "short.jsonl"
+    first = {"new_prompt_tokens": 40, "cached_prompt_tokens": 0, "output_tokens": 8}
+    last = {"new_prompt_tokens": 20, "cached_prompt_tokens": 48, "output_tokens": 12, "tool": None}
+    segments = [{**first, "tool": {"name": "search", "seconds": 1.0}}, last]
+    trace.write_text("\n".join(json.dumps({"program": f"p{i}", "segments": segments}) for i in range(6)))
     run(
         "scripts/bench_jct.py",
-        *("--backend=engine", "--policies=astraea", "--workload=infercept-mix", "--programs=6", "--tool_scale=0.002"),
+        *("--backend=engine", "--policies=astraea", f"--trace={trace}", "--programs=6", "--tool_scale=0.002"),
         f"--json={table}",
     )
     real, simulated = json.loads(table.read_text())["figures"]["rows"]
