@@ -7,14 +7,13 @@ runs step n + 1.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +23,13 @@ from astraea_jax.cache.host import HostStore
 from astraea_jax.compilation import use_cache
 from astraea_jax.config import EngineConfig, Layout
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
-from astraea_jax.generation import Delta, Generation, Output, Usage
+from astraea_jax.generation import Delta, Generation, Outbox, Output, Usage
 from astraea_jax.hosts import make_runner
 from astraea_jax.loading import ModelOnDevices, load_model, random_model
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.runner import CompileGuard, InFlight
+from astraea_jax.runner import CompileGuard, InFlight, StepTimes
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.policies import make_policy
@@ -47,24 +46,6 @@ POLL_S = 2e-4
 """How often it looks for transfers that have ended, if any are under way."""
 MAX_SALT = 256
 """Characters of a cache salt."""
-
-
-@dataclass
-class StepTimes:
-    """Where the loop's time has gone, in seconds, summed over ``steps``."""
-
-    steps: int = 0
-    tokens: int = 0
-    """Computed by the model, prefill included."""
-    plan_s: float = 0.0
-    dispatch_s: float = 0.0
-    wait_s: float = 0.0
-    """Waiting for the device: the part that is not host work."""
-    commit_s: float = 0.0
-    cpu_s: float = 0.0
-    """Processor time of the loop's thread; less than the three above where it shares the cores with the device."""
-    starved: int = 0
-    """Steps dispatched only after the one before had ended: the device waited for the host."""
 
 
 @dataclass
@@ -132,7 +113,7 @@ class Engine:
         self._admitted = 0  # requests accepted and not yet ended; guarded by _lock
         self._requests: dict[Segment, _Request] = {}
         self._by_generation: dict[Generation, _Request] = {}
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Delta | Exception]]] = {}
+        self._outbox = Outbox()
         self._step_ended = 0.0
         self._refusing: str | None = "the engine has not been started"
         self._stopping = False
@@ -227,14 +208,7 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """:meth:`stats` as flat numbers: each of its fields, ``decisions`` by what and why, and bytes moved."""
-        fields = asdict(self.stats())
-        decisions: dict[str, int] = fields.pop("decisions")
-        moved = {name: fields[f"{name}_pages"] * self.layout.page_bytes for name in ("offloaded", "restored")}
-        return {
-            **fields,
-            **{f"{name}_bytes": count for name, count in moved.items()},
-            **{f"kv {what}": count for what, count in decisions.items()},
-        }
+        return self.stats().flat(self.layout.page_bytes)
 
     @property
     def in_progress(self) -> int:
@@ -343,21 +317,18 @@ class Engine:
             request = self._requests[segment]
             if token < 0:
                 self._end(
-                    request,
-                    RuntimeError("the model gave scores that are not finite; its weights may be damaged"),
+                    request, RuntimeError("the model gave scores that are not finite; its weights may be damaged")
                 )
                 continue
             text = request.output.push(token)
             if request.output.stopped:
                 self._scheduler.finish(segment, "stop", now)
             if segment.finish_reason is None:
-                self._send(request.generation, Delta(text, (token,)))
+                self._outbox.put(request.generation, Delta(text, (token,)))
             else:
                 text += request.output.flush()
-                self._end(
-                    request,
-                    Delta(text, (token,), "stop" if request.output.stopped else segment.finish_reason),
-                )
+                reason = "stop" if request.output.stopped else segment.finish_reason
+                self._end(request, Delta(text, (token,), reason))
         self._scheduler.observe(step.plan, arrived - max(step.dispatched, self._step_ended))
         self._step_ended = arrived
         self.times.wait_s += arrived - began
@@ -404,22 +375,13 @@ class Engine:
         self._release(request.generation, last)
 
     def _release(self, generation: Generation, last: Delta | Exception) -> None:
-        self._send(generation, last)
+        self._outbox.put(generation, last)
         with self._lock:
             self._admitted -= 1
 
-    def _send(self, generation: Generation, item: Delta | Exception) -> None:
-        self._outbox.setdefault(generation.loop, []).append((generation, item))
-
     def _deliver(self) -> None:
-        """Hand this turn's results over with one wake-up per event loop."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, items in outbox.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, items)
-            except RuntimeError:  # the caller's event loop is closed: nobody will read these
-                for generation, _ in items:
-                    self._cancel(generation)
+        for generation in self._outbox.deliver():
+            self._cancel(generation)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -436,8 +398,3 @@ class Engine:
             self._scheduler.finish(request.segment, "error", time.monotonic())
             self._end(request, EngineDead(reason))
         self._deliver()
-
-
-def _put_all(items: list[tuple[Generation, Delta | Exception]]) -> None:
-    for generation, item in items:
-        generation.put(item)

@@ -132,3 +132,29 @@ class Output:
         final = max(final, 0)
         self._held = text[final:]
         return text[:final]
+
+
+class Outbox:
+    """What the loop has for callers, handed over with one wake-up per event loop."""
+
+    def __init__(self) -> None:
+        self._items: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Delta | Exception]]] = {}
+
+    def put(self, generation: Generation, item: Delta | Exception) -> None:
+        self._items.setdefault(generation.loop, []).append((generation, item))
+
+    def deliver(self) -> list[Generation]:
+        """Hand everything over; returns the generations whose event loop is closed, so that nobody will read them."""
+        items, self._items = self._items, {}
+        lost = []
+        for loop, of_loop in items.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, of_loop)
+            except RuntimeError:
+                lost += [generation for generation, _ in of_loop]
+        return lost
+
+
+def _put_all(items: list[tuple[Generation, Delta | Exception]]) -> None:
+    for generation, item in items:
+        generation.put(item)

@@ -44,6 +44,24 @@ class InFlight:
         return bool(self.tokens.is_ready())  # type: ignore[attr-defined]
 
 
+@dataclass
+class StepTimes:
+    """Where the loop's time has gone, in seconds, summed over ``steps``."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Computed by the model, prefill included."""
+    plan_s: float = 0.0
+    dispatch_s: float = 0.0
+    wait_s: float = 0.0
+    """Waiting for the device: the part that is not host work."""
+    commit_s: float = 0.0
+    cpu_s: float = 0.0
+    """Processor time of the loop's thread; less than the three above where it shares the cores with the device."""
+    starved: int = 0
+    """Steps dispatched only after the one before had ended: the device waited for the host."""
+
+
 class Runner:
     """Owns the device: weights, pages, and the compiled steps. Used by one thread only, since steps donate the pages.
 

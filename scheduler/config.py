@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .transfer import HostTier
 
@@ -59,3 +59,14 @@ class SchedulerStats:
     failed_transfers: int
     decisions: dict[str, int]
     """Of the residency manager: "what: why", and how often."""
+
+    def flat(self, page_bytes: int) -> dict[str, int]:
+        """Each field as a number; ``decisions`` by what and why, and of pages that were moved the bytes, too."""
+        fields = asdict(self)
+        decisions: dict[str, int] = fields.pop("decisions")
+        moved = {name: fields[f"{name}_pages"] * page_bytes for name in ("offloaded", "restored")}
+        return {
+            **fields,
+            **{f"{name}_bytes": count for name, count in moved.items()},
+            **{f"kv {what}": count for what, count in decisions.items()},
+        }

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import islice
 
+from .pages import PagePool
 from .program import Program
 from .transfer import HostCopy, HostTier, Part, Transfer
 
@@ -102,6 +103,21 @@ class HostCopies:
         assert self._holders.keys() == {program for program in programs if program.copies}
         assert sum(copy.pages for copy in copies) <= self._used <= self.host.pages
         assert 0 <= self._staged <= max(self.host.staging, 0)
+
+
+def copyable(program: Program, pool: PagePool) -> tuple[int, int]:
+    """The last run of a program's device pages without copies, as (first, end), that nobody shares."""
+    end = len(program.pages)
+    first = 0
+    for copy in reversed(program.copies):
+        if copy.end < end:
+            first = copy.end
+            break
+        end = min(end, copy.first)
+    at = end
+    while at > first and not pool.shared(program.pages[at - 1]):
+        at -= 1
+    return at, end
 
 
 def parts_of(program: Program, first: int, end: int) -> list[Part]:

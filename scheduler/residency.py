@@ -12,16 +12,15 @@ What is copied, kept or lost is the choice of a :class:`~.strategies.Strategy`; 
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 
-from .copies import HostCopies, parts_of
+from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
 from .program import Program, Segment
 from .retained import Retained
+from .returns import Returns
 from .strategies import DISCARD, KEEP, LAST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
@@ -65,8 +64,7 @@ class Residency:
         self._retained = Retained()
         self._spilling = False
         self._fetches: dict[Transfer, None] = {}  # restores ahead of need that are under way
-        self._returns: list[tuple[float, int, Program, float]] = []  # when to bring back whose KV, of which wait
-        self._pushed = 0
+        self._returns = Returns()
 
     # -- programs ----------------------------------------------------------------------------------------------
 
@@ -107,7 +105,7 @@ class Residency:
 
         Args:
             segment: it.
-            found: by :meth:`found`, one reference to each taken already.
+            found: shared pages (:class:`~.admission.Admission`), one reference to each taken already.
             now: seconds.
         """
         program = segment.program
@@ -140,27 +138,6 @@ class Residency:
         for page in program.pages:
             self.pool.withdraw(page)
         self.trim(program, 0)
-
-    def found(self, segment: Segment) -> list[int]:
-        """Pages of equal content, computed by anybody, that continue those which the segment's program has."""
-        last = (segment.known - 1) // self._size  # one token is always left to compute
-        held = min(len(segment.program.pages), -(-segment.reusable // self._size))
-        return self.pool.find(islice(segment.keys, held, last)) if held * self._size <= segment.reusable else []
-
-    def needs(self, segment: Segment, found: list[int]) -> int:
-        """Free pages that a segment needs for all its known tokens."""
-        pages, reusable = segment.program.pages, segment.reusable
-        held = min(len(pages), -(-reusable // self._size))
-        split = held * self._size > reusable and self.pool.shared(pages[held - 1])  # see take
-        return -(-segment.known // self._size) - held - len(found) + split
-
-    def restorable(self, segment: Segment) -> bool:
-        """Whether nothing that a segment would reuse is still on its way."""
-        program = segment.program
-        if program.fetching is not None:
-            return False
-        kept, held = -(-segment.reusable // self._size), len(program.pages)
-        return all(copy.ready for copy in program.copies if copy.end > held and copy.first < kept)
 
     def restore(self, segment: Segment, pages: list[int], parts: list[Part], now: float) -> Transfer:
         """Bring host pages of a segment that has been admitted back to ``pages``."""
@@ -256,7 +233,7 @@ class Residency:
         self._spilling = self._at_once < (high if self._spilling else low)
         while self._spilling and dirty and (wanted := high - self._at_once) > 0:
             program = next(iter(dirty))
-            first, end = self._copyable(program)
+            first, end = copyable(program, self.pool)
             if end > first and self._strategy.moves(program):
                 count = min(max(wanted, CHUNK), end - first, self.copies.room)
                 if count <= 0:
@@ -269,12 +246,9 @@ class Residency:
 
     def prefetch(self, now: float) -> None:
         """Bring back the KV of programs that are about to return, where memory is free for it."""
-        while self._returns and self._returns[0][0] <= now:
-            _, _, program, began = heapq.heappop(self._returns)
+        for program in self._returns.due(now):
             held, kept = len(program.pages), -(-program.kept // self._size)
-            if program.running or program.wait_began != began or program.fetching or held == kept:
-                continue
-            if not all(copy.ready for copy in program.copies):
+            if held == kept or program.fetching or not all(copy.ready for copy in program.copies):
                 continue
             count = kept - held
             if self.pool.free - count < MARGIN * self.pool.size:
@@ -307,7 +281,7 @@ class Residency:
                 self._release(program, held - min(want, clean))
                 self._expect(program, now)
                 continue
-            first, end = self._copyable(program)
+            first, end = copyable(program, self.pool)
             if end < held or first == end:
                 self._retained.bind(program)
                 return True
@@ -343,20 +317,6 @@ class Residency:
         pages, part = tuple(program.pages[first : first + count]), self.copies.add(program, first, count)
         self.transfers.append(Transfer(program, pages, (part,), True, now))
         self._retained.recount(program)
-
-    def _copyable(self, program: Program) -> tuple[int, int]:
-        """The last run of device pages without copies, as (first, end), that nobody shares."""
-        end = len(program.pages)
-        first = 0
-        for copy in reversed(program.copies):
-            if copy.end < end:
-                first = copy.end
-                break
-            end = min(end, copy.first)
-        at = end
-        while at > first and not self.pool.shared(program.pages[at - 1]):
-            at -= 1
-        return at, end
 
     def _cut_copies(self, program: Program, keep: int) -> None:
         """Drop the copies of all but the first ``keep`` pages."""
@@ -421,8 +381,7 @@ class Residency:
             program.expected = program.wait_began
             idle_s = self._strategy.predict.returns_in(program, now - program.wait_began)
             due = now + idle_s - self._strategy.predict.transfers.seconds(-(-program.kept // self._size))
-            self._pushed += 1
-            heapq.heappush(self._returns, (due, self._pushed, program, program.wait_began))
+            self._returns.expect(program, due)
 
     def _note(self, program: Program, action: str, why: str, pages: int) -> None:
         self.decisions[f"{action}: {why}"] += 1

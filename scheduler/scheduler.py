@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .admission import Admission
 from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
 from .plan import Plan
-from .policy import Policy, Pressure, WaitingQueue
+from .policy import Policy
 from .program import Program, QueueFull, Rejected, Segment
 from .registry import Registry
 from .residency import Residency
@@ -44,7 +45,7 @@ class Scheduler:
         self._pool = PagePool(config.num_pages)
         self._running = Running(config, self._pool, policy.rank)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
-        self._queue = WaitingQueue(policy.columns)
+        self._queue = Admission(config, policy, self._pool, self._running, self._residency)
         self._programs = Registry(config.max_programs, self._forget)
         self._counts = _Counts()
         self._submitted = 0
@@ -279,51 +280,13 @@ class Scheduler:
         """Give slots and pages to waiting segments, in the order of the policy, while both last."""
         admitted: list[Segment] = []
         while budget > 0 and self._running.slots and len(self._queue):
-            self._refresh()
-            segment, found = self._next(now)
+            segment, found = self._queue.next(now)
             if segment is None:
                 break
             self._admit(segment, found, now)
             admitted.append(segment)
             budget -= 0 if segment.loading else segment.wanted
         return admitted
-
-    def _next(self, now: float) -> tuple[Segment | None, list[int]]:
-        """Who starts next, and the pages it shares: the first in order that may; if it does not fit, it is passed over
-        a few times in favour of later ones that do."""
-        policy, passed = self._policy, None
-        for segment in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
-            if not policy.admits(segment, now, self._pressure()):
-                continue
-            found = self._fitting(segment, now)
-            if found is not None:
-                if passed is not None:
-                    passed.passed += 1
-                return segment, found
-            if passed is None:
-                passed = segment
-                if passed.passed >= policy.passes:
-                    break
-        return None, []
-
-    def _fitting(self, segment: Segment, now: float) -> list[int] | None:
-        """If all known tokens of a waiting segment can have pages now without preemption: the pages that others have
-        computed for it, one more reference taken; else None."""
-        program = segment.program
-        if segment.pending or not self._residency.restorable(segment):
-            return None  # its last token is still on the device, or its pages are on their way
-        found = self._residency.found(segment)
-        need = self._residency.needs(segment, found)
-        reserve = len(self._running) // 2  # so that those who run can grow
-        spare = self._pool.obtainable - need - reserve
-        own = len(program.pages) + len(found)  # they are no longer to be had if it starts
-        if spare < 0 or (spare < own and spare < self._pool.unpinned({*program.pages, *found})):
-            return None
-        self._pool.share(found)
-        if self._residency.reclaim(need, now, wait=True, spare=program):
-            return found
-        self._pool.release(found)
-        return None
 
     def _admit(self, segment: Segment, found: list[int], now: float) -> None:
         self._queue.remove(segment)
@@ -344,30 +307,12 @@ class Scheduler:
     def _enqueue(self, segment: Segment, now: float) -> None:
         segment.queued = now
         self._policy.queued(segment, now)
-        self._queue.push(segment, self._policy.features(segment))
+        self._queue.push(segment)
 
     def _on_loss(self, program: Program) -> None:
         segment = self._programs.live.get(program)
         if segment is not None and segment in self._queue:
             self._policy.changed.append(segment)
-
-    def _refresh(self) -> None:
-        """Bring features up to date."""
-        changed, self._policy.changed = self._policy.changed, []
-        for segment in changed:
-            if segment in self._queue:
-                self._queue.update(segment, self._policy.features(segment))
-
-    def _pressure(self) -> Pressure:
-        c = self.config
-        return Pressure(
-            c.page_size,
-            self._pool.size,
-            self._pool.free,
-            self._pool.obtainable - self._pool.free,
-            len(self._running),
-            c.host.pages > 0 and self._policy.strategy.hosts,
-        )
 
     # -- pages -----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from astraea_jax.engine import Engine, StepTimes
+from astraea_jax.engine import Engine
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError
@@ -29,6 +29,7 @@ from astraea_jax.options import MODEL, engine_flags, engine_title
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.record import Section, define_flags, publish
 from astraea_jax.roofline import Floors, Work
+from astraea_jax.runner import StepTimes
 from astraea_jax.sampling import SamplingParams
 
 FLAGS = flags.FLAGS

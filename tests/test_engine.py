@@ -119,11 +119,11 @@ async def test_waiting_programs_give_their_pages_up_under_pressure(make_engine, 
 
 
 async def test_a_session_serves_one_segment_at_a_time(engine):
-    with held(engine, 2) as more:
+    with held(engine, 2) as engine_held:
         first = engine.generate([1, 2], no_eos(50), session="busy")
         await anext(aiter(first))
         second = engine.generate([1, 2, 3], no_eos(5), session="busy")
-        more(2)  # it hears of the second before the last of these, and tells after it
+        engine_held.more(2)  # it hears of the second before the last of these, and tells after it
         with pytest.raises(Overloaded, match="busy"):
             await tokens(second)
     assert len(await tokens(first)) == 49

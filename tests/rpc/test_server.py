@@ -239,11 +239,11 @@ async def test_a_deadline_is_honoured_in_the_queue(make_engine):
         method = channel.unary_stream(f"/{wire.ORCHESTRATOR}/Decode")
         request = wire.DecodeRequest(token_content={"token_ids": [1]}, max_tokens=250).SerializeToString()
         computed = engine.times.tokens
-        with held(engine, 2) as more:
+        with held(engine, 2) as engine_held:
             running = [method(request, metadata=NO_EOS) for _ in range(8)]
             while engine._admitted < 8:
                 await asyncio.sleep(0.002)
-            more(2)  # by now all eight run
+            engine_held.more(2)  # by now all eight run
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 [_ async for _ in method(request, metadata=NO_EOS, timeout=0.5)]
             assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -272,10 +272,9 @@ async def test_a_cancelled_task_stays_cancelled(client, engine):
 
 async def test_a_session_ended_from_outside_is_no_whole_answer(decode, client, engine):
     metadata = (*NO_EOS, ("x-session-id", "ended"))
-    with held(engine, 2):
+    with held(engine, 2) as engine_held:
         call = asyncio.create_task(decode(token_content={"token_ids": [1]}, max_tokens=250, metadata=metadata))
-        while not engine.stats().running:
-            await asyncio.sleep(0.002)
+        await engine_held.still()
         client.end_session("ended")
         await posted(engine)
     with pytest.raises(grpc.aio.AioRpcError, match="session was ended"):

@@ -4,34 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from astraea_jax.engine import Engine
 
 
+class Held:
+    """Of an engine that stands still after some steps."""
+
+    def __init__(self, steps: int):
+        self._allowed, self._still = threading.Semaphore(steps), threading.Event()
+
+    def more(self, steps: int) -> None:
+        """Let so many more steps pass."""
+        self._still.clear()
+        self._allowed.release(steps)
+
+    async def still(self) -> None:
+        """Until it stands still, after which it takes no event."""
+        while not self._still.is_set():
+            await asyncio.sleep(0.002)
+
+    def wait(self) -> None:
+        """Called by the engine before every commit."""
+        if not self._allowed.acquire(blocking=False):
+            self._still.set()
+            self._allowed.acquire()
+
+
 @contextmanager
-def held(engine: Engine, steps: int) -> Iterator[Callable[[int], None]]:
-    """The engine commits so many steps, then stands still until the block is left; ``more(n)`` lets n more pass. So
-    what must happen while a segment runs does, however slow the machine.
+def held(engine: Engine, steps: int) -> Iterator[Held]:
+    """The engine commits so many steps, then stands still until the block is left. So what must happen while a segment
+    runs does, however slow the machine.
     """
-    read, allowed = engine._runner.read, threading.Semaphore(steps)
+    read, state = engine._runner.read, Held(steps)
 
     def wait(step):
-        allowed.acquire()
+        state.wait()
         return read(step)
 
     engine._runner.read = wait
     try:
-        yield allowed.release
+        yield state
     finally:
         engine._runner.read = read
-        allowed.release()
+        state.more(1)
 
 
 async def posted(engine: Engine) -> None:
-    """Until an event waits for an engine that is held."""
+    """Until an event waits for an engine that stands still."""
     while not engine._events:
         await asyncio.sleep(0.002)
 
