@@ -1,7 +1,7 @@
-"""The serving step compiled for a TPU that is not here, through the script: what it says and what it refuses.
+"""The serving step compiled for TPUs that are not here, through the script: what it says and what it refuses.
 
-Each program takes a processor most of a minute, so this is the shortest choice that shows every gate at work: the
-smallest decode step over four devices, and the transfers. `python scripts/compile_ahead.py` compiles the rest.
+The shortest choice that shows every gate at work on each kind of chip: Llama-3.1-8B's smallest decode step over four
+devices, and the transfers. `python scripts/compile_ahead.py` compiles the rest.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=380)
 
 
-@pytest.mark.serves("pallas", "compiled", "tensor parallelism", "KV to the host and back")
-def test_a_step_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
+@pytest.mark.serves("pallas", "compiled", "tensor parallelism", "layers in one loop", "KV to the host and back")
+def test_steps_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
     done = run(
-        *("--target=v6e", "--model=llama-3.2-1b", "--tp=4", "--attention=pallas"),
+        *("--target=v5e,v6e,7x", "--model=llama-3.1-8b", "--tp=4", "--attention=pallas"),
         *("--program=decode-least,offload,restore", f"--json={tmp_path / 'figures.json'}"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    step, offload, restore = json.loads((tmp_path / "figures.json").read_text())["programs"]
-    sums = step["collectives"].get("all-reduce", 0) + step["collectives"].get("all-gather", 0)
-    assert (sums, step["collectives"]["all-to-all"]) == (2 * 16 + 2, 1)
-    assert step["aliased"] >= restore["aliased"] > 10e9  # the last tokens, too
-    assert offload["collectives"] == restore["collectives"] == {}
+    programs = json.loads((tmp_path / "figures.json").read_text())["programs"]
+    assert len(programs) == 9
+    for step, offload, restore in (programs[:3], programs[3:6], programs[6:]):
+        assert step["case"]["scan"] is True
+        sums = step["collectives"].get("all-reduce", 0) + step["collectives"].get("all-gather", 0)
+        assert (sums, step["collectives"]["all-to-all"]) == (2 + 2, 1)  # of the loop, which counts once, and around it
+        assert step["temp"] < 2**26 < step["aliased"]
+        assert step["aliased"] >= restore["aliased"] > 8e9  # the last tokens, too
+        assert offload["collectives"] == restore["collectives"] == {}
 
 
 def test_a_model_that_does_not_fit_is_said_to_be_so():
