@@ -61,7 +61,7 @@ async def posted(engine: Engine) -> None:
 
 async def settled(engine: Engine, *, programs: bool = False) -> None:
     """Until no request is left and nothing moves, with ``programs`` no program either; and a turn of the loop more."""
-    while (stats := engine.stats()).running or stats.waiting or (programs and stats.programs) or _moving(engine):
+    while engine.in_progress or (programs and engine.stats().programs) or _moving(engine):
         await asyncio.sleep(0.005)
     loop = asyncio.get_running_loop()
     for _ in range(2):
