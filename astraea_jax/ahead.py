@@ -51,30 +51,29 @@ IN_PLACE = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "copy
 class Target:
     """Devices of one kind."""
 
-    platform: str
     topology: str
+    """Of TPUs, as libtpu names it; of GPUs the file."""
     memory: int
     """Bytes of each device that JAX has."""
-    description: str | None = None
-    """File beside this module that describes a GPU to the compiler."""
+    capability: int | None = None
+    """Compute capability of a GPU, whose description for the compiler is a file beside this module."""
 
     def devices(self) -> list[Any]:
         """Stand-ins for the devices; they can be compiled for, nothing else."""
-        if self.description is None:
-            described = topologies.get_topology_desc(self.topology, platform=self.platform)
-        else:
-            config = (Path(__file__).parent / "targets" / self.description).read_text()
-            options = {"target_config": config, "topology": self.topology}
-            described = topologies.get_topology_desc(platform=self.platform, **options)
-        return list(described.devices)
+        if self.capability is None:
+            return list(topologies.get_topology_desc(self.topology, platform="tpu").devices)
+        config = (Path(__file__).parent / "targets" / f"{self.topology}.txtpb").read_text()
+        return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x4").devices)
 
 
 TARGETS = {
-    "v5e": Target("tpu", "v5e:2x2", 16 * 2**30),
-    "v5p": Target("tpu", "v5p:2x2x1", 95 * 2**30),
-    "v6e": Target("tpu", "v6e:2x2", 32 * 2**30),
-    "7x": Target("tpu", "tpu7x:2x2x1", 96 * 2**30),
-    "h200": Target("cuda", "1x1x4", 141 * 10**9 * 3 // 4, "h200.txtpb"),
+    "v5e": Target("v5e:2x2", 16 * 2**30),
+    "v5p": Target("v5p:2x2x1", 95 * 2**30),
+    "v6e": Target("v6e:2x2", 32 * 2**30),
+    "7x": Target("tpu7x:2x2x1", 96 * 2**30),
+    "a100": Target("a100", 85 * 10**9 * 3 // 4, 80),
+    "h200": Target("h200", 141 * 10**9 * 3 // 4, 90),
+    "b200": Target("b200", 180 * 10**9 * 3 // 4, 100),
 }
 """A tpu7x chip of 192 GiB is two devices; of a GPU's memory JAX takes three quarters unless told otherwise."""
 
@@ -169,18 +168,18 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     """
     config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
     target = TARGETS[case.target]
-    scan = target.platform == "tpu" if case.scan is None else case.scan
+    scan = target.capability is None if case.scan is None else case.scan
     narrow = EIGHT_BITS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
     decoder = abstract_decoder(model, dtype, mesh, narrow=narrow, stacked=scan)
     backend = choose(
         case.attention,
-        "gpu" if target.platform == "cuda" else target.platform,
+        "tpu" if target.capability is None else "gpu",
         kv_heads=model.num_kv_heads // case.tp,
         head_dim=model.head_dim,
         page_size=config.page_size,
         dtype=kv_dtype,
-        ahead=True,
+        compute_capability=target.capability,
     )
     weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
     page = page_bytes(model, backend, config.page_size, kv_dtype, case.tp) // case.tp

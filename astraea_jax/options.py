@@ -44,8 +44,8 @@ MODEL = ("dtype", "quantize", "kv_dtype", "attention", "tensor_parallel", "scan_
 
 
 def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
-    """Define a flag for each of these fields, and return what makes an :class:`EngineConfig` of them and of others that
-    it is given.
+    """Define a flag for each of these fields, and return what makes an :class:`EngineConfig` of them and of what it
+    is given, which prevails.
 
     Args:
         names: of :data:`OPTIONS`.
@@ -64,7 +64,7 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
 
     def config(**more: Any) -> EngineConfig:
         chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
-        return EngineConfig(**chosen, **more)
+        return EngineConfig(**(chosen | more))
 
     return config
 

@@ -95,7 +95,8 @@ def sample(
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
-    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (size,))
+    key = jnp.stack([seed, position.astype(jnp.uint32)])
+    return jax.random.gumbel(jax.random.wrap_key_data(key, impl="threefry2x32"), (size,))
 
 
 def _keep_likeliest(logp: jax.Array, mass: jax.Array, enough: jax.Array) -> jax.Array:

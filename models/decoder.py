@@ -204,10 +204,17 @@ class Decoder(nnx.Module):
         if isinstance(self.layers, Stack):
             x, cache = self.layers(x, cos, sin, attend, cache)
             return self.norm(x), cache
+        graph, _ = nnx.split(self.layers[0])
+
+        @jax.jit  # traced once, not L times; compilers see no difference
+        def run(of_one: Any, i: jax.Array, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+            layer: Layer = nnx.merge(graph, of_one)
+            return layer(x, cos, sin, attend, i, cache)
+
         caches = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = layer(x, cos, sin, attend, i, cache[i])
+                x, layer_cache = run(nnx.state(layer), jnp.int32(i), x, cache[i])
             caches.append(layer_cache)
         return self.norm(x), tuple(caches)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from astraea_jax.config import EngineConfig
 from astraea_jax.engine import Engine
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
@@ -44,7 +45,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
-options = engine_flags(*MODEL)
+options = engine_flags(*MODEL, "max_step_tokens")
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )
@@ -71,8 +72,11 @@ class Figures:
     compile_s: float
 
 
-def load_engine(display: StartupDisplay) -> Engine:
-    config = options(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), compile_cache=FLAGS.compile_cache)
+def engine_config() -> EngineConfig:
+    return options(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), compile_cache=FLAGS.compile_cache)
+
+
+def load_engine(config: EngineConfig, display: StartupDisplay) -> Engine:
     span = max(max(context_lengths()) + output_tokens(), FLAGS.prefill + 1)
     if FLAGS.random_weights:
         engine = Engine.with_random_weights(FLAGS.model, config)
@@ -84,7 +88,7 @@ def load_engine(display: StartupDisplay) -> Engine:
 
 
 def step_tokens() -> int:
-    return max(512, 2 * FLAGS.batch)
+    return max(FLAGS.max_step_tokens, 2 * FLAGS.batch)
 
 
 def output_tokens() -> int:
@@ -229,8 +233,9 @@ def sections(engine: Engine, f: Figures, rival: float | None) -> list[Section]:
 def main(_: list[str]) -> None:
     with StartupDisplay() as display:
         try:
-            floors = Floors.measure(options().weight_dtype())
-            engine = load_engine(display)
+            config = engine_config()
+            floors = Floors.measure(config.weight_dtype())
+            engine = load_engine(config, display)
         except (CheckpointError, StartupError) as error:
             raise SystemExit(f"cannot measure: {error}") from None
         began = time.perf_counter()

@@ -11,7 +11,7 @@ from support.scripts import ROOT, run
 
 
 def test_the_step_benchmark_prints_its_floors():
-    sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--json=")
+    sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--max_step_tokens=16", "--json=")
     out = run("scripts/bench_step.py", *sizes)
     for word in ("decode step", "prefill of 32", "host work per step", "read", "matmul"):
         assert word in out
@@ -67,15 +67,24 @@ def test_a_study_that_cannot_be_is_refused(flag, words):
     assert words in done.stderr + done.stdout
 
 
+SMALL_STEPS = """
+import runpy, sys
+from astraea_jax import replay
+replay.SEQS, replay.STEP_TOKENS = 8, 32
+sys.argv[0] = "scripts/bench_jct.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_the_replay_compares_engine_and_simulator(tmp_path):
-    """On short programs, or else the model would take a minute to say it all."""
+    """On short programs and in small steps, or else the model would take a minute to say it all, and to compile."""
     table, trace = tmp_path / "rows.json", tmp_path / "short.jsonl"
     first = {"new_prompt_tokens": 40, "cached_prompt_tokens": 0, "output_tokens": 8}
     last = {"new_prompt_tokens": 20, "cached_prompt_tokens": 48, "output_tokens": 12, "tool": None}
     segments = [{**first, "tool": {"name": "search", "seconds": 1.0}}, last]
     trace.write_text("\n".join(json.dumps({"program": f"p{i}", "segments": segments}) for i in range(6)))
     run(
-        "scripts/bench_jct.py",
+        *("-c", SMALL_STEPS),
         *("--backend=engine", "--policies=astraea", f"--trace={trace}", "--programs=6", "--tool_scale=0.002"),
         f"--json={table}",
     )

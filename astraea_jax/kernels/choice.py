@@ -19,8 +19,6 @@ _ALL: tuple[type[Backend], ...] = (Reference, Triton, TokamaxRPA, JaxRPA, Pallas
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
 PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
 """Kind of device, as JAX names it -> backends, best first; the reference on all others."""
-AHEAD_CAPABILITY = 90
-"""Compute capability of the GPUs that are compiled for where there is none."""
 
 
 def choose(
@@ -31,7 +29,7 @@ def choose(
     head_dim: int,
     page_size: int,
     dtype: Any,
-    ahead: bool = False,
+    compute_capability: int | None = None,
 ) -> Backend:
     """The backend called ``name``, or if None the first preferred one that serves these pages of one device.
 
@@ -42,7 +40,7 @@ def choose(
         head_dim: as above.
         page_size: as above.
         dtype: as above.
-        ahead: compile for devices that are not in this machine.
+        compute_capability: of GPUs that are compiled for and are not in this machine.
 
     Raises:
         StartupError: it cannot be had, or none can; the message gives the reasons.
@@ -53,8 +51,8 @@ def choose(
             if candidate in PREFERRED["tpu"] and platform != "tpu":
                 raise StartupError(f"attention {candidate!r} is for TPUs, but JAX runs on {platform}; start without it")
             backend = (
-                Triton(compute_capability=AHEAD_CAPABILITY)
-                if ahead and candidate == "triton"
+                Triton(compute_capability=compute_capability)
+                if compute_capability and candidate == "triton"
                 else BACKENDS[candidate]()
             )
             backend.page_shape(kv_heads, page_size, head_dim, dtype)

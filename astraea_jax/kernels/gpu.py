@@ -17,11 +17,13 @@ import jax.numpy as jnp
 
 from astraea_jax.errors import StartupError
 
-from .backend import Batch
+from .backend import Batch, stored
 
 Operand = jax.Array | jax.Ref | int | float
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 KV_DTYPES = (*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)), FP8)
+FP8_CAPABILITY = 89
+"""Compute capability from which on GPUs convert float8; for others its bits are taken apart."""
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MOST_SPLITS = 32
 """Programs that share the context of one query."""
@@ -101,10 +103,6 @@ class Triton:
     """Tokens that a query sees, itself included; None: all."""
     soft_cap: float | None = None
     """Scores become ``cap * tanh(score / cap)``."""
-    k_scale: float = 1.0
-    """What keys in float8 pages were divided by."""
-    v_scale: float = 1.0
-    """What values in float8 pages were divided by."""
     compute_capability: int | None = None
     """Of a GPU to compile for that is not in this machine, such as 90 for H100 and H200."""
 
@@ -144,12 +142,19 @@ class Triton:
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
         """Write keys and values; then rows with one query; then, if ``q_tile`` says there may be any, the others."""
+        dtype = pages.dtype
+        k, v = stored(k, dtype), stored(v, dtype)
+        if dtype == FP8 and self._capability() < FP8_CAPABILITY:
+            k, v, pages = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v, pages))
         queries, pool = jax.new_ref(q), jax.new_ref(pages)
         self._write(k, v, batch.slots, pool)
         self._attend_single(queries, pool, batch)
         if q_tile > 1:
             self._attend_tiles(queries, pool, batch)
-        return jax.freeze(queries), jax.freeze(pool)
+        return jax.freeze(queries), jax.lax.bitcast_convert_type(jax.freeze(pool), dtype)
+
+    def _capability(self) -> int:
+        return self.compute_capability or int(jax.devices()[0].compute_capability.replace(".", ""))
 
     def launch(
         self,
@@ -197,8 +202,8 @@ class Triton:
         self.launch(
             "write_kv",
             (t, -(-heads * h // block)),
-            {"k": k, "v": v, "slots": slots, "pages": pool, "k_scale": self.k_scale, "v_scale": self.v_scale},
-            {"K": heads, "S": pool.shape[3], "H": h, "FP8": pool.dtype == FP8, "BLOCK": block},
+            {"k": k, "v": v, "slots": slots, "pages": pool},
+            {"K": heads, "S": pool.shape[3], "H": h, "BLOCK": block},
         )
 
     def _attend_single(self, queries: jax.Ref, pool: jax.Ref, batch: Batch) -> None:
@@ -250,8 +255,7 @@ class Triton:
             "kv_lens": batch.kv_lens,
             "cu_q_lens": batch.cu_q_lens,
             "width": batch.page_table.shape[1],
-            "scale": queries.shape[2] ** -0.5 * self.k_scale,
-            "v_scale": self.v_scale,
+            "scale": queries.shape[2] ** -0.5,
         }
 
     def _constants(self, queries: jax.Ref, pool: jax.Ref, blocks: Blocks) -> dict[str, int | float | str]:

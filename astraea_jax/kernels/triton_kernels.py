@@ -19,18 +19,15 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FP8_MAX = tl.constexpr(448.0)
-"""Largest finite number of float8_e4m3fn."""
 
 
 @triton.jit
 def write_kv(
-    k, v, slots, pages, k_scale, v_scale,
-    K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+    k, v, slots, pages, K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Store ``k, v [T, K, H]`` at flat ``slots [T]`` of ``pages``; grid ``(T, K * H / BLOCK)``.
 
-    The scrap page is not written: nobody reads it. With FP8 numbers are divided by their scale and clamped.
+    The scrap page is not written: nobody reads it.
     """
     token = tl.program_id(0)
     slot = tl.load(slots + token)
@@ -39,12 +36,22 @@ def write_kv(
         inside = lane < K * H
         key = tl.load(k + token * (K * H) + lane, mask=inside)
         value = tl.load(v + token * (K * H) + lane, mask=inside)
-        if FP8:
-            key = tl.minimum(tl.maximum(key.to(tl.float32) / k_scale, -FP8_MAX), FP8_MAX)
-            value = tl.minimum(tl.maximum(value.to(tl.float32) / v_scale, -FP8_MAX), FP8_MAX)
         at = pages + (slot // S).to(tl.int64) * (2 * K * S * H) + lane // H * (S * H) + slot % S * H + lane % H
-        tl.store(at, key.to(pages.dtype.element_ty), mask=inside)
-        tl.store(at + K * S * H, value.to(pages.dtype.element_ty), mask=inside)
+        tl.store(at, key, mask=inside)
+        tl.store(at + K * S * H, value, mask=inside)
+
+
+@triton.jit
+def _widened(x, dtype: tl.constexpr):
+    """Numbers of a page in ``dtype``; uint8 are the bits of float8_e4m3fn, for GPUs that do not know it.
+
+    Its sign, exponent and mantissa are those of a float16 whose exponent is too small by 8; only NaN (0x7f) is not.
+    """
+    if x.dtype == tl.uint8:
+        half = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+        wide = half.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        x = tl.where((x & 0x7F) == 0x7F, float("nan"), wide)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -65,11 +72,12 @@ def _visit(
         token = page.to(tl.int64) * (2 * K * S * H) + pos % S * H
         keys, values = head + token[None, :] + h[:, None], head + K * S * H + token[:, None] + h[None, :]
         if MASKED:  # what lies beyond may be NaN, which a weight of 0 would keep
-            k = tl.load(keys, mask=(pos < reach)[None, :], other=0.0).to(q.dtype)
-            v = tl.load(values, mask=(pos < reach)[:, None], other=0.0).to(q.dtype)
+            k = tl.load(keys, mask=(pos < reach)[None, :], other=0.0)
+            v = tl.load(values, mask=(pos < reach)[:, None], other=0.0)
         else:
-            k = tl.load(keys).to(q.dtype)
-            v = tl.load(values).to(q.dtype)
+            k = tl.load(keys)
+            v = tl.load(values)
+        k, v = _widened(k, q.dtype), _widened(v, q.dtype)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if SOFT_CAP > 0:  # cap * tanh(score / cap)
             bent = 1 - 2 / (tl.exp2(scores * (2 * scale * LOG2E / SOFT_CAP)) + 1)
@@ -104,7 +112,7 @@ def _share(kv_len, splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MIN_BLOC
 
 @triton.jit
 def attend_single(
-    q, pages, page_table, kv_lens, cu_q_lens, parts, heights, width, splits, scale, v_scale,
+    q, pages, page_table, kv_lens, cu_q_lens, parts, heights, width, splits, scale,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_BLOCKS: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -133,7 +141,7 @@ def attend_single(
             K, S, H, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True,
         )  # fmt: skip
         part = (row * (K * G) + n) * splits + split
-        tl.store(parts + part[:, None] * H + h[None, :], out * (v_scale / mass)[:, None], mask=(lane < G)[:, None])
+        tl.store(parts + part[:, None] * H + h[None, :], out * (1 / mass)[:, None], mask=(lane < G)[:, None])
         tl.store(heights + part, top + tl.log2(mass), mask=lane < G)
 
 
@@ -159,7 +167,7 @@ def combine(
 
 @triton.jit
 def attend_tiles(
-    q, pages, page_table, kv_lens, cu_q_lens, rows, width, scale, v_scale,
+    q, pages, page_table, kv_lens, cu_q_lens, rows, width, scale,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -209,5 +217,5 @@ def attend_tiles(
             queries, q_pos, top, mass, out, head, table, masked_from, past + used, past + used, scale,
             K, S, H, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True,
         )  # fmt: skip
-        out *= (v_scale / tl.where(active, mass, 1.0))[:, None]
+        out *= (1 / tl.where(active, mass, 1.0))[:, None]
         tl.store(q + at, out.to(q.dtype.element_ty), mask=active[:, None])

@@ -54,20 +54,23 @@ def test_page_sizes(interpreted, size):
 
 
 @pytest.mark.serves("triton", "interpreted", "fp8 KV")
-def test_float8_pages_are_scaled(interpreted):
-    """With numbers that float8 holds exactly: the interpreter, unlike a GPU, loses carries when it rounds to it."""
-    k_scale, v_scale, fp8 = 0.5, 0.25, jnp.float8_e4m3fn
+@pytest.mark.parametrize("capability", [80, 90])
+def test_float8_pages(interpreted, capability):
+    """As numbers, and as bits for GPUs that do not know them."""
     case = Ragged.make(16, 2, 2, 32, [1, 5, 1], [40, 3, 0], seed=1)
-    scale = np.array([k_scale, v_scale], np.float32)[:, None, None, None]
+    fp8 = {name: getattr(case, name).astype(jnp.float8_e4m3fn).astype(np.float32) for name in ("k", "v", "pages")}
+    got = case.attend(interpreted(compute_capability=capability), kv_dtype=jnp.float8_e4m3fn)
+    rounded = dataclasses.replace(case, **fp8)
+    rounded.check(got, rounded.expected(), rtol=1e-4, atol=1e-5)
 
-    def exact(x: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
-        return (x / scale).astype(fp8).astype(np.float32) * scale
 
-    changes = {"k": exact(case.k, k_scale), "v": exact(case.v, v_scale), "pages": exact(case.pages, scale)}
-    case = dataclasses.replace(case, **changes)
-    divided = dataclasses.replace(case, pages=case.pages / scale)
-    out, pages = divided.attend(interpreted(k_scale=k_scale, v_scale=v_scale), jnp.float16, fp8)
-    case.check((out, pages * scale), case.expected(), rtol=1e-2, atol=1e-2)
+def test_every_float8_number_has_its_bits_taken_apart_right(interpreted):
+    """Of a context of one token, attention is its value."""
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+    case = Ragged.make(16, 16, 1, 16, [1], [0], seed=2)
+    case = dataclasses.replace(case, v=numbers.reshape(1, 16, 16))
+    out, _ = case.attend(interpreted(compute_capability=80), jnp.float32, jnp.float8_e4m3fn)
+    np.testing.assert_array_equal(out.reshape(-1), numbers)
 
 
 @pytest.mark.serves("triton", "interpreted", "the engine's tokens, against dense attention")

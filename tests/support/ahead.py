@@ -1,6 +1,7 @@
-"""Compile attention for an H200 on a machine without one, and print what came of it as a line of JSON.
+"""Compile attention for a GPU on a machine without one, and print what came of it as a line of JSON.
 
-python tests/support/ahead.py decode | mixed | float8 | traits
+python tests/support/ahead.py a100 | h200 | b200 decode | mixed | float8
+python tests/support/ahead.py traits
 """
 
 from __future__ import annotations
@@ -9,24 +10,22 @@ import ctypes
 import json
 import os
 import sys
-from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from astraea_jax.ahead import TARGETS
 from astraea_jax.kernels import Batch, Triton
+from astraea_jax.models.sharding import mesh_of
 
-H200 = Path(__file__).with_name("h200.txtpb")
 PAGES, SIZE, HEADS, GROUP, HEAD, ROWS, WIDTH = 4096, 16, 8, 4, 128, 16, 256
 
 
-def compile_attention(kind: str) -> dict[str, int | str]:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200.read_text(), topology="1x1x1")
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+def compile_attention(target: str, kind: str) -> dict[str, int | str]:
+    mesh = mesh_of(TARGETS[target].devices()[:1])
     placed = NamedSharding(mesh, PartitionSpec())
     tokens, q_tile = (256, 16) if kind == "mixed" else (ROWS, 1)
 
@@ -34,7 +33,7 @@ def compile_attention(kind: str) -> dict[str, int | str]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     new = [array((tokens, n, HEAD), jnp.bfloat16) for n in (HEADS * GROUP, HEADS, HEADS)]
-    backend = Triton(compute_capability=90)
+    backend = Triton(compute_capability=TARGETS[target].capability)
     kv_dtype = jnp.float8_e4m3fn if kind == "float8" else jnp.bfloat16
     pool = array((PAGES, *backend.page_shape(HEADS, SIZE, HEAD, kv_dtype)), kv_dtype)
     batch = Batch(array((ROWS, WIDTH)), array((ROWS,)), array((ROWS + 1,)), array((tokens,)))
@@ -90,6 +89,5 @@ def handler_traits() -> int:
 
 
 if __name__ == "__main__":
-    kind = sys.argv[1]
-    result = handler_traits() if kind == "traits" else json.dumps(compile_attention(kind))
+    result = handler_traits() if sys.argv[1] == "traits" else json.dumps(compile_attention(*sys.argv[1:]))
     sys.stdout.write(f"{result}\n")
