@@ -77,6 +77,23 @@ def test_compiled_for_gpus_that_are_not_here_pools_are_written_in_place(target, 
     assert not re.search(rf"= \S*\[{report['pages']},2,\S* (copy|copy-start|fusion|scatter)\(", report["hlo"])
 
 
+@pytest.mark.serves("triton", "compiled", "tensor parallelism", "int8 and fp8 weights", "KV to the host and back")
+@needs_no_gpu
+def test_the_step_on_four_gpus_and_the_transfers_pass_their_gates(tmp_path):
+    """As tests/ahead asks it of TPUs: all layers of Llama-3.1-8B, in eight bits, by the script."""
+    script, figures = AHEAD.parents[2] / "scripts" / "compile_ahead.py", tmp_path / "figures.json"
+    case = ("--target=h200", "--model=llama-3.1-8b", "--tp=4", "--quantize=int8", "--kv_dtype=fp8")
+    programs = ("--program=decode-least,offload,restore", f"--json={figures}")
+    compiled = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script, *case, *programs], env=compiled, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    step, offload, restore = json.loads(figures.read_text())["programs"]
+    assert step["case"]["attention"] == "triton"
+    assert step["case"]["scan"] is False
+    assert step["temp"] < 2**26 < restore["aliased"] <= step["aliased"]
+    assert offload["collectives"] == restore["collectives"] == {}
+
+
 @needs_no_gpu
 def test_launches_may_be_recorded_into_command_buffers():
     """What jaxlib's handler of them says of itself, by XLA's FFI metadata (bit 0 of the traits)."""
