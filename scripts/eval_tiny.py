@@ -16,9 +16,10 @@ from rich.progress import track
 from rich.table import Table
 
 from astraea_jax.agent import ProgramResult, run_program
-from astraea_jax.config import KV_DTYPES, EngineConfig
 from astraea_jax.engine import Engine
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.errors import StartupError
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.options import MODEL, engine_flags
 from astraea_jax.progress import StartupDisplay
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.shop import Task, make_tasks
@@ -26,8 +27,7 @@ from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")
-flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
-flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits.")
+options = engine_flags(*MODEL)
 flags.DEFINE_integer("tasks", 500, "Held-out tasks.", lower_bound=1)
 flags.DEFINE_integer("seed", 100, "Of the tasks; training used 0 and its own evaluation 1.")
 flags.DEFINE_integer("show_wrong", 5, "Wrong answers to print.", lower_bound=0)
@@ -50,9 +50,11 @@ async def run(engine: Engine, tasks: list[Task]) -> list[tuple[Task, ProgramResu
 
 
 def main(_: list[str]) -> None:
-    config = EngineConfig(quantize=FLAGS.quantize, kv_dtype=FLAGS.kv_dtype)
     with StartupDisplay() as display:
-        engine = Engine.from_folder(FLAGS.model, config, progress=display.loading)
+        try:
+            engine = Engine.from_folder(FLAGS.model, options(), progress=display.loading)
+        except (CheckpointError, StartupError) as error:
+            raise SystemExit(f"cannot evaluate: {error}") from None
         engine.start(display.compiling)
     done = asyncio.run(run(engine, make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.tasks)))
     engine.shutdown(grace_s=0)

@@ -212,11 +212,11 @@ class Triton:
         rows, width = batch.page_table.shape
         blocks = single_blocks(n // heads, h, queries.dtype)
         splits, least = split_context(rows, heads, width * size, blocks.n)
-        share = {"H": h, "BLOCK_N": blocks.n, "MIN_BLOCKS": least, "WINDOW": self.window or 0}
+        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": self.window or 0}
         parts, heights = self.launch(
             "attend_single",
             (heads, rows, splits),
-            {**self._operands(queries, pool, batch), "splits": splits},
+            {**self._operands(queries, pool, batch), "splits": splits, "least": least},
             {**self._constants(queries, pool, blocks), **share},
             out={
                 "parts": jax.ShapeDtypeStruct((rows, n, splits, h), jnp.float32),
@@ -229,7 +229,7 @@ class Triton:
         self.launch(
             "combine",
             (n, rows),
-            {"q": queries, **lens, "parts": parts, "heights": heights, "splits": splits},
+            {"q": queries, **lens, "parts": parts, "heights": heights, "splits": splits, "least": least},
             {"N": n, "BLOCK_SPLITS": _power(splits), **share},
         )
 

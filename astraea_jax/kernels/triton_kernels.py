@@ -100,21 +100,21 @@ def _visit(
 
 
 @triton.jit
-def _share(kv_len, splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MIN_BLOCKS: tl.constexpr):
+def _share(kv_len, splits, least, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
     """How one query's context is split: the first block it sees, blocks per program, and programs with work."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0) // BLOCK_N
     blocks = tl.cdiv(kv_len, BLOCK_N) - first
-    each = tl.maximum(tl.cdiv(blocks, splits), MIN_BLOCKS)
+    each = tl.maximum(tl.cdiv(blocks, splits), least)
     return first, each, tl.cdiv(blocks, each)
 
 
 @triton.jit
 def attend_single(
-    q, pages, page_table, kv_lens, cu_q_lens, parts, heights, width, splits, scale,
+    q, pages, page_table, kv_lens, cu_q_lens, parts, heights, width, splits, least, scale,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows with one query, a share of the context per program; grid ``(K, R, splits)``.
@@ -125,7 +125,7 @@ def attend_single(
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(cu_q_lens + row)
     kv_len = tl.load(kv_lens + row)
-    first, each, active = _share(kv_len, splits, BLOCK_N, WINDOW, MIN_BLOCKS)
+    first, each, active = _share(kv_len, splits, least, BLOCK_N, WINDOW)
     if (tl.load(cu_q_lens + row + 1) - token == 1) & (split < active):
         lane, h = tl.arange(0, BLOCK_M), tl.arange(0, H)
         n = kv_head * G + lane
@@ -147,14 +147,13 @@ def attend_single(
 
 @triton.jit
 def combine(
-    q, kv_lens, cu_q_lens, parts, heights, splits,
-    N: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, MIN_BLOCKS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    q, kv_lens, cu_q_lens, parts, heights, splits, least,
+    N: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Put the shares of :func:`attend_single` together, in the place of ``q [T, N, H]``; grid ``(N, R)``."""
     n, row = tl.program_id(0), tl.program_id(1)
     token = tl.load(cu_q_lens + row)
-    _, _, active = _share(tl.load(kv_lens + row), splits, BLOCK_N, WINDOW, MIN_BLOCKS)
+    _, _, active = _share(tl.load(kv_lens + row), splits, least, BLOCK_N, WINDOW)
     if tl.load(cu_q_lens + row + 1) - token == 1:
         split, h = tl.arange(0, BLOCK_SPLITS), tl.arange(0, H)
         part = (row * N + n) * splits + split
