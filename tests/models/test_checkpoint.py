@@ -158,24 +158,26 @@ def test_copying_leaves_what_is_there(folder, tmp_path):
 
 
 PEAK = """
-import resource, sys
+import re, sys
 import jax, jax.numpy as jnp
 from pathlib import Path
 from astraea_jax.models.checkpoint import load_hf
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 jnp.zeros(1).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 decoder = load_hf(Path(sys.argv[1]), jnp.float32)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: getrusage() counts what the parent has held, too")
 def test_peak_memory_stays_near_one_copy(tmp_path):
-    config = ModelConfig(8000, 1024, 2048, 8, 8, 8, 128, 128)
+    config = ModelConfig(8000, 1024, 2048, 4, 8, 8, 128, 128)
     decoder = random_decoder(config, jnp.float32, seed=0)
     size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(decoder)))
     save_hf(decoder, tmp_path)
     del decoder
     done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], check=True, capture_output=True, text=True)
-    grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
-    # The file's pages that are mapped in count too: one copy of arrays, one of page cache, and a tensor.
-    assert grown < 2.3 * size, f"{grown / size:.2f} copies"
+    grown = int(done.stdout) * 1024
+    # One copy of arrays, one of the file's pages that are mapped in, a tensor, and the holes that malloc leaves.
+    assert 1.5 * size < grown < 2.7 * size, f"{grown / size:.2f} copies"
