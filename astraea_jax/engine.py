@@ -296,7 +296,7 @@ class Engine:
         for segment in plan.admitted:
             self._runner.set_sampling(segment.slot, self._requests[segment].params)
         self.times.starved += running is None or running.done
-        step = self._runner.dispatch(plan, self._scheduler.page_table)
+        step = self._runner.dispatch(plan)
         self.times.steps += 1
         self.times.tokens += plan.tokens
         self.times.plan_s += planned - began

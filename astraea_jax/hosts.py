@@ -63,7 +63,9 @@ class Act(IntEnum):
     """Write a block: its number; then the pages."""
     FORGET = 5
     """Drop blocks: then their numbers."""
-    END = 6
+    TABLE = 6
+    """Put new entries into the page table: they follow."""
+    END = 7
 
 
 class Line:
@@ -164,6 +166,11 @@ class LeadingRunner(Runner):
             self._say(Act.STEP, self.shapes.index(shape), payload=batch)
         return super().launch(shape, batch)
 
+    def write_table(self, changes: np.ndarray) -> None:
+        if self._lines:
+            self._say(Act.TABLE, payload=changes)
+        super().write_table(changes)
+
     def read(self, step: InFlight) -> list[int]:
         """As :meth:`Runner.read`. Devices wait for ever for those of a process that has gone, so this looks for it.
 
@@ -248,6 +255,8 @@ class FollowingRunner(Runner):
                 case Act.FORGET:
                     for number in numbers.tolist():
                         del blocks[number]
+                case Act.TABLE:
+                    self.write_table(numbers)
                 case Act.END:
                     return
 

@@ -24,6 +24,9 @@ from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.plan import Plan
 from astraea_jax.step import COLUMNS, Sizes, Step, StepShape
 
+CHANGES = 2048
+"""New entries of the page table that are sent at once, by themselves; a step takes along one for each of its rows."""
+
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -87,6 +90,8 @@ class Runner:
         self._batch_sizes = {shape: self._step.batch(shape).shape for shape in self._step.shapes}
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(sizes.max_seqs, jnp.int32, device=self._step.whole)
+        self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.whole)
+        self._write_table: Any = None
         self.shapes = self._step.shapes
         """Of the steps."""
         self._compiled: dict[StepShape, Any] = {}
@@ -108,11 +113,15 @@ class Runner:
             block = jax.eval_shape(gather, self._step.pages, ids)
             lowerings["gather", size] = partial(gather.lower, self._step.pages, ids)
             lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
+        writing = self._step.table, jax.ShapeDtypeStruct((2 * CHANGES,), jnp.int32, sharding=self._step.whole)
+        lowerings["table", CHANGES] = partial(self._step.writer().lower, *writing)
         compiled = compile_all(lowerings, progress)
+        self._write_table = compiled["table", CHANGES]
         self._compiled = {shape: compiled["step", shape] for shape in self.shapes}
         self._gathers = {size: compiled["gather", size] for size in self._blocks}
         self._scatters = {size: compiled["scatter", size] for size in self._blocks}
         self._meet()
+        self.write_table(np.full(2 * CHANGES, NOWHERE, np.int32))
         for shape in self.shapes:
             self.launch(shape, self._empty_batch(shape)).block_until_ready()
         for size in self._blocks:
@@ -126,7 +135,7 @@ class Runner:
     @property
     def executables(self) -> int:
         """How many programs of the device have been compiled."""
-        return len(self._compiled) + len(self._gathers) + len(self._scatters)
+        return len(self._compiled) + len(self._gathers) + len(self._scatters) + (self._write_table is not None)
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
         """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""
@@ -145,28 +154,48 @@ class Runner:
         """Nothing will be dispatched any more."""
 
     def _empty_batch(self, shape: StepShape) -> np.ndarray:
-        return np.zeros(self._batch_sizes[shape], np.int32)
+        batch = np.zeros(self._batch_sizes[shape], np.int32)
+        batch[-2 * shape.rows :] = NOWHERE
+        return batch
 
     def set_sampling(self, slot: int, params: SamplingParams) -> None:
         """Choose how the rows of ``slot`` sample from the next dispatch on."""
         self._sampling[slot, :2] = min(params.top_k, 2**31 - 1), np.uint32(params.seed).astype(np.int32)
         self._sampling[slot, 2:].view(np.float32)[:] = params.temperature, params.top_p, params.min_p
 
-    def dispatch(self, plan: Plan, page_table: np.ndarray) -> InFlight:
-        """Start a step and return at once. ``page_table`` is the scheduler's, ``[max_seqs, M]`` by slot."""
+    def dispatch(self, plan: Plan) -> InFlight:
+        """Start a step and return at once."""
         rows = len(plan.segments)
         shape = self._fitting(rows, plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
         batch = self._empty_batch(shape)
-        head = batch[shape.tokens :].reshape(shape.rows, -1)[:rows]
+        head = batch[shape.tokens : -2 * shape.rows].reshape(shape.rows, COLUMNS)[:rows]
         head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
         head[: plan.samples, 3] = 1
-        head[:, 4:COLUMNS] = self._sampling[plan.slots]
-        head[:, COLUMNS:] = page_table[plan.slots]
+        head[:, 4:] = self._sampling[plan.slots]
+        if plan.changes:
+            self._change(batch[-2 * shape.rows :].reshape(2, -1), plan.changes)
         _fill_tokens(batch[: plan.tokens], plan)
         sampled = self.launch(shape, batch)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
+
+    def _change(self, taken: np.ndarray, changes: list[tuple[int, int, list[int]]]) -> None:
+        """Write what is new in the page table into what the step takes along, ``[2, R]``; what is more than that, at
+        once."""
+        width = self._step.table.shape[1]
+        places: list[int] = []
+        for slot, first, pages in changes:
+            at = slot * width + first
+            places += range(at, at + len(pages))
+        new = np.array([places, [page for *_, pages in changes for page in pages]], np.int32)
+        ahead = max(0, new.shape[1] - taken.shape[1])
+        for at in range(0, ahead, CHANGES):
+            some = new[:, at : min(at + CHANGES, ahead)]
+            message = np.full((2, CHANGES), NOWHERE, np.int32)
+            message[:, : some.shape[1]] = some
+            self.write_table(message.reshape(-1))
+        taken[:, : new.shape[1] - ahead] = new[:, ahead:]
 
     def _fitting(self, rows: int, tokens: int) -> StepShape:
         """The smallest shape that holds the step."""
@@ -175,8 +204,13 @@ class Runner:
 
     def launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
         """Start the step of this shape with what the host says, and return ``[R]`` int32, its sampled tokens."""
-        self._pages, self._last, sampled = self._compiled[shape](self._leaves, self._pages, self._last, batch)
+        step = self._compiled[shape]
+        self._pages, self._last, self._table, sampled = step(self._leaves, self._pages, self._last, self._table, batch)
         return sampled
+
+    def write_table(self, changes: np.ndarray) -> None:
+        """Put new entries into the page table, as :meth:`.step.Step.writer` takes them."""
+        self._table = self._write_table(self._table, changes)
 
     def read(self, step: InFlight) -> list[int]:
         """Wait for a step's tokens, one per row that samples."""

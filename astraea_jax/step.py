@@ -1,7 +1,8 @@
 """The jitted step: one forward over a ragged batch, spread over a mesh, and one sampled token per row.
 
-A step runs ``R`` rows (one per running segment) and ``T`` tokens laid end to end. A row whose last token the host has
-not read yet carries -1 there, and the device substitutes the token it sampled for that slot in the step before.
+A step runs ``R`` rows (one per running segment) and ``T`` tokens laid end to end. Of every slot the device keeps the
+last sampled token, which it takes where the host says -1 because it has not read it yet, and the pages, of which the
+host says only what is new: what is sent for a step does not grow with the contexts that are possible.
 
 Over several devices the compiler divides the matrix products as the weights are divided, and attention runs on each
 device for its own heads, so that a kernel sees arrays of one device. :class:`Step` holds no array: it compiles for
@@ -31,7 +32,7 @@ PREFILL_TILE = 16
 """Query tokens of one row that attend together in a step with prefill."""
 
 COLUMNS = 9
-"""Numbers of a row before its pages: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
+"""Numbers of a row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
 
 COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
 """Kind of device -> options. That TPU's compiler wants weights of a loop in larger tiles than arrays have, and would
@@ -108,6 +109,8 @@ class Step:
             decoder.config, backend, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh, stacked=self.stacked
         )
         self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.whole)
+        self.table = jax.ShapeDtypeStruct((sizes.max_seqs, sizes.max_pages_per_seq), jnp.int32, sharding=self.whole)
+        """Pages of every slot."""
         self._shardings = [leaf.sharding for leaf in leaves]
 
     @property
@@ -117,29 +120,33 @@ class Step:
 
     def batch(self, shape: StepShape) -> jax.ShapeDtypeStruct:
         """Of what the host says; see :meth:`_run`."""
-        numbers = shape.tokens + shape.rows * (COLUMNS + self._sizes.max_pages_per_seq)
+        numbers = shape.tokens + shape.rows * (COLUMNS + 2)
         return jax.ShapeDtypeStruct((numbers,), jnp.int32, sharding=self.whole)
 
     def arguments(self, shape: StepShape) -> tuple[Any, ...]:
-        """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, batch."""
-        return self.leaves, self.pages, self.last, self.batch(shape)
+        """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, batch."""
+        return self.leaves, self.pages, self.last, self.table, self.batch(shape)
 
     def transfers(self) -> tuple[Any, Any]:
         """The gather and the scatter of pages, see :func:`~astraea_jax.cache.paged.jitted_transfers`."""
         return jitted_transfers(self.pages, self.whole, self._sizes.num_pages)
 
-    def jitted(self, shape: StepShape) -> Any:
-        """The step of this shape, to be lowered with :meth:`arguments`; pages and last are donated.
+    def writer(self) -> Any:
+        """Puts ``[2 * n]`` int32, n places and as many pages, into the donated table."""
+        return jax.jit(_changed, out_shardings=self.whole, donate_argnums=0)
 
-        It returns the pages, ``last``, and ``[R]`` int32: what each row sampled (-1 where the logits were not finite).
+    def jitted(self, shape: StepShape) -> Any:
+        """The step of this shape, to be lowered with :meth:`arguments`; pages, last and table are donated.
+
+        It returns those three, and ``[R]`` int32: what each row sampled (-1 where the logits were not finite).
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
-        _, pages, whole, _ = shardings
+        _, pages, whole, _, _ = shardings
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
-            out_shardings=(pages, whole, whole),
-            donate_argnums=(1, 2),
+            out_shardings=(pages, whole, whole, whole),
+            donate_argnums=(1, 2, 3),
             compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
         )
 
@@ -149,8 +156,8 @@ class Step:
         return self._packing.pack(leaves, jax.jit(lambda *vectors: jnp.concatenate(vectors), out_shardings=self.whole))
 
     def _run(
-        self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, batch: jax.Array
-    ) -> tuple[PagedKV, jax.Array, jax.Array]:
+        self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, batch: jax.Array
+    ) -> tuple[PagedKV, jax.Array, jax.Array, jax.Array]:
         """One forward over a ragged batch, and one sampled token per row.
 
         Args:
@@ -158,29 +165,32 @@ class Step:
             leaves: what :meth:`pack` made of the model.
             pages: of every layer, as the backend forms them.
             last: ``[max_seqs]`` int32, the token each slot sampled last.
+            table: ``[max_seqs, M]`` int32, the pages of each slot.
             batch: int32, what the host says, in one piece: ``[T]`` tokens, where -1 stands for the slot's last sampled
-                one; then of each of R rows ``COLUMNS`` numbers and its M pages. Rows of padding have count 0.
+                one; R rows of ``COLUMNS`` numbers, those of padding with count 0; and R changes of the table, as
+                :meth:`writer` takes them.
         """
         page_size = self._sizes.page_size
-        tokens, rows = batch[: shape.tokens], batch[shape.tokens :].reshape(shape.rows, -1)
+        tokens, rows, changes = jnp.split(batch, [shape.tokens, shape.tokens + shape.rows * COLUMNS])
+        rows, table = rows.reshape(shape.rows, COLUMNS), _changed(table, changes)
         slot, start, count, samples, top_k = rows[:, :5].T
         seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
         temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
-        table = rows[:, COLUMNS:]
+        own = table[slot]
         ends = jnp.cumsum(count)
         cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
         index = jnp.arange(tokens.shape[0])
         row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), shape.rows - 1)
         position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
-        write_to = jnp.where(index < ends[-1], table[row, position // page_size] * page_size + position % page_size, 0)
-        where = Batch(table, jnp.where(count > 0, start + count, 0), cu_q_lens, write_to)
+        write_to = jnp.where(index < ends[-1], own[row, position // page_size] * page_size + position % page_size, 0)
+        where = Batch(own, jnp.where(count > 0, start + count, 0), cu_q_lens, write_to)
         attend_heads = self._attend(shape.q_tile)
 
         def attend(
             i: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            own = where.shifted(i * self._sizes.num_pages, page_size) if self.stacked else where
-            return attend_heads(q, k, v, layer, own)
+            here = where.shifted(i * self._sizes.num_pages, page_size) if self.stacked else where
+            return attend_heads(q, k, v, layer, here)
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
@@ -188,7 +198,7 @@ class Step:
         scores = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
         sampled = self._sample(scores, temperature, top_k, top_p, min_p, seed, start + count)
         last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
-        return (kept,) if self.stacked else kept, last, sampled
+        return (kept,) if self.stacked else kept, last, table, sampled
 
     def _attend(self, q_tile: int) -> Any:
         """Attention of the backend, on every device for its own heads."""
@@ -216,6 +226,11 @@ class Step:
     def _decoder(self, leaves: Packed) -> Decoder:
         decoder: Decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, self._packing.unpack(leaves)))
         return decoder
+
+
+def _changed(table: jax.Array, changes: jax.Array) -> jax.Array:
+    places, pages = changes.reshape(2, -1)
+    return table.reshape(-1).at[places].set(pages, mode="drop").reshape(table.shape)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Plan(NamedTuple):
     segments: list[Segment]
     """R."""
     slots: np.ndarray
-    """``[R]`` int32, each one's row of the page table."""
+    """``[R]`` int32, each one's row of the page table on the device."""
     starts: np.ndarray
     """``[R]`` int32: its tokens ``start … start + count - 1`` are computed."""
     counts: np.ndarray
@@ -26,6 +26,8 @@ class Plan(NamedTuple):
     """The first so many rows, the steady ones among them, sample the token after."""
     admitted: list[Segment]
     """Segments that have got their slot since the last plan."""
+    changes: list[tuple[int, int, list[int]]]
+    """What the page table has got since the last plan: a slot, and from which place on it has which pages."""
     tokens: int
     """All counts together."""
     context: int

@@ -1,4 +1,4 @@
-"""Segments that have a slot and pages: the rows of a step, and the page table they read."""
+"""Segments that have a slot and pages: the rows of a step, and what is new in the page table that they read."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ class Running:
     """
 
     def __init__(self, config: SchedulerConfig, pool: PagePool, rank: Callable[[Segment], tuple[float, ...]]):
-        self.page_table = np.zeros((config.max_seqs, config.pages_per_seq), np.int32)
-        """Pages of each slot, in order."""
         self.segments: list[Segment] = []
         """By rank; the last is preempted first."""
         self._free = list(range(config.max_seqs - 1, -1, -1))
+        self._changed: dict[Segment, int] = {}  # from which of its pages on the device does not know them
         # Those that decode step by step, and those with anything else to do, by rank. Those whose last token is under
         # way have nothing to do.
         self._lockstep = Lockstep(config.max_seqs)
         self._others: list[Segment] = []
-        self._pool, self._size, self._rank = pool, config.page_size, rank
+        self._pool, self._size, self._slots, self._rank = pool, config.page_size, config.max_seqs, rank
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -58,7 +57,7 @@ class Running:
         """Give a segment a free slot, and ``pages``."""
         self._pool.pin(pages)
         segment.pages, segment.room, segment.slot = pages, len(pages) * self._size, self._free.pop()
-        self.page_table[segment.slot, : len(pages)] = pages
+        self._changed[segment] = 0
         bisect.insort(self.segments, segment, key=self._rank)
         bisect.insort(self._others, segment, key=self._rank)
 
@@ -70,6 +69,7 @@ class Running:
         elif segment in self._others:
             self._others.remove(segment)
         self._free.append(segment.slot)
+        self._changed.pop(segment, None)
         segment.slot = -1
         pages, segment.pages = segment.pages, []
         self._pool.unpin(pages)
@@ -79,7 +79,7 @@ class Running:
         """Give a segment ``count`` of the free pages."""
         held, new = len(segment.pages), self._pool.allocate(count)
         self._pool.pin(new)
-        self.page_table[segment.slot, held : held + count] = new
+        self._changed.setdefault(segment, held)
         segment.pages += new
         segment.room = len(segment.pages) * self._size
 
@@ -97,8 +97,8 @@ class Running:
         elif full:
             pages = self._pool.allocate(len(full))
             self._pool.pin(pages)
-            self.page_table[[s.slot for s in full], [len(s.pages) for s in full]] = pages
             for segment, page in zip(full, pages, strict=True):
+                self._changed.setdefault(segment, len(segment.pages))
                 segment.pages.append(page)
                 segment.room += self._size
                 self._lockstep.renew(segment)
@@ -125,8 +125,11 @@ class Running:
             segments += rows
             samples += len(ending)
             slots, starts, counts = (np.concatenate(pair) for pair in zip((slots, starts, counts), more.T, strict=True))
+        changes = [(s.slot, first, s.pages[first:]) for s, first in self._changed.items()]
+        self._changed.clear()
         tokens = steady + sum(chosen.values())
-        return Plan(segments, slots, starts, counts, steady, samples, admitted, tokens, int(starts.sum()) + tokens)
+        context = int(starts.sum()) + tokens
+        return Plan(segments, slots, starts, counts, steady, samples, admitted, changes, tokens, context)
 
     def extend(self, plan: Plan, times: int) -> int:
         """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now.
@@ -168,8 +171,8 @@ class Running:
         """Raise AssertionError unless slots and pages agree with the segments (for tests; O(everything))."""
         self._lockstep.check()
         assert self._others == [s for s in self.segments if s.computed < s.limit and s not in self._lockstep]
-        assert sorted([s.slot for s in self.segments] + self._free) == list(range(len(self.page_table))), "slots leak"
+        assert sorted([s.slot for s in self.segments] + self._free) == list(range(self._slots)), "slots leak"
+        assert self._changed.keys() <= set(self.segments)
         for segment in self.segments:
-            assert self.page_table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
             assert segment.computed <= segment.room == len(segment.pages) * self._size, "computed tokens without a page"
             assert segment.program.running

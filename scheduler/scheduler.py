@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from .admission import Admission
 from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
@@ -50,11 +48,6 @@ class Scheduler:
         self._counts = _Counts()
         self._submitted = 0
         self._fresh: list[Segment] = []  # admitted since the last plan with rows; some may have ended since
-
-    @property
-    def page_table(self) -> np.ndarray:
-        """``[max_seqs, pages_per_seq]`` int32: pages of each slot, in order."""
-        return self._running.page_table
 
     # -- events ----------------------------------------------------------------------------------------------
 

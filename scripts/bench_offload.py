@@ -103,7 +103,7 @@ class Bench:
         before, last = None, time.perf_counter()
         while True:
             plan = self.scheduler.plan(last)
-            step = None if plan is None else self.runner.dispatch(plan, self.scheduler.page_table)
+            step = None if plan is None else self.runner.dispatch(plan)
             if before is not None:
                 self.scheduler.commit(before.plan, self.runner.read(before), last)
                 now = time.perf_counter()

@@ -13,6 +13,7 @@ import pytest
 from support.engines import held, settled
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
+from astraea_jax import runner
 from astraea_jax.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.models.checkpoint import load_hf
@@ -45,6 +46,19 @@ async def test_greedy_tokens_do_not_depend_on_batch_chunks_or_preemption(config,
     assert config is SMALL or engine.stats().preemptions > before, "the pool was meant to be too small"
     await settled(engine)
     assert engine.stats().free_pages == engine.layout.num_pages - 1
+
+
+async def test_a_page_table_that_changes_much_is_written_in_parts(random_folder, greedy, monkeypatch):
+    """Eight changes go with a step, five at a time ahead of it: a prompt of 30 pages takes both."""
+    monkeypatch.setattr(runner, "CHANGES", 5)
+    sizes = dataclasses.replace(NARROW, max_step_tokens=8, page_size=1)
+    engine = Engine.from_folder(random_folder, sizes)
+    engine.start()
+    try:
+        for prompt in prompts(3, longest=30):
+            assert await tokens(engine.generate(prompt, no_eos(8))) == greedy(prompt, 8)
+    finally:
+        await asyncio.to_thread(engine.shutdown, 0)
 
 
 async def test_draws_depend_on_the_seed_only(engine):

@@ -22,7 +22,7 @@ def test_step_costs_are_found_from_steps():
         tokens = rows + rng.choice([0, 0, rng.randint(1, 500)])
         context = rng.randint(0, 100_000)
         seconds = 2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context
-        plan = Plan([None] * rows, none, none, none, 0, rows, [], tokens, context)
+        plan = Plan([None] * rows, none, none, none, 0, rows, [], [], tokens, context)
         costs.observe(plan, seconds * rng.uniform(0.95, 1.05))
     assert costs.base == pytest.approx(2e-3, rel=0.1)
     assert costs.per_prefill == pytest.approx(5e-3, rel=0.15)

@@ -36,6 +36,7 @@ class Device:
         self.scheduler = scheduler
         self.page_size = scheduler.config.page_size
         self.kv: dict[int, int] = {}
+        self.table = np.zeros((scheduler.config.max_seqs, scheduler.config.pages_per_seq), np.int32)
         self.last: dict[int, int] = {}
         self.host: dict[HostCopy, list[list[int | None]]] = {}
         """Contents of the pages of every host copy."""
@@ -76,7 +77,11 @@ class Device:
         assert plan.tokens == sum(counts) <= self.scheduler.config.max_step_tokens
         assert counts[: plan.steady] == [1] * plan.steady
         assert plan.context == sum(starts) + sum(counts)
-        tables = [self.scheduler.page_table[slot].copy() for slot in slots]
+        for slot, first, pages in plan.changes:
+            self.table[slot, first : first + len(pages)] = pages
+        for segment in plan.segments:
+            assert self.table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
+        tables = self.table[slots]
         for i, (segment, table) in enumerate(zip(plan.segments, tables, strict=True)):
             tokens = np.full(counts[i], -1)
             if i >= plan.steady:
