@@ -62,11 +62,11 @@ part() {
 }
 
 # The limits add up to less than nine minutes.
-part step 80 bench_step.py "${step[@]}"
+part step 90 bench_step.py "${step[@]}"
 part attention 60 bench_attention.py "${attention[@]}"
 part serving 240 bench_serving.py "${serving[@]}" --timeout_s=220 --peers="$peers"
 part offload 70 bench_offload.py "${offload[@]}" --plot="$out/offload.png"
-part jct 90 bench_jct.py --backend=engine --workload=infercept-mix "${jct[@]}"
+part jct 80 bench_jct.py --backend=engine --workload=infercept-mix "${jct[@]}"
 
 echo
 printf '%-10s %8s  %s\n' part seconds state
