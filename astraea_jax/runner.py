@@ -91,15 +91,12 @@ class Runner:
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(sizes.max_seqs, jnp.int32, device=self._step.whole)
         self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.whole)
-        self._write_table: Any = None
         self.shapes = self._step.shapes
         """Of the steps."""
-        self._compiled: dict[StepShape, Any] = {}
+        self._compiled: dict[tuple[str, Any], Any] = {}
         self._blocks = block_sizes(staging)
         self.block_sharding = block_sharding(self._pages[0])
         """Of a block of pages on the device."""
-        self._gathers: dict[int, Any] = {}
-        self._scatters: dict[int, Any] = {}
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
@@ -115,11 +112,7 @@ class Runner:
             lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
         writing = self._step.table, jax.ShapeDtypeStruct((2 * CHANGES,), jnp.int32, sharding=self._step.whole)
         lowerings["table", CHANGES] = partial(self._step.writer().lower, *writing)
-        compiled = compile_all(lowerings, progress)
-        self._write_table = compiled["table", CHANGES]
-        self._compiled = {shape: compiled["step", shape] for shape in self.shapes}
-        self._gathers = {size: compiled["gather", size] for size in self._blocks}
-        self._scatters = {size: compiled["scatter", size] for size in self._blocks}
+        self._compiled = compile_all(lowerings, progress)
         self._meet()
         self.write_table(np.full(2 * CHANGES, NOWHERE, np.int32))
         for shape in self.shapes:
@@ -135,16 +128,16 @@ class Runner:
     @property
     def executables(self) -> int:
         """How many programs of the device have been compiled."""
-        return len(self._compiled) + len(self._gathers) + len(self._scatters) + (self._write_table is not None)
+        return len(self._compiled)
 
     def gather(self, pages: Sequence[int]) -> jax.Array:
         """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""
-        block: jax.Array = self._gathers[len(pages)](self._pages, np.asarray(pages, np.int32))
+        block: jax.Array = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
         return block
 
     def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
-        self._pages = self._scatters[len(pages)](self._pages, block, pages)
+        self._pages = self._compiled["scatter", len(pages)](self._pages, block, pages)
 
     def put(self, block: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
         """Copy a block to the host or back, and return at once."""
@@ -204,13 +197,13 @@ class Runner:
 
     def launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
         """Start the step of this shape with what the host says, and return ``[R]`` int32, its sampled tokens."""
-        step = self._compiled[shape]
+        step = self._compiled["step", shape]
         self._pages, self._last, self._table, sampled = step(self._leaves, self._pages, self._last, self._table, batch)
         return sampled
 
     def write_table(self, changes: np.ndarray) -> None:
         """Put new entries into the page table, as :meth:`.step.Step.writer` takes them."""
-        self._table = self._write_table(self._table, changes)
+        self._table = self._compiled["table", CHANGES](self._table, changes)
 
     def read(self, step: InFlight) -> list[int]:
         """Wait for a step's tokens, one per row that samples."""
