@@ -22,7 +22,7 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.sampling import SamplingParams
 from astraea_jax.scheduler.plan import Plan
-from astraea_jax.step import COLUMNS, Sizes, Step, StepShape
+from astraea_jax.step import Sizes, Step, StepShape
 
 CHANGES = 2048
 """New entries of the page table that are sent at once, by themselves; a step takes along one for each of its rows."""
@@ -87,7 +87,6 @@ class Runner:
     ):
         self._step = Step(decoder, backend, sizes, mesh or default_mesh())
         self._leaves = self._step.pack(decoder)
-        self._batch_sizes = {shape: self._step.batch(shape).shape for shape in self._step.shapes}
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(sizes.max_seqs, jnp.int32, device=self._step.whole)
         self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.whole)
@@ -147,8 +146,9 @@ class Runner:
         """Nothing will be dispatched any more."""
 
     def _empty_batch(self, shape: StepShape) -> np.ndarray:
-        batch = np.zeros(self._batch_sizes[shape], np.int32)
-        batch[-2 * shape.rows :] = NOWHERE
+        batch = np.zeros(shape.numbers, np.int32)
+        _, _, changes = shape.parts(batch)
+        changes[:] = NOWHERE
         return batch
 
     def set_sampling(self, slot: int, params: SamplingParams) -> None:
@@ -162,13 +162,14 @@ class Runner:
         shape = self._fitting(rows, plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
         batch = self._empty_batch(shape)
-        head = batch[shape.tokens : -2 * shape.rows].reshape(shape.rows, COLUMNS)[:rows]
+        tokens, head, changes = shape.parts(batch)
+        head = head[:rows]
         head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
         head[: plan.samples, 3] = 1
         head[:, 4:] = self._sampling[plan.slots]
         if plan.changes:
-            self._change(batch[-2 * shape.rows :].reshape(2, -1), plan.changes)
-        _fill_tokens(batch[: plan.tokens], plan)
+            self._change(changes, plan.changes)
+        _fill_tokens(tokens[: plan.tokens], plan)
         sampled = self.launch(shape, batch)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())

@@ -51,6 +51,17 @@ class StepShape:
     q_tile: int
     """1: every row has one token at most, and token t is row t's."""
 
+    @property
+    def numbers(self) -> int:
+        """How many the host says."""
+        return self.tokens + self.rows * (COLUMNS + 2)
+
+    def parts(self, batch: Any) -> tuple[Any, Any, Any]:
+        """Views of what the host says, in NumPy or JAX: tokens ``[T]``, rows ``[R, COLUMNS]``, and changes of the page
+        table ``[2, R]``, places and then pages."""
+        rows = self.tokens + self.rows * COLUMNS
+        return batch[: self.tokens], batch[self.tokens : rows].reshape(-1, COLUMNS), batch[rows:].reshape(2, -1)
+
 
 def step_shapes(max_seqs: int, max_step_tokens: int) -> tuple[StepShape, ...]:
     """The few shapes that are compiled: powers of two of rows for decode, of tokens for steps with prefill."""
@@ -120,8 +131,7 @@ class Step:
 
     def batch(self, shape: StepShape) -> jax.ShapeDtypeStruct:
         """Of what the host says; see :meth:`_run`."""
-        numbers = shape.tokens + shape.rows * (COLUMNS + 2)
-        return jax.ShapeDtypeStruct((numbers,), jnp.int32, sharding=self.whole)
+        return jax.ShapeDtypeStruct((shape.numbers,), jnp.int32, sharding=self.whole)
 
     def arguments(self, shape: StepShape) -> tuple[Any, ...]:
         """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, batch."""
@@ -166,13 +176,12 @@ class Step:
             pages: of every layer, as the backend forms them.
             last: ``[max_seqs]`` int32, the token each slot sampled last.
             table: ``[max_seqs, M]`` int32, the pages of each slot.
-            batch: int32, what the host says, in one piece: ``[T]`` tokens, where -1 stands for the slot's last sampled
-                one; R rows of ``COLUMNS`` numbers, those of padding with count 0; and R changes of the table, as
-                :meth:`writer` takes them.
+            batch: int32, what the host says, in one piece (:meth:`StepShape.parts`). A token of -1 stands for the
+                slot's last sampled one; rows of padding have count 0; a change beyond the table is none.
         """
         page_size = self._sizes.page_size
-        tokens, rows, changes = jnp.split(batch, [shape.tokens, shape.tokens + shape.rows * COLUMNS])
-        rows, table = rows.reshape(shape.rows, COLUMNS), _changed(table, changes)
+        tokens, rows, changes = shape.parts(batch)
+        table = _changed(table, changes)
         slot, start, count, samples, top_k = rows[:, :5].T
         seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
         temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T

@@ -1,4 +1,4 @@
-"""The Triton backend: choosing it; compiling it for an H200 that is not there; with `-m gpu`, running it on a GPU."""
+"""The Triton backend: choosing it; compiling it for GPUs that are not there; with `-m gpu`, running it on a GPU."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS[::2], ids=lambda variant: variant.name)  # every family; goldens have all
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 async def test_fresh_checkpoints(variant, tmp_path):
     write(variant, tmp_path, seed=17)
     check_logits(tmp_path)
