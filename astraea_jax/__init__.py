@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from astraea_jax.config import EngineConfig
-from astraea_jax.engine import Engine
+from astraea_jax.agents.tools import Tool, tool
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.generation import Delta, Generation, Usage
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
-from astraea_jax.generation import Delta, Generation, Usage
-from astraea_jax.llm import LLM, Completion
+from astraea_jax.frontends.llm import LLM, Completion
 from astraea_jax.models.config import CheckpointError
-from astraea_jax.sampling import SamplingParams
-from astraea_jax.tools import Tool, tool
 
 __all__ = [
     "LLM",

@@ -1,4 +1,4 @@
-"""What policies may know about the future: learned online, or told by an oracle in studies.
+"""What policies may know about the future, learned online.
 
 No decision waits for a prediction; with nothing learned yet the answers are rough and positive.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import bisect
 import math
-import random
 from collections import deque
-from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from .plan import Plan
 from .program import Program, Segment
-from .trace import TraceProgram, TraceSegment
 
 WINDOW = 1024
 """Recent observations that a distribution keeps."""
@@ -316,52 +313,3 @@ class Predictor:
         )  # sums over turns 0 … n - 1, of which n - k are left
         moments = (n, k, n * n - k, squares, n**3 - 2 * n * k + squares, n * k - squares)
         self._progress = [0.995 * old + new for old, new in zip(self._progress, moments, strict=True)]
-
-
-class Oracle(Predictor):
-    """Knows the programs of a trace, exactly or with noise; for studies only.
-
-    Args:
-        truth: programs by name.
-        noise: relative standard deviation of every answer; each question about a segment has one wrong answer.
-        seed: of the noise.
-    """
-
-    def __init__(self, truth: Iterable[TraceProgram], noise: float = 0.0, seed: int = 0):
-        super().__init__()
-        self._truth: Mapping[str, TraceProgram] = {p.id: p for p in truth}
-        self._noise, self._seed = noise, seed
-
-    def _wrong(self, program: Program, question: str) -> float:
-        if self._noise == 0:
-            return 1.0
-        rng = random.Random(f"{self._seed} {program.id} {program.turns} {question}")
-        return max(0.05, 1.0 + self._noise * rng.gauss(0.0, 1.0))
-
-    def _left(self, program: Program) -> tuple[TraceSegment, ...]:
-        return self._truth[program.id].segments[program.turns :]
-
-    def output_tokens(self, segment: Segment) -> float:
-        total = self._left(segment.program)[0].output * self._wrong(segment.program, "output")
-        return max(1.0, total - len(segment.output))
-
-    def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
-        segments = self._truth[program.id].segments
-        at = program.turns - 1 if program.tool is not None else min(program.turns, len(segments) - 1)
-        return max(0.0, segments[at].tool_s * self._wrong(program, "tool") - elapsed_s)
-
-    def returns_in(self, program: Program, elapsed_s: float) -> float:
-        return self.tool_s(program, elapsed_s)
-
-    def remaining_turns(self, program: Program) -> float:
-        return max(1.0, len(self._left(program)) * self._wrong(program, "turns"))
-
-    def turns_index(self, program: Program) -> float:
-        return self.remaining_turns(program)
-
-    def remaining_s(self, segment: Segment) -> float:
-        left = self._left(segment.program)
-        fresh = max(1, segment.known - segment.reusable) + sum(s.new for s in left[1:])
-        decoded = sum(s.output for s in left) - len(segment.output)
-        exact = self.costs.prefill_s(fresh) + self.costs.decode_s(decoded)
-        return exact * self._wrong(segment.program, "rest")

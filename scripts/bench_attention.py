@@ -27,11 +27,11 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 
+from astraea_jax.engine.step import PREFILL_TILE
 from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
-from astraea_jax.record import Section, define_flags, publish
-from astraea_jax.roofline import Floors, best_seconds
-from astraea_jax.step import PREFILL_TILE
+from astraea_jax.lab.record import Section, define_flags, publish
+from astraea_jax.lab.roofline import Floors, best_seconds
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("backends", ["triton", "cudnn", "flashinfer", "gather", "reference"], "What to measure.")

@@ -29,11 +29,12 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from astraea_jax.config import EngineConfig
-from astraea_jax.record import Section, define_flags, publish
-from astraea_jax.roofline import Floors
-from astraea_jax.scheduler.costs import MACHINES, CostModel
-from astraea_jax.scheduler.experiment import (
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.lab.record import Section, define_flags, publish
+from astraea_jax.lab.roofline import Floors
+from astraea_jax.scheduler.policies import ABLATION, POLICIES
+from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
+from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,
     RESIDENCIES,
     WORKLOADS,
@@ -44,8 +45,7 @@ from astraea_jax.scheduler.experiment import (
     simulate,
     summary,
 )
-from astraea_jax.scheduler.policies import ABLATION, POLICIES
-from astraea_jax.scheduler.simulator import ProgramRecord
+from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("backend", "sim", ["sim", "engine"], "Simulate, or replay against the real engine on this machine.")
@@ -132,7 +132,7 @@ def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRec
 
 def run_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
     """Every cell on the real engine, and its simulation."""
-    from astraea_jax.replay import Setting, arriving, fitting, measured, simulated, step_costs
+    from astraea_jax.lab.replay import Setting, arriving, fitting, measured, simulated, step_costs
 
     results = []
     here: dict[str, CostModel] = {}  # costs of the workload's steps, which set the rate of arrival
@@ -224,7 +224,7 @@ def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
 
 
 def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], folder: Path) -> None:
-    from astraea_jax.plots import distributions, simulated_timelines, sweep
+    from astraea_jax.lab.plots import distributions, simulated_timelines, sweep
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row, _ in results]

@@ -24,22 +24,22 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from astraea_jax.cache.host import HostStore, has_pinned_host
-from astraea_jax.cache.paged import page_bytes
-from astraea_jax.config import STAGING_PAGES
+from astraea_jax.engine.config import STAGING_PAGES
+from astraea_jax.engine.runner import Runner
+from astraea_jax.engine.step import Sizes
+from astraea_jax.frontends.flags import engine_flags
+from astraea_jax.kv_cache.arrays import page_bytes
+from astraea_jax.kv_cache.offload import HostStore, has_pinned_host
+from astraea_jax.lab.record import Section, define_flags, publish
+from astraea_jax.lab.roofline import Floors, best_seconds
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import random_decoder
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
-from astraea_jax.options import engine_flags
-from astraea_jax.record import Section, define_flags, publish
-from astraea_jax.roofline import Floors, best_seconds
-from astraea_jax.runner import Runner
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.transfer import HostCopy, Part, Transfer
-from astraea_jax.step import Sizes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
@@ -267,7 +267,7 @@ def main(_: list[str]) -> None:
     figures = measure(bench, lengths)
     publish("bench_offload", sections(figures, bench.dtype.name), figures, floors, console=console)
     if FLAGS.plot:
-        from astraea_jax.plots import resumes
+        from astraea_jax.lab.plots import resumes
 
         Path(FLAGS.plot).parent.mkdir(parents=True, exist_ok=True)
         resumes(figures["resume"], Path(FLAGS.plot), f"{FLAGS.model}'s shape on {jax.devices()[0].device_kind}")

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 from absl import app, flags
 
-from astraea_jax.record import Section, define_flags, publish
+from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy

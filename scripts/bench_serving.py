@@ -1,7 +1,7 @@
 """Serving through the engine: throughput of many prompts at once, latencies under arrivals, and the time to start.
 
 Prompts are random tokens, so that no prefix is shared, and outputs have the length asked for. Everything is printed
-against floors measured in the same run (`astraea_jax/roofline.py`). The first start compiles everything, the second
+against floors measured in the same run (`astraea_jax/lab/roofline.py`). The first start compiles everything, the second
 finds it in the compile cache. Each part, and each peer, runs in a process of its own and may fail alone. Where prefill
 and decode share steps, what one reads and the other computes may overlap, so the floor is the larger of both.
 
@@ -32,14 +32,14 @@ from absl import app, flags
 from rich.console import Console
 from serving_load import Latencies, Load, Slo, offline, online
 
-from astraea_jax.engine import Engine
+from astraea_jax.engine.engine import Engine
 from astraea_jax.errors import StartupError
+from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
+from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab.record import Environment, Section, command, define_flags, publish
+from astraea_jax.lab.roofline import Floors, Work
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
-from astraea_jax.options import MODEL, engine_flags, engine_title
-from astraea_jax.progress import StartupDisplay
-from astraea_jax.record import Environment, Section, command, define_flags, publish
-from astraea_jax.roofline import Floors, Work
 
 PEERS = ("transformers", "torch", "vllm", "sglang")
 FLAGS = flags.FLAGS

@@ -1,6 +1,6 @@
 """How fast the serving loop steps, against what this machine could do at best.
 
-The floors are measured in the same run (`astraea_jax/roofline.py`).
+The floors are measured in the same run (`astraea_jax/lab/roofline.py`).
 
 The device waits for the host only before steps that were dispatched after the one before had ended, and then for no
 longer than the host's work; that bounds the gap.
@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from astraea_jax.config import EngineConfig
-from astraea_jax.engine import Engine
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.runner import StepTimes
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
+from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
+from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab.record import Section, define_flags, publish
+from astraea_jax.lab.roofline import Floors, Work
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError
-from astraea_jax.options import MODEL, engine_flags, engine_title
-from astraea_jax.progress import StartupDisplay
-from astraea_jax.record import Section, define_flags, publish
-from astraea_jax.roofline import Floors, Work
-from astraea_jax.runner import StepTimes
-from astraea_jax.sampling import SamplingParams
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(

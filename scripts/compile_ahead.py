@@ -7,7 +7,7 @@
 The steps are those that the engine compiles at start-up (the extremes of their shapes), with its default sizes and as
 many pages as a device holds; then the gather that offloads pages and the scatter that restores them. For TPUs libtpu
 must be installed (the [tpu] extra; `make ahead` does it in a virtual environment of its own). Exit status 1: a program
-does not compile, or does not pass a gate (astraea_jax/ahead.py).
+does not compile, or does not pass a gate (astraea_jax/lab/ahead.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from astraea_jax.ahead import PROGRAMS, TARGETS, Case, Figures, Unfit, compile_case
-from astraea_jax.config import KV_DTYPES
+from astraea_jax.engine.config import KV_DTYPES
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS
+from astraea_jax.lab.ahead import PROGRAMS, TARGETS, Case, Figures, Unfit, compile_case
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.quantize import EIGHT_BITS
 

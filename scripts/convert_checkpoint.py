@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from absl import app, flags
 from rich.console import Console
 
-from astraea_jax.config import DTYPES
+from astraea_jax.engine.config import DTYPES
+from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.models import CheckpointError, resolve
 from astraea_jax.models.checkpoint import copy_beside, load, save_hf, save_orbax
 from astraea_jax.models.quantize import EIGHT_BITS
-from astraea_jax.progress import StartupDisplay
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("source", None, "Folder to read, of either kind, or the name of a bundled model.", required=True)

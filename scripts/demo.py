@@ -36,16 +36,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from astraea_jax.agent import ProgramResult, run_program
+from astraea_jax.agents.loop import ProgramResult, run_program
+from astraea_jax.agents.tools import Tool, tool
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.frontends.rpc.client import Client
+from astraea_jax.lab.plots import spans, timelines
+from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models import resolve
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.plots import spans, timelines
-from astraea_jax.rpc.client import Client
-from astraea_jax.sampling import SamplingParams
+from astraea_jax.scheduler.simulation.workload import CLAUDE_CODE_TOOLS
 from astraea_jax.scheduler.strategies import STRATEGIES
-from astraea_jax.scheduler.workload import CLAUDE_CODE_TOOLS
-from astraea_jax.shop import Task, make_tasks
-from astraea_jax.tools import Tool, tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("programs", 128, "Agents of a run.", lower_bound=1)

@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from astraea_jax.config import DTYPES, KV_DTYPES, EngineConfig
+from astraea_jax.agents.tools import tool
+from astraea_jax.engine.config import DTYPES, KV_DTYPES, EngineConfig
 from astraea_jax.kernels import Batch, Reference
+from astraea_jax.lab.shop import make_tasks
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import load
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.shop import make_tasks
-from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from astraea_jax.agent import ProgramResult, run_program
-from astraea_jax.engine import Engine
+from astraea_jax.agents.loop import ProgramResult, run_program
+from astraea_jax.agents.tools import tool
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
+from astraea_jax.frontends.flags import MODEL, engine_flags
+from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models.config import CheckpointError
-from astraea_jax.options import MODEL, engine_flags
-from astraea_jax.progress import StartupDisplay
-from astraea_jax.sampling import SamplingParams
-from astraea_jax.shop import Task, make_tasks
-from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from astraea_jax.engine import Engine
-from astraea_jax.sampling import SamplingParams
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ from rich.progress import (
 )
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from astraea_jax.agents.tools import tool
+from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models import BUNDLED
 from astraea_jax.models.checkpoint import save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.shop import Task, make_tasks
-from astraea_jax.tools import tool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", str(BUNDLED / "astraea-tiny"), "Folder to write; its chat template is used if there is one.")

@@ -22,8 +22,8 @@ from support.sizes import SMALL
 from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from astraea_jax.config import EngineConfig
-from astraea_jax.engine import Engine
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
 from astraea_jax.models.checkpoint import copy_beside, load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder

@@ -10,8 +10,8 @@ from astraea_jax.errors import StartupError
 from .backend import Backend
 from .gpu import Triton
 from .pallas_tpu import PallasInterpreted, PallasTPU
+from .published_tpu import JaxRPA, TokamaxRPA
 from .reference import Reference
-from .tpu import JaxRPA, TokamaxRPA
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ragged import VARIANTS, Ragged, ragged
 
-from astraea_jax.config import EngineConfig
-from astraea_jax.engine import Engine
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Triton
 from astraea_jax.kernels.gpu import HEAD_DIMS, MOST_SPLITS, load_kernels, split_context
 from astraea_jax.models.config import PUBLISHED
-from astraea_jax.sampling import SamplingParams
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("jax_triton", "jax_cuda13_plugin")}
 AHEAD = Path(__file__).parents[1] / "support" / "ahead.py"

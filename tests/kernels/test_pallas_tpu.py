@@ -18,10 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from support.ragged import Ragged
 from support.sizes import SMALL
 
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels.backend import Batch
 from astraea_jax.kernels.pallas_tpu import PallasTPU, check_page_table
-from astraea_jax.sampling import SamplingParams
 
 ROWS, SIZE, LONGEST = 4, 8, 32
 POISONED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from support.ragged import VARIANTS, Ragged, ragged
 
-from astraea_jax.config import EngineConfig
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.kernels import BACKENDS
-from astraea_jax.sampling import SamplingParams
 
 pytestmark = pytest.mark.parity
 

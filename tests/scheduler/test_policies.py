@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.scheduler.costs import MACHINES
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
 from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate, Terms
 from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
-from astraea_jax.scheduler.prediction import Oracle, Predictor
+from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Segment
-from astraea_jax.scheduler.simulator import Simulator, Sizes
-from astraea_jax.scheduler.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.costs import MACHINES
+from astraea_jax.scheduler.simulation.oracle import Oracle
+from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
 
 ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host=True)
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astraea_jax.scheduler.plan import Plan
-from astraea_jax.scheduler.prediction import Distribution, Oracle, Predictor, StepCosts, TurnHazards
+from astraea_jax.scheduler.prediction import Distribution, Predictor, StepCosts, TurnHazards
 from astraea_jax.scheduler.program import Program, Segment
-from astraea_jax.scheduler.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.oracle import Oracle
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
 
 
 def test_step_costs_are_found_from_steps():

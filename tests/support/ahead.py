@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from astraea_jax.ahead import TARGETS
 from astraea_jax.kernels import Batch, Triton
+from astraea_jax.lab.ahead import TARGETS
 from astraea_jax.models.sharding import mesh_of
 
 PAGES, SIZE, HEADS, GROUP, HEAD, ROWS, WIDTH = 4096, 16, 8, 4, 128, 16, 256

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from astraea_jax.engine import Engine
+from astraea_jax.engine.engine import Engine
 
 
 class Held:

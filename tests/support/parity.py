@@ -12,12 +12,12 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from astraea_jax.config import EngineConfig
-from astraea_jax.engine import Engine
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.models.checkpoint import load_hf
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.sampling import SamplingParams
 
 CONFIG = EngineConfig(max_seqs=8, max_step_tokens=24, page_size=8, kv_bytes=4 * 2**20, dtype="float32")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from astraea_jax.config import EngineConfig
+from astraea_jax.engine.config import EngineConfig
 
 PAGE_BYTES = 2048
 SMALL = EngineConfig(max_seqs=8, max_step_tokens=32, page_size=4, kv_bytes=2 * 2**20, dtype="float32")

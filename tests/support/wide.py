@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from astraea_jax.config import EngineConfig
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.replicas import Serving
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
-from astraea_jax.replicas import Serving
-from astraea_jax.rpc.client import Client
-from astraea_jax.sampling import SamplingParams
 
 WIDE = ModelConfig(
     vocab_size=260,

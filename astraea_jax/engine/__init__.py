@@ -1,0 +1,1 @@
+"""The serving loop, and what it runs on the devices."""

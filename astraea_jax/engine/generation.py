@@ -1,0 +1,160 @@
+"""One request as its caller sees it, and its text as it grows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.models.tokenizer import TextStream
+from astraea_jax.scheduler.program import Segment
+
+
+class Delta(NamedTuple):
+    """What a request has produced since the last one. ``finish_reason`` is set on the last only.
+
+    A tuple, because every token makes one and dataclasses take twice as long.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    """``"stop"`` (stop token or string), ``"length"`` or ``"cancelled"``."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a finished request took. Times in seconds."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV the program still held."""
+    output_tokens: int
+    queue_s: float
+    """From submission to the first step that ran it."""
+    prefill_s: float
+    """From that step to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+    preemptions: int
+
+    @classmethod
+    def of(cls, segment: Segment, now: float) -> Usage:
+        scheduled = segment.first_scheduled if segment.first_scheduled is not None else now
+        first = segment.first_token if segment.first_token is not None else now
+        return cls(
+            prompt_tokens=len(segment.prompt),
+            cached_tokens=segment.cached_tokens,
+            output_tokens=len(segment.output),
+            queue_s=scheduled - segment.submitted,
+            prefill_s=first - scheduled,
+            decode_s=now - first,
+            preemptions=segment.preemptions,
+        )
+
+
+class Generation:
+    """A running request: an async iterator of :class:`Delta`, bound to the event loop it was made in.
+
+    Iterating raises what went wrong with this request: ``RequestError``, ``Overloaded`` or ``EngineDead``.
+    Its buffer is bounded by ``max_tokens``. Leaving the iteration early should be followed by :meth:`cancel`.
+    """
+
+    def __init__(self, cancel: Callable[[Generation], None]):
+        self.loop = asyncio.get_running_loop()
+        self.usage: Usage | None = None
+        """Complete once the last Delta is out."""
+        self._cancel = cancel
+        self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self._items.get()
+        self._ended = isinstance(item, Exception) or item.finish_reason is not None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def text(self) -> str:
+        """Wait for the end and return the whole text."""
+        return "".join([delta.text async for delta in self])
+
+    def cancel(self) -> None:
+        """Stop it, from any thread; its pages are free within one step. Does nothing once it has ended."""
+        self._cancel(self)
+
+    def put(self, item: Delta | Exception) -> None:
+        """Deliver; called in the generation's own event loop."""
+        self._items.put_nowait(item)
+
+
+class Output:
+    """Text of one segment: detokenised as it comes, cut before the first stop string.
+
+    Text that may still turn out to be the beginning of a stop string is held back.
+    """
+
+    def __init__(self, stream: TextStream, params: SamplingParams, eos: frozenset[int]):
+        self._stream = stream
+        self._stops = params.stop
+        self._longest = max((len(s) for s in params.stop), default=1)
+        self._silent = eos.union(params.stop_token_ids)
+        self._held = ""
+        self.stopped = False
+        """A stop string has appeared."""
+
+    def push(self, token: int) -> str:
+        """Text that is final after ``token``. Stop tokens make none."""
+        if token in self._silent:
+            return ""
+        text = self._held + self._stream.push(token)
+        if not self._stops:
+            return text
+        return self._cut(text, len(text) - self._longest + 1)
+
+    def flush(self) -> str:
+        """The rest, when the segment has ended."""
+        text = self._held + self._stream.flush()
+        return "" if self.stopped else self._cut(text, len(text))
+
+    def _cut(self, text: str, final: int) -> str:
+        found = min((at for at in (text.find(s) for s in self._stops) if at >= 0), default=-1)
+        if found >= 0:
+            self.stopped, self._held = True, ""
+            return text[:found]
+        final = max(final, 0)
+        self._held = text[final:]
+        return text[:final]
+
+
+class Outbox:
+    """What the loop has for callers, handed over with one wake-up per event loop."""
+
+    def __init__(self) -> None:
+        self._items: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Delta | Exception]]] = {}
+
+    def put(self, generation: Generation, item: Delta | Exception) -> None:
+        self._items.setdefault(generation.loop, []).append((generation, item))
+
+    def deliver(self) -> list[Generation]:
+        """Hand everything over; returns the generations whose event loop is closed, so that nobody will read them."""
+        items, self._items = self._items, {}
+        lost = []
+        for loop, of_loop in items.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, of_loop)
+            except RuntimeError:
+                lost += [generation for generation, _ in of_loop]
+        return lost
+
+
+def _put_all(items: list[tuple[Generation, Delta | Exception]]) -> None:
+    for generation, item in items:
+        generation.put(item)

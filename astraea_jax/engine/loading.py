@@ -1,0 +1,70 @@
+"""A model on the devices that serve it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from astraea_jax.engine.compilation import use_cache
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.devices import check_weights, free_bytes, overlooked
+from astraea_jax.errors import StartupError
+from astraea_jax.models import resolve
+from astraea_jax.models.checkpoint import ORBAX, Progress, load, random_decoder
+from astraea_jax.models.config import PUBLISHED, ModelConfig, read_json
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class ModelOnDevices(NamedTuple):
+    """A model on the first of its meshes, ready for an engine on each."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    meshes: list[Mesh]
+
+
+def load_model(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> ModelOnDevices:
+    """Load a checkpoint folder, or the bundled ``"astraea-tiny"``.
+
+    Raises:
+        CheckpointError, StartupError: it cannot be served here.
+    """
+    folder = resolve(model)
+    shape = ModelConfig.from_hf(read_json(folder / "config.json"))
+    # Orbax folders may hold matrices in eight bits, and are the smaller then.
+    meshes = _prepare(shape, config, narrow=1 if (folder / ORBAX).is_dir() else None)
+    decoder = load(folder, config.weight_dtype(), meshes[0], narrow=config.narrow_dtype(), progress=progress)
+    return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
+
+
+def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
+    """A published shape with random weights and the tokenizer of astraea-tiny.
+
+    Raises:
+        StartupError: no such shape, or too few devices.
+    """
+    if shape not in PUBLISHED:
+        raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
+    meshes = _prepare(PUBLISHED[shape], config)
+    decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], narrow=config.narrow_dtype())
+    return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)
+
+
+def _prepare(model: ModelConfig, config: EngineConfig, *, narrow: int | None = None) -> list[Mesh]:
+    """The devices of each copy, which have room for it; its layers' matrices have ``narrow`` bytes per weight if the
+    configuration does not say how many."""
+    use_cache(config.compile_cache)
+    if unused := overlooked():
+        log.warning(unused)
+    meshes, chosen = config.meshes(model), config.narrow_dtype()
+    if (free := free_bytes(meshes[0])) is not None:
+        itemsize, narrow = config.weight_dtype().itemsize, chosen.itemsize if chosen else narrow
+        check_weights(model, itemsize, narrow, shared=meshes[0].size, free=free, available=len(jax.devices()))
+    return meshes

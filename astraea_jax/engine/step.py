@@ -1,0 +1,281 @@
+"""The jitted step: one forward over a ragged batch, spread over a mesh, and one sampled token per row.
+
+A step runs ``R`` rows (one per running segment) and ``T`` tokens laid end to end. Of every slot the device keeps the
+last sampled token, which it takes where the host says -1 because it has not read it yet, and the pages, of which the
+host says only what is new: what is sent for a step does not grow with the contexts that are possible.
+
+Over several devices the compiler divides the matrix products as the weights are divided, and attention runs on each
+device for its own heads, so that a kernel sees arrays of one device. :class:`Step` holds no array: it compiles for
+devices that are not here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from astraea_jax.engine.sampling import sample
+from astraea_jax.kernels import Backend, Batch
+from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.sharding import TP, placed
+
+PREFILL_TILE = 16
+"""Query tokens of one row that attend together in a step with prefill."""
+
+COLUMNS = 9
+"""Numbers of a row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
+
+COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
+"""Kind of device -> options. That TPU's compiler wants weights of a loop in larger tiles than arrays have, and would
+bring all of them into those on every step."""
+
+Packed = tuple[Any, ...]
+"""The arrays of a model as the step takes them, or their shapes."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Static shape of one compiled step: ``tokens`` T, ``rows`` R, and the query tile of its attention."""
+
+    tokens: int
+    rows: int
+    q_tile: int
+    """1: every row has one token at most, and token t is row t's."""
+
+    @property
+    def numbers(self) -> int:
+        """How many the host says."""
+        return self.tokens + self.rows * (COLUMNS + 2)
+
+    def parts(self, batch: Any) -> tuple[Any, Any, Any]:
+        """Views of what the host says, in NumPy or JAX: tokens ``[T]``, rows ``[R, COLUMNS]``, and changes of the page
+        table ``[2, R]``, places and then pages."""
+        rows = self.tokens + self.rows * COLUMNS
+        return batch[: self.tokens], batch[self.tokens : rows].reshape(-1, COLUMNS), batch[rows:].reshape(2, -1)
+
+
+def step_shapes(max_seqs: int, max_step_tokens: int) -> tuple[StepShape, ...]:
+    """The few shapes that are compiled: powers of two of rows for decode, of tokens for steps with prefill."""
+    decode = [StepShape(n, n, 1) for n in _doubling(min(8, max_seqs), max_seqs)]
+    lowest = min(max(64, 2 * max_seqs), max_step_tokens)
+    return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
+
+
+def _doubling(low: int, high: int) -> list[int]:
+    sizes = [low]
+    while sizes[-1] < high:
+        sizes.append(min(2 * sizes[-1], high))
+    return sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the arrays that a step works on."""
+
+    num_pages: int
+    """Per layer, scrap page included."""
+    page_size: int
+    """Tokens per page."""
+    max_seqs: int
+    """Rows of the largest step."""
+    max_step_tokens: int
+    """Tokens of the largest step."""
+    max_pages_per_seq: int
+    """Width of the page table."""
+    kv_dtype: Any
+
+
+class Step:
+    """The step of one model on one mesh.
+
+    Args:
+        decoder: the model, or one of shapes only (:func:`astraea_jax.models.sharding.abstract_decoder`).
+        backend: of attention.
+        sizes: of the arrays.
+        mesh: of one axis, ``"tp"``; its devices need not be here.
+    """
+
+    def __init__(self, decoder: Decoder, backend: Backend, sizes: Sizes, mesh: Mesh):
+        self._graph, state = nnx.split(decoder)
+        leaves, self._tree = jax.tree.flatten(placed(state, mesh))
+        self.backend, self._mesh, self._sizes = backend, mesh, sizes
+        self._packing = _Packing.of(leaves)
+        self.whole = NamedSharding(mesh, PartitionSpec())
+        """Of what every device holds."""
+        self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.whole))
+        self.layers = decoder.config.num_layers
+        """How many."""
+        self.stacked = decoder.stacked
+        """Whether the layers are one loop, and the pages one array."""
+        self.pages = abstract_pages(
+            decoder.config, backend, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh, stacked=self.stacked
+        )
+        self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.whole)
+        self.table = jax.ShapeDtypeStruct((sizes.max_seqs, sizes.max_pages_per_seq), jnp.int32, sharding=self.whole)
+        """Pages of every slot."""
+        self._shardings = [leaf.sharding for leaf in leaves]
+
+    @property
+    def shapes(self) -> tuple[StepShape, ...]:
+        """Those that are compiled ahead, decode first."""
+        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens)
+
+    def batch(self, shape: StepShape) -> jax.ShapeDtypeStruct:
+        """Of what the host says; see :meth:`_run`."""
+        return jax.ShapeDtypeStruct((shape.numbers,), jnp.int32, sharding=self.whole)
+
+    def arguments(self, shape: StepShape) -> tuple[Any, ...]:
+        """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, batch."""
+        return self.leaves, self.pages, self.last, self.table, self.batch(shape)
+
+    def transfers(self) -> tuple[Any, Any]:
+        """The gather and the scatter of pages, see :func:`~astraea_jax.kv_cache.arrays.jitted_transfers`."""
+        return jitted_transfers(self.pages, self.whole, self._sizes.num_pages)
+
+    def writer(self) -> Any:
+        """Puts ``[2 * n]`` int32, n places and as many pages, into the donated table."""
+        return jax.jit(_changed, out_shardings=self.whole, donate_argnums=0)
+
+    def jitted(self, shape: StepShape) -> Any:
+        """The step of this shape, to be lowered with :meth:`arguments`; pages, last and table are donated.
+
+        It returns those three, and ``[R]`` int32: what each row sampled (-1 where the logits were not finite).
+        """
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
+        _, pages, whole, _, _ = shardings
+        return jax.jit(
+            partial(self._run, shape),
+            in_shardings=shardings,
+            out_shardings=(pages, whole, whole, whole),
+            donate_argnums=(1, 2, 3),
+            compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
+        )
+
+    def pack(self, decoder: Decoder) -> Packed:
+        """The arrays of the decoder, put where the step wants them; what is there already is not copied."""
+        leaves = jax.device_put(jax.tree.leaves(nnx.state(decoder)), self._shardings)
+        return self._packing.pack(leaves, jax.jit(lambda *vectors: jnp.concatenate(vectors), out_shardings=self.whole))
+
+    def _run(
+        self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, batch: jax.Array
+    ) -> tuple[PagedKV, jax.Array, jax.Array, jax.Array]:
+        """One forward over a ragged batch, and one sampled token per row.
+
+        Args:
+            shape: T, R and the query tile of attention.
+            leaves: what :meth:`pack` made of the model.
+            pages: of every layer, as the backend forms them.
+            last: ``[max_seqs]`` int32, the token each slot sampled last.
+            table: ``[max_seqs, M]`` int32, the pages of each slot.
+            batch: int32, what the host says, in one piece (:meth:`StepShape.parts`). A token of -1 stands for the
+                slot's last sampled one; rows of padding have count 0; a change beyond the table is none.
+        """
+        page_size = self._sizes.page_size
+        tokens, rows, changes = shape.parts(batch)
+        table = _changed(table, changes)
+        slot, start, count, samples, top_k = rows[:, :5].T
+        seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
+        temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
+        own = table[slot]
+        ends = jnp.cumsum(count)
+        cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+        index = jnp.arange(tokens.shape[0])
+        row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), shape.rows - 1)
+        position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
+        write_to = jnp.where(index < ends[-1], own[row, position // page_size] * page_size + position % page_size, 0)
+        where = Batch(own, jnp.where(count > 0, start + count, 0), cu_q_lens, write_to)
+        attend_heads = self._attend(shape.q_tile)
+
+        def attend(
+            i: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            here = where.shifted(i * self._sizes.num_pages, page_size) if self.stacked else where
+            return attend_heads(q, k, v, layer, here)
+
+        decoder = self._decoder(leaves)
+        tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
+        hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
+        scores = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
+        sampled = self._sample(scores, temperature, top_k, top_p, min_p, seed, start + count)
+        last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
+        return (kept,) if self.stacked else kept, last, table, sampled
+
+    def _attend(self, q_tile: int) -> Any:
+        """Attention of the backend, on every device for its own heads."""
+        heads, pages = heads_spec(1), heads_spec(self.backend.heads_axis)
+        return jax.shard_map(
+            partial(self.backend.attend, q_tile=q_tile),
+            mesh=self._mesh,
+            in_specs=(heads, heads, heads, pages, PartitionSpec()),
+            out_specs=(heads, pages),
+            check_vma=False,  # kernels do not say along which axes their arrays vary
+        )
+
+    def _sample(self, logits: jax.Array, *how: jax.Array) -> jax.Array:
+        """One token of every row, each row on one device: logits go from shares of V to shares of R, whole to nobody.
+
+        Every layout is said, or else the compiler carries that of the rows back through the model.
+        """
+        logits = self._lay(self._lay(logits, None, TP), TP)
+        sampled = sample(logits, *(self._lay(one) for one in how))
+        return self._lay(self._lay(jnp.where(jnp.isfinite(logits.max(-1)), sampled, -1), TP))
+
+    def _lay(self, array: jax.Array, *axes: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, PartitionSpec(*axes)))
+
+    def _decoder(self, leaves: Packed) -> Decoder:
+        decoder: Decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, self._packing.unpack(leaves)))
+        return decoder
+
+
+def _changed(table: jax.Array, changes: jax.Array) -> jax.Array:
+    places, pages = changes.reshape(2, -1)
+    return table.reshape(-1).at[places].set(pages, mode="drop").reshape(table.shape)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How a model's many vectors (of norms) become one argument: every argument of a call costs the host its time."""
+
+    count: int
+    """Of leaves."""
+    vectors: tuple[tuple[int, ...], ...]
+    """Indices of the leaves that are laid end to end, for each dtype."""
+    ends: tuple[tuple[int, ...], ...]
+    """Where each but the last of those ends."""
+
+    @classmethod
+    def of(cls, leaves: Sequence[jax.ShapeDtypeStruct]) -> _Packing:
+        by_dtype: dict[Any, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            if len(leaf.shape) == 1 and leaf.sharding.is_fully_replicated:
+                by_dtype.setdefault(leaf.dtype, []).append(i)
+        ends = (np.cumsum([leaves[i].shape[0] for i in group])[:-1].tolist() for group in by_dtype.values())
+        return cls(len(leaves), tuple(map(tuple, by_dtype.values())), tuple(map(tuple, ends)))
+
+    def pack(self, leaves: Sequence[Any], join: Any) -> Packed:
+        joined = {i for group in self.vectors for i in group}
+        alone = (leaf for i, leaf in enumerate(leaves) if i not in joined)
+        return (*alone, *(join(*(leaves[i] for i in group)) for group in self.vectors))
+
+    def unpack(self, packed: Packed) -> list[Any]:
+        pieces: dict[int, Any] = {}
+        first = len(packed) - len(self.vectors)
+        for group, ends, joined in zip(self.vectors, self.ends, packed[first:], strict=True):
+            pieces.update(zip(group, jnp.split(joined, ends), strict=True))
+        alone = iter(packed[:first])
+        return [pieces[i] if i in pieces else next(alone) for i in range(self.count)]
+
+
+def _joined_shape(sharding: NamedSharding, *vectors: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    length = sum(vector.shape[0] for vector in vectors)
+    return jax.ShapeDtypeStruct((length,), vectors[0].dtype, sharding=sharding)

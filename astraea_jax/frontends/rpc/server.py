@@ -1,0 +1,255 @@
+"""The gRPC endpoint: JetStream's ``Orchestrator``, standard health and reflection, and what JetStream has no words for:
+the tools and the end of sessions, and the engine's counts.
+
+A Decode answers as JetStream does: one sample per message, text only to a request in text, the end-of-sequence token
+among the tokens, an empty sample after a stop by length, and a beginning-of-sequence token unless ``has_bos`` is set
+or the prompt begins with one. Where JetStream truncates, ignores or dies, the request gets one clear status:
+
+    INVALID_ARGUMENT     no or malformed content, ``max_tokens`` below 1, more than one sample, a prompt beyond the
+                         context or the vocabulary, sampling that cannot be; the message names it
+    NOT_FOUND            an adapter, as none are served
+    RESOURCE_EXHAUSTED   too many requests; ``grpc-retry-pushback-ms`` says when to try again
+    UNAVAILABLE          compiling, shutting down, or failed
+    INTERNAL             a fault of ours; the server's log says which
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from astraea_jax.engine.generation import Delta, Generation
+from astraea_jax.engine.replicas import Serving
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.frontends.rpc import wire
+from astraea_jax.frontends.rpc.metadata import read_salt, read_sampling, read_session, write_usage
+
+log = logging.getLogger(__name__)
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.max_metadata_size", 2**16),  # what SamplingParams allows in stop strings has room
+    ("grpc.absolute_max_metadata_size", 2**16),
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error
+    ("grpc.keepalive_time_ms", 60_000),  # a client that has vanished from the network is found, its requests cancelled
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may ping while they wait in the queue
+]
+MAX_DETAILS = 1024
+"""Characters of a status message; gRPC drops what does not fit into its trailers, status and all."""
+LONG_TEXT = 4096
+"""Characters from which a text is tokenised in a thread, so as not to hold up the other streams."""
+RETRY_AFTER_MS = "1000"
+MAX_TOOL = 256
+"""Characters of a tool's name."""
+
+
+class UnknownAdapter(LookupError):
+    """A LoRA adapter that is not served."""
+
+
+class Cancelled(RuntimeError):
+    """A segment was ended by somebody other than its caller."""
+
+
+class Server:
+    """Serves an engine. :meth:`start` and :meth:`stop` run in the event loop that answers.
+
+    Args:
+        engine: one or several; started or about to be; until then requests get ``UNAVAILABLE``.
+        host: address to listen on; the default is reachable from this machine only.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, engine: Serving, host: str = "127.0.0.1", port: int = 0):
+        self._engine = engine
+        self._address = f"{host}:{port}"
+        self._health = health.aio.HealthServicer()
+        self._draining = False
+        self._decoding: set[grpc.aio.ServicerContext] = set()
+        limit = engine.config.data_parallel * (engine.config.max_queued + engine.config.max_seqs)
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=2 * limit,  # beyond it gRPC itself answers RESOURCE_EXHAUSTED
+            options=OPTIONS,
+        )
+        self._server.add_generic_rpc_handlers((_handlers(self),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (wire.ORCHESTRATOR, wire.SESSIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server, pool=wire.POOL)
+
+    async def start(self) -> int:
+        """Listen, and report the engine's state; returns the port.
+
+        Raises:
+            OSError: the address cannot be used.
+        """
+        try:
+            port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            await self._server.stop(None)
+            raise OSError(
+                f"cannot listen on {self._address}: the port is taken or the host is not this machine; "
+                "choose another --port or --host"
+            ) from error
+        await self.report_state()
+        await self._server.start()
+        return int(port)
+
+    async def report_state(self) -> None:
+        """Let the health service say what holds now; call it when the engine has started."""
+        status = health_pb2.HealthCheckResponse
+        for name in ("", wire.ORCHESTRATOR):
+            await self._health.set(name, status.SERVING if self._engine.live else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float = 30.0) -> None:
+        """Report not serving, refuse new segments, let running ones finish for ``grace_s`` seconds, then hang up.
+
+        The port stays open meanwhile, so that balancers see the state; streams that watch it do not delay the end.
+        """
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+        deadline = time.monotonic() + grace_s
+        while self._decoding and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await self._server.stop(None)
+
+    async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        """One segment, streamed. The end of the call, by cancel or deadline too, cancels the generation."""
+        self._decoding.add(context)
+        context.add_done_callback(self._decoding.discard)
+        try:
+            request = _parse(wire.DecodeRequest, data)
+            generation = await self._generate(request, context)
+            context.add_done_callback(lambda _: generation.cancel())
+            as_text = request.WhichOneof("content") == "text_content"
+            async for delta in generation:
+                yield _response(delta, as_text)
+            if delta.finish_reason == "cancelled":
+                raise Cancelled("the session was ended")
+            if delta.finish_reason == "length":
+                yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
+            if generation.usage is not None and delta.finish_reason is not None:
+                context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
+        except Exception as error:
+            await _abort(context, error)
+
+    async def _generate(self, request: Any, context: grpc.aio.ServicerContext) -> Generation:
+        if self._draining:
+            raise EngineDead("the server is shutting down; use another one")
+        metadata = tuple(context.invocation_metadata() or ())
+        params = read_sampling(metadata, request.max_tokens)
+        session, final = read_session(metadata)
+        if request.num_samples not in (0, 1):
+            raise RequestError(f"num_samples is {request.num_samples}; one sample per request is served")
+        if request.lora_adapter_id:
+            raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
+        prompt = await self._prompt(request)
+        return self._engine.generate(prompt, params, session=session, final=final, salt=read_salt(metadata))
+
+    async def _prompt(self, request: Any) -> list[int]:
+        tokenizer = self._engine.tokenizer
+        match request.WhichOneof("content"):
+            case "token_content":
+                ids = list(request.token_content.token_ids)
+                bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and not request.has_bos else []
+                return ids if ids[:1] == bos else bos + ids
+            case "text_content":
+                text = request.text_content.text
+                if len(text) < LONG_TEXT:
+                    return tokenizer.encode(text, add_bos=not request.has_bos)
+                return await asyncio.to_thread(tokenizer.encode, text, add_bos=not request.has_bos)
+        raise RequestError("the request has no content; set text_content or token_content")
+
+    async def health_check(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        return wire.HealthCheckResponse(is_live=self._engine.live and not self._draining)
+
+    async def end(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            self._engine.end_session(_parse(wire.EndRequest, data).session)
+        except RequestError as error:
+            await _abort(context, error)
+        return wire.EndResponse()
+
+    async def tool_called(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            request = _parse(wire.ToolCalledRequest, data)
+            if len(request.tool) > MAX_TOOL:
+                raise RequestError(
+                    f"the tool's name has {len(request.tool)} characters; at most {MAX_TOOL} are allowed"
+                )
+            self._engine.tool_called(request.session, request.tool)
+        except RequestError as error:
+            await _abort(context, error)
+        return wire.ToolCalledResponse()
+
+    async def stats(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        response = wire.StatsResponse()
+        for name, value in self._engine.counts().items():
+            response.counts.add(name=name, value=value)
+        return response
+
+
+def _handlers(server: Server) -> grpc.GenericRpcHandler:
+    """Requests come as bytes: where gRPC parses them, malformed ones get ``UNKNOWN`` and a traceback."""
+    unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+    methods = {
+        f"/{wire.ORCHESTRATOR}/Decode": stream(
+            server.decode, response_serializer=wire.DecodeResponse.SerializeToString
+        ),
+        f"/{wire.ORCHESTRATOR}/HealthCheck": unary(
+            server.health_check, response_serializer=wire.HealthCheckResponse.SerializeToString
+        ),
+        f"/{wire.SESSIONS}/End": unary(server.end, response_serializer=wire.EndResponse.SerializeToString),
+        f"/{wire.SESSIONS}/ToolCalled": unary(
+            server.tool_called, response_serializer=wire.ToolCalledResponse.SerializeToString
+        ),
+        f"/{wire.SESSIONS}/Stats": unary(server.stats, response_serializer=wire.StatsResponse.SerializeToString),
+    }
+
+    class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
+        def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+            return methods.get(call.method)
+
+    return Handlers()
+
+
+def _parse(message: Any, data: bytes) -> Any:
+    try:
+        return message.FromString(data)
+    except DecodeError:
+        raise RequestError(f"the request is not a well-formed {message.DESCRIPTOR.full_name}") from None
+
+
+def _response(delta: Delta, as_text: bool) -> Any:
+    """Every message has one sample, which JetStream's clients rely on. Token requests get tokens only."""
+    response = wire.DecodeResponse()
+    response.stream_content.samples.add(text=delta.text if as_text else "", token_ids=delta.token_ids)
+    return response
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
+    """End the call with the status an error stands for. What is not meant for clients goes to the log only."""
+    retry: tuple[tuple[str, str], ...] = ()
+    match error:
+        case RequestError():
+            status = grpc.StatusCode.INVALID_ARGUMENT
+        case UnknownAdapter():
+            status = grpc.StatusCode.NOT_FOUND
+        case Cancelled():
+            status = grpc.StatusCode.CANCELLED
+        case Overloaded():
+            status, retry = grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", RETRY_AFTER_MS),)
+        case EngineDead():
+            status = grpc.StatusCode.UNAVAILABLE
+        case _:
+            log.error("a request failed", exc_info=error)
+            status, error = grpc.StatusCode.INTERNAL, RuntimeError("internal error; the server's log has more")
+    await context.abort(status, str(error)[:MAX_DETAILS], retry)

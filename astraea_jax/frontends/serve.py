@@ -1,0 +1,188 @@
+"""Serves a model over gRPC: JetStream's Orchestrator service, health and reflection.
+
+  python scripts/serve.py                                        astraea-tiny, the bundled model, on port 9000
+  python scripts/serve.py --model=/models/Qwen3-4B --port=9000   a Hugging Face or Orbax folder
+  python scripts/serve.py --model=llama-3.1-8b --random_weights  a published shape without weights, for benchmarks
+  python scripts/serve.py --model=/models/Qwen3-32B --tensor_parallel=4 --data_parallel=2   two copies on eight devices
+
+Several processes serve one model together, each started with the same flags and its own --process:
+
+  python scripts/serve.py --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
+
+Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
+its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
+x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the second stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+
+import jax
+from absl import app, flags, logging
+
+from astraea_jax.engine import multiprocess as hosts
+from astraea_jax.engine import replicas
+from astraea_jax.engine.compilation import default_cache, use_cache
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.loading import load_model, random_model
+from astraea_jax.engine.replicas import Serving
+from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.frontends.flags import OPTIONS, engine_flags
+from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.frontends.rpc.server import Server
+from astraea_jax.models.config import PUBLISHED, CheckpointError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder, bundled model, or with --random_weights a shape.")
+flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
+flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready line.", 0, 65535)
+options = engine_flags(*OPTIONS)
+flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
+flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
+flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
+flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Folder where compiled steps are kept for later starts; by default what JAX is configured for, or else "
+    "astraea_jax/compiled in the user's cache folder; empty: none.",
+)
+flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
+
+
+def engine_config() -> EngineConfig:
+    return options(compile_cache=compile_cache())
+
+
+def compile_cache() -> str | None:
+    """The folder for compiled steps, announced. A default that cannot be used is done without, and said."""
+    if FLAGS.compile_cache is not None:
+        if not FLAGS.compile_cache:
+            jax.config.update("jax_enable_compilation_cache", False)
+        say(f"compile cache: {FLAGS.compile_cache or 'none'}")
+        return FLAGS.compile_cache or None
+    if configured := jax.config.values["jax_compilation_cache_dir"]:
+        say(f"compile cache: {configured}, as JAX is configured")
+        return None
+    try:
+        use_cache(default_cache())
+    except StartupError as error:
+        say(f"warning: {error}; every start compiles everything")
+        return None
+    say(f"compile cache: {default_cache()}")
+    return default_cache()
+
+
+def load_engine(display: StartupDisplay) -> Serving:
+    if FLAGS.random_weights:
+        return replicas.with_random_weights(FLAGS.model, engine_config())
+    return replicas.from_folder(FLAGS.model, engine_config(), progress=display.loading)
+
+
+def follow(display: StartupDisplay) -> None:
+    """Be one of the processes that do what the first one says."""
+    for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
+        signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if FLAGS.random_weights:
+        model = random_model(FLAGS.model, engine_config())
+    else:
+        model = load_model(FLAGS.model, engine_config(), display.loading)
+    hosts.follow(model, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def stop_on_signals(engine: Serving, display: StartupDisplay) -> asyncio.Event:
+    """The event that the first signal sets; the second one, or one before the engine serves, ends the process."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set() or not engine.live:
+            display.close()
+            say("stopped at once")
+            os._exit(1)
+        say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; once more to stop at once")
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+async def serve(engine: Serving, display: StartupDisplay, began: float) -> None:
+    server = Server(engine, FLAGS.host, FLAGS.port)
+    port = await server.start()  # before the compilation: a taken port shows at once, health says "not serving"
+    stop = stop_on_signals(engine, display)
+    try:
+        await asyncio.to_thread(engine.start, display.compiling)
+        display.close()
+        await server.report_state()
+        announce(engine, port, began)
+        while not stop.is_set():
+            if not engine.live:
+                raise EngineDead("the engine has failed; its log is above")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), timeout=1.0)
+    finally:
+        await server.stop(FLAGS.grace_s if engine.live else 0)
+        await asyncio.to_thread(engine.shutdown, 0)
+
+
+def announce(engine: Serving, port: int, began: float) -> None:
+    layout = engine.layout
+    pages = layout.num_pages - 1
+    size = pages * layout.page_bytes / 2**20
+    if FLAGS.tensor_parallel * FLAGS.data_parallel > 1:
+        say(
+            f"{FLAGS.data_parallel} copies of the model, each on {FLAGS.tensor_parallel} devices; sizes are of one copy"
+        )
+    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    say(f"attention: {layout.backend.name}")
+    if layout.host.pages:
+        say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
+    say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
+
+
+def fail(cause: str) -> None:
+    say(f"cannot serve: {cause}")
+    if FLAGS.processes > 1:
+        os._exit(1)  # an orderly end would wait for the other processes
+    raise SystemExit(1)
+
+
+def main(_: list[str]) -> None:
+    logging.use_absl_handler()
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
+    began = time.monotonic()
+    try:
+        if FLAGS.processes > 1:
+            hosts.join(FLAGS.coordinator or "", FLAGS.processes, FLAGS.process)
+        with StartupDisplay() as display:
+            if FLAGS.process > 0:
+                follow(display)
+                return
+            engine = load_engine(display)
+            asyncio.run(serve(engine, display, began))
+    except (CheckpointError, EngineDead, StartupError, OSError) as error:
+        fail(str(error))
+    except MemoryError:
+        fail("out of memory; give a smaller --kv_bytes or --max_seqs")
+    except RuntimeError as error:  # of the devices, when another process has gone before this one has compiled
+        if FLAGS.processes == 1:
+            raise
+        fail(f"another process may have gone; its log says why ({error})")
+
+
+def run() -> None:
+    """Serve until a signal or a failure ends it."""
+    app.run(main)

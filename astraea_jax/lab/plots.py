@@ -1,0 +1,138 @@
+"""Pictures of programs (needs matplotlib: the ``demo`` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from astraea_jax.agents.loop import ProgramResult, SegmentRecord
+from astraea_jax.scheduler.simulation.simulator import ProgramRecord
+
+COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
+COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in range(20) if i not in (6, 7)]  # red is astraea's
+Span = tuple[float, float]
+"""(start, length) in seconds."""
+
+
+def spans(segments: Sequence[SegmentRecord]) -> dict[str, list[Span]]:
+    """Where a program's time went, by kind. Without the server's usage a segment counts as decode."""
+    found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
+    for segment in segments:
+        at = segment.submitted
+        if segment.usage is not None:
+            for kind, length in (("queue", segment.usage.queue_s), ("prefill", segment.usage.prefill_s)):
+                found[kind].append((at, length))
+                at += length
+        found["decode"].append((at, max(segment.ended - at, 0.0)))
+        if segment.tools:
+            found["tool wait"].append((segment.ended, max(run.ended for run in segment.tools) - segment.ended))
+    return found
+
+
+def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None:
+    """Draw one bar per program, in order of arrival: when it queued, was prefilled, decoded and waited for a tool."""
+    ordered = sorted(programs, key=lambda program: program.segments[0].submitted)
+    _bars([spans(program.segments) for program in ordered], ordered[0].segments[0].submitted, path, title)
+
+
+def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str) -> None:
+    """As :func:`timelines`, of simulated or replayed programs."""
+    rows = []
+    for record in sorted(records, key=lambda record: record.arrival):
+        found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
+        for i, (submitted, scheduled, first, ended) in enumerate(record.spans):
+            found["queue"].append((submitted, scheduled - submitted))
+            found["prefill"].append((scheduled, first - scheduled))
+            found["decode"].append((first, ended - first))
+            found["tool wait"].append((ended, record.program.segments[i].tool_s))
+        rows.append(found)
+    _bars(rows, 0.0, path, title)
+
+
+def distributions(jct: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
+    """Draw the cumulative distribution of job completion times, a line per policy."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, values) in enumerate(jct.items()):
+        share = [(k + 1) / len(values) for k in range(len(values))]
+        axes.plot(sorted(values), share, label=name, **_style(name, i))
+    axes.set(xlabel="job completion time, s", ylabel="share of programs", title=title, xscale="log", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path, title: str) -> None:
+    """Draw the mean completion time over oversubscription: per policy (x, mean, low, high), with a band."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, points) in enumerate(lines.items()):
+        x, mean, low, high = zip(*points, strict=True)
+        style = _style(name, i)
+        axes.plot(x, mean, marker="o", markersize=3, label=name, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="KV oversubscription", ylabel="mean job completion time, s", title=title, yscale="log")
+    axes.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
+    for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        of("{x:.0f}")
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def resumes(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draw the time to come back to a context over its tokens: brought back from the host, or computed again.
+
+    ``rows`` have ``tokens``, ``restore_s`` and ``recompute_s``.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    for key, label, colour in (
+        ("recompute_s", "computed again", COLOURS["prefill"]),
+        ("restore_s", "brought back from the host", COLOURS["decode"]),
+    ):
+        axes.plot(tokens, [1e3 * row[key] for row in rows], marker="o", label=label, color=colour)
+    cheaper = [row["tokens"] for row in rows if row["restore_s"] < row["recompute_s"]]
+    if cheaper:
+        axes.axvline(cheaper[0], color="#555555", linewidth=1, linestyle="--")
+        note = "bringing back is faster from here on, at the latest"
+        axes.annotate(note, (cheaper[0], axes.get_ylim()[1]), (4, -10), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="tokens of context", ylabel="milliseconds", title=title, xscale="log", yscale="log")
+    axes.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _style(name: str, index: int) -> dict[str, Any]:
+    if name.startswith("astraea") and "paper" not in name:
+        return {"color": "#c62828", "linewidth": 2.4, "zorder": 5}
+    if "clairvoyant" in name or "unlimited" in name:
+        return {"color": "#555555", "linewidth": 1.4, "linestyle": "--"}
+    return {"color": COLOURS_OF_LINES[index % len(COLOURS_OF_LINES)], "linewidth": 1.3}
+
+
+def _bars(rows: Sequence[Mapping[str, Sequence[Span]]], zero: float, path: Path, title: str) -> None:
+    figure, axes = plt.subplots(figsize=(12, max(4.0, 1.5 + 0.08 * len(rows))), layout="constrained")
+    for row, kinds in enumerate(rows):
+        for kind, found in kinds.items():
+            shifted = [(start - zero, length) for start, length in found]
+            axes.broken_barh(shifted, (row - 0.42, 0.84), facecolors=COLOURS[kind], linewidth=0)
+    axes.set(xlabel="seconds", ylabel="program", title=title, ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    patches = [Patch(color=colour) for colour in COLOURS.values()]
+    figure.legend(patches, list(COLOURS), ncols=len(COLOURS), loc="outside lower center", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

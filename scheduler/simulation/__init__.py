@@ -1,0 +1,1 @@
+"""The scheduler on a virtual clock: traces, workloads, cost models, experiments. Nothing that serves imports this."""

@@ -1,0 +1,198 @@
+"""One cell of a study: a workload at a load, on a machine, under a policy, a predictor and a residency.
+
+Rate and pool are chosen so that cells compare: programs arrive at ``load`` times the rate at which the machine with
+unlimited memory works off all programs at once (until four fifths have ended), and the pool holds ``1 /
+oversubscription`` of the contexts that are alive in the mean when memory is unlimited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..policies import make_policy
+from ..prediction import Predictor
+from ..strategies import STRATEGIES
+from .costs import MACHINES, CostModel
+from .oracle import Oracle
+from .simulator import Outcome, ProgramRecord, Simulator, Sizes
+from .trace import TraceProgram, load_trace
+from .workload import GENERATORS, generate, resample, with_arrivals
+
+TRACES = Path(__file__).parent / "traces"
+RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
+"""Shipped traces, as workloads; see README.md beside them."""
+WORKLOADS = (*RECORDED, *GENERATORS)
+PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
+"""Relative noise of the oracle; None: learned online."""
+RESIDENCIES: Mapping[str, tuple[bool, str | None]] = {
+    "keep-lru": (False, None),
+    "host": (True, None),
+    "unlimited": (False, None),
+    **{name: (True, name) for name in STRATEGIES},
+}
+"""Whether there is a host tier, and the strategy; None: the policy's own, or else ``adaptive`` with a host tier and
+``always-keep`` without. ``keep-lru``: a prefix cache, no host tier. ``unlimited``: a bound that ignores memory."""
+UNLIMITED = 2**40
+"""Tokens of a host tier that is never full."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    workload: str
+    """A name, or the path of a trace file."""
+    policy: str
+    predictor: str = "online"
+    residency: str = "host"
+    oversubscription: float = 1.5
+    seed: int = 0
+    programs: int = 300
+    load: float = 0.85
+    machine: str = "h200-8b"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Programs with arrivals, and what they would hold in unlimited memory."""
+
+    programs: tuple[TraceProgram, ...]
+    live_context: float
+
+
+def draw(workload: str, count: int, seed: int) -> list[TraceProgram]:
+    """Programs of a workload by name, or of a trace file.
+
+    Raises:
+        ValueError: there is no such workload.
+        TraceError: the file cannot be replayed.
+    """
+    if workload in GENERATORS:
+        return generate(workload, count, seed)
+    path = RECORDED.get(workload, Path(workload))
+    if not path.is_file():
+        raise ValueError(f"no workload or trace file is called {workload!r}; there are {', '.join(WORKLOADS)}")
+    return resample(load_trace(path), count, seed)
+
+
+@lru_cache(maxsize=64)
+def prepare(workload: str, count: int, seed: int, load: float, machine: str) -> Prepared:
+    """Draw programs and let them arrive."""
+    programs = draw(workload, count, seed)
+    return prepared(programs, MACHINES[machine], Sizes(everything(programs)), load, seed)
+
+
+def prepared(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes, load: float, seed: int) -> Prepared:
+    """Let programs arrive, unless they say when they do."""
+    if any(p.arrival_s is None for p in programs):
+        at_once = [replace(p, arrival_s=0.0) for p in programs]
+        ends = sorted(r.ended for r in _run(at_once, costs, ample).records)
+        done = max(1, int(0.8 * len(programs)))
+        programs = with_arrivals(programs, load * done / ends[done - 1], seed)
+    return Prepared(tuple(programs), _run(programs, costs, ample).mean_live_context)
+
+
+def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
+    """Run a cell.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    prepared = prepare(cell.workload, cell.programs, cell.seed, cell.load, cell.machine)
+    longest = max(p.longest for p in prepared.programs)
+    pool = max(int(prepared.live_context / cell.oversubscription), longest + 4096)
+    host, strategy = residency_of(cell)
+    sizes = Sizes(pool, host_tokens=UNLIMITED if host else 0)
+    if cell.residency == "unlimited":
+        sizes = Sizes(everything(prepared.programs))
+    policy = make_policy(cell.policy, predictor_for(cell, prepared.programs), strategy)
+    return Simulator(prepared.programs, policy, MACHINES[cell.machine], sizes, record_plans=record_plans).run()
+
+
+def residency_of(cell: Cell) -> tuple[bool, str]:
+    """Whether there is a host tier, and the strategy."""
+    host, strategy = RESIDENCIES[cell.residency]
+    own = make_policy(cell.policy).residency
+    return host, strategy or own or ("adaptive" if host else "always-keep")
+
+
+def everything(programs: Sequence[TraceProgram]) -> int:
+    """Tokens of a pool that all programs fit into at once."""
+    return sum(p.longest + 2 * Sizes.page_size for p in programs) + 4096
+
+
+def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
+    noise = PREDICTORS[cell.predictor]
+    if cell.policy == "srpt-clairvoyant":
+        noise = 0.0
+    return Predictor() if noise is None else Oracle(programs, noise, cell.seed)
+
+
+def _run(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes) -> Outcome:
+    return Simulator(programs, make_policy("fcfs"), costs, ample).run()
+
+
+def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048) -> float:
+    """Seconds that a program takes on an idle machine, tool waits included."""
+    total = program.tool_s
+    for s in program.segments:
+        steps = -(-s.new // max_step_tokens)
+        total += steps * costs.step_s(0, s.new // steps, s.prompt)
+        total += (s.output - 1) * costs.step_s(1, 1, s.prompt + s.output // 2)
+    return total
+
+
+def summary(cell: Cell, outcome: Outcome, costs: CostModel | None = None) -> dict[str, Any]:
+    """The figures of a run, as a row of a table. Times in seconds; ``costs`` if they are not the named machine's."""
+    costs = costs or MACHINES[cell.machine]
+    records = [r for r in outcome.records if r.spans]
+    jct = np.array([r.jct_s for r in records])
+    alone = np.array([alone_s(r.program, costs) for r in records])
+    p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
+    s, page = outcome.stats, Sizes.page_size
+    return {
+        "workload": cell.workload,
+        "policy": cell.policy,
+        "predictor": "oracle" if cell.policy == "srpt-clairvoyant" else cell.predictor,
+        "residency": cell.residency,
+        "oversubscription": cell.oversubscription,
+        "seed": cell.seed,
+        "machine": cell.machine,
+        "load": cell.load,
+        "programs": len(records),
+        "refused": outcome.refused,
+        "mean_jct_s": float(jct.mean()),
+        "p50_jct_s": p50,
+        "p90_jct_s": p90,
+        "p95_jct_s": p95,
+        "p99_jct_s": p99,
+        "mean_jct_no_tool_s": float(np.mean([r.jct_no_tool_s for r in records])),
+        "p99_jct_no_tool_s": float(np.percentile([r.jct_no_tool_s for r in records], 99)),
+        "mean_queue_s": float(np.mean([r.queue_s for r in records])),
+        "max_slowdown": float((jct / alone).max()),
+        "programs_per_s": len(records) / outcome.makespan_s,
+        "output_tokens_per_s": sum(x.output for r in records for x in r.program.segments) / outcome.makespan_s,
+        "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
+        "recomputed_tokens": s.recomputed_tokens,
+        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * costs.kv_bytes,
+        "preemptions": s.preemptions,
+        "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
+        "steps": outcome.steps,
+    }
+
+
+def _prefilled(records: Sequence[ProgramRecord], recomputed: int) -> int:
+    return recomputed + sum(s.new for r in records for s in r.program.segments)
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean."""
+    data = np.asarray(values, float)
+    rng = np.random.default_rng(seed)
+    means = data[rng.integers(0, len(data), (2000, len(data)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

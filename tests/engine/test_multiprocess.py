@@ -1,0 +1,103 @@
+"""Two processes with two (simulated) devices each serve one model: the tokens of one device, one end, one fault."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.wide import PAGE_BYTES, programs, run_programs, tokens
+
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import EngineDead
+from astraea_jax.frontends.rpc.client import Client
+from astraea_jax.models.tokenizer import Tokenizer
+
+LONG = SamplingParams(max_tokens=60, ignore_eos=True)
+SERVE = str(Path(__file__).parents[2] / "scripts" / "serve.py")
+
+
+@contextmanager
+def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
+    """The processes, and the address of the first; their pool is small, and they have a host tier."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {
+        "model": folder,
+        "port": 0,
+        "tensor_parallel": 4,
+        "coordinator": coordinator,
+        "processes": 2,
+        "max_seqs": 4,
+        "max_step_tokens": 16,
+        "page_size": 4,
+        "max_context": 96,
+        "kv_bytes": 10 * PAGE_BYTES,
+        "host_kv_bytes": 80 * PAGE_BYTES,
+        "residency": "always-offload",
+        "dtype": "float32",
+    }
+    command = [sys.executable, SERVE, *(f"--{name}={value}" for name, value in flags.items())]
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    devices = {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen([*command, f"--process={i}"], env={**os.environ, **devices}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        said = ""
+        for line in processes[0].stderr:
+            said += line
+            if found := re.search(r"ready on (\S+) in", line):
+                break
+        else:
+            processes[1].kill()
+            pytest.fail(f"no server: {said}\n{processes[1].stderr.read()}")
+        yield processes, found[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.serves("reference", "tested", "several processes")
+def test_two_processes_say_what_one_device_says_and_end_together(wide_folder, wide_engine):
+    """Preempted, and with KV that went to the memory of both and came back."""
+    tokenizer = Tokenizer.from_folder(wide_folder)
+    with two_processes(wide_folder) as (processes, address):
+
+        async def work() -> tuple[list[list[int]], dict[str, int]]:
+            async with Client(address, tokenizer) as client:
+                return await programs(client), await client.counts()
+
+        outputs, counts = asyncio.run(work())
+        assert outputs == run_programs(wide_engine, alone=True)
+        assert min(counts["offloaded_pages"], counts["restored_pages"]) > 0, "the pool was meant to be small"
+        assert counts["failed_transfers"] == 0
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        assert [process.wait(60) for process in processes] == [0, 0], [p.stderr.read() for p in processes]
+
+
+def test_a_process_that_dies_is_named(wide_folder):
+    with two_processes(wide_folder) as (processes, address):
+
+        async def ask() -> None:
+            async with Client(address, Tokenizer.from_folder(wide_folder)) as client:
+                stream = client.generate([1, 2, 3], LONG)
+                await anext(aiter(stream))
+                processes[1].kill()
+                with pytest.raises(EngineDead, match="process 1 has gone"):
+                    await tokens(stream)
+
+        asyncio.run(ask())
+        assert processes[0].wait(60) == 1
+        assert "process 1 has gone" in processes[0].stderr.read()

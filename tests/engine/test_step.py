@@ -1,0 +1,62 @@
+"""The step without any array: what moves between devices, what is donated, and how models are packed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.wide import WIDE, wide_decoder
+
+from astraea_jax.engine.step import Sizes, Step, StepShape, step_shapes
+from astraea_jax.kernels import Reference
+from astraea_jax.models.sharding import abstract_decoder, mesh_of
+
+SIZES = Sizes(
+    num_pages=16, page_size=4, max_seqs=4, max_step_tokens=16, max_pages_per_seq=8, kv_dtype=jnp.dtype("float32")
+)
+COLLECTIVE = re.compile(r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def test_shapes_are_few_and_reach_the_largest_step():
+    assert step_shapes(4, 16) == (StepShape(4, 4, 1), StepShape(16, 4, 16))
+    assert [s.tokens for s in step_shapes(64, 512)] == [8, 16, 32, 64, 128, 256, 512]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_only_sums_move_between_devices(stacked):
+    """Compiled from shapes alone: two sums per layer, or of the loop over them, and one of the embedding, [T, D] each;
+    then scores change hands from shares of the vocabulary to shares of the rows. No device asks for the weights or the
+    KV of another."""
+    mesh = mesh_of(jax.devices()[:2])
+    step = Step(abstract_decoder(WIDE, jnp.float32, mesh, stacked=stacked), Reference(), SIZES, mesh)
+    shape = StepShape(4, 4, 1)
+    compiled = step.jitted(shape).lower(*step.arguments(shape)).compile()
+    moves = Counter()
+    for result, kind in COLLECTIVE.findall(compiled.as_text()):
+        sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", result)]
+        moves[kind, max(sizes)] += 1
+    tokens_times_hidden = shape.tokens * WIDE.hidden_size
+    assert moves.pop(("all-reduce", tokens_times_hidden)) == 2 * (1 if stacked else WIDE.num_layers) + 1
+    assert max(size for _, size in moves) <= shape.rows * WIDE.vocab_size // mesh.size, moves
+    pages = sum(math.prod(layer.shape) for layer in step.pages) * 4 // mesh.size
+    assert compiled.memory_analysis().alias_size_in_bytes >= pages, "the pages are meant to be written in place"
+
+
+def test_a_packed_model_is_the_model():
+    """Its vectors travel as one argument, and come apart again; on the devices they are meant for."""
+    mesh = mesh_of(jax.devices()[4:6])
+    decoder = wide_decoder()
+    step = Step(decoder, Reference(), SIZES, mesh)
+    packed = step.pack(decoder)
+    assert [(x.shape, x.dtype, x.sharding) for x in packed] == [(x.shape, x.dtype, x.sharding) for x in step.leaves]
+    alone = sum(x.ndim == 1 and not x.sharding.is_fully_replicated for x in step.leaves)
+    assert alone == WIDE.num_layers, "biases are divided, and travel by themselves"
+    assert sum(x.ndim == 1 for x in packed) == 1 + alone
+    again = step._decoder(packed)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(decoder), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,87 @@
+"""scripts/serve.py as a process: what it says, how it ends, and its one-line answer to what cannot be served."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.frontends.rpc.client import Client
+from astraea_jax.models.tokenizer import Tokenizer
+
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+async def drained(server, tokenizer):
+    """Tokens that a request got which ran at SIGTERM, and the states that the health service told."""
+    async with Client(server.address, tokenizer) as client, grpc.aio.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        stream = aiter(client.generate([1, 2, 3], LONG))
+        tokens = [*(await anext(stream)).token_ids]
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        states = [(await watch.read()).status]
+        server.process.send_signal(signal.SIGTERM)
+        states.append((await watch.read()).status)
+        async for delta in stream:
+            tokens += delta.token_ids
+        return tokens, states
+
+
+def test_serves_and_finishes_what_runs_at_sigterm(serve, random_folder, greedy):
+    tokenizer = Tokenizer.from_folder(random_folder)
+    with serve() as server:
+        tokens, states = asyncio.run(drained(server, tokenizer))
+        assert server.process.wait(300) == 0
+    assert tokens == greedy([1, 2, 3], 200, tokens)
+    status = health_pb2.HealthCheckResponse
+    assert states == [status.SERVING, status.NOT_SERVING]
+    assert "KV: " in server.said
+    assert "compile cache: " in server.said
+
+
+def test_a_second_signal_stops_at_once(serve):
+    with serve() as server:
+        server.process.send_signal(signal.SIGSTOP)  # so that it sees both at once and cannot be done before the second
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGCONT)
+        assert server.process.wait(300) == 1
+
+
+def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = serve_fails(f"--model={random_folder}", f"--port={taken.getsockname()[1]}")
+    assert "choose another --port" in said
+    assert "executables" not in said
+
+
+def test_a_default_cache_that_cannot_be_used_is_done_without(serve_fails, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert f"compile cache: {tmp_path}/astraea_jax/compiled" in serve_fails("--model=/no/such/folder")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    said = serve_fails("--model=/no/such/folder")
+    assert "warning: the compile cache" in said
+    assert "neither a folder" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model=/no/such/folder"], "'/no/such/folder' is neither a folder"),
+        (["--model=no-such-shape", "--random_weights"], "llama-3.1-8b"),
+        (["--compile_cache=/dev/null"], "the compile cache /dev/null cannot be used"),
+        (["--max_seqs=64", "--max_step_tokens=8"], "max_step_tokens 8 is below max_seqs 64"),
+    ],
+)
+def test_what_cannot_be_served_gets_one_line(arguments, words, serve_fails):
+    said = serve_fails(*arguments)
+    [line] = [line for line in said.splitlines() if line.startswith("cannot serve: ")]
+    assert words in line
+    assert "Traceback" not in said

@@ -1,0 +1,221 @@
+"""Pages to the host and back, bit for bit, on the CPU's own pinned memory; and what happens when a copy goes wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from astraea_jax.kv_cache import host
+from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages
+from astraea_jax.kv_cache.offload import HostStore, block_sharding, block_sizes
+from astraea_jax.scheduler.program import Program
+from astraea_jax.scheduler.transfer import HostCopy, Part, Transfer
+
+PAGES, LAYERS = 64, 2
+
+
+class Pools:
+    """Paged arrays whose every number is different."""
+
+    def __init__(self):
+        shape = (PAGES, 2, 2, 4, 8)
+        numbers = jnp.arange(LAYERS * np.prod(shape), dtype=jnp.float32).reshape(LAYERS, *shape)
+        self.pages = tuple(numbers)
+
+    def gather(self, pages):
+        return gather_pages(self.pages, np.asarray(pages), PAGES)
+
+    def scatter(self, block, pages):
+        self.pages = scatter_pages(self.pages, block, pages, PAGES)
+
+    def wipe(self):
+        self.pages = tuple(jnp.full_like(layer, jnp.nan) for layer in self.pages)
+
+    def content(self, pages) -> np.ndarray:
+        return np.stack([np.asarray(layer[np.asarray(pages)]) for layer in self.pages], axis=1)
+
+
+def store_of(pools, staging=16, **more) -> HostStore:
+    return HostStore(pools, block_sharding(pools.pages[0]), staging, **more)
+
+
+def offload(program: Program, pages) -> Transfer:
+    copy = HostCopy(0, len(pages), len(pages))
+    return Transfer(program, tuple(pages), (Part(copy, 0, len(pages)),), True, 0.0)
+
+
+def restore(program: Program, pages, parts) -> Transfer:
+    program.fetching = Transfer(program, tuple(pages), tuple(parts), False, 0.0)
+    return program.fetching
+
+
+def finish(store: HostStore) -> list[tuple[Transfer, bool]]:
+    ended, limit = [], time.monotonic() + 60
+    while store.busy:
+        ended += store.poll()
+        assert time.monotonic() < limit
+    return ended
+
+
+def test_blocks_are_powers_of_two():
+    assert block_sizes(64) == [64, 32, 16, 8, 4, 2, 1]
+    assert block_sizes(1000) == block_sizes(64)
+    assert block_sizes(5) == [4, 2, 1]
+    assert block_sizes(0) == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_restored_bytes_are_the_offloaded_bytes(data):
+    """Any pages, any part of several copies, to any other pages, through any staging."""
+    pools, program = Pools(), Program("p", 0.0)
+    store = store_of(pools, staging=data.draw(st.sampled_from([1, 4, 16])))
+    order = data.draw(st.permutations(range(1, PAGES)))
+    first = data.draw(st.integers(1, 20))
+    outs = [offload(program, order[:first]), offload(program, order[first : first + 7])]
+    expected = pools.content(order[: first + 7])
+    store.start(outs, [])
+    pools.wipe()  # they may be written again at once
+    assert [failed for _, failed in finish(store)] == [False, False]
+    assert store.pages == first + 7
+    low = data.draw(st.integers(0, first - 1))
+    high = data.draw(st.integers(1, 7))
+    parts = [Part(outs[0].parts[0].copy, low, first - low), Part(outs[1].parts[0].copy, 0, high)]
+    to = order[30 : 30 + first - low + high]
+    store.start([restore(program, to, parts)], [])
+    assert finish(store) == [(program.fetching, False)]
+    np.testing.assert_array_equal(pools.content(to), expected[low : first + high])
+    untouched = [page for page in range(PAGES) if page not in to]
+    assert np.isnan(pools.content(untouched)).all()
+    store.start([], [out.parts[0].copy for out in outs])
+    assert store.pages == 0
+
+
+def test_the_comparison_of_bytes_can_fail():
+    """A canary: one wrong bit on the host shows."""
+    pools, program = Pools(), Program("p", 0.0)
+    store = store_of(pools)
+    out = offload(program, [3, 4])
+    expected = pools.content([3, 4])
+    store.start([out], [])
+    finish(store)
+    (copy,) = store._copies
+    block = np.array(store._copies[copy][0])
+    block.view(np.uint32)[1, 0, 1, 0, 2, 5] ^= 1
+    store._copies[copy] = [jax.device_put(block, store._host)]
+    store.start([restore(program, [5, 6], out.parts)], [])
+    finish(store)
+    assert not np.array_equal(pools.content([5, 6]), expected)
+    assert np.array_equal(pools.content([5])[0], expected[0])
+
+
+def test_a_copy_that_cannot_be_made_fails_alone():
+    pools, program = Pools(), Program("p", 0.0)
+    calls = []
+
+    def put(block, sharding):
+        calls.append(len(block))
+        if len(calls) == 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of pinned memory")
+        return jax.device_put(block, sharding)
+
+    store = store_of(pools, put=put)
+    outs = [offload(program, [1]), offload(program, [2]), offload(program, [3])]
+    store.start(outs, [])
+    assert {id(t): failed for t, failed in finish(store)} == {id(t): i == 1 for i, t in enumerate(outs)}
+
+
+def test_a_copy_that_fails_on_its_way_is_told():
+    class Broken:
+        def __init__(self, block):
+            self._block = block
+
+        def __len__(self):
+            return len(self._block)
+
+        def is_ready(self):
+            return True
+
+        def block_until_ready(self):
+            raise RuntimeError("DATA_LOSS")
+
+    store = store_of(Pools(), put=lambda block, _: Broken(block))
+    store.start([offload(Program("p", 0.0), [1, 2])], [])
+    assert [failed for _, failed in finish(store)] == [True]
+
+
+def test_a_transfer_that_never_ends_is_given_up(monkeypatch):
+    class Late:
+        def __len__(self):
+            return 1
+
+        def is_ready(self):
+            return False
+
+    store = store_of(Pools(), put=lambda *_: Late())
+    store.start([offload(Program("p", 0.0), [1])], [])
+    assert store.poll() == []
+    monkeypatch.setattr(host, "LIMIT_S", 0.0)
+    assert [failed for _, failed in store.poll()] == [True]
+
+
+def test_a_lost_copy_fails_the_restore():
+    program = Program("p", 0.0)
+    store = store_of(Pools())
+    store.start([restore(program, [1], [Part(HostCopy(0, 1, 1), 0, 1)])], [])
+    assert finish(store) == [(program.fetching, True)]
+
+
+def test_what_nobody_wants_any_more_is_not_written():
+    pools, program = Pools(), Program("p", 0.0)
+    store = store_of(pools)
+    out = offload(program, [1, 2])
+    store.start([out], [])
+    finish(store)
+    before = pools.content(range(PAGES))
+    store.start([restore(program, [5, 6], out.parts)], [])
+    program.fetching = None  # cancelled: the pages are somebody else's by now
+    finish(store)
+    np.testing.assert_array_equal(pools.content(range(PAGES)), before)
+
+
+def test_pages_sharded_by_heads_keep_their_shards():
+    """On eight simulated devices, in a process of its own, because JAX counts its devices once."""
+    code = """
+        import jax, jax.numpy as jnp, numpy as np, sys
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from astraea_jax.kv_cache.offload import block_sharding
+        sys.path.insert(0, "tests/cache")
+        import test_host as t
+        mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        pools, program = t.Pools(), t.Program("p", 0.0)
+        wide = jnp.concatenate([layer for layer in pools.pages for _ in range(2)], axis=2)  # eight heads
+        sharding = NamedSharding(mesh, P(None, None, "model"))
+        pools.pages = tuple(jax.device_put(wide + i, sharding) for i in range(2))
+        expected = pools.content([1, 2, 3])
+        store = t.store_of(pools)
+        out = t.offload(program, [1, 2, 3])
+        store.start([out], [])
+        t.finish(store)
+        (blocks,) = store._copies.values()
+        assert {b.sharding.memory_kind for b in blocks} == {"pinned_host"}
+        assert {len(b.sharding.device_set) for b in blocks} == {8}
+        assert {b.addressable_shards[0].data.shape[3] for b in blocks} == {1}
+        store.start([t.restore(program, [7, 8, 9], out.parts)], [])
+        assert t.finish(store) == [(program.fetching, False)]
+        assert pools.pages[0].sharding.is_equivalent_to(sharding, 5)
+        np.testing.assert_array_equal(pools.content([7, 8, 9]), expected)
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

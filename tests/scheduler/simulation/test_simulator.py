@@ -1,0 +1,137 @@
+"""The simulated loop: exact where it can be counted by hand, and the same however many steps it takes at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from astraea_jax.scheduler import simulator
+from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
+from astraea_jax.scheduler.simulation.experiment import Cell, interval, simulate, summary
+from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
+
+SECOND = CostModel(1.0, 0.0, 0.0, 0.0, 1.0, 1e9, measured=False)
+"""Every step takes a second."""
+
+
+def run(programs, policy="fcfs", costs=SECOND, strategy=None, **sizes):
+    sizes = {"pool_tokens": 10_000, "page_size": 16, **sizes}
+    return Simulator(programs, make_policy(policy, strategy=strategy), costs, Sizes(**sizes), record_plans=True).run()
+
+
+def test_one_program_counted_by_hand():
+    # Prefill and the first token in a step, four more tokens, a tool of 2.5 s, a step and one token more.
+    program = TraceProgram("p", (TraceSegment(0, 20, 5, "t", 2.5), TraceSegment(25, 7, 2)), arrival_s=3.0)
+    outcome = run([program])
+    (record,) = outcome.records
+    assert record.spans == [(3.0, 3.0, 4.0, 8.0), (10.5, 10.5, 11.5, 12.5)]
+    assert record.jct_s == 9.5
+    assert outcome.stats.reused_tokens == 24  # of 25: the last was sampled, never fed back
+
+
+def test_prompts_repeat_what_the_trace_says():
+    program = TraceProgram(
+        "p",
+        (TraceSegment(0, 10, 5, "t"), TraceSegment(15, 5, 5, "t"), TraceSegment(8, 4, 5, "t"), TraceSegment(17, 2, 1)),
+    )
+    texts = [list(prompt_of(program, i)) for i in range(4)]
+    assert texts[1][:15] == list(range(15))
+    assert texts[2][:8] == texts[1][:8]
+    assert texts[2][8] != texts[1][8]
+    assert texts[3][:12] == texts[2]
+    assert run([TraceProgram("p", program.segments, 0.0)]).stats.reused_tokens == 14 + 8 + 16
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["fcfs", "program-fcfs", "sjf"]), st.booleans())
+def test_steps_taken_at_once_are_the_steps(seed, policy, tight):
+    programs = [p.scaled(0.05) for p in generate("infercept-mix", 12, seed)]
+    programs = with_arrivals(programs, 2.0, seed)
+    pool = max(p.longest for p in programs) * (3 if tight else 30)
+    costs = MACHINES["cpu-tiny"]
+    together = run(programs, policy, costs, pool_tokens=pool)
+    stride, simulator.STRIDE = simulator.STRIDE, 1
+    try:
+        one_by_one = run(programs, policy, costs, pool_tokens=pool)
+    finally:
+        simulator.STRIDE = stride
+    for a, b in zip(together.records, one_by_one.records, strict=True):
+        assert a.jct_s == pytest.approx(b.jct_s, rel=1e-2 if tight else 1e-6, abs=0.02)
+    assert together.steps == pytest.approx(one_by_one.steps, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["astraea", "fcfs", "continuum", "thunderagent"])
+def test_equal_studies_give_equal_plans(policy):
+    cell = Cell("swe-batch", policy, programs=12, oversubscription=2.0)
+    first, second = (simulate(cell, record_plans=True).plans for _ in range(2))
+    assert first == second
+    assert first
+
+
+def test_equal_studies_give_equal_plans_in_every_process():
+    code = (
+        "from astraea_jax.scheduler.simulation.experiment import Cell, simulate\n"
+        "from astraea_jax.scheduler.policies import SERVING\n"
+        "study = [Cell('infercept-mix', policy, programs=12, residency='keep-lru') for policy in SERVING]\n"
+        "print([simulate(cell, record_plans=True).plans for cell in study])"
+    )
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    )
+    assert first == second
+    assert len(first) > 50_000
+
+
+def test_a_program_larger_than_the_pool_is_refused_and_the_others_go_on():
+    small = TraceProgram("s", (TraceSegment(0, 20, 5),), 0.0)
+    large = TraceProgram("l", (TraceSegment(0, 20, 5, "t", 1.0), TraceSegment(25, 5000, 5)), 0.0)
+    outcome = run([small, large], pool_tokens=320)
+    assert outcome.refused == 1
+    assert outcome.stats.finished == 2
+    assert outcome.stats.free_pages == 20
+
+
+def test_transfers_take_their_time():
+    # Two programs of 320 tokens in a pool that holds one: the first moves to the host while it waits for its tool.
+    costs = CostModel(1.0, 0.0, 0.0, 0.0, kv_bytes=1e6, link_bytes_s=64e6, measured=False)  # 5 s for 320 tokens
+    first = TraceProgram("a", (TraceSegment(0, 310, 2, "t", 20.0), TraceSegment(312, 4, 2)), 0.0)
+    second = TraceProgram("b", (TraceSegment(0, 300, 5),), 4.0)
+    sizes = {"pool_tokens": 336, "host_tokens": 10_000, "staging_tokens": 10_000}
+    outcome = run([first, second], costs=costs, strategy="infercept", **sizes)
+    a, b = outcome.records
+    assert outcome.stats.recomputed_tokens == 0
+    assert outcome.stats.offloaded_pages == 20  # all of it is copied together
+    assert outcome.stats.restored_pages == 18  # two pages stayed on the device as well
+    assert b.spans[0][1] == 4.0
+    submitted, scheduled, token, _ = a.spans[1]
+    assert submitted == pytest.approx(22.0)
+    assert scheduled == pytest.approx(26.5, abs=0.1)  # the way back takes four and a half seconds
+    assert token == pytest.approx(27.5, abs=0.1)
+    dropped = run([first, second], costs=costs, pool_tokens=336)
+    assert dropped.stats.recomputed_tokens > 250
+
+
+def test_summaries_hold_together():
+    cell = Cell("infercept-mix", "fcfs", programs=30, residency="unlimited")
+    row = summary(cell, simulate(cell))
+    assert row["programs"] == 30
+    assert row["p50_jct_s"] <= row["p90_jct_s"] <= row["p99_jct_s"]
+    assert row["mean_jct_no_tool_s"] < row["mean_jct_s"]
+    assert 0.9 < row["max_slowdown"] < 5
+    assert row["recomputed_tokens"] == row["moved_bytes"] == 0
+
+
+def test_intervals_cover_the_mean():
+    low, high = interval([1.0, 2.0, 3.0, 4.0])
+    assert 1.0 <= low < 2.5 < high <= 4.0

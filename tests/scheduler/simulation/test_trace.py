@@ -1,0 +1,73 @@
+"""Trace files: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from astraea_jax.scheduler.simulation.experiment import RECORDED
+from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceSegment, load_trace, save_trace
+
+
+def record(**changes):
+    segments = [
+        {"cached_prompt_tokens": 0, "new_prompt_tokens": 10, "output_tokens": 5, "tool": {"name": "t", "seconds": 1.5}},
+        {"cached_prompt_tokens": 15, "new_prompt_tokens": 3, "output_tokens": 2, "tool": None},
+    ]
+    return {"program": "p", "arrival_s": None, "segments": segments, **changes}
+
+
+def written(tmp_path, *records):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return path
+
+
+def test_the_shipped_trace_has_the_statistics_of_its_readme():
+    programs = load_trace(RECORDED["claude-code"])
+    segments = [s for p in programs for s in p.segments]
+    assert (len(programs), len(segments)) == (43, 782)
+    assert max(p.longest for p in programs) == 112_647
+    assert sum(p.tool_s for p in programs) / 43 == pytest.approx(74.8, abs=0.1)
+
+
+def test_there_and_back(tmp_path):
+    programs = load_trace(written(tmp_path, record(), record(program="q", arrival_s=2.0)))
+    save_trace(tmp_path / "again.jsonl", programs, source="test")
+    assert load_trace(tmp_path / "again.jsonl") == programs
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([], "holds no programs"),
+        (["{"], "line 1"),
+        (["[1]"], "line 1"),
+        ([record(segments=[])], "no segments"),
+        ([record(arrival_s=-1)], "arrives at -1"),
+        ([record(arrival_s=float("nan"))], "arrives at nan"),
+        ([record(arrival_s=2), record(program="q", arrival_s=1)], "run backwards"),
+        ([record(), record()], "same name"),
+        ([record(segments=[{**record()["segments"][0], "tool": None}, record()["segments"][1]])], "all but the last"),
+        ([record(segments=[{**record()["segments"][1], "cached_prompt_tokens": 1}])], "only 0 exist"),
+        ([record(segments=[{**record()["segments"][1], "cached_prompt_tokens": 0, "output_tokens": 0}])], "at least 1"),
+    ],
+)
+def test_faults_are_named(tmp_path, records, words):
+    with pytest.raises(TraceError, match=words):
+        load_trace(written(tmp_path, *records))
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_tools_take_finite_time(seconds):
+    with pytest.raises(TraceError, match="its tool takes"):
+        TraceProgram("p", (TraceSegment(0, 1, 1, "t", seconds), TraceSegment(2, 1, 1)))
+
+
+def test_scaled_programs_are_still_programs():
+    for program in load_trace(RECORDED["claude-code"]):
+        small = program.scaled(0.01, 0.5)
+        assert len(small.segments) == len(program.segments)
+        assert small.longest <= 0.01 * program.longest + 3 * len(program.segments)
+        assert small.tool_s == pytest.approx(program.tool_s / 2)

@@ -1,0 +1,101 @@
+"""Every benchmark runs to its end at its smallest size, and says what it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.scripts import ROOT, run
+
+
+def test_the_step_benchmark_prints_its_floors():
+    sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--max_step_tokens=16", "--json=")
+    out = run("scripts/bench_step.py", *sizes)
+    for word in ("decode step", "prefill of 32", "host work per step", "read", "matmul"):
+        assert word in out
+
+
+def test_the_offload_benchmark_compares_with_plain_copies(tmp_path):
+    picture = tmp_path / "offload.png"
+    sizes = ("--lengths=64,128", "--batch=4", "--context=16", "--steps=8", "--repeats=1", "--chunk=64")
+    out = run("scripts/bench_offload.py", *sizes, f"--plot={picture}", "--json=")
+    for word in ("offload", "restore", "while KV moves", "from the host", "computed again"):
+        assert word in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_study_of_completion_times_writes_its_rows_and_pictures(tmp_path):
+    table, plots = tmp_path / "rows.json", tmp_path / "plots"
+    out = run(
+        "scripts/bench_jct.py",
+        *(
+            "--policies=fcfs,astraea",
+            "--programs=12",
+            "--oversubscription=0.5,2",
+            f"--json={table}",
+            f"--plots={plots}",
+        ),
+    )
+    assert "claude-code, KV host, 2x oversubscribed" in out
+    rows = json.loads(table.read_text())["figures"]["rows"]
+    assert [(r["policy"], r["oversubscription"]) for r in rows] == [
+        (policy, factor) for factor in (0.5, 2.0) for policy in ("fcfs", "astraea")
+    ]
+    wanted = (
+        "workload policy predictor residency oversubscription seed programs mean_jct_s p50_jct_s p90_jct_s p99_jct_s"
+    )
+    assert {*wanted.split(), "mean_jct_no_tool_s", "max_slowdown"} <= rows[0].keys()
+    pictures = {path.name for path in plots.iterdir()}
+    assert {"sweep_claude-code_host.png", "cdf_claude-code_host_2x.png"} <= pictures
+    assert "timeline_claude-code_host_2x_astraea.png" in pictures
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--policies=lifo", "no policy is called 'lifo'"),
+        ("--workload=nothing", "no workload or trace file"),
+        ("--oversubscription=-1", "must be above 0"),
+        ("--predictor=crystal", "'crystal' is none of"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(flag, words):
+    done = subprocess.run([sys.executable, "scripts/bench_jct.py", flag], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert words in done.stderr + done.stdout
+
+
+SMALL_STEPS = """
+import runpy, sys
+from astraea_jax.lab import replay
+replay.SEQS, replay.STEP_TOKENS = 8, 32
+sys.argv[0] = "scripts/bench_jct.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_replay_compares_engine_and_simulator(tmp_path):
+    """On short programs and in small steps, or else the model would take a minute to say it all, and to compile."""
+    table, trace = tmp_path / "rows.json", tmp_path / "short.jsonl"
+    first = {"new_prompt_tokens": 40, "cached_prompt_tokens": 0, "output_tokens": 8}
+    last = {"new_prompt_tokens": 20, "cached_prompt_tokens": 48, "output_tokens": 12, "tool": None}
+    segments = [{**first, "tool": {"name": "search", "seconds": 1.0}}, last]
+    trace.write_text("\n".join(json.dumps({"program": f"p{i}", "segments": segments}) for i in range(6)))
+    run(
+        *("-c", SMALL_STEPS),
+        *("--backend=engine", "--policies=astraea", f"--trace={trace}", "--programs=6", "--tool_scale=0.002"),
+        f"--json={table}",
+    )
+    real, simulated = json.loads(table.read_text())["figures"]["rows"]
+    assert (real["policy"], simulated["policy"]) == ("astraea", "astraea simulated")
+    assert real["programs"] == simulated["programs"] == 6
+    assert 0 < real["mean_jct_s"] < 60
+
+
+def test_the_scheduler_benchmark_prints_a_curve():
+    out = run(
+        "scripts/bench_scheduler.py", "--policies=astraea", "--waiting=100,200", "--running=16", "--steps=20", "--json="
+    )
+    assert "200 waiting" in out
