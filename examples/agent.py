@@ -29,5 +29,5 @@ SYSTEM = {"role": "system", "content": "You answer questions about the shop."}
 with LLM("astraea-tiny") as llm:
     chats = [[SYSTEM, {"role": "user", "content": question}] for question in QUESTIONS]
     for program in llm.chat(chats, tools=[price, stock, calculator]):
-        calls = [run.name for segment in program.segments for run in segment.tools]
-        print(f"{program.text}  ({len(program.segments)} segments, tools: {', '.join(calls)})")
+        calls = [run.name for request in program.requests for run in request.tools]
+        print(f"{program.text}  ({len(program.requests)} requests, tools: {', '.join(calls)})")

@@ -44,12 +44,12 @@ class SchedulerStats:
     preemptions: int
     free_pages: int
     retained_pages: int
-    """Held by programs without a running segment; can be had at any time."""
+    """Held by programs without a running request; can be had at any time."""
     cached_pages: int
     """Free, and still found by programs whose tokens begin alike."""
     computed_tokens: int
     reused_tokens: int
-    """Tokens of admitted segments whose KV was still there, on the device or the host."""
+    """Tokens of admitted requests whose KV was still there, on the device or the host."""
     recomputed_tokens: int
     """Tokens computed again because their KV had been dropped."""
     reclaimed_pages: int

@@ -1,7 +1,7 @@
-"""Running segments that decode one token at every step, so that a step need not look at any of them.
+"""Running requests that decode one token at every step, so that a step need not look at any of them.
 
-What such a segment does next changes only when its pages are full or its last token is due, and both are known
-beforehand: a calendar of steps says who is to be looked at when. In between a step costs one addition per segment.
+What such a request does next changes only when its pages are full or its last token is due, and both are known
+beforehand: a calendar of steps says who is to be looked at when. In between a step costs one addition per request.
 """
 
 from __future__ import annotations
@@ -10,52 +10,52 @@ from collections import defaultdict
 
 import numpy as np
 
-from .program import Segment
+from .program import Request
 
 
 class Lockstep:
-    """At most ``size`` segments, each with all its known tokens computed, so that its last sampled one comes next."""
+    """At most ``size`` requests, each with all its known tokens computed, so that its last sampled one comes next."""
 
     def __init__(self, size: int):
-        self._segments: list[Segment] = []
-        self._at: dict[Segment, int] = {}
+        self._requests: list[Request] = []
+        self._at: dict[Request, int] = {}
         self._slots = np.zeros(size, np.int32)
         self._starts = np.zeros(size, np.int32)  # what each has computed
         self._step = 0
-        self._until: dict[Segment, int] = {}
-        self._calendar: defaultdict[int, list[Segment]] = defaultdict(list)
+        self._until: dict[Request, int] = {}
+        self._calendar: defaultdict[int, list[Request]] = defaultdict(list)
         self._looked_up = -1  # the last page of the calendar that has been torn off
 
     def __len__(self) -> int:
-        return len(self._segments)
+        return len(self._requests)
 
-    def __contains__(self, segment: Segment) -> bool:
-        return segment in self._at
+    def __contains__(self, request: Request) -> bool:
+        return request in self._at
 
-    def add(self, segment: Segment) -> None:
-        at = self._at[segment] = len(self._segments)
-        self._segments.append(segment)
-        self._slots[at], self._starts[at] = segment.slot, segment.computed
-        self.renew(segment)
+    def add(self, request: Request) -> None:
+        at = self._at[request] = len(self._requests)
+        self._requests.append(request)
+        self._slots[at], self._starts[at] = request.slot, request.computed
+        self.renew(request)
 
-    def renew(self, segment: Segment) -> None:
-        """Enter a segment into the calendar whose pages have become more."""
-        until = self._until[segment] = self._step + min(segment.room, segment.limit) - segment.computed
-        self._calendar[until].append(segment)
+    def renew(self, request: Request) -> None:
+        """Enter a request into the calendar whose pages have become more."""
+        until = self._until[request] = self._step + min(request.room, request.limit) - request.computed
+        self._calendar[until].append(request)
 
-    def discard(self, segment: Segment) -> None:
-        """Take a segment out, if it is in."""
-        at = self._at.pop(segment, None)
+    def discard(self, request: Request) -> None:
+        """Take a request out, if it is in."""
+        at = self._at.pop(request, None)
         if at is None:
             return
-        del self._until[segment]
-        last = self._segments.pop()
-        if last is not segment:
-            n = len(self._segments)
-            self._segments[at], self._at[last] = last, at
+        del self._until[request]
+        last = self._requests.pop()
+        if last is not request:
+            n = len(self._requests)
+            self._requests[at], self._at[last] = last, at
             self._slots[at], self._starts[at] = self._slots[n], self._starts[n]
 
-    def due(self) -> list[Segment]:
+    def due(self) -> list[Request]:
         """Those that cannot take the next step as they are: to be renewed or discarded."""
         found = []
         while self._looked_up < self._step:
@@ -63,22 +63,22 @@ class Lockstep:
             found += [s for s in self._calendar.pop(self._looked_up, ()) if self._until.get(s) == self._looked_up]
         return found
 
-    def advance(self, times: int = 1) -> tuple[list[Segment], np.ndarray, np.ndarray]:
-        """Take ``times`` steps; returns the segments, their slots ``[n]`` and what they had computed before ``[n]``."""
-        n = len(self._segments)
+    def advance(self, times: int = 1) -> tuple[list[Request], np.ndarray, np.ndarray]:
+        """Take ``times`` steps; returns the requests, their slots ``[n]`` and what they had computed before ``[n]``."""
+        n = len(self._requests)
         before = self._starts[:n].copy()
         self._starts[:n] += times
         self._step += times
-        for segment in self._segments:
-            segment.computed += times
-        return self._segments.copy(), self._slots[:n].copy(), before
+        for request in self._requests:
+            request.computed += times
+        return self._requests.copy(), self._slots[:n].copy(), before
 
     def check(self) -> None:
-        """Raise AssertionError unless the books agree with the segments (for tests; O(everything))."""
-        assert self._at == {segment: at for at, segment in enumerate(self._segments)}
+        """Raise AssertionError unless the books agree with the requests (for tests; O(everything))."""
+        assert self._at == {request: at for at, request in enumerate(self._requests)}
         assert self._until.keys() == self._at.keys()
-        for segment, at in self._at.items():
-            assert segment.slot == self._slots[at]
-            assert segment.computed == self._starts[at] == segment.length - 1
-            assert self._until[segment] == self._step + min(segment.room, segment.limit) - segment.computed
-            assert segment in self._calendar[self._until[segment]]
+        for request, at in self._at.items():
+            assert request.slot == self._slots[at]
+            assert request.computed == self._starts[at] == request.length - 1
+            assert self._until[request] == self._step + min(request.room, request.limit) - request.computed
+            assert request in self._calendar[self._until[request]]

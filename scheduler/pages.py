@@ -92,7 +92,7 @@ class PagePool:
         """Whether it has more than one reference."""
         return self._references[page] > 1
 
-    # -- pins: what running segments and transfers use ----------------------------------------------------------
+    # -- pins: what running requests and transfers use ----------------------------------------------------------
 
     def pin(self, pages: Iterable[int]) -> None:
         for page in pages:

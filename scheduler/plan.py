@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .program import Segment
+from .program import Request
 
 
 class Plan(NamedTuple):
     """One step of R rows, as columns."""
 
-    segments: list[Segment]
+    requests: list[Request]
     """R."""
     slots: np.ndarray
     """``[R]`` int32, each one's row of the page table on the device."""
@@ -24,8 +24,8 @@ class Plan(NamedTuple):
     """The first so many rows feed back the one token that they sampled last."""
     samples: int
     """The first so many rows, the steady ones among them, sample the token after."""
-    admitted: list[Segment]
-    """Segments that have got their slot since the last plan."""
+    admitted: list[Request]
+    """Requests that have got their slot since the last plan."""
     changes: list[tuple[int, int, list[int]]]
     """What the page table has got since the last plan: a slot, and from which place on it has which pages."""
     tokens: int

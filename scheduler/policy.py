@@ -1,7 +1,7 @@
-"""The interface of a policy: in which order segments are served, and which may start.
+"""The interface of a policy: in which order requests are served, and which may start.
 
-A policy never looks at all waiting programs one by one. When a segment is queued the policy writes down a few numbers
-about it (``features``); when there is room, it scores all waiting segments at once from those columns and the time.
+A policy never looks at all waiting programs one by one. When a request is queued the policy writes down a few numbers
+about it (``features``); when there is room, it scores all waiting requests at once from those columns and the time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .prediction import Predictor
-from .program import Program, Segment
+from .program import Program, Request
 from .strategies import make_strategy
 
 
@@ -31,7 +31,7 @@ class Pressure:
 
 
 class Policy:
-    """First come, first served, by the segment's own arrival: what engines do that know no programs.
+    """First come, first served, by the request's own arrival: what engines do that know no programs.
 
     What becomes of the KV of programs that wait is the choice of its ``strategy``.
     """
@@ -39,7 +39,7 @@ class Policy:
     columns = 1
     """Numbers that :meth:`features` gives."""
     backfill = 0
-    """Segments that do not fit and may be passed over in favour of later ones; 0: the first in order blocks."""
+    """Requests that do not fit and may be passed over in favour of later ones; 0: the first in order blocks."""
     passes = 10**9
     """How often the first in order may be passed over so, before it blocks."""
 
@@ -49,35 +49,35 @@ class Policy:
     def __init__(self, predictor: Predictor):
         self.predict = predictor
         self.strategy = make_strategy(self.residency or "adaptive", predictor)
-        self.changed: list[Segment] = []
-        """Waiting segments whose features have changed; the scheduler takes them from here."""
+        self.changed: list[Request] = []
+        """Waiting requests whose features have changed; the scheduler takes them from here."""
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        """About a segment that is queued; fixed until something about its KV changes."""
-        return (segment.submitted,)
+    def features(self, request: Request) -> Sequence[float]:
+        """About a request that is queued; fixed until something about its KV changes."""
+        return (request.submitted,)
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        """Of all waiting segments, ``[n]`` from ``features [n, columns]``; lowest is first, ties by submission."""
+        """Of all waiting requests, ``[n]`` from ``features [n, columns]``; lowest is first, ties by submission."""
         return features[:, 0]
 
-    def rank(self, segment: Segment) -> tuple[float, ...]:
+    def rank(self, request: Request) -> tuple[float, ...]:
         """Place among the running; the highest is preempted first, and the lowest never."""
-        return (segment.submitted, segment.number)
+        return (request.submitted, request.number)
 
-    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
-        """Whether a segment may start now, if it fits."""
+    def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
+        """Whether a request may start now, if it fits."""
         return True
 
     # -- events ------------------------------------------------------------------------------------------------
 
-    def queued(self, segment: Segment, now: float) -> None:
-        """A segment has arrived, returned from a tool, or has been preempted."""
+    def queued(self, request: Request, now: float) -> None:
+        """A request has arrived, returned from a tool, or has been preempted."""
 
-    def admitted(self, segment: Segment, now: float) -> None:
-        """A segment has got its pages."""
+    def admitted(self, request: Request, now: float) -> None:
+        """A request has got its pages."""
 
-    def ended(self, segment: Segment, now: float) -> None:
-        """A segment has ended; its program's history includes it."""
+    def ended(self, request: Request, now: float) -> None:
+        """A request has ended; its program's history includes it."""
 
     def tool_called(self, program: Program, now: float) -> None:
         """A program has said which tool it waits for."""
@@ -87,50 +87,50 @@ class Policy:
 
 
 class WaitingQueue:
-    """Waiting segments and their features, as columns; every change is O(1)."""
+    """Waiting requests and their features, as columns; every change is O(1)."""
 
     def __init__(self, columns: int):
-        self._segments: list[Segment] = []
-        self._at: dict[Segment, int] = {}
+        self._requests: list[Request] = []
+        self._at: dict[Request, int] = {}
         self._features = np.zeros((64, columns), order="F")  # scores are computed by columns
         self._numbers = np.zeros(64, np.int64)
 
     def __len__(self) -> int:
-        return len(self._segments)
+        return len(self._requests)
 
-    def __contains__(self, segment: Segment) -> bool:
-        return segment in self._at
+    def __contains__(self, request: Request) -> bool:
+        return request in self._at
 
-    def push(self, segment: Segment, features: Sequence[float]) -> None:
-        at = len(self._segments)
+    def push(self, request: Request, features: Sequence[float]) -> None:
+        at = len(self._requests)
         if at == len(self._features):
             self._features = np.asfortranarray(np.concatenate([self._features, np.zeros_like(self._features)]))
             self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
-        self._segments.append(segment)
-        self._at[segment] = at
+        self._requests.append(request)
+        self._at[request] = at
         self._features[at] = features
-        self._numbers[at] = segment.number
+        self._numbers[at] = request.number
 
-    def update(self, segment: Segment, features: Sequence[float]) -> None:
-        self._features[self._at[segment]] = features
+    def update(self, request: Request, features: Sequence[float]) -> None:
+        self._features[self._at[request]] = features
 
-    def remove(self, segment: Segment) -> None:
-        at = self._at.pop(segment)
-        last = self._segments.pop()
-        if last is not segment:
-            n = len(self._segments)
-            self._segments[at], self._at[last] = last, at
+    def remove(self, request: Request) -> None:
+        at = self._at.pop(request)
+        last = self._requests.pop()
+        if last is not request:
+            n = len(self._requests)
+            self._requests[at], self._at[last] = last, at
             self._features[at], self._numbers[at] = self._features[n], self._numbers[n]
 
-    def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> Iterator[Segment]:
-        """The first ``count`` segments in the order of the policy, each found when it is asked for."""
-        n = len(self._segments)
+    def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> Iterator[Request]:
+        """The first ``count`` requests in the order of the policy, each found when it is asked for."""
+        n = len(self._requests)
         if n == 0:
             return
         scores = policy.scores(self._features[:n], now, pressure)
-        yield self._segments[self._lowest(scores, 1)[0]]
+        yield self._requests[self._lowest(scores, 1)[0]]
         for at in self._lowest(scores, count)[1:]:  # rarely needed
-            yield self._segments[at]
+            yield self._requests[at]
 
     def _lowest(self, scores: np.ndarray, count: int) -> list[int]:
         last = min(count, len(scores)) - 1

@@ -12,7 +12,7 @@ from collections import deque
 import numpy as np
 
 from .plan import Plan
-from .program import Program, Segment
+from .program import Program, Request
 
 WINDOW = 1024
 """Recent observations that a distribution keeps."""
@@ -43,7 +43,7 @@ class StepCosts:
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """A step took so long."""
-        self._recent.append((1.0, plan.tokens > len(plan.segments), plan.tokens, plan.context, seconds))
+        self._recent.append((1.0, plan.tokens > len(plan.requests), plan.tokens, plan.context, seconds))
         self.steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
         if len(self._recent) == self.EVERY:
@@ -136,7 +136,7 @@ class Distribution:
 
 
 class TurnHazards:
-    """Chance that a program ends at its k-th segment, given that it gets there (Kaplan and Meier 1958).
+    """Chance that a program ends at its k-th request, given that it gets there (Kaplan and Meier 1958).
 
     Programs that still live count among those at risk, so that the estimate is not drawn to short programs. Hazards
     are smoothed over neighbouring turns and towards their overall mean; those of one kind of programs towards those of
@@ -147,7 +147,7 @@ class TurnHazards:
 
     LONGEST = 256
     EVERY = 64
-    """Segments after which the tables are made anew."""
+    """Requests after which the tables are made anew."""
     PRIOR = 6.0
     """Weight of the overall mean, in observations."""
     KIN = 20.0
@@ -165,7 +165,7 @@ class TurnHazards:
         self._make_tables()
 
     def observe(self, turn: int, last: bool, kind: int = 0) -> None:
-        """Segment number ``turn``, from 0, of a program of that kind has ended, and was its last or not."""
+        """Request number ``turn``, from 0, of a program of that kind has ended, and was its last or not."""
         at = min(turn, self.LONGEST - 1)
         for row in {0, kind}:
             self._risk[row, at] += 1
@@ -175,11 +175,11 @@ class TurnHazards:
             self._make_tables()
 
     def remaining(self, turn: int, kind: int = 0) -> float:
-        """Expected segments from number ``turn`` on, itself included."""
+        """Expected requests from number ``turn`` on, itself included."""
         return float(self._remaining[kind, min(turn, self.LONGEST - 1)])
 
     def index(self, turn: int, kind: int = 0) -> float:
-        """Inverse Gittins index: the least expected segments per chance to end, over all horizons (Gittins 1979)."""
+        """Inverse Gittins index: the least expected requests per chance to end, over all horizons (Gittins 1979)."""
         return float(self._index[kind, min(turn, self.LONGEST - 1)])
 
     def _make_tables(self) -> None:
@@ -207,26 +207,26 @@ class Predictor:
         self.costs = StepCosts()
         self.transfers = TransferCosts()
         self.outputs = Distribution()
-        """Tokens per segment."""
+        """Tokens per request."""
         self.service = Distribution()
-        """Tokens computed per segment, as each program's mean."""
+        """Tokens computed per request, as each program's mean."""
         self.tools: dict[str | None, Distribution] = {None: Distribution()}
         """Seconds per tool wait, by tool; under None of all."""
         self.talk = Distribution()
-        """Output tokens per segment, as each program's mean so far."""
+        """Output tokens per request, as each program's mean so far."""
         self.turns = Distribution()
-        """Segments per program."""
+        """Requests per program."""
         self.hazards = TurnHazards()
         self._progress = [0.0] * 6  # decaying sums over ended programs' moments k: n, k, r, kk, rr, kr
 
     # -- questions ---------------------------------------------------------------------------------------------
 
-    def output_tokens(self, segment: Segment) -> float:
+    def output_tokens(self, request: Request) -> float:
         """Tokens it will still output."""
-        program = segment.program
+        program = request.program
         prior = self.outputs.mean(100.0)
         own = (program.output_tokens + 2 * prior) / (program.turns + 2)  # its own mean, drawn to everybody's
-        return max(own - len(segment.output), 0.1 * own)
+        return max(own - len(request.output), 0.1 * own)
 
     def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
         """Seconds that its present or next tool wait goes on after ``elapsed_s``."""
@@ -242,15 +242,15 @@ class Predictor:
         return own if own is not None and len(own) >= ENOUGH else self.tools[None]
 
     def remaining_turns(self, program: Program) -> float:
-        """Segments it will still run, the present or next one included."""
+        """Requests it will still run, the present or next one included."""
         return self.hazards.remaining(program.turns, self._kind(program.turns, program.output_tokens))
 
     def turns_index(self, program: Program) -> float:
-        """Segments that it is worth to wait for its end; see :meth:`TurnHazards.index`."""
+        """Requests that it is worth to wait for its end; see :meth:`TurnHazards.index`."""
         return self.hazards.index(program.turns, self._kind(program.turns, program.output_tokens))
 
     def _kind(self, turns: int, outputs: int) -> int:
-        """Of a program's hazards of ending: in which third its mean output per segment lies; 0 before the first."""
+        """Of a program's hazards of ending: in which third its mean output per request lies; 0 before the first."""
         if turns == 0 or len(self.talk) < ENOUGH:
             return 0
         return 1 + sum(outputs / turns > self.talk.quantile(q, 0.0) for q in (1 / 3, 2 / 3))
@@ -259,17 +259,17 @@ class Predictor:
         """Seconds that a typical program runs in all."""
         return self.costs.decode_s(self.outputs.mean(100.0) * self.turns.mean(8.0))
 
-    def remaining_s(self, segment: Segment) -> float:
-        """Seconds of model time until its program ends, were it alone: this segment and those after it."""
-        own = self.costs.decode_s(self.output_tokens(segment))
+    def remaining_s(self, request: Request) -> float:
+        """Seconds of model time until its program ends, were it alone: this request and those after it."""
+        own = self.costs.decode_s(self.output_tokens(request))
         later = self.costs.decode_s(self.outputs.mean(100.0))
-        fresh = self.costs.prefill_s(max(1, segment.known - segment.reusable))
-        return fresh + own + (self.remaining_turns(segment.program) - 1) * later
+        fresh = self.costs.prefill_s(max(1, request.known - request.reusable))
+        return fresh + own + (self.remaining_turns(request.program) - 1) * later
 
-    def segment_s(self, segment: Segment) -> float:
-        """Seconds of model time of this segment, were it alone."""
-        fresh = self.costs.prefill_s(max(1, segment.known - segment.reusable))
-        return fresh + self.costs.decode_s(self.output_tokens(segment))
+    def request_s(self, request: Request) -> float:
+        """Seconds of model time of this request, were it alone."""
+        fresh = self.costs.prefill_s(max(1, request.known - request.reusable))
+        return fresh + self.costs.decode_s(self.output_tokens(request))
 
     def eta(self) -> float:
         """Whether progress predicts completion: ``-Corr(k, N - k)`` of served against remaining turns over programs
@@ -282,13 +282,13 @@ class Predictor:
 
     # -- events ------------------------------------------------------------------------------------------------
 
-    def ended(self, segment: Segment) -> None:
-        """A segment has ended."""
-        if segment.finish_reason in ("stop", "length"):
-            program = segment.program
-            before = program.turns - 1, program.output_tokens - len(segment.output)
-            self.hazards.observe(before[0], segment.final, self._kind(*before))
-            self.outputs.add(len(segment.output))
+    def ended(self, request: Request) -> None:
+        """A request has ended."""
+        if request.finish_reason in ("stop", "length"):
+            program = request.program
+            before = program.turns - 1, program.output_tokens - len(request.output)
+            self.hazards.observe(before[0], request.final, self._kind(*before))
+            self.outputs.add(len(request.output))
             self.talk.add(program.output_tokens / program.turns)
             self.service.add(program.service / program.turns)
 

@@ -1,4 +1,4 @@
-"""Programs and their segments: what the scheduler knows about the work."""
+"""Programs and their requests: what the scheduler knows about the work."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Rejected(ValueError):
-    """The segment can never run; the message gives the numbers."""
+    """The request can never run; the message gives the numbers."""
 
 
 class QueueFull(RuntimeError):
-    """A bound on waiting segments, live programs or segments of one program is reached; later it may work."""
+    """A bound on waiting requests, live programs or requests of one program is reached; later it may work."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,17 +31,17 @@ class Program:
     salt: bytes | None = None
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
     turns: int = 0
-    """Segments that have ended."""
+    """Requests that have ended."""
     service: float = 0.0
     """Tokens computed for it so far: prefill that was not cached, and decode."""
     output_tokens: int = 0
-    """Sampled by the segments that have ended."""
+    """Sampled by the requests that have ended."""
     waited_s: float = 0.0
-    """In the queue, over all segments so far."""
+    """In the queue, over all requests so far."""
     ran_s: float = 0.0
-    """On a slot, over all segments so far."""
+    """On a slot, over all requests so far."""
     io_intensive: bool = True
-    """Its segments cost fewer tokens than the average segment (Astraea's class, arXiv 2512.14142 §4.3); new ones count
+    """Its requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3); new ones count
     so."""
     level: int = 0
     """Of policies that have levels; 0 is served first."""
@@ -52,10 +52,10 @@ class Program:
     wait_s: float = 0.0
     """How long its last tool wait took."""
 
-    last: Segment | None = None
-    """The segment whose KV is retained while none of its segments runs."""
+    last: Request | None = None
+    """The request whose KV is retained while none of its requests runs."""
     kept: int = 0
-    """Tokens of that segment whose KV is retained, from the first on."""
+    """Tokens of that request whose KV is retained, from the first on."""
     pages: list[int] = field(default_factory=list)
     """Device pages of the first of these tokens."""
     copies: list[HostCopy] = field(default_factory=list)
@@ -64,13 +64,13 @@ class Program:
     fetching: Transfer | None = None
     """A restore of its KV that is under way."""
     running: bool = False
-    """One of its segments runs and owns the device pages."""
+    """One of its requests runs and owns the device pages."""
     expected: float = -1.0
     """Beginning of the last tool wait whose end was predicted, to bring KV back in time."""
 
 
 @dataclass(slots=True, eq=False, repr=False)  # an error message must not show anybody's prompt
-class Segment:
+class Request:
     """One model call of a program.
 
     ``computed`` tokens chase ``length`` tokens. Of those, ``pending`` have been sampled by a dispatched step whose

@@ -1,10 +1,10 @@
-"""Which programs there are, by name: those with a segment, those in a tool wait, and how many have come and gone."""
+"""Which programs there are, by name: those with a request, those in a tool wait, and how many have come and gone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from .program import Program, QueueFull, Rejected, Segment
+from .program import Program, QueueFull, Rejected, Request
 
 
 class Registry:
@@ -16,8 +16,8 @@ class Registry:
     """
 
     def __init__(self, limit: int, forgotten: Callable[[Program], None]):
-        self.live: dict[Program, Segment] = {}
-        """Programs with a segment that waits or runs."""
+        self.live: dict[Program, Request] = {}
+        """Programs with a request that waits or runs."""
         self.idle: dict[Program, None] = {}
         """Those in a tool wait, longest first."""
         self.created = self.finished = self.failed = self.expired = 0
@@ -40,14 +40,14 @@ class Registry:
 
         Raises:
             Rejected: it was begun with another salt.
-            QueueFull: it has a segment, or there are too many programs and all have one.
+            QueueFull: it has a request, or there are too many programs and all have one.
         """
         found = self._by_name.get(name) if name is not None else None
         if found is not None:
             if found.salt != salt:
                 raise Rejected(f"session {name!r} was begun with another cache salt; end it first, or use its salt")
             if found in self.live:
-                raise QueueFull(f"session {name!r} has a segment in progress; try again when it has ended")
+                raise QueueFull(f"session {name!r} has a request in progress; try again when it has ended")
             return found
         if len(self._by_name) >= self._limit:
             if not self.idle:
@@ -73,7 +73,7 @@ class Registry:
             self._forget(program)
 
     def classify(self, program: Program, typical: float) -> None:
-        """Say whether a program's segments cost at most ``typical`` tokens."""
+        """Say whether a program's requests cost at most ``typical`` tokens."""
         was, program.io_intensive = program.io_intensive, program.service / program.turns <= typical
         self.io_intensive += program.io_intensive - was
 

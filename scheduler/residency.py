@@ -1,6 +1,6 @@
 """Where the KV of programs lies that are not running: on the device, in host memory, both, or nowhere any more.
 
-A program keeps its KV on the device when its segment ends, and when it is preempted. It can always be taken: pages
+A program keeps its KV on the device when its request ends, and when it is preempted. It can always be taken: pages
 are taken from the end of a program's tokens, so that what is left is a prefix. With a host tier, pages are copied
 there, ahead of need or when they are needed: gathered into a staging buffer, after which the device pages are free at
 once, and copied while steps go on. Without one, or if it is full of what is worth more, they are lost and computed
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
-from .program import Program, Segment
+from .program import Program, Request
 from .retained import Retained
 from .returns import Returns
 from .strategies import DISCARD, KEEP, LAST, Strategy
@@ -33,7 +33,7 @@ MARGIN = 0.05
 
 
 class Residency:
-    """Owns every page that no running segment owns.
+    """Owns every page that no running request owns.
 
     Args:
         pool: device pages.
@@ -68,11 +68,11 @@ class Residency:
 
     # -- programs ----------------------------------------------------------------------------------------------
 
-    def retain(self, program: Program, segment: Segment, pages: list[int], tokens: int) -> None:
-        """Take over the KV of the first ``tokens`` tokens of a segment that stops running, on ``pages``."""
-        program.last, program.kept, program.pages = segment, tokens, pages
+    def retain(self, program: Program, request: Request, pages: list[int], tokens: int) -> None:
+        """Take over the KV of the first ``tokens`` tokens of a request that stops running, on ``pages``."""
+        program.last, program.kept, program.pages = request, tokens, pages
         program.running, program.fetching = False, None
-        self._strategy.stopped(segment)
+        self._strategy.stopped(request)
         self.copies.use(program)
         self._retained.add(program)
 
@@ -97,19 +97,19 @@ class Residency:
         self._cut_copies(program, keep)
         self._release(program, keep)
 
-    def take(self, segment: Segment, found: list[int], now: float) -> tuple[list[int], list[Part]]:
-        """Hand a segment that is admitted the device pages it can reuse, and the host pages that belong after them.
+    def take(self, request: Request, found: list[int], now: float) -> tuple[list[int], list[Part]]:
+        """Hand a request that is admitted the device pages it can reuse, and the host pages that belong after them.
 
         Shared pages among them are full and all their tokens are known, so nothing is ever written on a page that
         somebody else reads: no copy-on-write is needed.
 
         Args:
-            segment: it.
+            request: it.
             found: shared pages (:class:`~.admission.Admission`), one reference to each taken already.
             now: seconds.
         """
-        program = segment.program
-        self.trim(program, segment.reusable)
+        program = request.program
+        self.trim(program, request.reusable)
         pages, program.pages, program.running = program.pages + found, [], True
         self._retained.discard(program)
         kept = -(-program.kept // self._size)
@@ -122,10 +122,10 @@ class Residency:
                 tokens = inside * self._size
             else:
                 self.pool.withdraw(pages[inside])
-        segment.computed = segment.reused = tokens
+        request.computed = request.reused = tokens
         if not parts:
             self._cut_copies(program, inside)
-        self._strategy.started(segment, now)
+        self._strategy.started(request, now)
         return pages, parts
 
     def forgotten(self, program: Program) -> None:
@@ -139,10 +139,10 @@ class Residency:
             self.pool.withdraw(page)
         self.trim(program, 0)
 
-    def restore(self, segment: Segment, pages: list[int], parts: list[Part], now: float) -> Transfer:
-        """Bring host pages of a segment that has been admitted back to ``pages``."""
-        transfer = Transfer(segment.program, tuple(pages), tuple(parts), False, now, segment)
-        segment.program.fetching = transfer
+    def restore(self, request: Request, pages: list[int], parts: list[Part], now: float) -> Transfer:
+        """Bring host pages of a request that has been admitted back to ``pages``."""
+        transfer = Transfer(request.program, tuple(pages), tuple(parts), False, now, request)
+        request.program.fetching = transfer
         self.transfers.append(transfer)
         return transfer
 
@@ -150,34 +150,34 @@ class Residency:
 
     def ended(self, transfer: Transfer, now: float) -> None:
         """A transfer has ended."""
-        program, segment, count = transfer.program, transfer.segment, len(transfer.pages)
-        if segment is not None and segment.loading is not transfer:
+        program, request, count = transfer.program, transfer.request, len(transfer.pages)
+        if request is not None and request.loading is not transfer:
             return  # it was cancelled on its way
         self._strategy.predict.transfers.observe(count, now - transfer.began)
         self.moved[not transfer.to_host] += count
         if transfer.to_host:
             self.copies.arrived(transfer)
-        elif segment is None:
+        elif request is None:
             self._fetched(transfer, count)
         else:
-            segment.loading = program.fetching = None
-            self._cut_copies(program, segment.reused // self._size)
+            request.loading = program.fetching = None
+            self._cut_copies(program, request.reused // self._size)
 
     def broken(self, transfer: Transfer) -> None:
         """A transfer has failed: what it was to bring is lost, and will be computed again."""
-        program, segment = transfer.program, transfer.segment
+        program, request = transfer.program, transfer.request
         self.failed += 1
         start = transfer.parts[0].copy.first + transfer.parts[0].offset
         if transfer.to_host:
             copy = self.copies.arrived(transfer)
             if not copy.dropped:
                 self._lose(program, copy)
-        elif segment is None:
+        elif request is None:
             self._fetched(transfer, 0)
             self._cut_to(program, start)
-        elif segment.loading is transfer:
-            segment.loading = program.fetching = None
-            segment.computed = segment.reused = start * self._size
+        elif request.loading is transfer:
+            request.loading = program.fetching = None
+            request.computed = request.reused = start * self._size
             self._cut_copies(program, start)
 
     def _fetched(self, transfer: Transfer, count: int) -> None:

@@ -1,11 +1,11 @@
 """What the next step computes.
 
-There is no prefill phase and no decode phase (after vLLM v1): a segment has ``computed`` tokens chasing ``length``
+There is no prefill phase and no decode phase (after vLLM v1): a request has ``computed`` tokens chasing ``length``
 tokens. Prefill in chunks, decode, the return from a tool and recomputation after preemption are this one case.
 
-Steps overlap. A plan is made and dispatched before the tokens of the plan before it are known: the segments in it have
+Steps overlap. A plan is made and dispatched before the tokens of the plan before it are known: the requests in it have
 a ``pending`` token that only the device knows, and the plan schedules it all the same. If that token turns out to end
-the segment, the row was computed for nothing and its token is dropped at commit. Pages freed meanwhile may be given
+the request, the row was computed for nothing and its token is dropped at commit. Pages freed meanwhile may be given
 away at once, because the device runs steps in the order of dispatch: a late write lands before the new owner's.
 """
 
@@ -19,7 +19,7 @@ from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
 from .plan import Plan
 from .policy import Policy
-from .program import Program, QueueFull, Rejected, Segment
+from .program import Program, QueueFull, Rejected, Request
 from .registry import Registry
 from .residency import Residency
 from .running import Running
@@ -47,7 +47,7 @@ class Scheduler:
         self._programs = Registry(config.max_programs, self._forget)
         self._counts = _Counts()
         self._submitted = 0
-        self._fresh: list[Segment] = []  # admitted since the last plan with rows; some may have ended since
+        self._fresh: list[Request] = []  # admitted since the last plan with rows; some may have ended since
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -61,22 +61,22 @@ class Scheduler:
         final: bool = False,
         salt: bytes | None = None,
         now: float,
-    ) -> Segment:
-        """Queue a segment; of a named program the next one, which ends its tool wait.
+    ) -> Request:
+        """Queue a request; of a named program the next one, which ends its tool wait.
 
         Its program shares the KV of full pages with every program of equal ``salt`` (:func:`~.prefix.salted`) whose
         tokens begin alike; None: with nobody.
 
         Raises:
             Rejected: it can never run, or its program has another salt.
-            QueueFull: too many segments wait, too many programs are live, or its program has a segment already.
+            QueueFull: too many requests wait, too many programs are live, or its program has a request already.
         """
         self._check_size(len(prompt), max_tokens)
         if len(self._queue) >= self.config.max_waiting:
-            raise QueueFull(f"{len(self._queue)} segments are waiting; try again later")
+            raise QueueFull(f"{len(self._queue)} requests are waiting; try again later")
         owner = self._programs.open(program, salt, now)
         self._submitted += 1
-        segment = Segment(
+        request = Request(
             number=self._submitted,
             program=owner,
             prompt=prompt,
@@ -90,38 +90,38 @@ class Scheduler:
             self._programs.idle.pop(owner, None)
             owner.wait_s = now - owner.wait_began
             self._policy.predict.returned(owner)
-            segment.matched = owner.last.shared_with(prompt)
-            segment.keys = owner.last.keys[: segment.matched // self.config.page_size]
-            self._residency.trim(owner, segment.reusable)
-        segment.extend_keys()
-        self._programs.live[owner] = segment
-        self._enqueue(segment, now)
-        return segment
+            request.matched = owner.last.shared_with(prompt)
+            request.keys = owner.last.keys[: request.matched // self.config.page_size]
+            self._residency.trim(owner, request.reusable)
+        request.extend_keys()
+        self._programs.live[owner] = request
+        self._enqueue(request, now)
+        return request
 
-    def finish(self, segment: Segment, reason: str, now: float) -> None:
-        """End a segment, wherever it is, and free or retain its pages; a second call does nothing."""
-        if segment.finish_reason is not None:
+    def finish(self, request: Request, reason: str, now: float) -> None:
+        """End a request, wherever it is, and free or retain its pages; a second call does nothing."""
+        if request.finish_reason is not None:
             return
-        segment.finish_reason = reason
-        program = segment.program
+        request.finish_reason = reason
+        program = request.program
         del self._programs.live[program]
-        if segment.slot >= 0:
-            self._vacate(segment, now)
+        if request.slot >= 0:
+            self._vacate(request, now)
         else:
-            self._queue.remove(segment)
+            self._queue.remove(request)
         program.turns += 1
-        program.output_tokens += len(segment.output)
+        program.output_tokens += len(request.output)
         program.wait_began, program.tool = now, None
-        self._policy.predict.ended(segment)
-        self._policy.ended(segment, now)
+        self._policy.predict.ended(request)
+        self._policy.ended(request, now)
         cost = program.service / program.turns
         self._programs.classify(program, self._policy.predict.service.mean(cost))
         if reason == "error":
             self._residency.spoil(program)
-        if segment.final:
+        if request.final:
             self._programs.finish(program, failed=reason == "error")
         else:
-            program.last = program.last or segment
+            program.last = program.last or request
             self._programs.idle[program] = None
             self._residency.waits(program, now)
 
@@ -133,18 +133,18 @@ class Scheduler:
             self._policy.tool_called(found, found.wait_began)
             self._residency.waits(found, now)
 
-    def end_program(self, program: str, now: float) -> Segment | None:
-        """End a program; returns the live segment that was cancelled with it, if any. Unknown ones are ignored."""
+    def end_program(self, program: str, now: float) -> Request | None:
+        """End a program; returns the live request that was cancelled with it, if any. Unknown ones are ignored."""
         found = self._programs.find(program)
         if found is None:
             return None
-        segment = self._programs.live.get(found)
-        if segment is None:
+        request = self._programs.live.get(found)
+        if request is None:
             self._programs.finish(found)
         else:
-            segment.final = True
-            self.finish(segment, "cancelled", now)
-        return segment
+            request.final = True
+            self.finish(request, "cancelled", now)
+        return request
 
     def expire(self, now: float) -> None:
         """Forget programs whose tool wait has outlasted the session's time to live."""
@@ -185,12 +185,12 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        used = [s.pages for s in self._running.segments] + self._residency.pinning()
+        used = [s.pages for s in self._running.requests] + self._residency.pinning()
         self._pool.check(used + [p.pages for p in self._programs.programs()], used)
         self._residency.check(self._programs.programs())
         self._programs.check()
         started = {s for s in self._programs.live.values() if s.slot >= 0}
-        assert started == set(self._running.segments), "a running segment is not live"
+        assert started == set(self._running.requests), "a running request is not live"
         self._running.check()
 
     # -- a step ----------------------------------------------------------------------------------------------
@@ -203,24 +203,24 @@ class Scheduler:
         self.expire(now)
         self._running.turn_pages()
         budget = self.config.max_step_tokens - self._running.steady
-        chosen: dict[Segment, int] = {}
-        for segment in self._running.busy():
-            count = self._hold(segment, min(segment.wanted, budget), chosen, now)
+        chosen: dict[Request, int] = {}
+        for request in self._running.busy():
+            count = self._hold(request, min(request.wanted, budget), chosen, now)
             if count > 0:
-                chosen[segment] = count
+                chosen[request] = count
                 budget -= count
         admitted = self._admit_waiting(budget, now)
-        for segment in admitted:
-            if segment.loading is None and budget > 0:
-                chosen[segment] = min(segment.wanted, budget)
-                budget -= chosen[segment]
+        for request in admitted:
+            if request.loading is None and budget > 0:
+                chosen[request] = min(request.wanted, budget)
+                budget -= chosen[request]
         self._residency.spill(now)
         if not len(self._queue):
             self._residency.prefetch(now)
         self._fresh += admitted
         if not chosen and not self._running.steady:
             return None
-        fresh, self._fresh = [segment for segment in self._fresh if segment.slot >= 0], []
+        fresh, self._fresh = [request for request in self._fresh if request.slot >= 0], []
         plan = self._running.step(chosen, fresh, now)
         self._counts.computed_tokens += plan.tokens
         return plan
@@ -244,110 +244,110 @@ class Scheduler:
         dropped, residency.copies.dropped = residency.copies.dropped, []
         return begun, dropped
 
-    def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Segment, int]]:
+    def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Request, int]]:
         """Take in what a dispatched plan sampled, ``tokens`` one per row that samples; returns the new token of each
-        live segment.
+        live request.
 
-        Segments that have ended since the plan are passed over. A segment ends here if its token is a stop or its
+        Requests that have ended since the plan are passed over. A request ends here if its token is a stop or its
         last, or negative: that is, if the device could not choose one.
         """
-        rows = zip(plan.segments[: plan.samples], tokens, strict=True)
+        rows = zip(plan.requests[: plan.samples], tokens, strict=True)
         new = [row for row in rows if row[0].finish_reason is None]
-        for segment, token in new:
+        for request, token in new:
             if token < 0:
-                self.finish(segment, "error", now)
+                self.finish(request, "error", now)
                 continue
-            output = segment.output
+            output = request.output
             if not output:
-                segment.first_token = now
+                request.first_token = now
             output.append(token)
-            if token in segment.stops:
-                self.finish(segment, "stop", now)
-            elif len(output) == segment.max_tokens:
-                self.finish(segment, "length", now)
+            if token in request.stops:
+                self.finish(request, "stop", now)
+            elif len(output) == request.max_tokens:
+                self.finish(request, "length", now)
         return new
 
     # -- admission -------------------------------------------------------------------------------------------
 
-    def _admit_waiting(self, budget: int, now: float) -> list[Segment]:
-        """Give slots and pages to waiting segments, in the order of the policy, while both last."""
-        admitted: list[Segment] = []
+    def _admit_waiting(self, budget: int, now: float) -> list[Request]:
+        """Give slots and pages to waiting requests, in the order of the policy, while both last."""
+        admitted: list[Request] = []
         while budget > 0 and self._running.slots and len(self._queue):
-            segment, found = self._queue.next(now)
-            if segment is None:
+            request, found = self._queue.next(now)
+            if request is None:
                 break
-            self._admit(segment, found, now)
-            admitted.append(segment)
-            budget -= 0 if segment.loading else segment.wanted
+            self._admit(request, found, now)
+            admitted.append(request)
+            budget -= 0 if request.loading else request.wanted
         return admitted
 
-    def _admit(self, segment: Segment, found: list[int], now: float) -> None:
-        self._queue.remove(segment)
-        program = segment.program
-        pages, parts = self._residency.take(segment, found, now)
-        self._running.add(segment, pages + self._pool.allocate(self._pages_for(segment.known) - len(pages)))
+    def _admit(self, request: Request, found: list[int], now: float) -> None:
+        self._queue.remove(request)
+        program = request.program
+        pages, parts = self._residency.take(request, found, now)
+        self._running.add(request, pages + self._pool.allocate(self._pages_for(request.known) - len(pages)))
         if parts:
             end = len(pages) + sum(part.pages for part in parts)
-            segment.loading = self._residency.restore(segment, segment.pages[len(pages) : end], parts, now)
-        if segment.first_scheduled is None and segment.preemptions == 0:
-            segment.cached_tokens = segment.reused
-        self._counts.reused_tokens += segment.reused
-        self._counts.recomputed_tokens += max(0, segment.matched - segment.reused - 1)
-        program.waited_s += now - segment.queued
-        segment.started = now
-        self._policy.admitted(segment, now)
+            request.loading = self._residency.restore(request, request.pages[len(pages) : end], parts, now)
+        if request.first_scheduled is None and request.preemptions == 0:
+            request.cached_tokens = request.reused
+        self._counts.reused_tokens += request.reused
+        self._counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
+        program.waited_s += now - request.queued
+        request.started = now
+        self._policy.admitted(request, now)
 
-    def _enqueue(self, segment: Segment, now: float) -> None:
-        segment.queued = now
-        self._policy.queued(segment, now)
-        self._queue.push(segment)
+    def _enqueue(self, request: Request, now: float) -> None:
+        request.queued = now
+        self._policy.queued(request, now)
+        self._queue.push(request)
 
     def _on_loss(self, program: Program) -> None:
-        segment = self._programs.live.get(program)
-        if segment is not None and segment in self._queue:
-            self._policy.changed.append(segment)
+        request = self._programs.live.get(program)
+        if request is not None and request in self._queue:
+            self._policy.changed.append(request)
 
     # -- pages -----------------------------------------------------------------------------------------------
 
-    def _hold(self, segment: Segment, count: int, chosen: dict[Segment, int], now: float) -> int:
-        """Give ``segment`` pages for ``count`` more tokens; returns how many tokens it has pages for, at most that.
+    def _hold(self, request: Request, count: int, chosen: dict[Request, int], now: float) -> int:
+        """Give ``request`` pages for ``count`` more tokens; returns how many tokens it has pages for, at most that.
 
-        Pages come from the free ones, then from programs that do not run, then from running segments after it in the
+        Pages come from the free ones, then from programs that do not run, then from running requests after it in the
         order of the policy. So the first in order always gets on, and nothing waits for ever.
         """
-        if segment.computed + count <= segment.room:
+        if request.computed + count <= request.room:
             return count
-        need = self._pages_for(segment.computed + count) - len(segment.pages)
-        while not self._residency.reclaim(need, now, wait=False) and self._running.segments[-1] is not segment:
-            victim = self._running.segments[-1]
+        need = self._pages_for(request.computed + count) - len(request.pages)
+        while not self._residency.reclaim(need, now, wait=False) and self._running.requests[-1] is not request:
+            victim = self._running.requests[-1]
             chosen.pop(victim, None)
             self._preempt(victim, now)
-        self._running.grow(segment, min(need, self._pool.free))
-        return min(count, segment.room - segment.computed)
+        self._running.grow(request, min(need, self._pool.free))
+        return min(count, request.room - request.computed)
 
-    def _preempt(self, victim: Segment, now: float) -> None:
-        """Take a running segment off its slot; its KV is kept like that of a waiting program, for as long as it can."""
+    def _preempt(self, victim: Request, now: float) -> None:
+        """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
         victim.matched = victim.reached = victim.length
         self._vacate(victim, now)
         victim.preemptions += 1
         self._counts.preemptions += 1
         self._enqueue(victim, now)
 
-    def _vacate(self, segment: Segment, now: float) -> None:
-        """Take a segment off its slot; its program retains the KV that has been computed."""
-        segment.program.ran_s += now - segment.started
-        segment.program.service += segment.computed - segment.reused
-        keep = self._pages_for(segment.computed)
-        if segment.loading is not None:  # what it waits for stays in host memory
-            keep -= len(segment.loading.pages)
-            segment.loading = None
+    def _vacate(self, request: Request, now: float) -> None:
+        """Take a request off its slot; its program retains the KV that has been computed."""
+        request.program.ran_s += now - request.started
+        request.program.service += request.computed - request.reused
+        keep = self._pages_for(request.computed)
+        if request.loading is not None:  # what it waits for stays in host memory
+            keep -= len(request.loading.pages)
+            request.loading = None
         else:
-            segment.extend_keys()
-            self._running.publish(segment, 0)
-        pages = self._running.remove(segment)
+            request.extend_keys()
+            self._running.publish(request, 0)
+        pages = self._running.remove(request)
         self._pool.release(pages[keep:])
-        self._residency.retain(segment.program, segment, pages[:keep], segment.computed)
-        segment.computed = 0
+        self._residency.retain(request.program, request, pages[:keep], request.computed)
+        request.computed = 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)

@@ -1,7 +1,7 @@
 """What becomes of a program's KV while it does not run: the strategies of the residency manager.
 
 A strategy decides; :class:`~.residency.Residency` carries out. Nothing that it keeps is safe: whatever a strategy says,
-pages that no running segment uses are taken when somebody needs them, so a wish to keep can delay nobody for ever.
+pages that no running request uses are taken when somebody needs them, so a wish to keep can delay nobody for ever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .prediction import ENOUGH, Predictor
-from .program import Program, Segment
+from .program import Program, Request
 
 KEEP, OFFLOAD, DISCARD, LAST = "keep", "offload", "discard", "give first"
 
@@ -67,13 +67,13 @@ class Strategy:
         """Whether its KV is to be kept; a preference, never a guarantee."""
         return False
 
-    def started(self, segment: Segment, now: float) -> None:
-        """A segment has got its pages; ``reused`` says how much it need not compute."""
-        self.batch += segment.known
+    def started(self, request: Request, now: float) -> None:
+        """A request has got its pages; ``reused`` says how much it need not compute."""
+        self.batch += request.known
 
-    def stopped(self, segment: Segment) -> None:
-        """A segment has ended or is preempted."""
-        self.batch = max(0.0, self.batch - segment.known)
+    def stopped(self, request: Request) -> None:
+        """A request has ended or is preempted."""
+        self.batch = max(0.0, self.batch - request.known)
 
     def forgotten(self, program: Program) -> None:
         """A program has ended."""
@@ -124,7 +124,7 @@ class Adaptive(Strategy):
 
     def moves(self, program: Program) -> bool:
         back_s = self.predict.transfers.seconds(len(program.pages))
-        again_s = self.predict.costs.per_token * program.kept  # its next segment has something to prefill anyway
+        again_s = self.predict.costs.per_token * program.kept  # its next request has something to prefill anyway
         return back_s * program.kept < again_s * (program.kept + self.batch)
 
 
@@ -172,11 +172,11 @@ class TimeToLive(Strategy):
     def pinned(self, program: Program, now: float) -> bool:
         return self._until.get(program, -1.0) >= now
 
-    def started(self, segment: Segment, now: float) -> None:
-        super().started(segment, now)
-        if segment.reused < segment.matched - 1 and segment.preemptions == 0:
+    def started(self, request: Request, now: float) -> None:
+        super().started(request, now)
+        if request.reused < request.matched - 1 and request.preemptions == 0:
             self._delays += 1
-            self._queue_s += (now - segment.queued - self._queue_s) / min(self._delays, 100)
+            self._queue_s += (now - request.queued - self._queue_s) / min(self._delays, 100)
 
     def order(self, programs: Iterable[Program], now: float) -> Iterable[Program]:
         free: list[Program] = []

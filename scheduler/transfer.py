@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .program import Program, Segment
+    from .program import Program, Request
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Transfer:
     """Host pages, as many: one whole copy of an offload; what a restore reads, in order."""
     to_host: bool
     began: float
-    segment: Segment | None = None
+    request: Request | None = None
     """That waits for this restore; None: an offload, or a restore ahead of need."""
 
     @property

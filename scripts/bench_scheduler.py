@@ -1,6 +1,6 @@
 """What scheduling costs: microseconds of `plan` and `commit` per step, with many programs waiting.
 
-256 segments run, and from 1,000 to 10,000 more wait for memory; every step one segment ends and one arrives, so that
+256 requests run, and from 1,000 to 10,000 more wait for memory; every step one request ends and one arrives, so that
 every plan has somebody to admit. No device: this is the host's work alone.
 
 Beside it, what the residency manager takes per event, with as many programs that wait for their tools and hold KV: when
@@ -25,7 +25,7 @@ from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy
 from astraea_jax.scheduler.prediction import Predictor
-from astraea_jax.scheduler.program import Program, Segment
+from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.residency import Residency
 from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.strategies import STRATEGIES, make_strategy
@@ -34,8 +34,8 @@ from astraea_jax.scheduler.transfer import HostTier
 FLAGS = flags.FLAGS
 flags.DEFINE_list("policies", SERVING, "Policies to time.")
 flags.DEFINE_list("strategies", ["adaptive"], f"Residency strategies to time, of {', '.join(STRATEGIES)}.")
-flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Segments that wait.")
-flags.DEFINE_integer("running", 256, "Segments that run.", lower_bound=1)
+flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Requests that wait.")
+flags.DEFINE_integer("running", 256, "Requests that run.", lower_bound=1)
 flags.DEFINE_integer("steps", 400, "Steps to measure.", lower_bound=10)
 define_flags("bench_scheduler")
 
@@ -98,8 +98,8 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
 
     def wait(number: int, now: float) -> Program:
         program = Program(f"p{number}", now, wait_began=now)
-        segment = Segment(number, program, range(128), 1, frozenset(), False, now, page_size=16)
-        residency.retain(program, segment, pool.allocate(8), 128)
+        request = Request(number, program, range(128), 1, frozenset(), False, now, page_size=16)
+        residency.retain(program, request, pool.allocate(8), 128)
         return program
 
     def settle(now: float) -> None:

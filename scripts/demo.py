@@ -167,7 +167,7 @@ class Run:
     @property
     def jct_s(self) -> np.ndarray:
         results = [o.result for o in self.outcomes]
-        return np.array([r.segments[-1].ended - r.segments[0].submitted for r in results])
+        return np.array([r.requests[-1].ended - r.requests[0].submitted for r in results])
 
     @property
     def right(self) -> int:
@@ -181,17 +181,17 @@ class Run:
 def report(run: Run) -> None:
     outcomes, took_s, jct = run.outcomes, run.took_s, run.jct_s
     results = [o.result for o in outcomes]
-    segments = [s for r in results for s in r.segments]
-    by_kind = {kind: sum(length for _, length in found) for kind, found in spans(segments).items()}
-    ttft = np.array([s.first_token - s.submitted for s in segments])
-    output = sum(s.output_tokens for s in segments)
-    usages = [s.usage for s in segments if s.usage is not None]
+    requests = [s for r in results for s in r.requests]
+    by_kind = {kind: sum(length for _, length in found) for kind, found in spans(requests).items()}
+    ttft = np.array([s.first_token - s.submitted for s in requests])
+    output = sum(s.output_tokens for s in requests)
+    usages = [s.usage for s in requests if s.usage is not None]
     prompt, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
     table = Table(title=f"Agents served, KV {run.residency}", show_header=False)
     for name, value in [
         (
             "programs",
-            f"{len(results)}, {FLAGS.concurrency} at once, {len(segments) / len(results):.1f} segments each",
+            f"{len(results)}, {FLAGS.concurrency} at once, {len(requests) / len(results):.1f} requests each",
         ),
         ("right answers", f"{run.right} of {len(results)} ({run.right / len(results):.1%})"),
         (
@@ -203,7 +203,7 @@ def report(run: Run) -> None:
             f"mean {1e3 * ttft.mean():.0f} ms, P99 {1e3 * np.quantile(ttft, 0.99):.0f} ms",
         ),
         ("output", f"{output:,} tokens, {output / took_s:,.0f} tokens/s"),
-        ("prompts", f"{prompt:,} tokens, {cached / max(prompt, 1):.0%} of them kept from the segment before"),
+        ("prompts", f"{prompt:,} tokens, {cached / max(prompt, 1):.0%} of them kept from the request before"),
         (
             "time in",
             ", ".join(f"{kind} {length / sum(by_kind.values()):.0%}" for kind, length in by_kind.items()),

@@ -61,10 +61,10 @@ def main(_: list[str]) -> None:
     wrong = [(task, result) for task, result in done if not task.is_right(result.text)]
     total, failed = (Counter(len(task.calls) + 1 for task, _ in some) for some in (done, wrong))
     table = Table(title=f"{FLAGS.model} on {len(done)} held-out tasks")
-    for name in ("segments", "tasks", "right"):
+    for name in ("requests", "tasks", "right"):
         table.add_column(name, justify="right")
-    for segments in sorted(total):
-        table.add_row(str(segments), str(total[segments]), f"{1 - failed[segments] / total[segments]:.1%}")
+    for requests in sorted(total):
+        table.add_row(str(requests), str(total[requests]), f"{1 - failed[requests] / total[requests]:.1%}")
     share = 1 - len(wrong) / len(done)
     table.add_row("all", str(len(done)), f"{share:.1%}")
     console.print(table)

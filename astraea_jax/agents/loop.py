@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 
 class Stream(Protocol):
-    """A running segment, such as :class:`astraea_jax.engine.generation.Generation`."""
+    """A running request, such as :class:`astraea_jax.engine.generation.Generation`."""
 
     usage: Usage | None
 
@@ -46,7 +46,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class ToolRun:
-    """One call of a tool; times as in :class:`SegmentRecord`."""
+    """One call of a tool; times as in :class:`RequestRecord`."""
 
     name: str
     began: float
@@ -54,7 +54,7 @@ class ToolRun:
 
 
 @dataclass(frozen=True)
-class SegmentRecord:
+class RequestRecord:
     """One model call of a program and the tools it led to. Times are ``time.monotonic()`` seconds."""
 
     submitted: float
@@ -77,8 +77,8 @@ class ProgramResult:
     messages: list[Message]
     """The conversation, from the first message given to the last answer."""
     finish_reason: str
-    """``"max_steps"`` if it still called tools in its last segment, else that of the last segment."""
-    segments: tuple[SegmentRecord, ...]
+    """``"max_steps"`` if it still called tools in its last request, else that of the last request."""
+    requests: tuple[RequestRecord, ...]
 
 
 async def run_program(
@@ -93,11 +93,11 @@ async def run_program(
     """Run one agent until it answers without calling a tool. The calls of one turn run at the same time.
 
     Args:
-        model: serves the segments.
+        model: serves the requests.
         messages: the conversation so far.
         tools: what the agent may call.
-        params: sampling of every segment.
-        max_steps: segments at most; calls made in the last one are not run.
+        params: sampling of every request.
+        max_steps: requests at most; calls made in the last one are not run.
         session: names the program; a fresh name by default. It is ended here, whatever happens.
 
     Raises:
@@ -112,13 +112,13 @@ async def run_program(
     session = session or uuid.uuid4().hex
     conversation = list(messages)
     schemas = [tool.schema() for tool in tools] or None
-    records: list[SegmentRecord] = []
+    records: list[RequestRecord] = []
     calls_made = 0
     try:
         while True:
             prompt = model.tokenizer.encode(model.tokenizer.render(conversation, schemas))
             final = len(records) + 1 == max_steps
-            text, record = await _segment(model, prompt, params, session, final)
+            text, record = await _request(model, prompt, params, session, final)
             content, calls = parse(text, calls_made)
             conversation.append(assistant_message(text, content, calls))
             if final or not calls:
@@ -135,9 +135,9 @@ async def run_program(
         model.end_session(session)
 
 
-async def _segment(
+async def _request(
     model: Model, prompt: Sequence[int], params: SamplingParams | None, session: str, final: bool
-) -> tuple[str, SegmentRecord]:
+) -> tuple[str, RequestRecord]:
     submitted = time.monotonic()
     stream = model.generate(prompt, params, session=session, final=final)
     first_token = None
@@ -153,7 +153,7 @@ async def _segment(
         if reason is None:
             stream.cancel()
     ended = time.monotonic()
-    return "".join(text), SegmentRecord(
+    return "".join(text), RequestRecord(
         submitted, first_token or ended, ended, tokens, reason or "cancelled", stream.usage, ()
     )
 

@@ -49,7 +49,7 @@ class EngineConfig:
     """
 
     max_seqs: int = 64
-    """Segments that run at once."""
+    """Requests that run at once."""
     max_step_tokens: int = 512
     """Tokens of one step, prefill and decode together."""
     page_size: int = 16
@@ -62,7 +62,7 @@ class EngineConfig:
     residency: str | None = None
     """Strategy for the KV of programs that wait; None: the policy's own, or else adaptive."""
     max_context: int | None = None
-    """Prompt and output tokens of one segment. None: the model's own limit, or less if the pages do not hold it."""
+    """Prompt and output tokens of one request. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = None
     """Of activations, and of weights and KV unless told otherwise. None: float32 on a CPU, bfloat16 elsewhere."""
     quantize: str | None = None
@@ -74,7 +74,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     """Devices that share one copy of the model and its KV."""
     data_parallel: int = 1
-    """Copies of the model in this process, each with devices, KV and running segments of its own. The other sizes are
+    """Copies of the model in this process, each with devices, KV and running requests of its own. The other sizes are
     those of one copy, but host_kv_bytes, which all of them share."""
     attention: str | None = None
     """Backend of attention; None: the one for this kind of device."""
@@ -109,7 +109,7 @@ class EngineConfig:
         if self.max_step_tokens < self.max_seqs:
             raise StartupError(
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
-                "a step must hold one token of every running segment"
+                "a step must hold one token of every running request"
             )
         if self.host_kv_bytes is not None and self.host_kv_bytes < 0:
             raise StartupError(f"host_kv_bytes is {self.host_kv_bytes}; it must be 0, for no host tier, or more")

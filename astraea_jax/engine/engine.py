@@ -35,7 +35,7 @@ from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.prediction import Predictor, StepCosts
 from astraea_jax.scheduler.prefix import salted
-from astraea_jax.scheduler.program import QueueFull, Rejected, Segment
+from astraea_jax.scheduler.program import QueueFull, Rejected, Request
 from astraea_jax.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ MAX_SALT = 256
 
 
 @dataclass
-class _Request:
+class _Live:
     """What the loop keeps of a live request."""
 
-    segment: Segment
+    request: Request
     generation: Generation
     params: SamplingParams
     output: Output
@@ -111,8 +111,8 @@ class Engine:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._admitted = 0  # requests accepted and not yet ended; guarded by _lock
-        self._requests: dict[Segment, _Request] = {}
-        self._by_generation: dict[Generation, _Request] = {}
+        self._requests: dict[Request, _Live] = {}
+        self._by_generation: dict[Generation, _Live] = {}
         self._outbox = Outbox()
         self._step_ended = 0.0
         self._refusing: str | None = "the engine has not been started"
@@ -164,14 +164,14 @@ class Engine:
         final: bool = False,
         salt: str = "",
     ) -> Generation:
-        """Queue one segment and return it as an async iterator; call it with an event loop running.
+        """Queue one request and return it as an async iterator; call it with an event loop running.
 
         Args:
             prompt: token ids.
             params: sampling; greedy by default.
-            session: names the program. When the segment ends, the program waits for its tool with its KV kept while
-                memory allows; the next ``generate`` of the session resumes it. None: a program of one segment.
-            final: the program ends with this segment.
+            session: names the program. When the request ends, the program waits for its tool with its KV kept while
+                memory allows; the next ``generate`` of the session resumes it. None: a program of one request.
+            final: the program ends with this request.
             salt: programs share the KV of equal beginnings of their prompts with those of equal salt only; tenants
                 that must not learn from each other's timing get one each.
 
@@ -203,7 +203,7 @@ class Engine:
         self._post(lambda: self._scheduler.tool_called(session, tool, time.monotonic()))
 
     def stats(self) -> SchedulerStats:
-        """Counts of programs, segments and pages as of the last step."""
+        """Counts of programs, requests and pages as of the last step."""
         return self._scheduler.stats()
 
     def counts(self) -> dict[str, int]:
@@ -293,8 +293,8 @@ class Engine:
             self._store.start(*self._scheduler.take_transfers())
         if plan is None:
             return None
-        for segment in plan.admitted:
-            self._runner.set_sampling(segment.slot, self._requests[segment].params)
+        for request in plan.admitted:
+            self._runner.set_sampling(request.slot, self._requests[request].params)
         self.times.starved += running is None or running.done
         step = self._runner.dispatch(plan)
         self.times.steps += 1
@@ -313,22 +313,20 @@ class Engine:
         began = time.perf_counter()
         tokens = self._runner.read(step)
         arrived, now = time.perf_counter(), time.monotonic()
-        for segment, token in self._scheduler.commit(step.plan, tokens, now):
-            request = self._requests[segment]
+        for request, token in self._scheduler.commit(step.plan, tokens, now):
+            live = self._requests[request]
             if token < 0:
-                self._end(
-                    request, RuntimeError("the model gave scores that are not finite; its weights may be damaged")
-                )
+                self._end(live, RuntimeError("the model gave scores that are not finite; its weights may be damaged"))
                 continue
-            text = request.output.push(token)
-            if request.output.stopped:
-                self._scheduler.finish(segment, "stop", now)
-            if segment.finish_reason is None:
-                self._outbox.put(request.generation, Delta(text, (token,)))
+            text = live.output.push(token)
+            if live.output.stopped:
+                self._scheduler.finish(request, "stop", now)
+            if request.finish_reason is None:
+                self._outbox.put(live.generation, Delta(text, (token,)))
             else:
-                text += request.output.flush()
-                reason = "stop" if request.output.stopped else segment.finish_reason
-                self._end(request, Delta(text, (token,), reason))
+                text += live.output.flush()
+                reason = "stop" if live.output.stopped else request.finish_reason
+                self._end(live, Delta(text, (token,), reason))
         self._scheduler.observe(step.plan, arrived - max(step.dispatched, self._step_ended))
         self._step_ended = arrived
         self.times.wait_s += arrived - began
@@ -346,7 +344,7 @@ class Engine:
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         stops = eos.union(params.stop_token_ids)
         try:
-            segment = self._scheduler.submit(
+            request = self._scheduler.submit(
                 prompt, params.max_tokens, stops, program=session, final=final, salt=salt, now=time.monotonic()
             )
         except Rejected as error:
@@ -354,25 +352,25 @@ class Engine:
         except QueueFull as error:
             self._release(generation, Overloaded(str(error)))
         else:
-            request = _Request(segment, generation, params, Output(self.tokenizer.stream(), params, stops))
-            self._requests[segment] = self._by_generation[generation] = request
+            live = _Live(request, generation, params, Output(self.tokenizer.stream(), params, stops))
+            self._requests[request] = self._by_generation[generation] = live
 
     def _cancel(self, generation: Generation) -> None:
-        request = self._by_generation.get(generation)
-        if request is not None:
-            self._scheduler.finish(request.segment, "cancelled", time.monotonic())
-            self._end(request, Delta(request.output.flush(), (), "cancelled"))
+        live = self._by_generation.get(generation)
+        if live is not None:
+            self._scheduler.finish(live.request, "cancelled", time.monotonic())
+            self._end(live, Delta(live.output.flush(), (), "cancelled"))
 
     def _end_session(self, session: str) -> None:
-        segment = self._scheduler.end_program(session, time.monotonic())
-        if segment is not None:
-            request = self._requests[segment]
-            self._end(request, Delta(request.output.flush(), (), "cancelled"))
+        request = self._scheduler.end_program(session, time.monotonic())
+        if request is not None:
+            live = self._requests[request]
+            self._end(live, Delta(live.output.flush(), (), "cancelled"))
 
-    def _end(self, request: _Request, last: Delta | Exception) -> None:
-        del self._requests[request.segment], self._by_generation[request.generation]
-        request.generation.usage = Usage.of(request.segment, time.monotonic())
-        self._release(request.generation, last)
+    def _end(self, live: _Live, last: Delta | Exception) -> None:
+        del self._requests[live.request], self._by_generation[live.generation]
+        live.generation.usage = Usage.of(live.request, time.monotonic())
+        self._release(live.generation, last)
 
     def _release(self, generation: Generation, last: Delta | Exception) -> None:
         self._outbox.put(generation, last)
@@ -394,7 +392,7 @@ class Engine:
         while self._events:  # submissions that raced with the end get their error below
             self._events.popleft()()
         self._events = deque(maxlen=0)  # nobody will take any more
-        for request in list(self._requests.values()):
-            self._scheduler.finish(request.segment, "error", time.monotonic())
-            self._end(request, EngineDead(reason))
+        for live in list(self._requests.values()):
+            self._scheduler.finish(live.request, "error", time.monotonic())
+            self._end(live, EngineDead(reason))
         self._deliver()

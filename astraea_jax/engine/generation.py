@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.tokenizer import TextStream
-from astraea_jax.scheduler.program import Segment
+from astraea_jax.scheduler.program import Request
 
 
 class Delta(NamedTuple):
@@ -41,17 +41,17 @@ class Usage:
     preemptions: int
 
     @classmethod
-    def of(cls, segment: Segment, now: float) -> Usage:
-        scheduled = segment.first_scheduled if segment.first_scheduled is not None else now
-        first = segment.first_token if segment.first_token is not None else now
+    def of(cls, request: Request, now: float) -> Usage:
+        scheduled = request.first_scheduled if request.first_scheduled is not None else now
+        first = request.first_token if request.first_token is not None else now
         return cls(
-            prompt_tokens=len(segment.prompt),
-            cached_tokens=segment.cached_tokens,
-            output_tokens=len(segment.output),
-            queue_s=scheduled - segment.submitted,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached_tokens,
+            output_tokens=len(request.output),
+            queue_s=scheduled - request.submitted,
             prefill_s=first - scheduled,
             decode_s=now - first,
-            preemptions=segment.preemptions,
+            preemptions=request.preemptions,
         )
 
 
@@ -96,7 +96,7 @@ class Generation:
 
 
 class Output:
-    """Text of one segment: detokenised as it comes, cut before the first stop string.
+    """Text of one request: detokenised as it comes, cut before the first stop string.
 
     Text that may still turn out to be the beginning of a stop string is held back.
     """
@@ -120,7 +120,7 @@ class Output:
         return self._cut(text, len(text) - self._longest + 1)
 
     def flush(self) -> str:
-        """The rest, when the segment has ended."""
+        """The rest, when the request has ended."""
         text = self._held + self._stream.flush()
         return "" if self.stopped else self._cut(text, len(text))
 

@@ -3,7 +3,7 @@
 Every copy is an :class:`Engine` with devices, KV and a thread of its own. A program stays with the copy that has its
 KV; a new one goes to the copy with the fewest requests in progress (join the shortest queue), and among equals to the
 one that has been given the fewest programs. When a copy dies, its programs go to the others, which compute their KV
-again, because every segment comes with its whole prompt.
+again, because every request comes with its whole prompt.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> InFlight:
         """Start a step and return at once."""
-        rows = len(plan.segments)
+        rows = len(plan.requests)
         shape = self._fitting(rows, plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
         batch = self._empty_batch(shape)
@@ -214,10 +214,10 @@ class Runner:
 def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
     tokens[:] = -1  # the usual decode: the device has its token
     at = plan.steady
-    for i in range(plan.steady, len(plan.segments)):
-        segment, start, count = plan.segments[i], int(plan.starts[i]), int(plan.counts[i])
-        if start < segment.known:
-            segment.copy_tokens(start, tokens[at : at + count])
+    for i in range(plan.steady, len(plan.requests)):
+        request, start, count = plan.requests[i], int(plan.starts[i]), int(plan.counts[i])
+        if start < request.known:
+            request.copy_tokens(start, tokens[at : at + count])
         at += count
 
 

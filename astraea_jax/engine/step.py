@@ -1,6 +1,6 @@
 """The jitted step: one forward over a ragged batch, spread over a mesh, and one sampled token per row.
 
-A step runs ``R`` rows (one per running segment) and ``T`` tokens laid end to end. Of every slot the device keeps the
+A step runs ``R`` rows (one per running request) and ``T`` tokens laid end to end. Of every slot the device keeps the
 last sampled token, which it takes where the host says -1 because it has not read it yet, and the pages, of which the
 host says only what is new: what is sent for a step does not grow with the contexts that are possible.
 

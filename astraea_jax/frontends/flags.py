@@ -16,7 +16,7 @@ from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.strategies import STRATEGIES
 
 OPTIONS: dict[str, tuple[int | type[bool] | Collection[str], str]] = {
-    "max_seqs": (1, "Segments that run at once."),
+    "max_seqs": (1, "Requests that run at once."),
     "max_step_tokens": (1, "Tokens of one step."),
     "page_size": (1, "Tokens per KV page."),
     "kv_bytes": (1, "Memory for KV pages on each device; by default what is free (512 MiB on a CPU)."),
@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[int | type[bool] | Collection[str], str]] = {
     "tensor_parallel": (1, "Devices that share one copy of the model."),
     "data_parallel": (1, "Copies of the model, each on devices of its own."),
     "scan_layers": (bool, "The layers as one loop, compiled once for all of them; by default on a TPU."),
-    "policy": (SERVING, "Order in which segments run; see scheduler/policies."),
+    "policy": (SERVING, "Order in which requests run; see scheduler/policies."),
     "max_queued": (1, "Requests that may wait; beyond that they are refused."),
 }
 """Field of :class:`EngineConfig` -> its least value, its values, or that it is a switch; and what it says."""

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from astraea_jax.agents.loop import ProgramResult, SegmentRecord
+from astraea_jax.agents.loop import ProgramResult, RequestRecord
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
@@ -22,25 +22,25 @@ Span = tuple[float, float]
 """(start, length) in seconds."""
 
 
-def spans(segments: Sequence[SegmentRecord]) -> dict[str, list[Span]]:
-    """Where a program's time went, by kind. Without the server's usage a segment counts as decode."""
+def spans(requests: Sequence[RequestRecord]) -> dict[str, list[Span]]:
+    """Where a program's time went, by kind. Without the server's usage a request counts as decode."""
     found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
-    for segment in segments:
-        at = segment.submitted
-        if segment.usage is not None:
-            for kind, length in (("queue", segment.usage.queue_s), ("prefill", segment.usage.prefill_s)):
+    for request in requests:
+        at = request.submitted
+        if request.usage is not None:
+            for kind, length in (("queue", request.usage.queue_s), ("prefill", request.usage.prefill_s)):
                 found[kind].append((at, length))
                 at += length
-        found["decode"].append((at, max(segment.ended - at, 0.0)))
-        if segment.tools:
-            found["tool wait"].append((segment.ended, max(run.ended for run in segment.tools) - segment.ended))
+        found["decode"].append((at, max(request.ended - at, 0.0)))
+        if request.tools:
+            found["tool wait"].append((request.ended, max(run.ended for run in request.tools) - request.ended))
     return found
 
 
 def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None:
     """Draw one bar per program, in order of arrival: when it queued, was prefilled, decoded and waited for a tool."""
-    ordered = sorted(programs, key=lambda program: program.segments[0].submitted)
-    _bars([spans(program.segments) for program in ordered], ordered[0].segments[0].submitted, path, title)
+    ordered = sorted(programs, key=lambda program: program.requests[0].submitted)
+    _bars([spans(program.requests) for program in ordered], ordered[0].requests[0].submitted, path, title)
 
 
 def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str) -> None:
@@ -52,7 +52,7 @@ def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str
             found["queue"].append((submitted, scheduled - submitted))
             found["prefill"].append((scheduled, first - scheduled))
             found["decode"].append((first, ended - first))
-            found["tool wait"].append((ended, record.program.segments[i].tool_s))
+            found["tool wait"].append((ended, record.program.requests[i].tool_s))
         rows.append(found)
     _bars(rows, 0.0, path, title)
 

@@ -37,12 +37,12 @@ async def replay(
         rng = random.Random(program.id)
         text: list[int] = []
         await asyncio.sleep(max(0.0, zero + record.arrival - time.monotonic()))
-        for segment in program.segments:
-            del text[segment.cached :]
-            text += [rng.randrange(vocab) for _ in range(segment.prompt - len(text))]
-            params = SamplingParams(max_tokens=segment.output, ignore_eos=True)
+        for request in program.requests:
+            del text[request.cached :]
+            text += [rng.randrange(vocab) for _ in range(request.prompt - len(text))]
+            params = SamplingParams(max_tokens=request.output, ignore_eos=True)
             submitted = time.monotonic() - zero
-            last = segment.tool is None
+            last = request.tool is None
             generation = engine.generate(text, params, session=program.id, final=last)
             first = None
             async for delta in generation:
@@ -52,9 +52,9 @@ async def replay(
             queue_s = generation.usage.queue_s if generation.usage is not None else 0.0
             record.queue_s += queue_s
             record.spans.append((submitted, submitted + queue_s, first or ended, ended))
-            if segment.tool is not None:
-                engine.tool_called(program.id, segment.tool)
-                await asyncio.sleep(segment.tool_s)
+            if request.tool is not None:
+                engine.tool_called(program.id, request.tool)
+                await asyncio.sleep(request.tool_s)
         record.ended = time.monotonic() - zero
         progress()
         return record
@@ -64,7 +64,7 @@ async def replay(
 
 def fitting(programs: Sequence[TraceProgram], longest: int, tool_scale: float) -> list[TraceProgram]:
     """The same programs scaled so that the longest context is ``longest``, for models with short ones."""
-    factor = min(1.0, longest / (max(p.longest for p in programs) + 2 * max(len(p.segments) for p in programs)))
+    factor = min(1.0, longest / (max(p.longest for p in programs) + 2 * max(len(p.requests) for p in programs)))
     return [replace(p.scaled(factor, tool_scale), arrival_s=p.arrival_s) for p in programs]
 
 

@@ -200,7 +200,7 @@ def _order(rng: random.Random, catalogue: Catalogue, count: int) -> tuple[str, l
 
 
 def _total(rng: random.Random, catalogue: Catalogue) -> Task:
-    """Price of several amounts: three to six segments."""
+    """Price of several amounts: three to six requests."""
     wish, prices, products = _order(rng, catalogue, rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0])
     question = rng.choice(
         ("What is the total price of {}?", "How much do {} cost?", "I want {}. What do I pay?", "Total price of {}?")
@@ -210,7 +210,7 @@ def _total(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _change(rng: random.Random, catalogue: Catalogue) -> Task:
-    """Change from a sum paid for one or two amounts: three or four segments."""
+    """Change from a sum paid for one or two amounts: three or four requests."""
     wish, prices, products = _order(rng, catalogue, rng.randint(1, 2))
     paid = 10 * (calculator("+".join(products)) // 10 + rng.randint(1, 20))
     question = rng.choice(("I buy {0} and pay {1}. What is my change?", "I pay {1} for {0}. How much comes back?"))
@@ -219,7 +219,7 @@ def _change(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
-    """How much dearer one thing is: four segments."""
+    """How much dearer one thing is: four requests."""
     dear, cheap = sorted(_things(rng, 2), key=lambda thing: catalogue.price(thing.article), reverse=True)
     question = rng.choice(("How much more does {} cost than {}?", "By how much is {} dearer than {}?"))
     prices = [_ask(catalogue, "price", thing) for thing in (dear, cheap)]
@@ -228,7 +228,7 @@ def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
-    """What is left of one thing: three segments."""
+    """What is left of one thing: three requests."""
     [thing] = _things(rng, 1)
     stock = _ask(catalogue, "stock", thing)
     sold = rng.randint(1, stock.result - 1)
@@ -238,7 +238,7 @@ def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _stock_value(rng: random.Random, catalogue: Catalogue) -> Task:
-    """What the stock of one thing is worth: four segments."""
+    """What the stock of one thing is worth: four requests."""
     [thing] = _things(rng, 1)
     question = rng.choice(("What is our stock of {} worth?", "How much is all our stock of {} worth?"))
     stock, price = (_ask(catalogue, what, thing) for what in ("stock", "price"))

@@ -1,7 +1,7 @@
 """AgentSched of AgentInfer (arXiv 2512.18337): from shortest-first to cache-first as memory tightens.
 
 ``score = a * hit - (b + lambda) * need + c * wait``, highest first, with ``lambda = lmax * sigmoid(k * (D / (U + eps) -
-1))``, D the pages that waiting segments need and U the free ones. Sources are notes on the paper and give no
+1))``, D the pages that waiting requests need and U the free ones. Sources are notes on the paper and give no
 constants. Ours: hit is the share of the prompt that is cached, need the share of the pool it newly takes, wait in
 minutes; a = 1, b = 4, c = 1, lmax = 16, k = 2.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..policy import Policy, Pressure
-from ..program import Segment
+from ..program import Request
 
 HIT, NEED, WAIT = 1.0, 4.0, 1.0 / 60
 LAMBDA, STEEPNESS = 16.0, 2.0
@@ -23,9 +23,9 @@ LAMBDA, STEEPNESS = 16.0, 2.0
 class AgentSched(Policy):
     columns = 3
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        fresh = segment.known - segment.reusable
-        return segment.reusable / segment.known, fresh + self.predict.output_tokens(segment), segment.queued
+    def features(self, request: Request) -> Sequence[float]:
+        fresh = request.known - request.reusable
+        return request.reusable / request.known, fresh + self.predict.output_tokens(request), request.queued
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         hit, need, queued = features.T

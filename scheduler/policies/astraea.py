@@ -1,22 +1,22 @@
 """Astraea's idea, highest response ratio next over stateful programs, at the level of iterations and memory.
 
 What is kept of arXiv 2512.14142: the unit is the program with its history; the response ratio weighs the wait that it
-has accumulated over all its segments; short remaining work goes first, and waiting makes everybody rise. What differs,
+has accumulated over all its requests; short remaining work goes first, and waiting makes everybody rise. What differs,
 and why (each is a row of the ablation table, `python scripts/bench_jct.py --policies=fcfs,ablation`):
 
-* Segments start as soon as memory allows, not in batches that run to completion.
-* The scarce good is memory, so a program's size is memory times time: the pages its segment holds (those it would
+* Requests start as soon as memory allows, not in batches that run to completion.
+* The scarce good is memory, so a program's size is memory times time: the pages its request holds (those it would
   newly take count in full, those it still has by half) times its expected remaining turns.
 * Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
-  Hazards are learned apart for programs that output little, middling and much per segment.
-* The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its segments,
+  Hazards are learned apart for programs that output little, middling and much per request.
+* The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its requests,
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
   program whose wait exceeds ``PATIENCE`` times a typical running time jumps the queue, oldest first.
 * Where the first in order does not fit, smaller ones start in its place, up to four times; else large contexts leave
   memory idle, and without that bound they would wait for each other.
-* Aging jumps the queue but never evicts a running segment: preempting by priority was measured to cost a factor.
+* Aging jumps the queue but never evicts a running request: preempting by priority was measured to cost a factor.
 * Without a host tier a dropped context costs its whole prefill, so a gate holds new programs back while those that
   return lose their KV and queue for it; with a host tier such a gate only idles memory, and there is none.
 """
@@ -31,7 +31,7 @@ import numpy as np
 
 from ..policy import Policy, Pressure
 from ..prediction import Predictor
-from ..program import Program, Segment
+from ..program import Program, Request
 
 PATIENCE = 20.0
 """Typical running times after which a waiting program jumps the queue."""
@@ -52,13 +52,13 @@ class Terms:
     turns: bool = True
     """Remaining turns by the hazard of ending."""
     kinds: bool = True
-    """Hazards apart for programs that output little, middling and much per segment."""
+    """Hazards apart for programs that output little, middling and much per request."""
     memory: bool = True
-    """The pages that a segment holds."""
+    """The pages that a request holds."""
     wait: bool = True
     """Accumulated wait and running time."""
     backfill: int = 8
-    """Later segments that may start in place of the first, if that does not fit."""
+    """Later requests that may start in place of the first, if that does not fit."""
     gate: bool = True
     """For new programs where there is no host tier."""
 
@@ -73,15 +73,15 @@ class Astraea(Policy):
         self.backfill = self._terms.backfill
         self._gate = Gate()
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        program, terms = segment.program, self._terms
+    def features(self, request: Request) -> Sequence[float]:
+        program, terms = request.program, self._terms
         size = 1.0
         if terms.turns:
             size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.turns)
         if terms.memory:
-            held = min(segment.reusable, len(program.pages) * segment.page_size)
-            size *= segment.known - terms.resident * held
-        return segment.queued - program.waited_s - program.ran_s, size**terms.exponent
+            held = min(request.reusable, len(program.pages) * request.page_size)
+            size *= request.known - terms.resident * held
+        return request.queued - program.waited_s - program.ran_s, size**terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         since, size = features.T
@@ -90,19 +90,19 @@ class Astraea(Policy):
         response = (age if self._terms.wait else 0.0) + self._terms.typical * typical
         return np.where(age > PATIENCE * typical, -1e12 - age, -response / size)
 
-    def rank(self, segment: Segment) -> tuple[float, ...]:
-        return (segment.program.arrival, segment.number)
+    def rank(self, request: Request) -> tuple[float, ...]:
+        return (request.program.arrival, request.number)
 
-    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
-        return pressure.host or not self._terms.gate or self._gate.passes(segment, now, pressure)
+    def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
+        return pressure.host or not self._terms.gate or self._gate.passes(request, now, pressure)
 
-    def admitted(self, segment: Segment, now: float) -> None:
-        lost = max(0, segment.matched - segment.reusable - 1)
+    def admitted(self, request: Request, now: float) -> None:
+        lost = max(0, request.matched - request.reusable - 1)
         self._gate.recomputes(self.predict.costs.per_token * lost, now)
-        self._gate.runs(segment, now)
+        self._gate.runs(request, now)
 
-    def ended(self, segment: Segment, now: float) -> None:
-        self._gate.waits(segment, now)
+    def ended(self, request: Request, now: float) -> None:
+        self._gate.waits(request, now)
 
     def forgotten(self, program: Program) -> None:
         self._gate.forget(program)
@@ -130,30 +130,30 @@ class Gate:
         self._faded, self._at = 0.0, 0.0
 
     def recomputes(self, seconds: float, now: float) -> None:
-        """A segment starts that computes lost KV again for so long."""
+        """A request starts that computes lost KV again for so long."""
         self._fade(now)
         self._again_s += seconds
 
-    def passes(self, segment: Segment, now: float, pressure: Pressure) -> bool:
-        """Whether a waiting segment may start."""
+    def passes(self, request: Request, now: float, pressure: Pressure) -> bool:
+        """Whether a waiting request may start."""
         self._fade(now)
         share = self._again_s / self.WINDOW_S
         self.shut = share > (self.OPEN if self.shut else self.SHUT)
-        if not self.shut or segment.program in self._active or segment.program in self._fading or not self._active:
+        if not self.shut or request.program in self._active or request.program in self._fading or not self._active:
             return True
-        return self._running + self._faded + segment.known <= pressure.pages * pressure.page_size
+        return self._running + self._faded + request.known <= pressure.pages * pressure.page_size
 
-    def runs(self, segment: Segment, now: float) -> None:
-        """A segment has started."""
-        self.forget(segment.program, now)
-        self._active[segment.program] = float(segment.known)
-        self._running += segment.known
+    def runs(self, request: Request, now: float) -> None:
+        """A request has started."""
+        self.forget(request.program, now)
+        self._active[request.program] = float(request.known)
+        self._running += request.known
 
-    def waits(self, segment: Segment, now: float) -> None:
-        """A segment has ended, and its program waits for a tool."""
-        self.forget(segment.program, now)
-        self._fading[segment.program] = float(segment.known), now
-        self._faded += segment.known
+    def waits(self, request: Request, now: float) -> None:
+        """A request has ended, and its program waits for a tool."""
+        self.forget(request.program, now)
+        self._fading[request.program] = float(request.known), now
+        self._faded += request.known
 
     def forget(self, program: Program, now: float | None = None) -> None:
         """A program has ended, or changes sides."""

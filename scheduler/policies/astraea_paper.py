@@ -1,10 +1,10 @@
-"""Algorithm 1 of Astraea (arXiv 2512.14142 §4.3) to the letter: Stateful-MLFQ, enhanced HRRN, segment-level batches.
+"""Algorithm 1 of Astraea (arXiv 2512.14142 §4.3) to the letter: Stateful-MLFQ, enhanced HRRN, request-level batches.
 
-Every program starts in queue 0. When a segment ends, its token cost above the queue's threshold demotes the program by
+Every program starts in queue 0. When a request ends, its token cost above the queue's threshold demotes the program by
 one queue (compute-intensive); ending in a tool call below it promotes by one (I/O-intensive). A program in the lowest
-queue whose response ratio exceeds ``ALPHA`` goes to queue 0. A batch takes ready segments queue by queue, in a queue
+queue whose response ratio exceeds ``ALPHA`` goes to queue 0. A batch takes ready requests queue by queue, in a queue
 by falling ``(W + T) / T`` (equation 4), W the wait the *program* has accumulated and T the predicted time of this
-*segment*, as many as fit into memory; it runs until every member has ended, and only then is the next one built.
+*request*, as many as fit into memory; it runs until every member has ended, and only then is the next one built.
 
 The paper's text leaves open: the number of queues, thresholds and alpha (ours: 6, 128 … 640 tokens, quoted second-hand
 from an imitation of the paper, and 10); whether token cost counts prefill (ours: what was computed and not cached, and
@@ -20,10 +20,10 @@ import numpy as np
 
 from ..policy import Policy, Pressure
 from ..prediction import Predictor
-from ..program import Program, Segment
+from ..program import Program, Request
 
 THRESHOLDS = (128.0, 256.0, 384.0, 512.0, 640.0)
-"""Token cost of a segment above which queue k demotes; one queue more than thresholds."""
+"""Token cost of a request above which queue k demotes; one queue more than thresholds."""
 ALPHA = 10.0
 """Response ratio from which the lowest queue's programs go to the first."""
 EVERYBODY = 10**9
@@ -35,13 +35,13 @@ class AstraeaPaper(Policy):
 
     def __init__(self, predictor: Predictor):
         super().__init__(predictor)
-        self._cost: dict[Program, float] = {}  # service when the present segment was queued
-        self._batch: set[Segment] = set()
+        self._cost: dict[Program, float] = {}  # service when the present request was queued
+        self._batch: set[Request] = set()
         self._built = 0.0  # when the batch was built
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        waiting_since = segment.queued - segment.program.waited_s
-        return segment.program.level, waiting_since, max(1e-6, self.predict.segment_s(segment))
+    def features(self, request: Request) -> Sequence[float]:
+        waiting_since = request.queued - request.program.waited_s
+        return request.program.level, waiting_since, max(1e-6, self.predict.request_s(request))
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         level, waiting_since, t = features.T
@@ -49,35 +49,35 @@ class AstraeaPaper(Policy):
         lowest = level == len(THRESHOLDS)
         return np.where(lowest & (ratio > ALPHA), 0, level) * 1e9 - ratio
 
-    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
+    def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         if not self._batch:
             self._built, self.backfill = now, EVERYBODY
         elif now != self._built:
             self.backfill = 0  # nobody may start, so nobody after the first need be asked
         return now == self._built
 
-    def admitted(self, segment: Segment, now: float) -> None:
-        self._batch.add(segment)
-        if self.ratio(segment, now) > ALPHA and segment.program.level == len(THRESHOLDS):
-            segment.program.level = 0
+    def admitted(self, request: Request, now: float) -> None:
+        self._batch.add(request)
+        if self.ratio(request, now) > ALPHA and request.program.level == len(THRESHOLDS):
+            request.program.level = 0
 
-    def ratio(self, segment: Segment, now: float) -> float:
-        """Response ratio of a segment, equation 4."""
-        t = max(1e-6, self.predict.segment_s(segment))
-        return (segment.program.waited_s + t) / t
+    def ratio(self, request: Request, now: float) -> float:
+        """Response ratio of a request, equation 4."""
+        t = max(1e-6, self.predict.request_s(request))
+        return (request.program.waited_s + t) / t
 
-    def queued(self, segment: Segment, now: float) -> None:
-        if segment in self._batch:  # preempted: it still belongs to the batch
-            self._batch.discard(segment)
-        self._cost.setdefault(segment.program, segment.program.service)
+    def queued(self, request: Request, now: float) -> None:
+        if request in self._batch:  # preempted: it still belongs to the batch
+            self._batch.discard(request)
+        self._cost.setdefault(request.program, request.program.service)
 
-    def ended(self, segment: Segment, now: float) -> None:
-        self._batch.discard(segment)
-        program = segment.program
+    def ended(self, request: Request, now: float) -> None:
+        self._batch.discard(request)
+        program = request.program
         cost = program.service - self._cost.pop(program, 0.0)
         if program.level < len(THRESHOLDS) and cost > THRESHOLDS[program.level]:
             program.level += 1
-        elif not segment.final:
+        elif not request.final:
             program.level = max(0, program.level - 1)
 
     def forgotten(self, program: Program) -> None:
@@ -90,5 +90,5 @@ class BatchedFCFS(AstraeaPaper):
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         return features[:, 1]
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        return 0.0, segment.submitted, 1.0
+    def features(self, request: Request) -> Sequence[float]:
+        return 0.0, request.submitted, 1.0

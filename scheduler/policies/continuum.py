@@ -1,6 +1,6 @@
 """Continuum (arXiv 2511.02230): KV pinned for a time to live that the tool's history justifies, program order.
 
-Order: preempted segments, then those that return within their time to live, then by arrival of the program. The times
+Order: preempted requests, then those that return within their time to live, then by arrival of the program. The times
 to live are those of :class:`~..strategies.TimeToLive`.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..policy import Policy, Pressure
-from ..program import Segment
+from ..program import Request
 
 
 class Continuum(Policy):
     columns = 2
     residency = "continuum"
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        pinned = self.strategy.pinned(segment.program, segment.submitted)
-        return 0 if segment.preemptions else 1 if pinned else 2, segment.program.arrival
+    def features(self, request: Request) -> Sequence[float]:
+        pinned = self.strategy.pinned(request.program, request.submitted)
+        return 0 if request.preemptions else 1 if pinned else 2, request.program.arrival
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         scores: np.ndarray = features[:, 0] * 1e9 + features[:, 1]
         return scores
 
-    def rank(self, segment: Segment) -> tuple[float, ...]:
-        return (segment.program.arrival, segment.number)
+    def rank(self, request: Request) -> tuple[float, ...]:
+        return (request.program.arrival, request.number)

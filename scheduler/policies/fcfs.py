@@ -1,15 +1,15 @@
-"""First come, first served: by segment, as engines do that know no programs, or by program."""
+"""First come, first served: by request, as engines do that know no programs, or by program."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..policy import Policy
-from ..program import Segment
+from ..program import Request
 
 
 class FCFS(Policy):
-    """By the segment's own arrival, with a least-recently-used prefix cache per program (vLLM, SGLang)."""
+    """By the request's own arrival, with a least-recently-used prefix cache per program (vLLM, SGLang)."""
 
 
 class ProgramFCFS(Policy):
@@ -18,8 +18,8 @@ class ProgramFCFS(Policy):
     InferCept (arXiv 2402.01869) and Continuum (arXiv 2511.02230) order so.
     """
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        return (segment.program.arrival,)
+    def features(self, request: Request) -> Sequence[float]:
+        return (request.program.arrival,)
 
-    def rank(self, segment: Segment) -> tuple[float, ...]:
-        return (segment.program.arrival, segment.number)
+    def rank(self, request: Request) -> tuple[float, ...]:
+        return (request.program.arrival, request.number)

@@ -1,7 +1,7 @@
 """LAMPS (arXiv 2410.18248): least predicted memory-time area first.
 
-The area is the KV a segment holds integrated over its prefill, its decode and the tool wait after it, the last under
-the cheapest of keeping, dropping and swapping. A segment that has waited 100 iterations goes to the head and stays.
+The area is the KV a request holds integrated over its prefill, its decode and the tool wait after it, the last under
+the cheapest of keeping, dropping and swapping. A request that has waited 100 iterations goes to the head and stays.
 Sources are notes on the paper; where they are silent: an iteration is a recent step, and the wait of a tool is the
 tool's mean.
 """
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..policy import Policy, Pressure
-from ..program import Segment
+from ..program import Request
 
 PATIENCE = 100
-"""Iterations after which a segment goes to the head."""
+"""Iterations after which a request goes to the head."""
 SWAP_TOKENS_S = 400_000.0
 """Tokens per second over the host link, for the price of a swap."""
 
@@ -24,14 +24,14 @@ SWAP_TOKENS_S = 400_000.0
 class LAMPS(Policy):
     columns = 2
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        costs, output = self.predict.costs, self.predict.output_tokens(segment)
-        context, end = float(segment.known), segment.known + output
-        prefill_s = costs.prefill_s(max(1, segment.known - segment.reusable))
+    def features(self, request: Request) -> Sequence[float]:
+        costs, output = self.predict.costs, self.predict.output_tokens(request)
+        context, end = float(request.known), request.known + output
+        prefill_s = costs.prefill_s(max(1, request.known - request.reusable))
         area = prefill_s * context / 2 + costs.decode_s(output) * (context + end) / 2
-        wait_s = self.predict.tool_s(segment.program)
+        wait_s = self.predict.tool_s(request.program)
         area += end * min(wait_s, costs.prefill_s(round(end)), 2 * end / SWAP_TOKENS_S)
-        return area, segment.queued
+        return area, request.queued
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         area, queued = features.T

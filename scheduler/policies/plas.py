@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..policy import Policy, Pressure
-from ..program import Segment
+from ..program import Request
 
 QUEUES = 8
 QUANTUM = 2048.0
@@ -32,9 +32,9 @@ def queue_of(service: float) -> int:
 class PLAS(Policy):
     columns = 4
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        program = segment.program
-        return queue_of(program.service), segment.submitted, segment.queued - program.waited_s, program.ran_s
+    def features(self, request: Request) -> Sequence[float]:
+        program = request.program
+        return queue_of(program.service), request.submitted, request.queued - program.waited_s, program.ran_s
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         queue, submitted, waiting_since, ran = features.T

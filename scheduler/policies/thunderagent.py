@@ -14,7 +14,7 @@ import numpy as np
 
 from ..policy import Policy, Pressure
 from ..prediction import Predictor
-from ..program import Program, Segment
+from ..program import Program, Request
 
 INTERVAL_S = 5.0
 
@@ -26,40 +26,40 @@ class ThunderAgent(Policy):
         super().__init__(predictor)
         self._context: dict[Program, int] = {}
         self._acting: dict[Program, float] = {}  # since when
-        self._waiting: dict[Program, Segment] = {}
+        self._waiting: dict[Program, Request] = {}
         self._paused: dict[Program, None] = {}
         self._next = 0.0
         self._capacity = float("inf")
 
-    def features(self, segment: Segment) -> Sequence[float]:
-        return segment.program in self._paused, segment.submitted
+    def features(self, request: Request) -> Sequence[float]:
+        return request.program in self._paused, request.submitted
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         paused, submitted = features.T
         return paused * 1e12 + submitted
 
-    def admits(self, segment: Segment, now: float, pressure: Pressure) -> bool:
+    def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         self._capacity = pressure.pages * pressure.page_size
         if now >= self._next:
             self._next = now + INTERVAL_S
             self._tick(now)
-        return segment.program not in self._paused
+        return request.program not in self._paused
 
-    def queued(self, segment: Segment, now: float) -> None:
-        program = segment.program
-        if program not in self._context and (self._paused or self._used(now) + segment.known > self._capacity):
+    def queued(self, request: Request, now: float) -> None:
+        program = request.program
+        if program not in self._context and (self._paused or self._used(now) + request.known > self._capacity):
             self._paused[program] = None
-        self._context[program] = segment.known
+        self._context[program] = request.known
         self._acting.pop(program, None)
-        self._waiting[program] = segment
+        self._waiting[program] = request
 
-    def admitted(self, segment: Segment, now: float) -> None:
-        self._waiting.pop(segment.program, None)
+    def admitted(self, request: Request, now: float) -> None:
+        self._waiting.pop(request.program, None)
 
-    def ended(self, segment: Segment, now: float) -> None:
-        self._waiting.pop(segment.program, None)
-        self._context[segment.program] = segment.known
-        self._acting[segment.program] = now
+    def ended(self, request: Request, now: float) -> None:
+        self._waiting.pop(request.program, None)
+        self._context[request.program] = request.known
+        self._acting[request.program] = now
 
     def forgotten(self, program: Program) -> None:
         for known in (self._context, self._acting, self._waiting, self._paused):

@@ -139,7 +139,7 @@ def _run(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes) -> Ou
 def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048) -> float:
     """Seconds that a program takes on an idle machine, tool waits included."""
     total = program.tool_s
-    for s in program.segments:
+    for s in program.requests:
         steps = -(-s.new // max_step_tokens)
         total += steps * costs.step_s(0, s.new // steps, s.prompt)
         total += (s.output - 1) * costs.step_s(1, 1, s.prompt + s.output // 2)
@@ -175,7 +175,7 @@ def summary(cell: Cell, outcome: Outcome, costs: CostModel | None = None) -> dic
         "mean_queue_s": float(np.mean([r.queue_s for r in records])),
         "max_slowdown": float((jct / alone).max()),
         "programs_per_s": len(records) / outcome.makespan_s,
-        "output_tokens_per_s": sum(x.output for r in records for x in r.program.segments) / outcome.makespan_s,
+        "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
         "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * costs.kv_bytes,
@@ -186,7 +186,7 @@ def summary(cell: Cell, outcome: Outcome, costs: CostModel | None = None) -> dic
 
 
 def _prefilled(records: Sequence[ProgramRecord], recomputed: int) -> int:
-    return recomputed + sum(s.new for r in records for s in r.program.segments)
+    return recomputed + sum(s.new for r in records for s in r.program.requests)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:

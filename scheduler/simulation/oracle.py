@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterable, Mapping
 
 from ..prediction import Predictor
-from ..program import Program, Segment
-from .trace import TraceProgram, TraceSegment
+from ..program import Program, Request
+from .trace import TraceProgram, TraceRequest
 
 
 class Oracle(Predictor):
@@ -15,7 +15,7 @@ class Oracle(Predictor):
 
     Args:
         truth: programs by name.
-        noise: relative standard deviation of every answer; each question about a segment has one wrong answer.
+        noise: relative standard deviation of every answer; each question about a request has one wrong answer.
         seed: of the noise.
     """
 
@@ -30,17 +30,17 @@ class Oracle(Predictor):
         rng = random.Random(f"{self._seed} {program.id} {program.turns} {question}")
         return max(0.05, 1.0 + self._noise * rng.gauss(0.0, 1.0))
 
-    def _left(self, program: Program) -> tuple[TraceSegment, ...]:
-        return self._truth[program.id].segments[program.turns :]
+    def _left(self, program: Program) -> tuple[TraceRequest, ...]:
+        return self._truth[program.id].requests[program.turns :]
 
-    def output_tokens(self, segment: Segment) -> float:
-        total = self._left(segment.program)[0].output * self._wrong(segment.program, "output")
-        return max(1.0, total - len(segment.output))
+    def output_tokens(self, request: Request) -> float:
+        total = self._left(request.program)[0].output * self._wrong(request.program, "output")
+        return max(1.0, total - len(request.output))
 
     def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
-        segments = self._truth[program.id].segments
-        at = program.turns - 1 if program.tool is not None else min(program.turns, len(segments) - 1)
-        return max(0.0, segments[at].tool_s * self._wrong(program, "tool") - elapsed_s)
+        requests = self._truth[program.id].requests
+        at = program.turns - 1 if program.tool is not None else min(program.turns, len(requests) - 1)
+        return max(0.0, requests[at].tool_s * self._wrong(program, "tool") - elapsed_s)
 
     def returns_in(self, program: Program, elapsed_s: float) -> float:
         return self.tool_s(program, elapsed_s)
@@ -51,9 +51,9 @@ class Oracle(Predictor):
     def turns_index(self, program: Program) -> float:
         return self.remaining_turns(program)
 
-    def remaining_s(self, segment: Segment) -> float:
-        left = self._left(segment.program)
-        fresh = max(1, segment.known - segment.reusable) + sum(s.new for s in left[1:])
-        decoded = sum(s.output for s in left) - len(segment.output)
+    def remaining_s(self, request: Request) -> float:
+        left = self._left(request.program)
+        fresh = max(1, request.known - request.reusable) + sum(s.new for s in left[1:])
+        decoded = sum(s.output for s in left) - len(request.output)
         exact = self.costs.prefill_s(fresh) + self.costs.decode_s(decoded)
-        return exact * self._wrong(segment.program, "rest")
+        return exact * self._wrong(request.program, "rest")

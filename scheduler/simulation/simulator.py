@@ -18,7 +18,7 @@ from itertools import pairwise
 from ..config import SchedulerConfig, SchedulerStats
 from ..plan import Plan
 from ..policy import Policy
-from ..program import Rejected, Segment
+from ..program import Rejected, Request
 from ..scheduler import Scheduler
 from ..transfer import HostTier, Transfer
 from .costs import CostModel
@@ -39,7 +39,7 @@ class ProgramRecord:
     ended: float = -1.0
     queue_s: float = 0.0
     spans: list[tuple[float, float, float, float]] = field(default_factory=list)
-    """Of each segment: submitted, first scheduled, first token, end."""
+    """Of each request: submitted, first scheduled, first token, end."""
 
     @property
     def jct_s(self) -> float:
@@ -63,7 +63,7 @@ class Outcome:
     refused: int
     """Programs larger than the whole pool."""
     plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = None
-    """Of each plan the time and (segment, start, tokens) of its rows, if asked for."""
+    """Of each plan the time and (request, start, tokens) of its rows, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Simulator:
         self._records = {p.id: ProgramRecord(p, p.arrival_s or 0.0) for p in programs}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
-        self._segments: dict[Segment, tuple[ProgramRecord, int]] = {}
+        self._requests: dict[Request, tuple[ProgramRecord, int]] = {}
         self._link = [0.0, 0.0]  # when each direction is free
         self._plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = [] if record_plans else None
         self._held = 0  # tokens of KV of all live programs
@@ -144,7 +144,7 @@ class Simulator:
             launched, next_plan = None, now
             if plan is not None:
                 if self._plans is not None:
-                    rows = zip((s.number for s in plan.segments), plan.starts.tolist(), plan.counts.tolist())
+                    rows = zip((s.number for s in plan.requests), plan.starts.tolist(), plan.counts.tolist())
                     self._plans.append((now, tuple(rows)))
                 times, next_plan, next_end = self._launch(plan, max(now, end))
                 launched = (plan, times)
@@ -167,11 +167,11 @@ class Simulator:
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step: how many equal ones it stands for, when the last of them starts, and when it ends."""
-        step_s = self._costs.step_s(len(plan.segments), plan.tokens, plan.context)
+        step_s = self._costs.step_s(len(plan.requests), plan.tokens, plan.context)
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1
-        growth = self._costs.per_context_s * len(plan.segments)
+        growth = self._costs.per_context_s * len(plan.requests)
         last = step_s + growth * (times - 1)
         end = start + times * step_s + growth * times * (times - 1) / 2
         return times, end - last, end
@@ -183,9 +183,9 @@ class Simulator:
         heapq.heappush(self._events, (when, self._number, event))
 
     def _submit(self, record: ProgramRecord, index: int, when: float) -> None:
-        trace = record.program.segments[index]
+        trace = record.program.requests[index]
         try:
-            segment = self.scheduler.submit(
+            request = self.scheduler.submit(
                 prompt_of(record.program, index),
                 trace.output,
                 program=record.program.id,
@@ -197,7 +197,7 @@ class Simulator:
             self._end(record, when)
             self.scheduler.end_program(record.program.id, when)
         else:
-            self._segments[segment] = record, index
+            self._requests[request] = record, index
 
     def _start(self, transfer: Transfer, now: float) -> None:
         way = 0 if transfer.to_host else 1
@@ -207,19 +207,19 @@ class Simulator:
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:
         for _ in range(times - 1):  # nothing can end before the last
-            self.scheduler.commit(plan, [segment.known for segment in plan.segments[: plan.samples]], now)
+            self.scheduler.commit(plan, [request.known for request in plan.requests[: plan.samples]], now)
         # A sampled token is its position, as in the prompts: so the next prompt repeats it.
-        tokens = [segment.known for segment in plan.segments[: plan.samples]]
-        for segment, _token in self.scheduler.commit(plan, tokens, now):
-            if segment.finish_reason is not None:
-                self._finished(segment, now)
+        tokens = [request.known for request in plan.requests[: plan.samples]]
+        for request, _token in self.scheduler.commit(plan, tokens, now):
+            if request.finish_reason is not None:
+                self._finished(request, now)
 
-    def _finished(self, segment: Segment, now: float) -> None:
-        record, index = self._segments.pop(segment)
-        record.queue_s += (segment.first_scheduled or now) - segment.submitted
-        record.spans.append((segment.submitted, segment.first_scheduled or now, segment.first_token or now, now))
-        trace = record.program.segments[index]
-        self._hold(trace.context - (record.program.segments[index - 1].context if index else 0), now)
+    def _finished(self, request: Request, now: float) -> None:
+        record, index = self._requests.pop(request)
+        record.queue_s += (request.first_scheduled or now) - request.submitted
+        record.spans.append((request.submitted, request.first_scheduled or now, request.first_token or now, now))
+        trace = record.program.requests[index]
+        self._hold(trace.context - (record.program.requests[index - 1].context if index else 0), now)
         if trace.tool is None:
             self._end(record, now)
         else:
@@ -229,7 +229,7 @@ class Simulator:
     def _end(self, record: ProgramRecord, now: float) -> None:
         record.ended = now
         done = len(record.spans)
-        self._hold(-(record.program.segments[done - 1].context if done else 0), now)
+        self._hold(-(record.program.requests[done - 1].context if done else 0), now)
 
     def _hold(self, tokens: int, now: float) -> None:
         self._held_area += self._held * (now - self._held_at)
@@ -249,15 +249,15 @@ class Simulator:
 
 
 def prompt_of(program: TraceProgram, index: int) -> Sequence[int]:
-    """Tokens of a segment's prompt. A token is its position, so that a prompt repeats exactly what the trace says is
+    """Tokens of a request's prompt. A token is its position, so that a prompt repeats exactly what the trace says is
     cached; what replaces earlier text, as after a compaction, gets tokens of its own."""
-    segments = program.segments[: index + 1]
-    if all(s.cached == before.context for before, s in pairwise(segments)):
-        return range(segments[-1].prompt)
+    requests = program.requests[: index + 1]
+    if all(s.cached == before.context for before, s in pairwise(requests)):
+        return range(requests[-1].prompt)
     text: list[int] = []
-    for i, segment in enumerate(segments):
-        del text[segment.cached :]
-        text += range(10**9 * i + len(text), 10**9 * i + len(text) + segment.new)
+    for i, request in enumerate(requests):
+        del text[request.cached :]
+        text += range(10**9 * i + len(text), 10**9 * i + len(text) + request.new)
         if i < index:
-            text += range(segment.prompt, segment.context)
+            text += range(request.prompt, request.context)
     return text

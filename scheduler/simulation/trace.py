@@ -1,8 +1,8 @@
 """Agent programs as recorded or generated: what they ask of the model and how long their tools take.
 
 One JSON object per line is one program: ``{"program", "arrival_s", "source", "segments": [{"new_prompt_tokens",
-"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds"} | null}]}``. A segment's prompt is its cached plus
-its new tokens; cached is what a perfect cache of the program's own earlier tokens holds. The last segment has no tool.
+"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds"} | null}]}``. A request's prompt is its cached plus
+its new tokens; cached is what a perfect cache of the program's own earlier tokens holds. The last request has no tool.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TraceError(ValueError):
 
 
 @dataclass(frozen=True)
-class TraceSegment:
+class TraceRequest:
     cached: int
     """Prompt tokens that repeat the program's earlier tokens."""
     new: int
@@ -42,51 +42,51 @@ class TraceSegment:
 @dataclass(frozen=True)
 class TraceProgram:
     id: str
-    segments: tuple[TraceSegment, ...]
+    requests: tuple[TraceRequest, ...]
     arrival_s: float | None = None
     """None: the experiment chooses."""
 
     def __post_init__(self) -> None:
-        if not self.segments:
-            raise TraceError(f"program {self.id!r} has no segments")
+        if not self.requests:
+            raise TraceError(f"program {self.id!r} has no requests")
         if self.arrival_s is not None and not (math.isfinite(self.arrival_s) and self.arrival_s >= 0):
             raise TraceError(f"program {self.id!r} arrives at {self.arrival_s}; it must be finite and not negative")
         held = 0
-        for i, s in enumerate(self.segments):
+        for i, s in enumerate(self.requests):
             if min(s.cached, s.new - 1, s.output - 1) < 0:
                 raise TraceError(
-                    f"program {self.id!r}, segment {i}: {s.cached} cached, {s.new} new and {s.output} output tokens; "
+                    f"program {self.id!r}, request {i}: {s.cached} cached, {s.new} new and {s.output} output tokens; "
                     "cached may be 0, the others must be at least 1"
                 )
             if s.cached > held:
-                raise TraceError(f"program {self.id!r}, segment {i}: {s.cached} tokens cached, but only {held} exist")
+                raise TraceError(f"program {self.id!r}, request {i}: {s.cached} tokens cached, but only {held} exist")
             if not (math.isfinite(s.tool_s) and s.tool_s >= 0):
-                raise TraceError(f"program {self.id!r}, segment {i}: its tool takes {s.tool_s} s")
-            if (s.tool is None) != (i == len(self.segments) - 1):
-                raise TraceError(f"program {self.id!r}, segment {i}: all but the last segment end in a tool")
+                raise TraceError(f"program {self.id!r}, request {i}: its tool takes {s.tool_s} s")
+            if (s.tool is None) != (i == len(self.requests) - 1):
+                raise TraceError(f"program {self.id!r}, request {i}: all but the last request end in a tool")
             held = s.context
 
     @property
     def longest(self) -> int:
         """Tokens of its longest context."""
-        return max(s.context for s in self.segments)
+        return max(s.context for s in self.requests)
 
     @property
     def tool_s(self) -> float:
-        return sum(s.tool_s for s in self.segments)
+        return sum(s.tool_s for s in self.requests)
 
     def scaled(self, tokens: float, tool_s: float = 1.0) -> TraceProgram:
         """The same program with all lengths, and all tool times, multiplied; for small models."""
-        segments: list[TraceSegment] = []
-        for s in self.segments:
-            held = segments[-1].context if segments else 0
+        requests: list[TraceRequest] = []
+        for s in self.requests:
+            held = requests[-1].context if requests else 0
             cached = min(held, round(s.cached * tokens))
-            segments.append(
-                TraceSegment(
+            requests.append(
+                TraceRequest(
                     cached, max(1, round(s.new * tokens)), max(1, round(s.output * tokens)), s.tool, s.tool_s * tool_s
                 )
             )
-        return replace(self, segments=tuple(segments))
+        return replace(self, requests=tuple(requests))
 
 
 def load_trace(path: Path) -> list[TraceProgram]:
@@ -116,11 +116,11 @@ def save_trace(path: Path, programs: Iterable[TraceProgram], source: str) -> Non
     """Write programs as a trace file."""
     with path.open("w") as file:
         for p in programs:
-            record = {"program": p.id, "arrival_s": p.arrival_s, "source": source, "segments": _records(p.segments)}
+            record = {"program": p.id, "arrival_s": p.arrival_s, "source": source, "segments": _records(p.requests)}
             file.write(json.dumps(record) + "\n")
 
 
-def _records(segments: Sequence[TraceSegment]) -> list[dict[str, Any]]:
+def _records(requests: Sequence[TraceRequest]) -> list[dict[str, Any]]:
     return [
         {
             "new_prompt_tokens": s.new,
@@ -128,16 +128,16 @@ def _records(segments: Sequence[TraceSegment]) -> list[dict[str, Any]]:
             "output_tokens": s.output,
             "tool": None if s.tool is None else {"name": s.tool, "seconds": s.tool_s},
         }
-        for s in segments
+        for s in requests
     ]
 
 
 def _program(record: dict[str, Any]) -> TraceProgram:
-    segments = []
+    requests = []
     for entry in record["segments"]:
         tool = entry["tool"]
-        segments.append(
-            TraceSegment(
+        requests.append(
+            TraceRequest(
                 cached=int(entry["cached_prompt_tokens"]),
                 new=int(entry["new_prompt_tokens"]),
                 output=int(entry["output_tokens"]),
@@ -146,4 +146,4 @@ def _program(record: dict[str, Any]) -> TraceProgram:
             )
         )
     arrival = record.get("arrival_s")
-    return TraceProgram(str(record["program"]), tuple(segments), None if arrival is None else float(arrival))
+    return TraceProgram(str(record["program"]), tuple(requests), None if arrival is None else float(arrival))

@@ -1,4 +1,4 @@
-"""Workloads from published statistics: how many segments programs have, how long they are, how long tools take.
+"""Workloads from published statistics: how many requests programs have, how long they are, how long tools take.
 
 Every distribution names its source. Where the source leaves something open, our assumption says so.
 """
@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .trace import TraceProgram, TraceSegment
+from .trace import TraceProgram, TraceRequest
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ AUGMENTATIONS = {
 """InferCept (arXiv 2402.01869), Table 1; what it prints as variance is read as a spread."""
 
 
-def infercept_mix(rng: random.Random) -> tuple[TraceSegment, ...]:
+def infercept_mix(rng: random.Random) -> tuple[TraceRequest, ...]:
     """A: InferCept's six augmentations in equal shares, contexts of up to 2,048 tokens at the end.
 
-    Assumption: segments output log-normally many tokens, median 60, sigma 0.9; what they do not output of the context
-    is prompt, half of it in the first segment.
+    Assumption: requests output log-normally many tokens, median 60, sigma 0.9; what they do not output of the context
+    is prompt, half of it in the first request.
     """
     name, (tool, calls, context) = rng.choice(sorted(AUGMENTATIONS.items()))
     turns = max(1, round(rng.gauss(*calls))) + 1
@@ -81,7 +81,7 @@ def infercept_mix(rng: random.Random) -> tuple[TraceSegment, ...]:
     return _chain(new, outputs, tools)
 
 
-def swe_batch(rng: random.Random) -> tuple[TraceSegment, ...]:
+def swe_batch(rng: random.Random) -> tuple[TraceRequest, ...]:
     """B: coding agents in a batch. Turns from Continuum (arXiv 2511.02230, Table 2), the rest fitted to recorded
     sessions of yunwei37/agentcgroup: first context 14k tokens, growth log-normal."""
     turns = max(2, round(rng.gauss(10.9, 2.1)))
@@ -93,7 +93,7 @@ def swe_batch(rng: random.Random) -> tuple[TraceSegment, ...]:
     return _chain(new, outputs, tools)
 
 
-def interactive(rng: random.Random) -> tuple[TraceSegment, ...]:
+def interactive(rng: random.Random) -> tuple[TraceRequest, ...]:
     """C: coding with a human in the loop, after TraceLab (arXiv 2606.30560): turns log-normal with median 16, every
     ninth wait or so the human's.
 
@@ -102,7 +102,7 @@ def interactive(rng: random.Random) -> tuple[TraceSegment, ...]:
     30k (an assumption).
     """
     turns = min(60, max(1, round(LogNormal(16, 1.75).draw(rng))))
-    segments: list[TraceSegment] = []
+    requests: list[TraceRequest] = []
     held, cached, fresh = 0, 0, 14000
     for i in range(turns):
         output = min(4000, max(1, round(LogNormal(214, 1.6).draw(rng))))
@@ -111,16 +111,16 @@ def interactive(rng: random.Random) -> tuple[TraceSegment, ...]:
         else:
             tool, wait = "tool", min(600.0, LogNormal(0.3, 2.9).draw(rng))
         last = i == turns - 1
-        segments.append(TraceSegment(cached, fresh, output, None if last else tool, 0.0 if last else wait))
+        requests.append(TraceRequest(cached, fresh, output, None if last else tool, 0.0 if last else wait))
         held = cached + fresh + output
         growth = min(40000.0, LogNormal(875, 1.18).draw(rng))
         cached, fresh = held, max(1, round(growth - output))
         if cached + fresh > 120_000:
             cached, fresh = 14000, 16000
-    return tuple(segments)
+    return tuple(requests)
 
 
-GENERATORS: dict[str, Callable[[random.Random], tuple[TraceSegment, ...]]] = {
+GENERATORS: dict[str, Callable[[random.Random], tuple[TraceRequest, ...]]] = {
     "infercept-mix": infercept_mix,
     "swe-batch": swe_batch,
     "interactive": interactive,
@@ -159,17 +159,17 @@ def with_arrivals(programs: Sequence[TraceProgram], rate: float, seed: int) -> l
     return arriving
 
 
-def _chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceSegment, ...]:
-    """Segments each of which continues the one before."""
-    segments: list[TraceSegment] = []
+def _chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceRequest, ...]:
+    """Requests each of which continues the one before."""
+    requests: list[TraceRequest] = []
     held = 0
     for i, (fresh, output) in enumerate(zip(new, outputs, strict=True)):
         tool, seconds = tools[i] if i < len(tools) else (None, 0.0)
-        segments.append(TraceSegment(held, fresh, output, tool, seconds))
+        requests.append(TraceRequest(held, fresh, output, tool, seconds))
         held += fresh + output
-    return tuple(segments)
+    return tuple(requests)
 
 
-def _with_tools(segments: tuple[TraceSegment, ...], times: Mixture, rng: random.Random) -> tuple[TraceSegment, ...]:
-    """The same segments with other tool times."""
-    return tuple(s if s.tool is None else replace(s, tool="shell", tool_s=times.draw(rng)) for s in segments)
+def _with_tools(requests: tuple[TraceRequest, ...], times: Mixture, rng: random.Random) -> tuple[TraceRequest, ...]:
+    """The same requests with other tool times."""
+    return tuple(s if s.tool is None else replace(s, tool="shell", tool_s=times.draw(rng)) for s in requests)

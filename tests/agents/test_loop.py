@@ -35,7 +35,7 @@ def characters() -> Tokenizer:
 
 
 class Turn:
-    """A segment that says ``text`` a few characters at a time."""
+    """A request that says ``text`` a few characters at a time."""
 
     def __init__(self, text: str | Exception, finish_reason: str):
         self.usage: Usage | None = None
@@ -67,7 +67,7 @@ class Script:
         self.live: set[str] = set()
         self.waits: list[str] = []
         """Tools that a program was said to wait for."""
-        self.segments: list[Turn] = []
+        self.requests: list[Turn] = []
 
     def generate(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, session: str | None, final: bool
@@ -76,9 +76,9 @@ class Script:
         self.live.add(session)
         self.prompts.append(self.tokenizer.decode(prompt))
         self.finals.append(final)
-        text = self._turns[min(len(self.segments), len(self._turns) - 1)]
-        self.segments.append(Turn(text, self._finish_reason))
-        return self.segments[-1]
+        text = self._turns[min(len(self.requests), len(self._turns) - 1)]
+        self.requests.append(Turn(text, self._finish_reason))
+        return self.requests[-1]
 
     def tool_called(self, session: str, tool: str) -> None:
         assert session in self.live
@@ -171,7 +171,7 @@ async def test_the_step_limit_ends_the_program() -> None:
     program = await run_program(model, QUESTION, [price], max_steps=3)
     assert program.finish_reason == "max_steps"
     assert model.finals == [False, False, True]
-    assert len(program.segments) == 3
+    assert len(program.requests) == 3
     assert results(program) == ["14", "14"]
     assert model.live == set()
 
@@ -184,7 +184,7 @@ async def test_a_truncated_answer_says_so() -> None:
 async def test_records_are_in_order_of_time() -> None:
     model = Script(call("price", item="lamp") + call("hang"), "It is 14.")
     program = await run_program(model, QUESTION, [price, hang])
-    first, last = program.segments
+    first, last = program.requests
     assert [run.name for run in first.tools] == ["price", "hang"]
     assert first.submitted <= first.first_token <= first.ended <= first.tools[1].began
     assert first.tools[1].ended - first.tools[1].began >= 0.05
@@ -200,21 +200,21 @@ async def test_an_error_of_the_model_ends_the_session() -> None:
     assert model.live == set()
 
 
-@pytest.mark.parametrize("where", ["segment", "tool"])
+@pytest.mark.parametrize("where", ["request", "tool"])
 async def test_cancelling_a_program_ends_its_session(where: str) -> None:
-    if where == "segment":
+    if where == "request":
         model, tools = Script("It is", finish_reason="never"), []
     else:
         model, tools = Script(call("wait")), [tool(name="wait", timeout_s=3600)(hang.function)]
     program = asyncio.create_task(run_program(model, QUESTION, tools))
-    while not (model.live if where == "segment" else model.waits):
+    while not (model.live if where == "request" else model.waits):
         await asyncio.sleep(0)
     assert len(model.live) == 1
     program.cancel()
     with pytest.raises(asyncio.CancelledError):
         await program
     assert model.live == set()
-    assert model.segments[-1].cancelled == (where == "segment")
+    assert model.requests[-1].cancelled == (where == "request")
 
 
 async def test_a_bad_program_hurts_no_other() -> None:
@@ -251,10 +251,10 @@ async def test_a_real_engine_serves_programs_side_by_side(engine: Engine) -> Non
             await doomed
     results = await asyncio.gather(*programs)
     for result in results:
-        [segment] = result.segments
-        assert (result.finish_reason, segment.output_tokens) == ("length", 16)
-        assert segment.usage is not None
-        assert segment.usage.output_tokens == 16
+        [request] = result.requests
+        assert (result.finish_reason, request.output_tokens) == ("length", 16)
+        assert request.usage is not None
+        assert request.usage.output_tokens == 16
         assert result.messages[-1]["content"].strip() == result.text
     await settled(engine, programs=True)
     assert engine.stats().created == before.created + 13

@@ -72,7 +72,7 @@ async def test_draws_depend_on_the_seed_only(engine):
     assert alone == among != other
 
 
-async def test_stop_token_ends_the_segment_and_is_reported(engine, greedy):
+async def test_stop_token_ends_the_request_and_is_reported(engine, greedy):
     full = greedy([7, 8, 9], 12)
     stop = full[5]
     deltas = [d async for d in engine.generate([7, 8, 9], no_eos(12, stop_token_ids=(stop,)))]
@@ -132,7 +132,7 @@ async def test_waiting_programs_give_their_pages_up_under_pressure(make_engine, 
     assert engine.stats().free_pages == engine.layout.num_pages - 1
 
 
-async def test_a_session_serves_one_segment_at_a_time(engine):
+async def test_a_session_serves_one_request_at_a_time(engine):
     with held(engine, 2) as engine_held:
         first = engine.generate([1, 2], no_eos(50), session="busy")
         await anext(aiter(first))

@@ -36,7 +36,7 @@ async def tokens(generation) -> list[int]:
 
 
 async def program(engine: Engine, greedy, number: int, rng: random.Random, *, cancels: float = 0.0) -> int:
-    """Three segments with tool waits between them, all checked; returns the tokens that need not be computed."""
+    """Three requests with tool waits between them, all checked; returns the tokens that need not be computed."""
     text, cached = [*SYSTEM, *(rng.randrange(256) for _ in range(rng.randint(1, 12)))], 0
     for turn in range(3):
         n = rng.randint(1, 10)
@@ -145,7 +145,7 @@ async def test_a_session_keeps_its_salt(make_engine):
 
 
 def test_a_soak_of_ten_thousand_programs_leaks_nothing(make_engine):
-    """Programs of two segments, every fifth cancelled somewhere; Python's memory is flat over the last 4,000. (Many run
+    """Programs of two requests, every fifth cancelled somewhere; Python's memory is flat over the last 4,000. (Many run
     at once, so that there are fewer steps to wait for.)"""
     engine = make_engine(dataclasses.replace(TIGHT, max_seqs=32, max_step_tokens=128, kv_bytes=160 * PAGE_BYTES))
     rng = random.Random(3)

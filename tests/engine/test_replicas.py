@@ -59,7 +59,7 @@ def test_programs_spread_and_stay(replicas):
             await tokens(again)
             assert again.usage.cached_tokens > 0, "its KV is where it went"
         assert [engine.stats().created for engine in replicas.engines] == [3, 3]
-        busy = [replicas.generate(PROMPTS[0], PARAMS) for _ in range(4)]  # programs of one segment
+        busy = [replicas.generate(PROMPTS[0], PARAMS) for _ in range(4)]  # programs of one request
         assert sorted(engine.in_progress for engine in replicas.engines) == [2, 2]
         for generation in busy:
             await tokens(generation)

@@ -28,7 +28,7 @@ def test_training_and_test_questions_are_disjoint():
     assert {split_of(question) for question in train} == {"train"}
 
 
-def test_programs_have_three_to_six_segments():
+def test_programs_have_three_to_six_requests():
     assert {len(task.calls) + 1 for task in TASKS} == {3, 4, 5, 6}
 
 
@@ -70,7 +70,7 @@ def test_prices_differ_from_task_to_task():
 
 
 def test_what_the_model_writes_is_what_it_reads_later():
-    """Each prompt begins with the last one and its output, token for token: so the KV of a segment serves the next."""
+    """Each prompt begins with the last one and its output, token for token: so the KV of a request serves the next."""
     for task in TASKS[:40]:
         schemas = [tool(function).schema() for function in task.tools()]
         solution = task.solution()

@@ -15,58 +15,58 @@ from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Predictor
-from astraea_jax.scheduler.program import Program, Segment
+from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.simulation.costs import MACHINES
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
-from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
 ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host=True)
 
 
-def segment(number, program=None, prompt=100, submitted=0.0, **history) -> Segment:
+def request(number, program=None, prompt=100, submitted=0.0, **history) -> Request:
     program = program or Program(f"p{number}", submitted)
     for name, value in history.items():
         setattr(program, name, value)
-    return Segment(number, program, range(prompt), 1000, frozenset(), False, submitted, page_size=16)
+    return Request(number, program, range(prompt), 1000, frozenset(), False, submitted, page_size=16)
 
 
 def told(outputs: dict[str, list[int]], tool_s: float = 0.0) -> Oracle:
-    """An oracle that knows the output lengths of each program's segments; a token takes a second, prefill nothing."""
+    """An oracle that knows the output lengths of each program's requests; a token takes a second, prefill nothing."""
     programs = []
     for name, lengths in outputs.items():
-        segments, held = [], 0
+        requests, held = [], 0
         for i, output in enumerate(lengths):
             last = i == len(lengths) - 1
-            segments.append(TraceSegment(held, 10, output, None if last else "t", 0.0 if last else tool_s))
+            requests.append(TraceRequest(held, 10, output, None if last else "t", 0.0 if last else tool_s))
             held += 10 + output
-        programs.append(TraceProgram(name, tuple(segments)))
+        programs.append(TraceProgram(name, tuple(requests)))
     oracle = Oracle(programs)
     oracle.costs.mean_step_s, oracle.costs.per_token = 1.0, 0.0
     return oracle
 
 
-def order(policy, segments, now) -> list[int]:
+def order(policy, requests, now) -> list[int]:
     queue = WaitingQueue(policy.columns)
-    for s in segments:
+    for s in requests:
         policy.queued(s, s.queued)
         queue.push(s, policy.features(s))
-    return [s.number for s in queue.first(policy, now, ROOM, len(segments))]
+    return [s.number for s in queue.first(policy, now, ROOM, len(requests))]
 
 
-def test_shortest_segment_first():
+def test_shortest_request_first():
     policy = make_policy("sjf", told({"p1": [50], "p2": [5], "p3": [20]}))
-    assert order(policy, [segment(1), segment(2), segment(3)], now=1) == [2, 3, 1]
+    assert order(policy, [request(1), request(2), request(3)], now=1) == [2, 3, 1]
 
 
 def test_shortest_remaining_program_first():
     policy = make_policy("srpt-clairvoyant", told({"p1": [5, 50], "p2": [30], "p3": [1, 1, 1]}))
-    assert order(policy, [segment(1), segment(2), segment(3)], now=1) == [3, 2, 1]
+    assert order(policy, [request(1), request(2), request(3)], now=1) == [3, 2, 1]
 
 
 def test_response_ratio_overtakes_with_time():
     policy = make_policy("hrrn", told({"p1": [10], "p2": [2]}))
-    long, short = segment(1, submitted=0.0), segment(2, submitted=17.0)
+    long, short = request(1, submitted=0.0), request(2, submitted=17.0)
     # At 18 s: long (18 + 10) / 10 = 2.8, short (1 + 2) / 2 = 1.5. At 22 s: 3.2 against 3.5.
     assert order(policy, [long, short], now=18.0) == [1, 2]
     assert order(policy, [long, short], now=22.0) == [2, 1]
@@ -75,14 +75,14 @@ def test_response_ratio_overtakes_with_time():
 def test_plas_orders_by_attained_service_in_doubling_queues():
     assert [queue_of(s) for s in (0, QUANTUM - 1, QUANTUM, 3 * QUANTUM - 1, 3 * QUANTUM)] == [0, 0, 1, 1, 2]
     policy = make_policy("plas", told({"p1": [1], "p2": [1], "p3": [1]}))
-    much = segment(1, submitted=0, service=10 * QUANTUM, ran_s=1.0)
-    little = segment(2, submitted=5, service=10.0, ran_s=1.0)
-    less = segment(3, submitted=4, service=90.0, ran_s=1.0)
+    much = request(1, submitted=0, service=10 * QUANTUM, ran_s=1.0)
+    little = request(2, submitted=5, service=10.0, ran_s=1.0)
+    less = request(3, submitted=4, service=90.0, ran_s=1.0)
     assert order(policy, [much, little, less], now=6) == [3, 2, 1]  # equal queues: by arrival of the call
     assert order(policy, [much, little, less], now=BETA) == [1, 3, 2]  # (19 + 1) / 1 reaches beta
     assert queue_of(2**20 * QUANTUM) == QUEUES - 1
-    back = segment(4, submitted=30, service=10 * QUANTUM, ran_s=2.0, waited_s=10.0)
-    fresh = segment(5, submitted=50, service=10.0)
+    back = request(4, submitted=30, service=10 * QUANTUM, ran_s=2.0, waited_s=10.0)
+    fresh = request(5, submitted=50, service=10.0)
     assert order(policy, [back, fresh], now=57) == [5, 4]  # (37 + 2) / 2, its earlier wait included
     assert order(policy, [back, fresh], now=58) == [4, 5]  # (38 + 2) / 2
 
@@ -91,7 +91,7 @@ def test_lamps_orders_by_memory_time_area():
     oracle = told({"p1": [10, 1], "p2": [4, 1]}, tool_s=1000.0)
     policy = make_policy("lamps", oracle)
     # p1: 10 s at (100 + 110) / 2 = 1050; p2: 4 s at (600 + 604) / 2 = 2408; waits cost a prefill, which is free here.
-    first, second = segment(1, prompt=100), segment(2, prompt=600)
+    first, second = request(1, prompt=100), request(2, prompt=600)
     assert policy.features(first)[0] == pytest.approx(1050)
     assert policy.features(second)[0] == pytest.approx(2408)
     assert order(policy, [second, first], now=1) == [1, 2]
@@ -103,15 +103,15 @@ def test_continuum_serves_pinned_programs_first():
     policy = make_policy("continuum", told({}))
     old, young = Program("old", 1.0), Program("young", 2.0)
     policy.strategy._until.update({old: 10.0, young: 10.0})
-    back, fresh = segment(1, young, submitted=5.0), segment(2, Program("fresh", 0.0), submitted=0.0)
-    preempted = segment(3, Program("last", 4.0), submitted=4.0)
+    back, fresh = request(1, young, submitted=5.0), request(2, Program("fresh", 0.0), submitted=0.0)
+    preempted = request(3, Program("last", 4.0), submitted=4.0)
     preempted.preemptions = 1
     assert order(policy, [fresh, back, preempted], now=6.0) == [3, 1, 2]
 
 
 def test_agentsched_turns_cache_first_as_memory_tightens():
     policy = make_policy("agentsched", told({"p1": [10], "p2": [10]}))
-    cached, short = segment(1, prompt=2000), segment(2, prompt=300)
+    cached, short = request(1, prompt=2000), request(2, prompt=300)
     cached.matched = cached.program.kept = 1900
     queue = WaitingQueue(3)
     for s in (cached, short):
@@ -125,17 +125,17 @@ def test_agentsched_turns_cache_first_as_memory_tightens():
 def test_thunderagent_pauses_acting_programs_first_and_shortest_first():
     policy = make_policy("thunderagent", told({}))
     room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
-    programs = [segment(n, prompt=size) for n, size in ((1, 100), (2, 60), (3, 40))]
+    programs = [request(n, prompt=size) for n, size in ((1, 100), (2, 60), (3, 40))]
     for s in programs:
         policy.queued(s, 0.0)
         policy.admitted(s, 0.0)
     policy._paused.clear()
     policy.ended(programs[0], 9.9)  # acting: counts nearly in full
-    reasoning = segment(4, prompt=50)
+    reasoning = request(4, prompt=50)
     policy.queued(reasoning, 10.0)
     assert policy.admits(reasoning, 10.0, room)  # 60 + 40 + 50 fit once the acting program is paused
     assert list(policy._paused) == [programs[0].program]
-    newcomer = segment(5, prompt=5)
+    newcomer = request(5, prompt=5)
     policy.queued(newcomer, 11.0)
     assert not policy.admits(newcomer, 11.0, room)  # new programs wait while anything is paused
     policy.forgotten(programs[1].program)
@@ -146,13 +146,13 @@ def test_thunderagent_pauses_acting_programs_first_and_shortest_first():
 def test_algorithm_1_of_astraea_on_a_small_case():
     policy = make_policy("astraea-paper", told({"a": [500, 1], "b": [10, 1], "c": [20, 1]}))
     a, b, c = (Program(name, 0.0) for name in "abc")
-    first = [segment(n, p, prompt=10) for n, p in ((1, a), (2, b), (3, c))]
+    first = [request(n, p, prompt=10) for n, p in ((1, a), (2, b), (3, c))]
     # All in queue 0 with no wait: ratio 1 each; then by wait, b has the shortest time and rises fastest.
     assert order(policy, first, now=5.0) == [2, 3, 1]
     for s in first:
         assert policy.admits(s, 5.0, ROOM)
         policy.admitted(s, 5.0)
-    late = segment(4, Program("late", 6.0))
+    late = request(4, Program("late", 6.0))
     assert not policy.admits(late, 6.0, ROOM)  # the batch runs to completion
     a.service, b.service, c.service = 510.0, 20.0, 30.0
     for s in first:
@@ -167,42 +167,42 @@ def test_algorithm_1_of_astraea_on_a_small_case():
 
 def test_the_lowest_queue_of_astraea_paper_ages():
     policy = make_policy("astraea-paper", told({"p1": [10, 1], "p2": [10, 1]}))
-    low = segment(1, level=len(THRESHOLDS))
-    high = segment(2, submitted=10 * ALPHA - 20)
+    low = request(1, level=len(THRESHOLDS))
+    high = request(2, submitted=10 * ALPHA - 20)
     assert order(policy, [low, high], now=10 * ALPHA - 15) == [2, 1]
     assert order(policy, [low, high], now=10 * ALPHA) == [1, 2]
 
 
 def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it():
     predictor = Predictor()
-    for _ in range(200):  # everybody runs exactly five segments
+    for _ in range(200):  # everybody runs exactly five requests
         for turn in range(5):
             predictor.hazards.observe(turn, last=turn == 4)
         predictor.turns.add(5)
     policy = make_policy("astraea", predictor)
     assert predictor.turns_index(Program("x", 0, turns=4)) < predictor.turns_index(Program("x", 0, turns=0)) - 1
-    small, large = segment(1, prompt=100), segment(2, prompt=1000)
+    small, large = request(1, prompt=100), request(2, prompt=1000)
     assert order(policy, [large, small], now=1.0) == [1, 2]
-    begun, done = segment(3, turns=0), segment(4, turns=4)
+    begun, done = request(3, turns=0), request(4, turns=4)
     assert order(policy, [begun, done], now=1.0) == [4, 3]
-    waited = segment(5, prompt=1000, waited_s=1e5)
+    waited = request(5, prompt=1000, waited_s=1e5)
     assert order(policy, [small, waited], now=1.0) == [5, 1]
 
 
 def test_the_gate_counts_contexts_that_fade():
     gate = Gate()
     room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
-    one, two = (segment(n, prompt=100) for n in (1, 2))
+    one, two = (request(n, prompt=100) for n in (1, 2))
     assert gate.passes(one, 0.0, room)
     gate.runs(one, 0.0)
     assert gate.passes(two, 0.0, room)  # nothing has been computed again: it is open
     gate.recomputes(50.0, 0.0)
     assert not gate.passes(two, 0.0, room)
-    other = segment(9, prompt=10)
+    other = request(9, prompt=10)
     gate.runs(other, 0.0)
     gate.waits(one, 0.0)
     assert not gate.passes(two, 0.0, room)
-    assert gate.passes(segment(4, one.program), 0.0, room)  # who has begun goes on
+    assert gate.passes(request(4, one.program), 0.0, room)  # who has begun goes on
     assert gate.passes(two, HALF_LIFE_S * 1.01, room)  # 10 + 50 + 100 fit
     gate.forget(one.program, HALF_LIFE_S * 2)
     gate.forget(other.program, HALF_LIFE_S * 2)
@@ -212,8 +212,8 @@ def test_the_gate_counts_contexts_that_fade():
 
 def test_the_gate_shuts_above_one_share_and_opens_below_another():
     gate, room = Gate(), Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
-    gate.runs(segment(1, prompt=100), 0.0)
-    large, exact = segment(2, prompt=61), segment(3, prompt=60)
+    gate.runs(request(1, prompt=100), 0.0)
+    large, exact = request(2, prompt=61), request(3, prompt=60)
     gate.recomputes(0.24 * Gate.WINDOW_S, 0.0)
     assert gate.passes(large, 0.0, room)
     gate.recomputes(0.02 * Gate.WINDOW_S, 0.0)
@@ -227,10 +227,10 @@ def test_the_gate_shuts_above_one_share_and_opens_below_another():
 def test_only_new_programs_are_gated_and_only_where_kv_is_lost(host, gated):
     policy = Astraea(Predictor(), Terms(gate=gated))
     pressure = Pressure(16, pages=10, free=0, retained=0, running=1, host=host)
-    begun, new = segment(1, prompt=100), segment(2, prompt=100)
+    begun, new = request(1, prompt=100), request(2, prompt=100)
     policy.admitted(begun, 0.0)
     policy._gate.recomputes(50.0, 0.0)
-    assert policy.admits(segment(3, begun.program), 0.0, pressure)
+    assert policy.admits(request(3, begun.program), 0.0, pressure)
     assert policy.admits(new, 0.0, pressure) is (host or not gated)
 
 
@@ -247,15 +247,15 @@ def workloads(draw):
     """Few programs, large against the pool, with tools of every length, zero included."""
     programs = []
     for number in range(draw(st.integers(2, 10))):
-        segments, held = [], 0
+        requests, held = [], 0
         for i in range(turns := draw(st.integers(1, 4))):
             new, output = draw(st.integers(1, 300)), draw(st.integers(1, 60))
             cached = held if draw(st.booleans()) else held // 2
             last = i == turns - 1
             tool_s = 0.0 if last else draw(st.sampled_from([0.0, 0.01, 3.0, 1000.0]))
-            segments.append(TraceSegment(cached, new, output, None if last else "t", tool_s))
+            requests.append(TraceRequest(cached, new, output, None if last else "t", tool_s))
             held = cached + new + output
-        programs.append(TraceProgram(f"p{number}", tuple(segments), draw(st.floats(0, 5))))
+        programs.append(TraceProgram(f"p{number}", tuple(requests), draw(st.floats(0, 5))))
     return programs
 
 
@@ -271,15 +271,15 @@ def test_every_program_ends_under_every_policy(name, programs, host, tightness):
     outcome = simulator.run()
     simulator.scheduler.check()
     assert all(r.ended >= r.arrival for r in outcome.records)
-    assert [len(r.spans) for r in outcome.records] == [len(p.segments) for p in programs]
+    assert [len(r.spans) for r in outcome.records] == [len(p.requests) for p in programs]
     assert outcome.stats.free_pages == pool // 16
     assert outcome.stats.finished == len(programs)
 
 
 @pytest.mark.parametrize("name", ["astraea", "program-fcfs", "hrrn", "plas"])
 def test_a_large_program_gets_its_turn_in_an_endless_stream_of_small_ones(name):
-    small = [TraceProgram(f"s{i}", (TraceSegment(0, 40, 20, None, 0.0),), arrival_s=0.004 * i) for i in range(3000)]
-    large = TraceProgram("large", (TraceSegment(0, 900, 50, "t", 0.1), TraceSegment(950, 30, 50)), arrival_s=0.5)
+    small = [TraceProgram(f"s{i}", (TraceRequest(0, 40, 20, None, 0.0),), arrival_s=0.004 * i) for i in range(3000)]
+    large = TraceProgram("large", (TraceRequest(0, 900, 50, "t", 0.1), TraceRequest(950, 30, 50)), arrival_s=0.5)
     sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256)
     outcome = Simulator([*small, large], make_policy(name), MACHINES["cpu-tiny"], sizes).run()
     ended = next(r.ended for r in outcome.records if r.program is large)
@@ -296,7 +296,7 @@ def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
     policy = make_policy("astraea")
     typical = policy.predict.program_s()
     waiting = [
-        segment(n, prompt=prompt, waited_s=waits * typical, turns=turns)
+        request(n, prompt=prompt, waited_s=waits * typical, turns=turns)
         for n, (prompt, waits, turns) in enumerate(history, 1)
     ]
     served = [waiting[number - 1].program.waited_s for number in order(policy, waiting, now=0.0)]
@@ -314,8 +314,8 @@ class Steady(Predictor):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(5, 60), st.integers(2, 40), st.integers(600, 1100), st.floats(0.1, 0.4), st.booleans())
 def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, output, size, arrival, host):
-    small = [TraceProgram(f"s{i}", (TraceSegment(0, prompt, output),), arrival_s=0.002 * i) for i in range(800)]
-    large = TraceProgram("large", (TraceSegment(0, size, 50),), arrival_s=arrival)
+    small = [TraceProgram(f"s{i}", (TraceRequest(0, prompt, output),), arrival_s=0.002 * i) for i in range(800)]
+    large = TraceProgram("large", (TraceRequest(0, size, 50),), arrival_s=arrival)
     tier = {"host_tokens": 10**6, "staging_tokens": 1000} if host else {}
     sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256, **tier)
     records = Simulator([*small, large], make_policy("astraea", Steady()), MACHINES["cpu-tiny"], sizes).run().records
@@ -324,14 +324,14 @@ def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, o
     assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.passes
 
 
-def test_columns_follow_their_segments():
-    queue, segments = WaitingQueue(1), [segment(n) for n in range(1, 200)]
+def test_columns_follow_their_requests():
+    queue, requests = WaitingQueue(1), [request(n) for n in range(1, 200)]
     rng = np.random.default_rng(0)
     policy = make_policy("fcfs")
-    for s in segments:
+    for s in requests:
         queue.push(s, (float(rng.random()),))
-    scores = {s: float(queue._features[queue._at[s]][0]) for s in segments}
-    for s in rng.permutation(np.array(segments, dtype=object))[:150]:
+    scores = {s: float(queue._features[queue._at[s]][0]) for s in requests}
+    for s in rng.permutation(np.array(requests, dtype=object))[:150]:
         queue.remove(s)
         del scores[s]
         assert list(queue.first(policy, 0.0, ROOM, 3)) == sorted(scores, key=scores.__getitem__)[:3]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.plan import Plan
 from astraea_jax.scheduler.prediction import Distribution, Predictor, StepCosts, TurnHazards
-from astraea_jax.scheduler.program import Program, Segment
+from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.simulation.oracle import Oracle
-from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
 
 def test_step_costs_are_found_from_steps():
@@ -74,7 +74,7 @@ def test_fixed_lengths_reward_progress_and_heavy_tails_do_not():
 
 def test_programs_that_live_on_count():
     hazards = TurnHazards()
-    for _ in range(300):  # three hundred have gone ten segments, only thirty have ended
+    for _ in range(300):  # three hundred have gone ten requests, only thirty have ended
         for turn in range(10):
             hazards.observe(turn, last=False)
     for _ in range(30):
@@ -88,11 +88,11 @@ def test_programs_that_output_much_are_told_from_those_that_output_little():
     for name, output, turns in programs:
         program = Program(name, 0.0)
         for turn in range(turns):
-            segment = Segment(1, program, range(5), 500, frozenset(), turn == turns - 1, 0.0, page_size=16)
-            segment.output, segment.finish_reason = [0] * output, "stop"
+            request = Request(1, program, range(5), 500, frozenset(), turn == turns - 1, 0.0, page_size=16)
+            request.output, request.finish_reason = [0] * output, "stop"
             program.turns += 1
             program.output_tokens += output
-            predictor.ended(segment)
+            predictor.ended(request)
     little, middling, much = (
         predictor.remaining_turns(Program("x", 0.0, turns=2, output_tokens=2 * output)) for output in (10, 50, 200)
     )
@@ -130,12 +130,12 @@ def test_tools_are_known_apart_once_there_is_enough():
 
 
 def test_the_oracle_knows_and_its_noise_is_steady():
-    truth = TraceProgram("p", (TraceSegment(0, 5, 40, "t", 3.0), TraceSegment(45, 5, 60)))
-    segment = Segment(1, Program("p", 0.0), range(5), 100, frozenset(), False, 0.0, page_size=16)
+    truth = TraceProgram("p", (TraceRequest(0, 5, 40, "t", 3.0), TraceRequest(45, 5, 60)))
+    request = Request(1, Program("p", 0.0), range(5), 100, frozenset(), False, 0.0, page_size=16)
     exact = Oracle([truth])
-    assert exact.output_tokens(segment) == 40
-    assert exact.tool_s(segment.program) == 3.0
-    assert exact.remaining_turns(segment.program) == 2
-    noisy = [Oracle([truth], 0.5, seed).output_tokens(segment) for seed in range(400)]
+    assert exact.output_tokens(request) == 40
+    assert exact.tool_s(request.program) == 3.0
+    assert exact.remaining_turns(request.program) == 2
+    noisy = [Oracle([truth], 0.5, seed).output_tokens(request) for seed in range(400)]
     assert np.std(noisy) / 40 == pytest.approx(0.5, rel=0.15)
-    assert Oracle([truth], 0.5, 7).output_tokens(segment) == Oracle([truth], 0.5, 7).output_tokens(segment)
+    assert Oracle([truth], 0.5, 7).output_tokens(request) == Oracle([truth], 0.5, 7).output_tokens(request)

@@ -19,11 +19,11 @@ def loop_of(strategy="infercept", host=AMPLE, pages=12, **more) -> Loop:
 
 
 def serve(loop, name, prompt, count=1, **more):
-    segment = loop.scheduler.submit(prompt, count, program=name, now=loop.now, **more)
+    request = loop.scheduler.submit(prompt, count, program=name, now=loop.now, **more)
     loop.drain()
     loop.scheduler.check()
-    assert segment.output == complete(list(prompt), count)
-    return segment
+    assert request.output == complete(list(prompt), count)
+    return request
 
 
 def test_no_pressure_moves_nothing():
@@ -56,15 +56,15 @@ def test_one_that_is_cancelled_while_its_kv_comes_back_is_not_announced_to_the_d
     loop.turn()
     assert back.loading is not None
     loop.scheduler.finish(back, "cancelled", loop.now)
-    serve(loop, "c", [3] * 4, 1)  # the loop asserts that it hears of live segments only
+    serve(loop, "c", [3] * 4, 1)  # the loop asserts that it hears of live requests only
 
 
 def test_a_copy_stays_good_for_the_next_time():
     loop = loop_of()
     text = [1] * 21
     for turn in range(3):
-        segment = serve(loop, "a", text, 3)
-        text = [*text, *segment.output, 5]
+        request = serve(loop, "a", text, 3)
+        text = [*text, *request.output, 5]
         serve(loop, None, [2 + turn] * 40, 1)
     # The first time six pages were copied; later only those that were written since.
     assert loop.scheduler.stats().offloaded_pages < 6 + 2 * 3
@@ -115,8 +115,8 @@ def test_shared_pages_are_held_once_and_given_up_last():
     loop = loop_of(pages=16)
     system = list(range(20, 36))  # four full pages
     for i in range(3):
-        segment = serve(loop, f"p{i}", [*system, i], 2, salt=salted(""))
-        assert segment.cached_tokens == (16 if i else 0)
+        request = serve(loop, f"p{i}", [*system, i], 2, salt=salted(""))
+        assert request.cached_tokens == (16 if i else 0)
     assert loop.scheduler.stats().retained_pages == 4 + 3  # and one page each
     serve(loop, None, [9] * 44, 1)  # eleven of sixteen: the private pages go, then the first two lose the shared ones
     again = serve(loop, "p2", [*system, 2, *complete([*system, 2], 2)], 1, salt=salted(""))

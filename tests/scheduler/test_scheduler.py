@@ -40,11 +40,11 @@ class Machine(RuleBasedStateMachine):
         self.live, self.history, self.names = [], {}, 0
 
     def submit(self, prompt, max_tokens, stops, name, final, salt):
-        segment = self.scheduler.submit(
+        request = self.scheduler.submit(
             prompt, max_tokens, stops, program=name, final=final, salt=salt, now=self.loop.now
         )
-        self.live.append(segment)
-        return segment
+        self.live.append(request)
+        return request
 
     @rule(
         prompt=st.lists(st.integers(0, 9), min_size=1, max_size=30),
@@ -58,9 +58,9 @@ class Machine(RuleBasedStateMachine):
         self.names += 1
         name = f"p{self.names}" if named else None
         prompt = [*range(system), *prompt][:32]
-        segment = self.submit(prompt, max_tokens, stops, name, False, salt)
+        request = self.submit(prompt, max_tokens, stops, name, False, salt)
         if name:
-            self.history[name] = segment
+            self.history[name] = request
 
     @precondition(lambda self: self.idle())
     @rule(
@@ -81,8 +81,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def cancel(self, data):
-        segment = data.draw(st.sampled_from(self.live))
-        self.scheduler.finish(segment, "cancelled", self.loop.now)
+        request = data.draw(st.sampled_from(self.live))
+        self.scheduler.finish(request, "cancelled", self.loop.now)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -119,10 +119,10 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check()
-        for segment in self.live:
-            assert segment.output == complete(list(segment.prompt), len(segment.output))
-            if segment.finish_reason in ("stop", "length"):
-                assert segment.output == complete(list(segment.prompt), segment.max_tokens, segment.stops)
+        for request in self.live:
+            assert request.output == complete(list(request.prompt), len(request.output))
+            if request.finish_reason in ("stop", "length"):
+                assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
         self.live = [s for s in self.live if s.finish_reason is None]
 
     def teardown(self):
@@ -170,11 +170,11 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled():
 
 def test_the_first_in_order_is_never_preempted():
     loop = Loop(make(num_pages=13))
-    segments = [loop.scheduler.submit([i] * 8, 30, now=0) for i in range(4)]
+    requests = [loop.scheduler.submit([i] * 8, 30, now=0) for i in range(4)]
     loop.drain()
-    assert segments[0].preemptions == 0
+    assert requests[0].preemptions == 0
     assert loop.scheduler.stats().preemptions > 0
-    assert [s.finish_reason for s in segments] == ["length"] * 4
+    assert [s.finish_reason for s in requests] == ["length"] * 4
 
 
 def test_the_first_that_does_not_fit_is_passed_over_a_few_times_only():
@@ -245,20 +245,20 @@ def test_under_pressure_the_longest_wait_gives_pages_first_and_from_the_end():
         ([1] * 40, 9, "40 tokens and max_tokens 9 exceed the 48"),
     ],
 )
-def test_segments_that_can_never_run_are_refused(prompt, max_tokens, words):
+def test_requests_that_can_never_run_are_refused(prompt, max_tokens, words):
     with pytest.raises(Rejected, match=words):
         make().submit(prompt, max_tokens, now=0)
 
 
-def test_a_segment_larger_than_the_whole_pool_is_refused():
+def test_a_request_larger_than_the_whole_pool_is_refused():
     with pytest.raises(Rejected, match="exceed the 16 that fit"):
         make(num_pages=5).submit([1] * 15, 2, now=0)
 
 
-def test_a_program_has_one_segment_at_a_time():
+def test_a_program_has_one_request_at_a_time():
     scheduler = make()
     scheduler.submit([1], 1, program="p", now=0)
-    with pytest.raises(QueueFull, match="'p' has a segment"):
+    with pytest.raises(QueueFull, match="'p' has a request"):
         scheduler.submit([1], 1, program="p", now=0)
 
 
@@ -266,7 +266,7 @@ def test_queue_and_table_are_bounded():
     scheduler = make(max_waiting=2)
     for _ in range(2):
         scheduler.submit([1], 1, now=0)
-    with pytest.raises(QueueFull, match="2 segments"):
+    with pytest.raises(QueueFull, match="2 requests"):
         scheduler.submit([1], 1, now=0)
     loop = Loop(make(max_programs=2))
     for name in "ab":
@@ -291,37 +291,37 @@ def test_idle_sessions_expire():
     assert (stats.programs, stats.expired, stats.retained_pages) == (0, 1, 0)
 
 
-def test_a_token_the_device_could_not_choose_ends_the_segment():
+def test_a_token_the_device_could_not_choose_ends_the_request():
     scheduler = make()
-    segment = scheduler.submit([1], 5, program="p", now=0)
+    request = scheduler.submit([1], 5, program="p", now=0)
     plan = scheduler.plan(0)
-    assert scheduler.commit(plan, [-1], 0) == [(segment, -1)]
-    assert segment.finish_reason == "error"
+    assert scheduler.commit(plan, [-1], 0) == [(request, -1)]
+    assert request.finish_reason == "error"
     assert scheduler.stats().retained_pages == 0
     scheduler.check()
 
 
-def test_ending_a_program_returns_its_live_segment():
+def test_ending_a_program_returns_its_live_request():
     scheduler = make()
-    segment = scheduler.submit([1], 5, program="p", now=0)
-    assert scheduler.end_program("p", 0) is segment
-    assert segment.finish_reason == "cancelled"
+    request = scheduler.submit([1], 5, program="p", now=0)
+    assert scheduler.end_program("p", 0) is request
+    assert request.finish_reason == "cancelled"
     assert scheduler.end_program("p", 0) is None
     scheduler.check()
 
 
 def test_copied_tokens_mark_what_only_the_device_knows():
-    segment = make().submit([1, 2, 3], 5, now=0)
-    segment.output += [4, 5]
-    segment.reached = 6
+    request = make().submit([1, 2, 3], 5, now=0)
+    request.output += [4, 5]
+    request.reached = 6
     out = np.zeros(5, np.int32)
-    segment.copy_tokens(1, out)
+    request.copy_tokens(1, out)
     assert out.tolist() == [2, 3, 4, 5, -1]
-    segment.copy_tokens(4, out[:2])
+    request.copy_tokens(4, out[:2])
     assert out[:2].tolist() == [5, -1]
 
 
-def test_programs_are_classed_by_what_their_segments_cost():
+def test_programs_are_classed_by_what_their_requests_cost():
     loop = Loop(make(num_pages=60))
     for n in range(3):
         loop.scheduler.submit([n] * 4, 2, program=f"small{n}", now=loop.now)

@@ -81,8 +81,8 @@ def test_the_replay_compares_engine_and_simulator(tmp_path):
     table, trace = tmp_path / "rows.json", tmp_path / "short.jsonl"
     first = {"new_prompt_tokens": 40, "cached_prompt_tokens": 0, "output_tokens": 8}
     last = {"new_prompt_tokens": 20, "cached_prompt_tokens": 48, "output_tokens": 12, "tool": None}
-    segments = [{**first, "tool": {"name": "search", "seconds": 1.0}}, last]
-    trace.write_text("\n".join(json.dumps({"program": f"p{i}", "segments": segments}) for i in range(6)))
+    requests = [{**first, "tool": {"name": "search", "seconds": 1.0}}, last]
+    trace.write_text("\n".join(json.dumps({"program": f"p{i}", "segments": requests}) for i in range(6)))
     run(
         *("-c", SMALL_STEPS),
         *("--backend=engine", "--policies=astraea", f"--trace={trace}", "--programs=6", "--tool_scale=0.002"),

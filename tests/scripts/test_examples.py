@@ -17,8 +17,8 @@ def test_the_readme_example(tmp_path):
 def test_the_agent_example():
     lines = run("examples/agent.py").splitlines()
     assert lines == [
-        "The total is 60.  (4 segments, tools: price, price, calculator)",
-        "The total is 325.  (3 segments, tools: price, calculator)",
+        "The total is 60.  (4 requests, tools: price, price, calculator)",
+        "The total is 325.  (3 requests, tools: price, calculator)",
     ]
 
 

@@ -22,7 +22,7 @@ def next_token(context: list[int]) -> int:
 
 
 def complete(prompt: list[int], max_tokens: int, stops: frozenset[int] = frozenset()) -> list[int]:
-    """What a segment must output, whatever happens around it."""
+    """What a request must output, whatever happens around it."""
     output: list[int] = []
     while len(output) < max_tokens and not (output and output[-1] in stops):
         output.append(next_token([*prompt, *output]))
@@ -72,20 +72,20 @@ class Device:
     def run(self, plan: Plan) -> list[int]:
         """Execute a step at dispatch: write its tokens into their pages, attend, sample."""
         slots, starts, counts = (column.tolist() for column in (plan.slots, plan.starts, plan.counts))
-        assert slots == [segment.slot for segment in plan.segments]
+        assert slots == [request.slot for request in plan.requests]
         assert len(set(slots)) == len(slots) <= self.scheduler.config.max_seqs
         assert plan.tokens == sum(counts) <= self.scheduler.config.max_step_tokens
         assert counts[: plan.steady] == [1] * plan.steady
         assert plan.context == sum(starts) + sum(counts)
         for slot, first, pages in plan.changes:
             self.table[slot, first : first + len(pages)] = pages
-        for segment in plan.segments:
-            assert self.table[segment.slot, : len(segment.pages)].tolist() == segment.pages, "page table is stale"
+        for request in plan.requests:
+            assert self.table[request.slot, : len(request.pages)].tolist() == request.pages, "page table is stale"
         tables = self.table[slots]
-        for i, (segment, table) in enumerate(zip(plan.segments, tables, strict=True)):
+        for i, (request, table) in enumerate(zip(plan.requests, tables, strict=True)):
             tokens = np.full(counts[i], -1)
             if i >= plan.steady:
-                segment.copy_tokens(starts[i], tokens)
+                request.copy_tokens(starts[i], tokens)
             for at, token in enumerate(tokens.tolist(), starts[i]):
                 place = self._slot(table, at)
                 assert place not in {self._slot(table, p) for p in range(at)}

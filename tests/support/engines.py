@@ -36,7 +36,7 @@ class Held:
 
 @contextmanager
 def held(engine: Engine, steps: int) -> Iterator[Held]:
-    """The engine commits so many steps, then stands still until the block is left. So what must happen while a segment
+    """The engine commits so many steps, then stands still until the block is left. So what must happen while a request
     runs does, however slow the machine.
     """
     read, state = engine._runner.read, Held(steps)

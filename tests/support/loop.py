@@ -25,7 +25,7 @@ class Loop:
         self.delay = 0
         self.faults = 0
         """Transfers from now on that fail."""
-        self.broken = set()  # segments for which the device finds no token
+        self.broken = set()  # requests for which the device finds no token
         self.slots = {}  # who the device was told has them
         self.log = []
 
@@ -40,18 +40,18 @@ class Loop:
         self.device.begin(transfers, dropped)
         self.transfers += [(self.now + self.delay, transfer) for transfer in transfers]
         if plan is not None:
-            for segment in plan.admitted:
-                assert segment.finish_reason is None
-                self.slots[segment.slot] = segment
-            assert [self.slots[slot] for slot in plan.slots.tolist()] == plan.segments
-            samples = [i < plan.samples for i in range(len(plan.segments))]
-            numbers = [segment.number for segment in plan.segments]
+            for request in plan.admitted:
+                assert request.finish_reason is None
+                self.slots[request.slot] = request
+            assert [self.slots[slot] for slot in plan.slots.tolist()] == plan.requests
+            samples = [i < plan.samples for i in range(len(plan.requests))]
+            numbers = [request.number for request in plan.requests]
             self.log.append(sorted(zip(numbers, plan.starts.tolist(), plan.counts.tolist(), samples, strict=True)))
             launched = (plan, self.device.run(plan))
         if self.in_flight is not None:
             before, tokens = self.in_flight
-            segments = before.segments[: before.samples]
-            tokens = [-1 if segment in self.broken else t for segment, t in zip(segments, tokens, strict=True)]
+            requests = before.requests[: before.samples]
+            tokens = [-1 if request in self.broken else t for request, t in zip(requests, tokens, strict=True)]
             self.scheduler.commit(before, tokens, self.now)
         busy = launched is not None or self.in_flight is not None or bool(self.transfers)
         busy = busy or self.scheduler.stats().waiting > 0

@@ -56,7 +56,7 @@ async def tokens(generation) -> list[int]:
 
 
 async def programs(model: Serving | Client, *, alone: bool = False) -> list[list[int]]:
-    """What ten programs of two segments each say, all at once, or each with the model to itself."""
+    """What ten programs of two requests each say, all at once, or each with the model to itself."""
     room = asyncio.Semaphore(1 if alone else len(PROMPTS))
 
     async def program(name: str, prompt: list[int]) -> list[int]:

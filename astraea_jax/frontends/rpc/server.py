@@ -57,7 +57,7 @@ class UnknownAdapter(LookupError):
 
 
 class Cancelled(RuntimeError):
-    """A segment was ended by somebody other than its caller."""
+    """A request was ended by somebody other than its caller."""
 
 
 class Server:
@@ -110,7 +110,7 @@ class Server:
             await self._health.set(name, status.SERVING if self._engine.live else status.NOT_SERVING)
 
     async def stop(self, grace_s: float = 30.0) -> None:
-        """Report not serving, refuse new segments, let running ones finish for ``grace_s`` seconds, then hang up.
+        """Report not serving, refuse new requests, let running ones finish for ``grace_s`` seconds, then hang up.
 
         The port stays open meanwhile, so that balancers see the state; streams that watch it do not delay the end.
         """
@@ -122,7 +122,7 @@ class Server:
         await self._server.stop(None)
 
     async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """One segment, streamed. The end of the call, by cancel or deadline too, cancels the generation."""
+        """One request, streamed. The end of the call, by cancel or deadline too, cancels the generation."""
         self._decoding.add(context)
         context.add_done_callback(self._decoding.discard)
         try:

@@ -15,7 +15,7 @@ from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
 from astraea_jax.scheduler.simulation.experiment import Cell, interval, simulate, summary
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
-from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
 
 SECOND = CostModel(1.0, 0.0, 0.0, 0.0, 1.0, 1e9, measured=False)
@@ -29,7 +29,7 @@ def run(programs, policy="fcfs", costs=SECOND, strategy=None, **sizes):
 
 def test_one_program_counted_by_hand():
     # Prefill and the first token in a step, four more tokens, a tool of 2.5 s, a step and one token more.
-    program = TraceProgram("p", (TraceSegment(0, 20, 5, "t", 2.5), TraceSegment(25, 7, 2)), arrival_s=3.0)
+    program = TraceProgram("p", (TraceRequest(0, 20, 5, "t", 2.5), TraceRequest(25, 7, 2)), arrival_s=3.0)
     outcome = run([program])
     (record,) = outcome.records
     assert record.spans == [(3.0, 3.0, 4.0, 8.0), (10.5, 10.5, 11.5, 12.5)]
@@ -40,14 +40,14 @@ def test_one_program_counted_by_hand():
 def test_prompts_repeat_what_the_trace_says():
     program = TraceProgram(
         "p",
-        (TraceSegment(0, 10, 5, "t"), TraceSegment(15, 5, 5, "t"), TraceSegment(8, 4, 5, "t"), TraceSegment(17, 2, 1)),
+        (TraceRequest(0, 10, 5, "t"), TraceRequest(15, 5, 5, "t"), TraceRequest(8, 4, 5, "t"), TraceRequest(17, 2, 1)),
     )
     texts = [list(prompt_of(program, i)) for i in range(4)]
     assert texts[1][:15] == list(range(15))
     assert texts[2][:8] == texts[1][:8]
     assert texts[2][8] != texts[1][8]
     assert texts[3][:12] == texts[2]
-    assert run([TraceProgram("p", program.segments, 0.0)]).stats.reused_tokens == 14 + 8 + 16
+    assert run([TraceProgram("p", program.requests, 0.0)]).stats.reused_tokens == 14 + 8 + 16
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,8 +94,8 @@ def test_equal_studies_give_equal_plans_in_every_process():
 
 
 def test_a_program_larger_than_the_pool_is_refused_and_the_others_go_on():
-    small = TraceProgram("s", (TraceSegment(0, 20, 5),), 0.0)
-    large = TraceProgram("l", (TraceSegment(0, 20, 5, "t", 1.0), TraceSegment(25, 5000, 5)), 0.0)
+    small = TraceProgram("s", (TraceRequest(0, 20, 5),), 0.0)
+    large = TraceProgram("l", (TraceRequest(0, 20, 5, "t", 1.0), TraceRequest(25, 5000, 5)), 0.0)
     outcome = run([small, large], pool_tokens=320)
     assert outcome.refused == 1
     assert outcome.stats.finished == 2
@@ -105,8 +105,8 @@ def test_a_program_larger_than_the_pool_is_refused_and_the_others_go_on():
 def test_transfers_take_their_time():
     # Two programs of 320 tokens in a pool that holds one: the first moves to the host while it waits for its tool.
     costs = CostModel(1.0, 0.0, 0.0, 0.0, kv_bytes=1e6, link_bytes_s=64e6, measured=False)  # 5 s for 320 tokens
-    first = TraceProgram("a", (TraceSegment(0, 310, 2, "t", 20.0), TraceSegment(312, 4, 2)), 0.0)
-    second = TraceProgram("b", (TraceSegment(0, 300, 5),), 4.0)
+    first = TraceProgram("a", (TraceRequest(0, 310, 2, "t", 20.0), TraceRequest(312, 4, 2)), 0.0)
+    second = TraceProgram("b", (TraceRequest(0, 300, 5),), 4.0)
     sizes = {"pool_tokens": 336, "host_tokens": 10_000, "staging_tokens": 10_000}
     outcome = run([first, second], costs=costs, strategy="infercept", **sizes)
     a, b = outcome.records

@@ -7,15 +7,15 @@ import json
 import pytest
 
 from astraea_jax.scheduler.simulation.experiment import RECORDED
-from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceSegment, load_trace, save_trace
+from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceRequest, load_trace, save_trace
 
 
 def record(**changes):
-    segments = [
+    requests = [
         {"cached_prompt_tokens": 0, "new_prompt_tokens": 10, "output_tokens": 5, "tool": {"name": "t", "seconds": 1.5}},
         {"cached_prompt_tokens": 15, "new_prompt_tokens": 3, "output_tokens": 2, "tool": None},
     ]
-    return {"program": "p", "arrival_s": None, "segments": segments, **changes}
+    return {"program": "p", "arrival_s": None, "segments": requests, **changes}
 
 
 def written(tmp_path, *records):
@@ -26,8 +26,8 @@ def written(tmp_path, *records):
 
 def test_the_shipped_trace_has_the_statistics_of_its_readme():
     programs = load_trace(RECORDED["claude-code"])
-    segments = [s for p in programs for s in p.segments]
-    assert (len(programs), len(segments)) == (43, 782)
+    requests = [s for p in programs for s in p.requests]
+    assert (len(programs), len(requests)) == (43, 782)
     assert max(p.longest for p in programs) == 112_647
     assert sum(p.tool_s for p in programs) / 43 == pytest.approx(74.8, abs=0.1)
 
@@ -44,7 +44,7 @@ def test_there_and_back(tmp_path):
         ([], "holds no programs"),
         (["{"], "line 1"),
         (["[1]"], "line 1"),
-        ([record(segments=[])], "no segments"),
+        ([record(segments=[])], "no requests"),
         ([record(arrival_s=-1)], "arrives at -1"),
         ([record(arrival_s=float("nan"))], "arrives at nan"),
         ([record(arrival_s=2), record(program="q", arrival_s=1)], "run backwards"),
@@ -62,12 +62,12 @@ def test_faults_are_named(tmp_path, records, words):
 @pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
 def test_tools_take_finite_time(seconds):
     with pytest.raises(TraceError, match="its tool takes"):
-        TraceProgram("p", (TraceSegment(0, 1, 1, "t", seconds), TraceSegment(2, 1, 1)))
+        TraceProgram("p", (TraceRequest(0, 1, 1, "t", seconds), TraceRequest(2, 1, 1)))
 
 
 def test_scaled_programs_are_still_programs():
     for program in load_trace(RECORDED["claude-code"]):
         small = program.scaled(0.01, 0.5)
-        assert len(small.segments) == len(program.segments)
-        assert small.longest <= 0.01 * program.longest + 3 * len(program.segments)
+        assert len(small.requests) == len(program.requests)
+        assert small.longest <= 0.01 * program.longest + 3 * len(program.requests)
         assert small.tool_s == pytest.approx(program.tool_s / 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceSegment
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.simulation.workload import CLAUDE_CODE_TOOLS, SWE_TOOLS, generate, resample, with_arrivals
 
 
@@ -27,7 +27,7 @@ def test_tool_times_have_their_quantiles():
 
 
 def test_swe_batch_has_continuums_turns():
-    turns = [len(p.segments) for p in generate("swe-batch", 2000, 0)]
+    turns = [len(p.requests) for p in generate("swe-batch", 2000, 0)]
     assert np.mean(turns) == pytest.approx(10.9, abs=0.2)
     assert np.std(turns) == pytest.approx(2.1, abs=0.2)
 
@@ -37,12 +37,12 @@ def test_infercept_mix_has_its_tools_and_contexts():
     assert max(p.longest for p in programs) <= 2048 + 2 * 80
     waits = {}
     for p in programs:
-        for s in p.segments[:-1]:
+        for s in p.requests[:-1]:
             waits.setdefault(s.tool, []).append(s.tool_s)
     assert len(waits) == 6
     assert np.mean(waits["image"]) == pytest.approx(20.03, rel=0.05)
     assert np.mean(waits["qa"]) == pytest.approx(0.69, rel=0.05)
-    assert np.mean([len(p.segments) - 1 for p in programs if p.segments[0].tool == "virtual-env"]) == pytest.approx(
+    assert np.mean([len(p.requests) - 1 for p in programs if p.requests[0].tool == "virtual-env"]) == pytest.approx(
         28.2, rel=0.06
     )
 
@@ -63,7 +63,7 @@ def test_arrivals_are_poisson_unless_given():
     gaps = np.diff([p.arrival_s for p in arrived])
     assert np.mean(gaps) == pytest.approx(0.5, rel=0.06)
     assert np.std(gaps) == pytest.approx(0.5, rel=0.1)
-    fixed = TraceProgram("x", (TraceSegment(0, 1, 1),), 7.0)
+    fixed = TraceProgram("x", (TraceRequest(0, 1, 1),), 7.0)
     assert with_arrivals([fixed], 2.0, 0) == [fixed]
 
 
