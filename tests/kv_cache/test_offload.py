@@ -14,7 +14,6 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.kv_cache import host
 from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages
 from astraea_jax.kv_cache.offload import HostStore, block_sharding, block_sizes
 from astraea_jax.scheduler.program import Program
@@ -164,7 +163,7 @@ def test_a_transfer_that_never_ends_is_given_up(monkeypatch):
     store = store_of(Pools(), put=lambda *_: Late())
     store.start([offload(Program("p", 0.0), [1])], [])
     assert store.poll() == []
-    monkeypatch.setattr(host, "LIMIT_S", 0.0)
+    monkeypatch.setattr("astraea_jax.kv_cache.offload.LIMIT_S", 0.0)
     assert [failed for _, failed in store.poll()] == [True]
 
 
@@ -195,7 +194,7 @@ def test_pages_sharded_by_heads_keep_their_shards():
         from jax.sharding import NamedSharding, PartitionSpec as P
         from astraea_jax.kv_cache.offload import block_sharding
         sys.path.insert(0, "tests/cache")
-        import test_host as t
+        import test_offload as t
         mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
         pools, program = t.Pools(), t.Program("p", 0.0)
         wide = jnp.concatenate([layer for layer in pools.pages for _ in range(2)], axis=2)  # eight heads

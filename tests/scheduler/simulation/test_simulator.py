@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.scheduler import simulator
 from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.simulation import simulator
 from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
 from astraea_jax.scheduler.simulation.experiment import Cell, interval, simulate, summary
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
