@@ -193,6 +193,14 @@ class LeadingRunner(Runner):
         for line in self._lines:
             line.check()
 
+    def reset(self) -> None:
+        """Refuse: the followers may have got further than this process.
+
+        Raises:
+            EngineDead: always.
+        """
+        raise EngineDead("a step failed on one of several processes; start all of them again")
+
     def close(self) -> None:
         lines, self._lines = self._lines, ()
         for line in lines:

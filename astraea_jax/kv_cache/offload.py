@@ -136,6 +136,12 @@ class HostStore:
         self._moving = still
         return ended
 
+    def abandon(self, dropped: Sequence[HostCopy]) -> None:
+        """Forget everything on its way, and these copies: the device's arrays are made anew."""
+        self._moving, self._staged = [], 0
+        for copy in dropped:
+            self._copies.pop(copy, None)
+
     def _offload(self, moving: _Moving) -> None:
         (part,) = moving.transfer.parts
         blocks = self._copies[part.copy] = []

@@ -1,0 +1,81 @@
+"""Whatever generates text, as its users see it: an engine, several replicas of it, or the client of a server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.generation import Delta, Generation, Usage
+from astraea_jax.engine.lifecycle import State
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.scheduler.config import SchedulerStats
+
+
+class Stream(Protocol):
+    """A request that runs: an async iterator of deltas."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Known after the last delta; None before, and from a server that does not report it."""
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def cancel(self) -> None:
+        """Stop it and free what it holds."""
+
+
+class Model(Protocol):
+    """What an agent needs; the methods are documented at :class:`~astraea_jax.engine.engine.Engine`."""
+
+    tokenizer: Tokenizer
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+        final: bool = False,
+        salt: str = "",
+    ) -> Stream: ...
+    def tool_called(self, session: str, tool: str) -> None: ...
+    def end_session(self, session: str) -> None: ...
+
+
+class Serving(Protocol):
+    """What a front door needs: one engine or several replicas, documented at the same place."""
+
+    tokenizer: Tokenizer
+    config: EngineConfig
+    model_config: ModelConfig
+    layout: Layout
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def live(self) -> bool: ...
+    @property
+    def in_progress(self) -> int: ...
+    @property
+    def replicas(self) -> Sequence[Serving]: ...
+
+    def start(self, progress: Callable[[int, int], None] = ...) -> None: ...
+    def shutdown(self, grace_s: float = ...) -> int: ...
+    def watch(self, changed: Callable[[], None]) -> None: ...
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+        final: bool = False,
+        salt: str = "",
+        owner: str = "",
+    ) -> Generation: ...
+    def tool_called(self, session: str, tool: str, *, owner: str = "") -> None: ...
+    def end_session(self, session: str, *, owner: str = "") -> None: ...
+    def stats(self) -> SchedulerStats: ...
+    def counts(self) -> dict[str, int]: ...
