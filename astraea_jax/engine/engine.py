@@ -20,8 +20,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import use_cache
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.generation import Delta, Generation, Outbox, Output, Usage
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.loading import ModelOnDevices, load_model, random_model
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.runner import CompileGuard, InFlight, StepTimes
