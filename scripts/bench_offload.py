@@ -24,7 +24,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from astraea_jax.engine.config import STAGING_PAGES
+from astraea_jax.engine.layout import STAGING_PAGES
 from astraea_jax.engine.runner import Runner
 from astraea_jax.engine.step import Sizes
 from astraea_jax.frontends.flags import engine_flags

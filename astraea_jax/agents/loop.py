@@ -9,39 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from astraea_jax.agents.tool_calls import ToolCall, assistant_message, parse
 from astraea_jax.agents.tools import Tool, error_text
-from astraea_jax.engine.generation import Delta, Usage
+from astraea_jax.engine.generation import Usage
+from astraea_jax.engine.interface import Model
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.models.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 """An OpenAI-shaped chat message."""
-
-
-class Stream(Protocol):
-    """A running request, such as :class:`astraea_jax.engine.generation.Generation`."""
-
-    usage: Usage | None
-
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
-    def cancel(self) -> None: ...
-
-
-class Model(Protocol):
-    """What a program needs of an engine."""
-
-    tokenizer: Tokenizer
-
-    def generate(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, *, session: str | None, final: bool
-    ) -> Stream: ...
-    def tool_called(self, session: str, tool: str) -> None: ...
-    def end_session(self, session: str) -> None: ...
 
 
 @dataclass(frozen=True)

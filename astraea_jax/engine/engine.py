@@ -15,7 +15,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import use_cache
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.events import (
     Cancel,
     Check,
@@ -28,6 +28,7 @@ from astraea_jax.engine.events import (
     checked_prompt,
 )
 from astraea_jax.engine.generation import Generation, Mailbox, Outbox
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loading import load_model
 from astraea_jax.engine.loop import ServingLoop, StepRunner
@@ -174,7 +175,7 @@ class Engine:
         """The engines behind this face: itself."""
         return (self,)
 
-    def watch(self, changed: Callable[[], None]) -> None:
+    def watch(self, changed: Callable[[], object]) -> None:
         """Call ``changed`` after every change of :attr:`state`, in whatever thread makes it; it must not block."""
         self._life.watch(changed)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.generation import Delta, Generation, Usage
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.config import ModelConfig
@@ -60,11 +62,11 @@ class Serving(Protocol):
     @property
     def in_progress(self) -> int: ...
     @property
-    def replicas(self) -> Sequence[Serving]: ...
+    def replicas(self) -> Sequence[Engine]: ...
 
     def start(self, progress: Callable[[int, int], None] = ...) -> None: ...
     def shutdown(self, grace_s: float = ...) -> int: ...
-    def watch(self, changed: Callable[[], None]) -> None: ...
+    def watch(self, changed: Callable[[], object]) -> None: ...
     def generate(
         self,
         prompt: Sequence[int],

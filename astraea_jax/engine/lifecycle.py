@@ -40,7 +40,7 @@ class Lifecycle:
         self._open: dict[Mailbox, bool] = {}  # accepted and not ended; whether it has started
         self._queued = 0  # those that have not
         self._max_queued = max_queued
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers: list[Callable[[], object]] = []
 
     @property
     def state(self) -> State:
@@ -52,7 +52,7 @@ class Lifecycle:
         """Requests accepted and not yet ended."""
         return len(self._open)
 
-    def watch(self, changed: Callable[[], None]) -> None:
+    def watch(self, changed: Callable[[], object]) -> None:
         """Call ``changed`` after every change of state, in the thread that makes it."""
         self._watchers.append(changed)
 

@@ -36,7 +36,8 @@ POLL_S = 2e-4
 MAX_FAILURES = 3
 """Steps that may fail in a row, before the device is taken for broken."""
 
-A, T = TypeVar("A"), TypeVar("T")
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 class StepRunner(Pools, Protocol):

@@ -26,7 +26,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.loading import ModelOnDevices
 from astraea_jax.engine.runner import InFlight, Progress, Runner
 from astraea_jax.engine.step import Sizes, StepShape

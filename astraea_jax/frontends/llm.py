@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import Tool
-from astraea_jax.engine import replicas
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.generation import Usage
+from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.progress import StartupDisplay
 
@@ -53,7 +53,7 @@ class LLM:
         progress: bool = False,
     ):
         with StartupDisplay(enabled=progress) as display:
-            self.engine = replicas.from_folder(model, config, progress=display.loading)
+            self.engine = load_engine(model, config, progress=display.loading)
             self.engine.start(display.compiling)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="astraea-llm", daemon=True)
