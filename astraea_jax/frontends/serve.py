@@ -1,13 +1,15 @@
 """Serves a model over gRPC: JetStream's Orchestrator service, health and reflection.
 
-  python scripts/serve.py                                        astraea-tiny, the bundled model, on port 9000
-  python scripts/serve.py --model=/models/Qwen3-4B --port=9000   a Hugging Face or Orbax folder
-  python scripts/serve.py --model=llama-3.1-8b --random_weights  a published shape without weights, for benchmarks
-  python scripts/serve.py --model=/models/Qwen3-32B --tensor_parallel=4 --data_parallel=2   two copies on eight devices
+  astraea-jax serve                                   astraea-tiny, the bundled model, on port 9000
+  astraea-jax serve /models/Qwen3-4B --port=9000      a Hugging Face or Orbax folder
+  astraea-jax serve llama-3.1-8b --random_weights     a published shape without its weights, for benchmarks
+  astraea-jax serve /models/Qwen3-32B --tensor_parallel=4 --data_parallel=2     two replicas on eight devices
+
+(python scripts/serve.py does the same in a checkout, with --model=FOLDER.)
 
 Several processes serve one model together, each started with the same flags and its own --process:
 
-  python scripts/serve.py --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
+  astraea-jax serve --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
 
 Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
 its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
@@ -147,7 +149,7 @@ async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
             raise EngineDead("the engine has failed; its log is above")
     finally:
         requests_s = FLAGS.grace_s - min(2.0, FLAGS.grace_s / 2)  # what is left is for hanging up
-        cut = await server.stop(requests_s if engine.live else 0)
+        cut = await server.stop(requests_s)
         cut = max(cut, await asyncio.to_thread(engine.shutdown, 0))
     return cut
 
@@ -187,7 +189,11 @@ def end(status: int) -> None:
     os._exit(status)
 
 
-def main(_: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 2:
+        raise app.UsageError(f"one model is served, not {arguments[1:]}")
+    if arguments[1:]:
+        FLAGS.model = arguments[1]
     logging.use_absl_handler()
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
@@ -218,5 +224,7 @@ def main(_: list[str]) -> None:
 
 def run() -> None:
     """Serve until a signal or a failure ends it."""
-    sys.modules["__main__"].__doc__ = __doc__  # absl prints it above the flags
+    sys.modules["__main__"].__doc__ = __doc__  # absl prints it above the flags, and those of the program only
+    for flag in FLAGS.get_key_flags_for_module(__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
+from support.engines import break_loop
 from support.wide import PROMPTS, TIGHT, run_programs, tokens
 
 from astraea_jax.engine.replicas import Replicas, load_engine
