@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,15 @@ class QueueFull(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """One agent's life, named by a session, and its history as policies see it."""
+    """One agent session, and its history as policies see it."""
 
-    id: str
+    number: int
+    """Order of opening. It names the program in logs, whatever its caller calls it."""
     arrival: float
+    key: Hashable | None = None
+    """What its caller finds it by; None: nobody finds it."""
+    owner: Hashable = ""
+    """Whose idle programs it is counted among when the table of programs is full."""
     salt: bytes | None = None
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
     turns: int = 0

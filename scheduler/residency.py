@@ -386,7 +386,7 @@ class Residency:
     def _note(self, program: Program, action: str, why: str, pages: int) -> None:
         self.decisions[f"{action}: {why}"] += 1
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %d pages of %s: %s", action, pages, program.id, why)
+            log.debug("%s %d pages of program %d: %s", action, pages, program.number, why)
 
     # -- checks ------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ class MinWaste(Strategy):
             keep = (now - program.wait_began) * program.kept
             return keep - again_s * (program.kept + self.batch)
 
-        return sorted(programs, key=lambda p: (-excess(p), p.id))
+        return sorted(programs, key=lambda p: (-excess(p), p.number))
 
 
 class TimeToLive(Strategy):

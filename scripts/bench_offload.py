@@ -140,7 +140,7 @@ class Bench:
         return took
 
     def transfers(self, pages: int) -> tuple[Transfer, Transfer]:
-        program, copy = Program("bench", 0.0), HostCopy(0, pages, pages)
+        program, copy = Program(0, 0.0), HostCopy(0, pages, pages)
         ids, parts = tuple(self.spare[:pages]), (Part(copy, 0, pages),)
         program.fetching = Transfer(program, ids, parts, False, 0.0)
         return Transfer(program, ids, parts, True, 0.0), program.fetching

@@ -6,6 +6,7 @@ import pytest
 from support.device import complete
 from support.loop import Loop, make
 
+from astraea_jax.scheduler.prediction import Distribution
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.transfer import HostTier
 
@@ -96,8 +97,8 @@ def test_a_full_host_drops_what_is_idle_longest_to_come():
     loop = loop_of(host=HostTier(pages=6, staging=6))
     predict = loop.scheduler._policy.predict
     for _ in range(40):
-        predict.tools[None].add(10.0)
-        predict.tools.setdefault("slow", type(predict.tools[None])()).add(1000.0)
+        predict.tool_waits.add(10.0)
+        predict.tools.setdefault("slow", Distribution()).add(1000.0)
     serve(loop, "slow", [1] * 21, 3)
     loop.scheduler.tool_called("slow", "slow", loop.now)
     serve(loop, None, [2] * 40, 1)  # moves "slow" to the host and fills it
@@ -164,7 +165,7 @@ def test_kv_comes_back_before_its_program_does():
     predict = loop.scheduler._policy.predict
     predict.costs.per_token = 1.0
     for _ in range(40):
-        predict.tools[None].add(20.0)
+        predict.tool_waits.add(20.0)
     serve(loop, "a", [1] * 40, 2)
     serve(loop, "short", [2] * 40, 4)  # takes a's pages
     loop.scheduler.end_program("short", loop.now)

@@ -34,15 +34,27 @@ class Machine(RuleBasedStateMachine):
     def start(self, policy, strategy, page_size, pages, budget, host, delay):
         pages = pages * 4 // page_size
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
+        sizes["max_programs"] = 12
         self.scheduler = make(policy, strategy, **sizes, host=host)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
 
     def submit(self, prompt, max_tokens, stops, name, final, salt):
-        request = self.scheduler.submit(
-            prompt, max_tokens, stops, program=name, final=final, salt=salt, now=self.loop.now
-        )
+        try:
+            request = self.scheduler.submit(
+                prompt,
+                max_tokens,
+                stops,
+                program=name,
+                owner=name and name[0],
+                final=final,
+                salt=salt,
+                now=self.loop.now,
+            )
+        except QueueFull:
+            assert self.scheduler.stats().in_tool_wait == 0
+            return None
         self.live.append(request)
         return request
 
@@ -51,15 +63,15 @@ class Machine(RuleBasedStateMachine):
         system=st.integers(0, 20),
         max_tokens=st.integers(1, 16),
         stops=st.frozensets(st.integers(0, 49), max_size=4),
-        named=st.booleans(),
+        owner=st.sampled_from([None, "a", "b", "b", "b"]),
         salt=st.sampled_from([None, salted(""), salted("a")]),
     )
-    def arrive(self, prompt, system, max_tokens, stops, named, salt):
+    def arrive(self, prompt, system, max_tokens, stops, owner, salt):
         self.names += 1
-        name = f"p{self.names}" if named else None
+        name = (owner, f"p{self.names}") if owner else None
         prompt = [*range(system), *prompt][:32]
         request = self.submit(prompt, max_tokens, stops, name, False, salt)
-        if name:
+        if name and request:
             self.history[name] = request
 
     @precondition(lambda self: self.idle())
@@ -73,7 +85,9 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
         prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
-        self.history[name] = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        if request:
+            self.history[name] = request
 
     def idle(self):
         return sorted(name for name, s in self.history.items() if s.finish_reason is not None and not s.final)
@@ -258,7 +272,7 @@ def test_a_request_larger_than_the_whole_pool_is_refused():
 def test_a_program_has_one_request_at_a_time():
     scheduler = make()
     scheduler.submit([1], 1, program="p", now=0)
-    with pytest.raises(QueueFull, match="'p' has a request"):
+    with pytest.raises(QueueFull, match="this session has a request"):
         scheduler.submit([1], 1, program="p", now=0)
 
 
