@@ -66,12 +66,13 @@ class Program:
     copies: list[HostCopy] = field(default_factory=list)
     """Host copies of pages, by rising index and apart from each other. Every page of the tokens kept is on the device,
     in a copy, or both."""
-    fetching: Transfer | None = None
-    """A restore of its KV that is under way."""
-    running: bool = False
-    """One of its requests runs and owns the device pages."""
-    expected: float = -1.0
-    """Beginning of the last tool wait whose end was predicted, to bring KV back in time."""
+    running: Request | None = None
+    """The request of it that runs, and owns the device pages."""
+
+    @property
+    def restoring(self) -> bool:
+        """Whether its KV is on the way back from the host."""
+        return self.running is not None and self.running.loading is not None
 
 
 @dataclass(slots=True, eq=False, repr=False)  # an error message must not show anybody's prompt

@@ -197,7 +197,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        used = [s.pages for s in self._running.requests] + self._residency.pinning()
+        used = [s.pages for s in self._running.requests]
         self._pool.check(used + [p.pages for p in self._programs.programs()], used)
         self._residency.check(self._programs.programs())
         self._programs.check()
@@ -227,8 +227,6 @@ class Scheduler:
                 chosen[request] = min(request.wanted, budget)
                 budget -= chosen[request]
         self._residency.spill(now)
-        if not len(self._queue):
-            self._residency.prefetch(now)
         self._fresh += admitted
         if not chosen and not self._running.steady:
             return None
@@ -352,6 +350,7 @@ class Scheduler:
         keep = self._pages_for(request.computed)
         if request.loading is not None:  # what it waits for stays in host memory
             keep -= len(request.loading.pages)
+            request.loading.cancelled = True
             request.loading = None
         else:
             request.extend_keys()

@@ -160,25 +160,6 @@ def test_failed_transfers_are_computed_again(delay):
     assert loop.scheduler.stats().failed_transfers > 1
 
 
-def test_kv_comes_back_before_its_program_does():
-    loop = loop_of("adaptive", pages=20)
-    predict = loop.scheduler._policy.predict
-    predict.costs.per_token = 1.0
-    for _ in range(40):
-        predict.tool_waits.add(20.0)
-    serve(loop, "a", [1] * 40, 2)
-    serve(loop, "short", [2] * 40, 4)  # takes a's pages
-    loop.scheduler.end_program("short", loop.now)
-    while loop.now < loop.scheduler._programs.find("a").wait_began + 25:
-        loop.turn()
-    assert loop.scheduler.stats().decisions["bring back: it returns soon"] == 1
-    restored = loop.scheduler.stats().restored_pages
-    assert restored > 0
-    back = serve(loop, "a", [1] * 40 + complete([1] * 40, 2), 1)
-    assert back.cached_tokens == 41
-    assert loop.scheduler.stats().restored_pages == restored
-
-
 @pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "continuum"])
 def test_no_wish_to_keep_stops_the_others(strategy):
     """The pin deadlock: every page is held by programs that wait, and a new one needs them all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy as np
@@ -14,7 +15,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
-from astraea_jax.scheduler.program import QueueFull, Rejected
+from astraea_jax.scheduler.program import Program, QueueFull, Rejected
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 
@@ -345,3 +346,19 @@ def test_programs_are_classed_by_what_their_requests_cost():
     loop.drain()
     stats = loop.scheduler.stats()
     assert (stats.programs, stats.io_intensive) == (4, 3)
+
+
+@pytest.mark.parametrize("policy", SERVING)
+@pytest.mark.parametrize("strategy", [None, "adaptive"])
+def test_programs_that_have_ended_are_forgotten(policy, strategy):
+    """However long it serves under pressure, a scheduler holds what lives, and nothing else."""
+    loop = Loop(make(policy, strategy, host=HostTier(pages=12, staging=3)))
+    for i in range(60):
+        for turn in range(2):
+            loop.scheduler.submit([i] * (20 + turn), 6, program=i, owner=loop, final=turn == 1, now=loop.now)
+            loop.drain()
+    loop.scheduler.submit([1], 40, now=loop.now)  # takes the place of everybody in what looks at the last steps
+    loop.drain()
+    loop.slots.clear()
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is Program and x.owner is loop]

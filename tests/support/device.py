@@ -60,7 +60,7 @@ class Device:
         """A transfer has arrived: a restore writes its pages, if they are still wanted."""
         if not transfer.to_host:
             contents = self.restoring.pop(transfer)
-            if transfer.wanted and not failed:
+            if not (transfer.cancelled or failed):
                 for page, content in zip(transfer.pages, contents, strict=True):
                     for offset, token in enumerate(content):
                         self.kv[page * self.page_size + offset] = -1 if token is None else token
