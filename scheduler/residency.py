@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
@@ -54,6 +54,7 @@ class Residency:
         """How often pages were kept, copied or dropped, each with its reason."""
         self.transfers: list[Transfer] = []
         """Begun since they were last taken."""
+        self._under_way: dict[Transfer, None] = {}
         self.copies = HostCopies(host, self._idle_s)
         self._size = page_size
         self._strategy = strategy
@@ -136,16 +137,43 @@ class Residency:
 
     def restore(self, request: Request, pages: list[int], parts: list[Part], now: float) -> Transfer:
         """Bring host pages of a request that has been admitted back to ``pages``."""
-        transfer = Transfer(request.program, tuple(pages), tuple(parts), False, now, request)
-        self.transfers.append(transfer)
-        return transfer
+        return self._begin(Transfer(request.program, tuple(pages), tuple(parts), False, now, request))
+
+    def lose_device(self, programs: Iterable[Program]) -> None:
+        """Every device page is lost, while no request runs: of each program only what the host holds from its first
+        token on is kept."""
+        for transfer in list(self._under_way):
+            self.cancel(transfer)
+        for program in programs:
+            keep = 0
+            for copy in program.copies:
+                if copy.first > keep:
+                    break
+                keep = copy.end
+            self._release(program, 0)
+            self._cut_to(program, keep)
 
     # -- transfers ---------------------------------------------------------------------------------------------
+
+    def _begin(self, transfer: Transfer) -> Transfer:
+        self.transfers.append(transfer)
+        self._under_way[transfer] = None
+        return transfer
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Give up a transfer under way, and what it was to copy to the host; its end will have no effect."""
+        del self._under_way[transfer]
+        transfer.cancelled = True
+        if transfer.to_host:
+            copy = self.copies.arrived(transfer)
+            if not copy.dropped:
+                self.copies.remove(transfer.program, copy)
 
     def ended(self, transfer: Transfer, now: float) -> None:
         """A transfer has ended well; one that was cancelled on its way has no effect."""
         if transfer.cancelled:
             return
+        del self._under_way[transfer]
         request, count = transfer.request, len(transfer.pages)
         self._strategy.predict.transfers.observe(count, now - transfer.began)
         self.moved[not transfer.to_host] += count
@@ -159,6 +187,7 @@ class Residency:
         """A transfer has failed: what it was to bring is lost, and will be computed again."""
         if transfer.cancelled:
             return
+        del self._under_way[transfer]
         program, request = transfer.program, transfer.request
         self.failed += 1
         if request is None:
@@ -271,7 +300,7 @@ class Residency:
         """Copy pages ``first … first + count - 1`` of a program to the host."""
         self._note(program, "copy", why, count)
         pages, part = tuple(program.pages[first : first + count]), self.copies.add(program, first, count)
-        self.transfers.append(Transfer(program, pages, (part,), True, now))
+        self._begin(Transfer(program, pages, (part,), True, now))
         self._retained.recount(program)
 
     def _cut_copies(self, program: Program, keep: int) -> None:

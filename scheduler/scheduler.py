@@ -169,6 +169,23 @@ class Scheduler:
         else:
             self._residency.ended(transfer, now)
 
+    def lose_device(self, now: float) -> list[Request]:
+        """The device has lost every page, because a step failed and its arrays were made anew.
+
+        Running requests end with reason "error" and are returned. Waiting ones stay queued and compute again whatever
+        no host copy has kept from their first token on. Every page is free afterwards, and every transfer under way is
+        cancelled. Plans that have not been committed must not be: what they sampled is lost.
+        """
+        failed = list(self._running.requests)
+        for request in failed:
+            self.finish(request, "error", now)
+        for request in self._programs.live.values():  # preempted ones may miss a token that nobody will read
+            request.reached = request.known
+            request.matched = min(request.matched, request.known)
+        self._residency.lose_device(self._programs.programs())
+        self._pool.withdraw_all()
+        return failed
+
     def stats(self) -> SchedulerStats:
         counts, residency, programs = self._counts, self._residency, self._programs
         return SchedulerStats(
@@ -350,7 +367,7 @@ class Scheduler:
         keep = self._pages_for(request.computed)
         if request.loading is not None:  # what it waits for stays in host memory
             keep -= len(request.loading.pages)
-            request.loading.cancelled = True
+            self._residency.cancel(request.loading)
             request.loading = None
         else:
             request.extend_keys()

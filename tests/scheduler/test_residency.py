@@ -160,6 +160,44 @@ def test_failed_transfers_are_computed_again(delay):
     assert loop.scheduler.stats().failed_transfers > 1
 
 
+@pytest.mark.parametrize("transfers_end", [False, True])
+def test_a_lost_device_leaves_what_the_host_holds_from_the_first_token_on(transfers_end):
+    loop = loop_of("always-offload", pages=40)
+    kept = serve(loop, "kept", [1] * 21, 3)  # six pages, copied
+    loop.delay = 50
+    serve_more = loop.scheduler.submit([2] * 21, 3, program="under way", now=loop.now)
+    while serve_more.finish_reason is None:
+        loop.turn()
+    running = loop.scheduler.submit([3] * 9, 9, program="running", now=loop.now)
+    loop.turn()
+    assert loop.lose_device(transfers_end=transfers_end) == [running]
+    loop.scheduler.check()
+    stats = loop.scheduler.stats()
+    assert (stats.free_pages, stats.running, stats.programs) == (40, 0, 3)
+    loop.delay = 0
+    loop.now += 100
+    back = serve(loop, "kept", [*kept.prompt, *kept.output, 5], 2)
+    assert back.cached_tokens == 23
+    assert serve(loop, "under way", [2] * 21, 3).cached_tokens == 0
+    assert serve(loop, "running", [3] * 9, 9).cached_tokens == 0
+
+
+def test_a_preempted_request_goes_on_after_the_device_was_lost():
+    """Its last token was sampled by a step that nobody will read."""
+    loop = Loop(make(num_pages=13))
+    requests = [loop.scheduler.submit([i] * 8, 30, now=0) for i in range(4)]
+    launched = loop.launch()
+    while not any(s.pending for s in requests if s.preemptions and s.slot < 0):
+        loop.commit(launched)
+        launched = loop.launch()
+    failed = loop.lose_device(transfers_end=True)
+    loop.drain()
+    for request in requests:
+        if request not in failed:
+            assert request.output == complete(list(request.prompt), 30)
+    assert 0 < len(failed) < 4
+
+
 @pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "continuum"])
 def test_no_wish_to_keep_stops_the_others(strategy):
     """The pin deadlock: every page is held by programs that wait, and a new one needs them all."""

@@ -124,6 +124,20 @@ class Machine(RuleBasedStateMachine):
     def break_transfers(self, count):
         self.loop.faults = count
 
+    @rule(launched=st.booleans(), transfers_end=st.booleans())
+    def lose_device(self, launched, transfers_end):
+        if launched:
+            self.loop.launch()
+        running = [s for s in self.live if s.slot >= 0]
+        waiting = [s for s in self.live if s.slot < 0]
+        failed = self.loop.lose_device(transfers_end=transfers_end)
+        assert sorted(s.number for s in failed) == sorted(s.number for s in running)
+        assert {s.finish_reason for s in failed} <= {"error"}
+        assert {s.finish_reason for s in waiting} <= {None}
+        stats = self.scheduler.stats()
+        assert stats.free_pages == self.scheduler.config.num_pages - 1
+        assert (stats.running, stats.waiting, stats.cached_pages) == (0, len(waiting), 0)
+
     @rule(turns=st.integers(1, 6))
     def work(self, turns):
         for _ in range(turns):

@@ -66,6 +66,12 @@ class Device:
                         self.kv[page * self.page_size + offset] = -1 if token is None else token
         self.scheduler.transferred(transfer, now, failed=failed)
 
+    def lose(self) -> None:
+        """The arrays are made anew: every page, the page table and what was sampled are gone; the host's part stays."""
+        self.kv.clear()
+        self.last.clear()
+        self.table[:] = 0
+
     def _read(self, page: int) -> list[int | None]:
         return [self.kv.get(page * self.page_size + offset) for offset in range(self.page_size)]
 
