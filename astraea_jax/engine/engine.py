@@ -313,7 +313,7 @@ class Engine:
         cut = self._life.die(reason)
         for mailbox in cut:
             outbox.put(mailbox, EngineDead(reason))
-        outbox.deliver()
+        outbox.deliver(lambda mailbox: True)
         self._cut += len(cut)
 
     def _watch_steps(self) -> None:

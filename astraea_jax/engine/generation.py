@@ -55,6 +55,11 @@ class Usage:
         )
 
 
+def is_last(item: Delta | Exception) -> bool:
+    """Whether a request ends with this."""
+    return isinstance(item, Exception) or item.finish_reason is not None
+
+
 class Mailbox:
     """The engine's end of a request: carries what it produces into the event loop of its caller.
 
@@ -100,7 +105,7 @@ class Generation:
             self.cancel()
             self._ended = True
             raise
-        self._ended = isinstance(item, Exception) or item.finish_reason is not None
+        self._ended = is_last(item)
         if isinstance(item, Exception):
             raise item
         return item
@@ -172,11 +177,16 @@ class Outbox:
         """Add what the next :meth:`deliver` hands over."""
         self._items.setdefault(mailbox.loop, []).append((mailbox, item))
 
-    def deliver(self) -> list[Mailbox]:
-        """Hand everything over; returns the mailboxes whose event loop is closed, so that nobody will read them."""
+    def deliver(self, end: Callable[[Mailbox], bool]) -> list[Mailbox]:
+        """Hand everything over; returns the mailboxes whose event loop is closed, so that nobody will read them.
+
+        Args:
+            end: called for every mailbox whose last item this is; if False, it has had its last item already.
+        """
         items, self._items = self._items, {}
         lost = []
-        for loop, of_loop in items.items():
+        for loop, all_of_loop in items.items():
+            of_loop = [(mailbox, item) for mailbox, item in all_of_loop if not is_last(item) or end(mailbox)]
             try:
                 loop.call_soon_threadsafe(_put_all, of_loop)
             except RuntimeError:

@@ -146,7 +146,8 @@ class Lifecycle:
                 self._queued -= 1
 
     def end(self, mailbox: Mailbox) -> bool:
-        """Take a request off the accounts; False if that has been done, so that nobody is answered twice."""
+        """Take a request off the accounts, at the moment at which it is answered; False if that has been done before,
+        so that nobody is answered twice."""
         with self._changed:
             started = self._open.pop(mailbox, None)
             if started is None:

@@ -127,6 +127,7 @@ class ServingLoop:
                 self.turn_began = None
             self._runner.close()
         finally:
+            self._outbox.deliver(self._life.end)  # what has ended in a turn that did not
             self._guard.disarm()
         return "the engine was shut down"
 
@@ -144,7 +145,7 @@ class ServingLoop:
         except _DeviceError as error:
             self._start_over(error)
             launched = None
-        for mailbox in self._outbox.deliver():
+        for mailbox in self._outbox.deliver(self._life.end):
             self._cancel(mailbox)
         return launched
 
@@ -192,9 +193,9 @@ class ServingLoop:
                 now=now,
             )
         except Rejected as error:
-            self._release(mailbox, RequestError(str(error)))
+            self._outbox.put(mailbox, RequestError(str(error)))
         except QueueFull as error:
-            self._release(mailbox, Overloaded(str(error)))
+            self._outbox.put(mailbox, Overloaded(str(error)))
         else:
             live = _Live(request, mailbox, params, Output(self._tokenizer.stream(), params, stops))
             self._requests[request] = self._by_mailbox[mailbox] = live
@@ -312,11 +313,7 @@ class ServingLoop:
     def _end(self, live: _Live, last: Delta | Exception) -> None:
         del self._requests[live.request], self._by_mailbox[live.mailbox]
         live.mailbox.usage = Usage.of(live.request, time.monotonic())
-        self._release(live.mailbox, last)
-
-    def _release(self, mailbox: Mailbox, last: Delta | Exception) -> None:
-        if self._life.end(mailbox):
-            self._outbox.put(mailbox, last)
+        self._outbox.put(live.mailbox, last)
 
 
 def _on_device(act: Callable[[A], T], argument: A) -> T:

@@ -1,0 +1,339 @@
+"""Everything that callers, the device and operators can do to an engine, in any order, as a state machine.
+
+What must hold: every accepted request ends exactly once; pages, programs and requests are accounted for; a request is
+touched by its own caller, a failing step or the end of the engine, and by nobody else. The device is a stub of
+dictionaries (support/stub.py), so a misplaced page shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+)
+from support.device import VOCABULARY, complete
+from support.engines import break_loop
+from support.stub import STUB, stub_engine
+
+from astraea_jax.engine.generation import Generation, Mailbox
+from astraea_jax.engine.lifecycle import State
+from astraea_jax.engine.loop import MAX_FAILURES
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
+
+LIMIT_S = 20.0
+"""An answer that takes longer is taken for one that never comes."""
+
+ONE = SamplingParams(max_tokens=1, ignore_eos=True)
+NAMES = (None, "a", "b", "#1", "#2", "#3")
+OWNERS = ("", "x")
+ODD = {
+    "no sequence": lambda e: e.generate(7),
+    "text": lambda e: e.generate("text"),
+    "bytes": lambda e: e.generate(b"text"),
+    "nothing": lambda e: e.generate([]),
+    "a flag among tokens": lambda e: e.generate([1, True]),
+    "a fraction": lambda e: e.generate([1.5]),
+    "None among tokens": lambda e: e.generate([None]),
+    "lists of different lengths": lambda e: e.generate([[1], [2, 3]]),
+    "two axes": lambda e: e.generate(np.ones((2, 2), np.int32)),
+    "beyond 64 bits": lambda e: e.generate([2**70]),
+    "outside the vocabulary": lambda e: e.generate([VOCABULARY]),
+    "negative": lambda e: e.generate([-1]),
+    "too long": lambda e: e.generate([1] * 44),
+    "params": lambda e: e.generate([1], {"max_tokens": 2}),
+    "session of a list": lambda e: e.generate([1], session=["a"]),
+    "session of a number": lambda e: e.generate([1], session=3),
+    "empty session": lambda e: e.generate([1], session=""),
+    "long session": lambda e: e.generate([1], session="a" * 257),
+    "half a character": lambda e: e.generate([1], session="\ud800"),
+    "owner": lambda e: e.generate([1], session="a", owner=None),
+    "final": lambda e: e.generate([1], session="a", final="yes"),
+    "salt": lambda e: e.generate([1], salt=b"salt"),
+    "long salt": lambda e: e.generate([1], salt="s" * 257),
+    "salt of half a character": lambda e: e.generate([1], salt="\udfff"),
+    "end of a list": lambda e: e.end_session(["a"]),
+    "end of nobody": lambda e: e.end_session(None),
+    "tool without a name": lambda e: e.tool_called("a", ""),
+    "tool of a list": lambda e: e.tool_called("a", ["x"]),
+    "long tool": lambda e: e.tool_called("a", "t" * 257),
+}
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request that was accepted, and what its caller has seen of it."""
+
+    prompt: list[int]
+    params: SamplingParams
+    key: tuple[str, str] | None
+    tokens: list[int] = field(default_factory=list)
+    ends: list[str | Exception] = field(default_factory=list)
+    reader: Future | None = None
+    mailbox: Mailbox | None = None
+    may_be_cancelled: bool = False
+    may_be_busy: bool = False
+    judged: bool = False
+
+    async def read(self, generation: Generation) -> None:
+        try:
+            async for delta in generation:
+                self.tokens += delta.token_ids
+                if delta.finish_reason is not None:
+                    self.ends.append(delta.finish_reason)
+        except Exception as error:
+            self.ends.append(error)
+        assert generation._mailbox.items.empty(), "something came after the end"
+
+    async def over(self) -> None:
+        """Wait for the end."""
+        done, _ = await asyncio.wait({self.reader}, timeout=LIMIT_S)
+        assert done, "an answer never came"
+        if self.reader.cancelled():
+            self.ends = ["dropped"]
+        else:
+            self.reader.result()
+
+
+class Machine(RuleBasedStateMachine):
+    loop: asyncio.AbstractEventLoop
+
+    @initialize()
+    def make(self) -> None:
+        self.engine, self.runner = stub_engine()
+        self.asked: list[Asked] = []
+        self.failures = 0
+        self.may_die = False
+
+    # -- callers -----------------------------------------------------------------------------------------------
+
+    @rule(
+        prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+        max_tokens=st.integers(1, 12),
+        stop=st.integers(0, VOCABULARY - 1),
+        name=st.sampled_from(NAMES),
+        owner=st.sampled_from(OWNERS),
+        final=st.booleans(),
+    )
+    def submit(self, prompt, max_tokens, stop, name, owner, final) -> None:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(stop,))
+        self._submit(Asked(prompt, params, None if name is None else (owner, name)), final)
+
+    @rule(which=st.integers(0, 99))
+    def next_turn(self, which) -> None:
+        turns = [a for a in self.asked if a.key and a.ends and len(a.prompt) + len(a.tokens) < 30]
+        if turns:
+            last = turns[which % len(turns)]
+            prompt = [*last.prompt, *last.tokens, 1, 2]
+            self._submit(Asked(prompt, SamplingParams(max_tokens=6, ignore_eos=True), last.key), final=False)
+
+    def _submit(self, asked: Asked, final: bool) -> bool:
+        """Ask; whether it was accepted."""
+        open_ = [a for a in self.asked if not a.ends]
+        asked.may_be_busy = asked.key is not None and any(a.key == asked.key for a in open_)
+        owner, name = asked.key or ("", None)
+
+        async def ask() -> None:
+            generation = self.engine.generate(asked.prompt, asked.params, session=name, owner=owner, final=final)
+            asked.mailbox = generation._mailbox
+            asked.reader = asyncio.ensure_future(asked.read(generation))
+
+        serving = self.engine.live
+        try:
+            self._call(ask())
+        except EngineDead:
+            assert not serving or self.may_die
+        except Overloaded:
+            assert len(open_) >= STUB.max_queued
+        else:
+            assert serving, "accepted by an engine that does not serve"
+            self.asked.append(asked)
+            return True
+        return False
+
+    @rule(odd=st.sampled_from(sorted(ODD)))
+    def ask_something_odd(self, odd) -> None:
+        async def ask() -> None:
+            try:
+                ODD[odd](self.engine)
+            except RequestError:
+                return
+            raise AssertionError(f"accepted: {odd}")
+
+        self._call(ask())
+
+    @rule(which=st.integers(0, 99))
+    def give_up(self, which) -> None:
+        if open_ := [a for a in self.asked if not a.ends]:
+            self._give_up(open_[which % len(open_)])
+
+    @rule()
+    def give_up_what_would_take_long(self) -> None:
+        self.runner.go.set()
+        asked = Asked([7], SamplingParams(max_tokens=43, ignore_eos=True), None)
+        if self._submit(asked, final=False):
+            self._give_up(asked)
+
+    def _give_up(self, asked: Asked) -> None:
+        asked.may_be_cancelled = True
+        self.loop.call_soon_threadsafe(asked.reader.cancel)
+        self._call(asked.over())
+        if not self.may_die and self.runner.go.is_set() and self.engine.live:
+            for _ in range(2):  # the first answers in the turn that takes the cancellation in
+                self.engine.check(LIMIT_S)
+            assert asked.mailbox not in self.engine._life._open, "given up, and still there"
+
+    @rule(name=st.sampled_from(NAMES[1:]), owner=st.sampled_from(OWNERS))
+    def end_session(self, name, owner) -> None:
+        for asked in self.asked:
+            asked.may_be_cancelled |= asked.key == (owner, name) and not asked.ends
+        self.engine.end_session(name, owner=owner)
+
+    @rule(name=st.sampled_from(NAMES[1:]), owner=st.sampled_from(OWNERS), tool=st.sampled_from(["look", "x" * 256]))
+    def name_a_tool(self, name, owner, tool) -> None:
+        self.engine.tool_called(name, tool, owner=owner)
+
+    @rule(seeds=st.lists(st.integers(0, 30), min_size=2, max_size=4))
+    def ask_and_forget_from_several_threads(self, seeds) -> None:
+        async def ask(seed: int) -> None:
+            generation = self.engine.generate([seed], SamplingParams(max_tokens=12, ignore_eos=True))
+            if seed % 2:
+                with contextlib.suppress(TimeoutError, StepFailed):
+                    await asyncio.wait_for(generation.text(), 0.002)
+
+        def thread(seed: int) -> None:
+            with contextlib.suppress(EngineDead, Overloaded):
+                asyncio.run(ask(seed))
+
+        with ThreadPoolExecutor(len(seeds)) as pool:
+            list(pool.map(thread, seeds))
+
+    # -- the device and the operator ---------------------------------------------------------------------------
+
+    @rule()
+    def start(self) -> None:
+        before = self.engine.state
+        try:
+            self.engine.start()
+        except EngineDead:
+            assert before is not State.NEW
+            assert before is not State.SERVING or self.may_die
+        else:
+            assert before in (State.NEW, State.SERVING)
+
+    @rule(call=st.sampled_from(["dispatch", "read"]))
+    def let_a_step_fail(self, call) -> None:
+        self.failures += 1
+        self.may_die |= self.failures >= MAX_FAILURES
+        self.runner.failing.append(call)
+
+    @rule()
+    def lose_the_device(self) -> None:
+        self.may_die |= bool(self.runner.failing)
+        if self.runner.failing:
+            self.runner.broken = RuntimeError("the device is gone")
+
+    @rule(error=st.sampled_from([ZeroDivisionError, SystemExit, MemoryError]))
+    def break_the_loop(self, error) -> None:
+        self.may_die = True
+        break_loop(self.engine, error("the test"))
+
+    @rule()
+    def hold_the_device(self) -> None:
+        self.runner.go.clear()
+
+    @rule()
+    def release_the_device(self) -> None:
+        self.runner.go.set()
+
+    @rule(again=st.booleans())
+    def shut_down(self, again) -> None:
+        self.may_die = True
+        with ThreadPoolExecutor(2) as pool:
+            ends = [pool.submit(self.engine.shutdown, 0) for _ in range(1 + again)]
+            self.runner.go.set()
+            for end in ends:
+                end.result(LIMIT_S)
+        assert self.engine.state is State.DEAD
+        assert not self.engine._thread.is_alive()
+        self._settle()
+        with pytest.raises(EngineDead):
+            self.engine.start()
+        self.make()
+
+    @rule()
+    def settle(self) -> None:
+        self.runner.go.set()
+        self._settle()
+        if (
+            self.failures
+            and not self.may_die
+            and not self.runner.failing
+            and self._submit(Asked([1], ONE, None), False)
+        ):
+            self._settle()
+            self.failures = 0  # one that succeeds ends a row of failures
+
+    # -- what must hold ----------------------------------------------------------------------------------------
+
+    @invariant()
+    def the_device_finds_no_fault(self) -> None:
+        if hasattr(self, "runner") and self.runner.fault:
+            raise self.runner.fault
+
+    @invariant()
+    def a_dead_engine_had_a_reason(self) -> None:
+        if hasattr(self, "engine"):
+            assert self.engine.state is not State.DEAD or self.may_die
+
+    def _settle(self) -> None:
+        """Wait for every answer, and look at each."""
+        for asked in self.asked:
+            if not asked.judged:
+                self._call(asked.over())
+                self._judge(asked)
+                asked.judged = True
+        self.asked = [a for a in self.asked if a.key]  # their sessions may go on
+        if self.engine.live:
+            with contextlib.suppress(TimeoutError if self.may_die else ()):
+                self.engine.check(1.0 if self.may_die else LIMIT_S)
+            assert self.may_die or self.engine.in_progress == 0
+
+    def _judge(self, asked: Asked) -> None:
+        expected = complete(asked.prompt, asked.params.max_tokens, frozenset(asked.params.stop_token_ids))
+        assert asked.tokens == expected[: len(asked.tokens)], "wrong tokens"
+        assert len(asked.ends) == 1, asked.ends
+        match asked.ends[0]:
+            case "stop" | "length":
+                assert asked.tokens == expected
+            case "cancelled" | "dropped":
+                assert asked.may_be_cancelled, "cancelled by somebody else"
+            case Overloaded():
+                assert asked.may_be_busy, "kept out by somebody else"
+            case StepFailed():
+                assert self.failures
+            case EngineDead():
+                assert self.may_die
+            case other:
+                raise AssertionError(f"an answer that nobody knows: {other!r}")
+
+    def _call(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(2 * LIMIT_S)
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.runner.go.set()
+            self._settle()
+            self.engine.shutdown(0)
+            self.may_die = True
+            self._settle()
