@@ -30,7 +30,7 @@ def normalise_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
     Mappings, dataclasses, objects with ``model_dump()`` (Pydantic, the OpenAI SDK) and plain objects with a ``role``
     are accepted. Fields that are None are left out, arguments of tool calls are decoded from JSON text, content parts
-    are checked to be text, and reasoning is copied to every name that templates know. Normalising twice changes nothing.
+    are checked to be text, and reasoning is copied to every name that templates know. It is idempotent.
 
     Raises:
         TypeError: something is no message, or holds what has no JSON form.

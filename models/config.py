@@ -1,4 +1,4 @@
-"""What a decoder is made of: read from a Hugging Face ``config.json``, or a published shape by name."""
+"""Shapes and constants of decoders: read from a Hugging Face ``config.json``, or published ones by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Json = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder cannot be served; the message names the cause and the way out."""
+    """A checkpoint folder cannot be served; the message names the cause and what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +88,26 @@ class ModelConfig:
 
     @property
     def ffn_block(self) -> int:
-        """Features of the gate, or of the up projection, that lie side by side in their common matrix: 128, a TPU's
-        lanes, or what divides the share of every device in a mesh that divides the model."""
+        """Consecutive features of gate or up projection in the matrix that joins them.
+
+        It is 128, the lanes of a TPU, or the largest divisor that fits each device's share in any mesh that divides the
+        model.
+        """
         return math.gcd(self.intermediate_size // math.gcd(self.intermediate_size, self.num_kv_heads), 128)
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in the matrices of all layers."""
+        """Number of weights in the matrices of all layers."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     @property
     def table_weights(self) -> int:
-        """Numbers in the embedding and in the output projection, which may be the same."""
+        """Number of weights in the embedding and the output projection, which may be the same matrix."""
         return (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as a Hugging Face ``config.json``."""
+        """Write it as the fields of a Hugging Face ``config.json``."""
         architecture = ARCHITECTURES[1 if self.qkv_bias else 2 if self.qk_norm else 0]
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
@@ -146,7 +149,7 @@ def _refuse_unserved(config: Json, architecture: str) -> None:
         ("hidden_act", ("silu", "swish")),
         ("mlp_bias", (False, None)),
     ]
-    if architecture != "Qwen2ForCausalLM":  # its query, key and value biases go without saying
+    if architecture != "Qwen2ForCausalLM":  # it always has query, key and value biases
         served_fields.append(("attention_bias", (False, None)))
     for field, served in served_fields:
         value = config.get(field, served[0])
@@ -214,7 +217,7 @@ def _rope(config: Json, max_position: int) -> tuple[float, RopeScaling | None]:
         raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served, only 1.0")
     if kind == "default":
         return theta, None
-    original = "original_max_position_embeddings"  # of all places, the outermost counts
+    original = "original_max_position_embeddings"  # beside the rope parameters it wins over one within
     scaling = RopeScaling(
         factor=_number(rope, "factor"),
         low_freq_factor=_number(rope, "low_freq_factor"),

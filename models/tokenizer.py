@@ -80,7 +80,7 @@ class Tokenizer:
 
         Args:
             text: any.
-            add_bos: add what the model's tokenizer adds to plain text: a beginning-of-sequence token, or nothing. A text
+            add_bos: add what the model's tokenizer adds to plain text, a beginning-of-sequence token or nothing. A text
                 that begins with that token stays as it is.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
