@@ -144,9 +144,11 @@ def _by_name(given: Any) -> dict[str, str]:
     if isinstance(given, str):
         return {"default": given}
     if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
-        given = {entry.get("name"): entry.get("template") for entry in given}
-    if isinstance(given, dict) and all(isinstance(text, str) for pair in given.items() for text in pair):
-        return given
+        pairs = [(entry.get("name"), entry.get("template")) for entry in given]
+    else:
+        pairs = list(given.items()) if isinstance(given, dict) else [(None, None)]
+    if all(isinstance(text, str) for pair in pairs for text in pair):
+        return dict(pairs)
     raise CheckpointError("chat_template must be a text, or a list of templates that have a name and a template each")
 
 

@@ -50,8 +50,8 @@ def load(
         folder: of the checkpoint.
         dtype: what weights are cast to.
         mesh: the devices that get it; None: the first one.
-        quantized_dtype: 8-bit dtype to which the layers' matrices are quantized. None: they stay as the folder has them,
-            which may be quantized.
+        quantized_dtype: 8-bit dtype to which the layers' matrices are quantized. None: they stay as they are in the
+            folder, which may be quantized.
         progress: is called while a Hugging Face folder is read.
 
     Raises:
@@ -217,11 +217,11 @@ def random_decoder(
     """A decoder with random weights, which are made on the devices that hold them."""
     graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), quantized_dtype=quantized_dtype))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    make = jax.jit(
-        lambda: nnx.state(Decoder(config, dtype=dtype, quantized_dtype=quantized_dtype, rngs=nnx.Rngs(seed))),
-        out_shardings=shardings,
-    )
-    return nnx.merge(graph, make())
+
+    def make() -> Any:
+        return nnx.state(Decoder(config, dtype=dtype, quantized_dtype=quantized_dtype, rngs=nnx.Rngs(seed)))
+
+    return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
 
 
 def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

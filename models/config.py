@@ -242,6 +242,8 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     text = read_text(path)
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

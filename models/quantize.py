@@ -1,8 +1,8 @@
 """Weight matrices in 8 bits, with one float32 scale per output channel.
 
-A weight is ``values * scale``, symmetric. Activations are multiplied by the values in their own dtype, which holds 8-bit
-values exactly; sums are float32, and the scale multiplies the result. No dequantized copy is stored: XLA converts values
-on their way into the product (on a CPU into a temporary copy of that one matrix).
+A weight is ``values * scale``, symmetric. Activations are multiplied by the values in their own dtype, which holds
+8-bit values exactly; sums are float32, and the scale multiplies the result. No dequantized copy is stored: XLA converts
+values on their way into the product (on a CPU into a temporary copy of that one matrix).
 
 Plain scaled products instead of qwix (0.1.8), which intercepts ``jnp.einsum`` while a model is traced, replaces
 parameters by objects of its own, and needs the full model in memory to quantize it: the two functions here suffice.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -16,12 +16,12 @@ from .config import CheckpointError, read_json
 INDEX = "model.safetensors.index.json"
 
 DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F64": jnp.dtype("float64"),
+    "F32": jnp.dtype("float32"),
+    "F16": jnp.dtype("float16"),
+    "BF16": jnp.dtype("bfloat16"),
+    "F8_E4M3": jnp.dtype("float8_e4m3fn"),
+    "F8_E5M2": jnp.dtype("float8_e5m2"),
 }
 """Stored dtypes that are weights by themselves; others need scales or zero points, which no file here explains."""
 

@@ -82,8 +82,14 @@ class Tokenizer:
             text: any.
             add_bos: add what the model's tokenizer adds to plain text, a beginning-of-sequence token or nothing. A text
                 that begins with that token stays as it is.
+
+        Raises:
+            ValueError: ``text`` holds half a surrogate pair.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise ValueError("a text holds half a surrogate pair, which is no character") from None
         if add_bos and (self.bos_id is None or encoding.ids[:1] != [self.bos_id]):
             encoding = self._tokenizer.post_process(encoding)
         ids: list[int] = encoding.ids
@@ -236,7 +242,9 @@ class TextStream:
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
