@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.parity import check_logits
-from support.reading import SANITIZED, TEMPLATES, TOKENIZERS, change
+from support.reading import VARIANTS, answers, change, check
 
 from astraea_jax.models.checkpoint import random_decoder, save_hf
 from astraea_jax.models.config import ModelConfig, read_json
-from astraea_jax.models.tokenizer import Tokenizer
 
 pytestmark = [
     pytest.mark.parity,
@@ -21,47 +20,9 @@ pytestmark = [
 ]
 
 
-def by_name(variants):
-    return pytest.mark.parametrize("variant", variants, ids=lambda variant: variant.name)
-
-
-def theirs_and_ours(folder):
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(folder)
-
-
-@by_name(TOKENIZERS)
-def test_tokens(variant, tmp_path):
-    theirs, ours = theirs_and_ours(variant.write(tmp_path / "model"))
-    for text in (variant.text, "", "Hi there, 47 lämps"):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-        assert ours.encode(text, add_bos=True) == theirs.encode(text)
-        ids = ours.encode(text)
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert variant.apply(ours.render) == variant.apply(
-        theirs.apply_chat_template, add_generation_prompt=True, tokenize=False
-    )
-
-
-@by_name(TEMPLATES)
-def test_templates(variant, tmp_path):
-    theirs, ours = theirs_and_ours(variant.write(tmp_path / "model"))
-    for prompt in (False, True):
-        assert variant.apply(ours.render, add_generation_prompt=prompt) == variant.apply(
-            theirs.apply_chat_template, add_generation_prompt=prompt, tokenize=False
-        )
-    expected = variant.apply(theirs.apply_chat_template, add_generation_prompt=True, return_dict=False)
-    assert variant.apply(ours.encode_chat) == expected
-
-
-@by_name(SANITIZED)
-def test_control_tokens_written_as_text(variant, tmp_path):
-    theirs, ours = theirs_and_ours(variant.write(tmp_path / "model"))
-    expected = variant.apply(
-        theirs.apply_chat_template, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-    assert variant.apply(ours.encode_chat) == expected
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_tokenizers_and_templates(variant, tmp_path):
+    check(variant, tmp_path / "model", answers(variant, tmp_path / "model"))
 
 
 MODEL = ModelConfig(160, 32, 48, 2, 4, 2, 8, 256)
