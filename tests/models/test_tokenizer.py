@@ -104,6 +104,30 @@ BOS = {
 }
 
 
+def test_end_tokens_of_the_configuration_are_a_fallback(folder):
+    """As in transformers: they count where ``generation_config.json`` names none."""
+    change(folder / "config.json", eos_token_id=5)
+    assert Tokenizer.from_folder(folder).eos_ids == {5, 257}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert Tokenizer.from_folder(folder).eos_ids == {3, 257}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": True}))
+    with pytest.raises(CheckpointError, match="eos_token_id is True"):
+        Tokenizer.from_folder(folder)
+
+
+def test_dropout_of_training_is_switched_off(folder):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"] |= {"vocab": {**data["model"]["vocab"], "ab": 258}, "merges": [["a", "b"]], "dropout": 0.9}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert {tuple(tokenizer.encode("abab")) for _ in range(20)} == {(258, 258)}
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        BYTES.encode("\ud800")
+
+
 def test_bos_is_added_once(folder):
     change(folder / "tokenizer.json", post_processor=BOS)
     tokenizer = Tokenizer.from_folder(folder)
