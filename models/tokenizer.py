@@ -47,6 +47,7 @@ class Tokenizer:
             template = ChatTemplates({} if template is None else {"default": template})
         self._templates = template
         self._control_tokens = functools.cache(self._find_control_tokens)
+        self._ids_as_text = functools.cache(self._find_ids_as_text)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -66,10 +67,9 @@ class Tokenizer:
         if not isinstance(split := config.get("split_special_tokens", False), bool):
             raise CheckpointError(f"tokenizer_config.json: split_special_tokens is {split!r}; true or false is needed")
         tokenizer.encode_special_tokens = split
-        encoding = tokenizer.encode("a")
         return cls(
             tokenizer,
-            bos_id=encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None,
+            bos_id=_bos_id(tokenizer),
             eos_ids=_eos_ids(folder, tokenizer, special.get("eos_token")),
             template=ChatTemplates.from_folder(folder, config),
             special=special,
@@ -84,12 +84,9 @@ class Tokenizer:
                 that begins with that token stays as it is.
 
         Raises:
-            ValueError: ``text`` holds half a surrogate pair.
+            ValueError: ``text`` holds half a surrogate pair, or a word the tokenizer has no token for.
         """
-        try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except TypeError:
-            raise ValueError("a text holds half a surrogate pair, which is no character") from None
+        encoding = _encode(self._tokenizer, text)
         if add_bos and (self.bos_id is None or encoding.ids[:1] != [self.bos_id]):
             encoding = self._tokenizer.post_process(encoding)
         ids: list[int] = encoding.ids
@@ -153,7 +150,7 @@ class Tokenizer:
         first, *rest = stand_ins.split(rendered)
         ids = self.encode(first)
         for i, piece in enumerate(rest):
-            ids += self._encode_within(piece, as_text=i % 2 == 0)
+            ids += self._encode_within(self._tokenizer, piece) if i % 2 else self._ids_as_text(piece)
         return ids
 
     def _context(self, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,24 +169,27 @@ class Tokenizer:
         tokenizer.normalizer, tokenizer.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         return tokenizer
 
-    def _encode_within(self, piece: str, *, as_text: bool) -> list[int]:
-        """Token ids of a piece that does not begin the text; ``as_text``: of a control token as the text it is."""
-        if not piece:
-            return []
-        tokenizer = self._text_only if as_text else self._tokenizer
-        ids = self._encode_after_newline(tokenizer, piece)
-        if as_text and self._tokenizer.token_to_id(piece) in ids:  # the vocabulary has it as a word, too
-            return [i for char in piece for i in self._encode_after_newline(tokenizer, char)]
+    def _find_ids_as_text(self, token: str) -> list[int]:
+        """Token ids of a control token as the text it is."""
+        ids = self._encode_within(self._text_only, token)
+        if self._tokenizer.token_to_id(token) in ids:  # the vocabulary has it as a word, too
+            return [i for char in token for i in self._encode_within(self._text_only, char)]
         return ids
 
-    def _encode_after_newline(self, tokenizer: tokenizers.Tokenizer, piece: str) -> list[int]:
-        """Token ids of ``piece`` without the space that some tokenizers put before a text."""
-        alone: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
-        newline = self._text_only.encode("\n").ids
-        if self._text_only.encode("\na").ids == newline + self._text_only.encode("a").ids:
-            return alone
-        after: list[int] = tokenizer.encode("\n" + piece, add_special_tokens=False).ids
-        return after[len(newline) :] if after[: len(newline)] == newline else alone
+    @functools.cached_property
+    def _newline(self) -> list[int]:
+        """Token ids of a newline if the tokenizer puts a space before a text but not after this; otherwise none."""
+        newline, letter, both = (self._text_only.encode(text).ids for text in ("\n", "a", "\na"))
+        return [] if both == newline + letter else newline
+
+    def _encode_within(self, tokenizer: tokenizers.Tokenizer, piece: str) -> list[int]:
+        """Token ids of a piece that does not begin the text."""
+        if newline := self._newline:
+            after: list[int] = _encode(tokenizer, "\n" + piece).ids
+            if after[: len(newline)] == newline:
+                return after[len(newline) :]
+        ids: list[int] = _encode(tokenizer, piece).ids
+        return ids
 
 
 class TextStream:
@@ -251,6 +251,22 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if hasattr(tokenizer.model, "dropout"):
         tokenizer.model.dropout = None
     return tokenizer
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises a bare one, or TypeError for half a surrogate pair
+        raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
+
+
+def _bos_id(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The token that the post-processor puts before a text."""
+    try:
+        encoding = tokenizer.post_process(_encode(tokenizer, "a"))
+    except ValueError as error:
+        raise CheckpointError(f"tokenizer.json cannot be used: {error}") from error
+    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
 def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> frozenset[int]:
