@@ -10,7 +10,7 @@ from pathlib import Path
 from .config import CheckpointError
 
 BUNDLED = Path(__file__).parent
-"""Models that come with the package are folders in here."""
+"""Folder of the models that come with the package."""
 
 
 def resolve(model: str | Path) -> Path:

@@ -1,8 +1,8 @@
 """The decoder shared by Llama 3.x, Qwen2.5 and Qwen3 (dense).
 
-The three differ in two switches of :class:`ModelConfig` (``qkv_bias``, ``qk_norm``) and in the scaling of the
-rotary embedding, so one file serves them all. It knows nothing of pages: the caller passes ``attend``, which
-stores the new keys and values wherever it keeps them and returns the attention output.
+The three differ in two switches of :class:`ModelConfig` (``qkv_bias``, ``qk_norm``) and in the scaling of the rotary
+embedding, so one file serves them all. It does not know about pages: the caller passes ``attend``, which stores the new
+keys and values in its cache and returns the attention output.
 
 Axis letters: T tokens of all sequences laid end to end, D hidden size, N query heads, K key/value heads, G = N / K
 queries that share one, H head size, F feed-forward size, V vocabulary.
@@ -33,8 +33,8 @@ Attend = Callable[[Index, jax.Array, jax.Array, jax.Array, LayerCache], tuple[ja
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
     """Angular frequency of every pair of a head's dimensions, ``[H / 2]`` float32 (RoFormer, arXiv 2104.09864).
 
-    With ``scaling`` the wavelengths beyond the original context are stretched by ``factor`` and those between the
-    two bounds blended, as Llama 3.1 was trained.
+    With ``scaling``, wavelengths beyond the original context are stretched by ``factor`` and those between the two
+    bounds are blended, as in Llama 3.1.
     """
     freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
@@ -46,7 +46,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of ``x [T, heads, H]`` with ``cos, sin [T, 1, H / 2]``, halves paired as in Hugging Face."""
+    """Apply the rotary embedding ``cos, sin [T, 1, H / 2]`` to ``x [T, heads, H]``; halves are paired as in Hugging
+    Face's models."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -67,16 +68,16 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention.
 
-    Queries, keys and values are one product, ``[D, K * (G + 2) * H]``: of every key/value head its queries, then its
-    key, then its value. So it is sharded by that head, and nothing moves to tell the three apart. All matrices have two
-    axes: compilers read those without bringing them into another order first.
+    Queries, keys and values are one product, ``[D, K * (G + 2) * H]``: for each key/value head its queries, then its
+    key, then its value. It is sharded by key/value head, so that splitting the three moves no data. All matrices have
+    two axes, which compilers read without transposing them first.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.heads = k, n // k + 2, h
-        self.qkv, self.qkv_scale = matrix((d, math.prod(self.heads)), dtype, narrow, rngs)
-        self.o, self.o_scale = matrix((n * h, d), dtype, narrow, rngs)
+        self.qkv, self.qkv_scale = matrix((d, math.prod(self.heads)), dtype, quantized_dtype, rngs)
+        self.o, self.o_scale = matrix((n * h, d), dtype, quantized_dtype, rngs)
         self.has_bias, self.qk_norm = config.qkv_bias, config.qk_norm
         if config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros(math.prod(self.heads), dtype))
@@ -100,14 +101,17 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward; gate and up projection are one product, ``[D, 2 * F]``, in turn a block of each
-    (:attr:`ModelConfig.ffn_block`), so that it can be sharded by features."""
+    """SwiGLU feed-forward network.
 
-    def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
+    Gate and up projection are one product, ``[D, 2 * F]``, in which blocks of the two alternate
+    (:attr:`ModelConfig.ffn_block`), so that it can be sharded by features.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
         self.block = config.ffn_block
-        self.gate_up, self.gate_up_scale = matrix((d, 2 * f), dtype, narrow, rngs)
-        self.down, self.down_scale = matrix((f, d), dtype, narrow, rngs)
+        self.gate_up, self.gate_up_scale = matrix((d, 2 * f), dtype, quantized_dtype, rngs)
+        self.down, self.down_scale = matrix((f, d), dtype, quantized_dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate_up = project(x, self.gate_up, self.gate_up_scale).reshape(x.shape[0], -1, 2, self.block)
@@ -118,11 +122,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, narrow: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.attention = Attention(config, dtype, narrow, rngs)
+        self.attention = Attention(config, dtype, quantized_dtype, rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.mlp = MLP(config, dtype, narrow, rngs)
+        self.mlp = MLP(config, dtype, quantized_dtype, rngs)
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Index, cache: LayerCache
@@ -133,10 +137,10 @@ class Layer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All layers in one whose arrays are ``[L, …]``, run in a loop: it is compiled once, not L times.
+    """All layers as one whose arrays are ``[L, …]``, run in a loop that is compiled once instead of per layer.
 
-    For compilers that read a layer out of the stack as they use it. XLA does so for TPUs; for GPUs it copies
-    its weights first.
+    It pays where the compiler reads a layer's weights directly from the stack: XLA does so for TPUs, but copies them
+    first for GPUs.
     """
 
     def __init__(self, layer: Layer, count: int):
@@ -178,15 +182,16 @@ class Decoder(nnx.Module):
     Args:
         config: shape and constants.
         dtype: of weights and activations; norms, the rotary embedding and logits are computed in float32.
-        narrow: eight-bit dtype of the layers' matrices, which then have scales (see :mod:`.quantize`); None: ``dtype``.
+        quantized_dtype: 8-bit dtype of the layers' matrices, which then have scales (see :mod:`.quantize`). None: they
+            are in ``dtype``.
         rngs: source of the random initial weights.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, narrow: Any = None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, quantized_dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config, dtype, rngs)
         self.layers: nnx.List[Layer] | Stack = nnx.List(
-            [Layer(config, dtype, narrow, rngs) for _ in range(config.num_layers)]
+            [Layer(config, dtype, quantized_dtype, rngs) for _ in range(config.num_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
         if not config.tie_embeddings:
@@ -195,7 +200,8 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Any, attend: Attend) -> tuple[jax.Array, Any]:
         """Run ``tokens [T]`` int32 at ``positions [T]`` int32; return the final hidden states ``[T, D]`` and the cache.
 
-        The cache is one of every layer, or for stacked layers one of them all, and that is what ``attend`` gets.
+        ``cache`` is a sequence with the cache of each layer, or one cache of all layers if they are stacked; ``attend``
+        is given the one or the other.
         """
         c = self.config
         angle = positions[:, None, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
@@ -206,7 +212,7 @@ class Decoder(nnx.Module):
             return self.norm(x), cache
         graph, _ = nnx.split(self.layers[0])
 
-        @jax.jit  # traced once, not L times; compilers see no difference
+        @jax.jit  # traced once instead of once per layer; what is compiled is the same
         def run(of_one: Any, i: jax.Array, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
             layer: Layer = nnx.merge(graph, of_one)
             return layer(x, cos, sin, attend, i, cache)
@@ -224,8 +230,10 @@ class Decoder(nnx.Module):
         return isinstance(self.layers, Stack)
 
     def stack(self) -> None:
-        """Make the layers a :class:`Stack`, if they are none. Each parameter's arrays are given up once they are in the
-        stack, so it takes the memory of the largest one over all layers."""
+        """Turn the layers into a :class:`Stack`, unless they are one.
+
+        A parameter's arrays are freed once they are stacked, so this needs extra memory for the largest one only.
+        """
         if isinstance(self.layers, Stack):
             return
         count, (graph, _) = len(self.layers), nnx.split(self.layers[0])
@@ -237,7 +245,7 @@ class Decoder(nnx.Module):
         self.layers = Stack(nnx.merge(graph, nnx.from_flat_state(stacked)), count)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores of the next token, ``[..., D] -> [..., V]`` float32."""
+        """Logits of the next token, ``[..., D] -> [..., V]`` float32."""
         weight, axes = (
             (self.embed.weight[...], "VD") if self.config.tie_embeddings else (self.lm_head.weight[...], "DV")
         )

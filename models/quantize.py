@@ -1,11 +1,11 @@
-"""Weight matrices in eight bits, with one float32 scale per output channel.
+"""Weight matrices in 8 bits, with one float32 scale per output channel.
 
-A weight is ``values * scale``, symmetric. Activations are multiplied by the values in their own dtype, in which eight
-bits are exact, the sums are float32, and the scale multiplies what comes out. So nothing wide has to be stored: XLA
-widens values on their way into the product (on a CPU into a temporary copy of the one matrix).
+A weight is ``values * scale``, symmetric. Activations are multiplied by the values in their own dtype, which holds
+8-bit values exactly; sums are float32, and the scale multiplies the result. No dequantized copy is stored: XLA converts
+values on their way into the product (on a CPU into a temporary copy of that one matrix).
 
-Plain scaled products and not qwix (0.1.8): it intercepts ``jnp.einsum`` while a model is traced, replaces parameters by
-objects of its own, and quantises a model that is wide in memory, where all we need is the two functions here.
+Plain scaled products instead of qwix (0.1.8), which intercepts ``jnp.einsum`` while a model is traced, replaces
+parameters by objects of its own, and needs the full model in memory to quantize it: the two functions here suffice.
 """
 
 from __future__ import annotations
@@ -17,49 +17,48 @@ import jax.numpy as jnp
 from flax import nnx
 
 EIGHT_BITS: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
-"""What users call them -> dtype."""
+"""Name in configurations and flags -> dtype."""
 
 SCALE = "_scale"
 """The scales of the parameter ``x`` are the parameter ``x_scale``, of the shape of its last axis."""
 
 
 def quantize(weight: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Values ``[I, O]`` in the eight-bit ``dtype`` and float32 scales ``[O]`` of a weight ``[I, O]``.
+    """Quantize a weight ``[I, O]`` to values ``[I, O]`` in the 8-bit ``dtype`` and float32 scales ``[O]``.
 
-    The largest number of a channel becomes the largest of the dtype. A channel of zeros has scale 1.
+    The largest magnitude of a channel maps to the largest value of the dtype. A channel of zeros has scale 1.
     """
     largest = float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
-    wide = weight.astype(jnp.float32)
-    scale = jnp.abs(wide).max(0) / largest
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)  # not so NaN, which must stay to be seen
-    values = wide / scale
+    full = weight.astype(jnp.float32)
+    scale = jnp.abs(full).max(0) / largest
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)  # NaN is kept, so that it shows
+    values = full / scale
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
     return jnp.clip(values, -largest, largest).astype(dtype), scale
 
 
 def matrix(
-    shape: tuple[int, int], dtype: Any, narrow: Any, rngs: nnx.Rngs
+    shape: tuple[int, int], dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs
 ) -> tuple[nnx.Param[Any], nnx.Param[Any] | None]:
-    """A random weight ``[I, O]`` in ``dtype``, or in the eight-bit dtype ``narrow`` with its scales; see
-    :func:`quantize`."""
+    """A random weight ``[I, O]``: in ``dtype``, or with scales in ``quantized_dtype`` (see :func:`quantize`)."""
     weight = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
-    if narrow is None:
+    if quantized_dtype is None:
         return nnx.Param(weight), None
-    values, scale = quantize(weight, narrow)
+    values, scale = quantize(weight, quantized_dtype)
     return nnx.Param(values), nnx.Param(scale)
 
 
 def project(x: jax.Array, weight: nnx.Param[Any], scale: nnx.Param[Any] | None) -> jax.Array:
-    """``x [T, I]`` times ``weight [I, O]``, in the dtype of ``x``; the weight is as :func:`matrix` makes it."""
-    x = _as_it_is(x)
+    """Multiply ``x [T, I]`` by ``weight [I, O]`` as :func:`matrix` makes it; the result has the dtype of ``x``."""
+    x = _keep_layout(x)
     if scale is None:
-        return _as_it_is(x @ weight[...])
+        return _keep_layout(x @ weight[...])
     sums = jnp.matmul(x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-    return _as_it_is((sums * scale[...]).astype(x.dtype))
+    return _keep_layout((sums * scale[...]).astype(x.dtype))
 
 
-def _as_it_is(x: jax.Array) -> jax.Array:
-    """``x``, whose axes XLA does not change: it would carry a reshape that comes before or after into the product, and
-    for that bring the weights into another order, on every step."""
+def _keep_layout(x: jax.Array) -> jax.Array:
+    """Stop XLA from moving a neighbouring reshape of ``x`` into the product, for which it would transpose the weights
+    on every step."""
     return jax.lax.optimization_barrier(x)

@@ -1,7 +1,7 @@
-"""How a decoder is spread over devices: tensor parallelism (Megatron-LM, arXiv 1909.08053) by rules over named axes.
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053) by rules over named axes.
 
-Every parameter names its axes, and the rules say which of them the mesh divides. Heads go with their key/value head and
-feed-forward features with their gate, so a layer needs two sums over the devices and nothing else moves.
+Every parameter names its axes, and the rules say which of them the mesh divides. Query heads stay with their key/value
+head and feed-forward features with their gate, so a layer needs two all-reduces and no other communication.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .quantize import SCALE
 
 TP = "tp"
-"""The axis of the mesh."""
+"""Name of the mesh's axis."""
 
 AXES: dict[str, tuple[str, ...]] = {
     "embed.weight": ("vocab", "embed"),
@@ -31,19 +31,19 @@ AXES: dict[str, tuple[str, ...]] = {
     "mlp.down": ("ffn", "embed"),
     "lm_head.weight": ("embed", "vocab"),
 }
-"""Last names of a parameter's path -> its logical axes, of which its scales have the last. What is not here, the norms,
-every device holds."""
+"""End of a parameter's path -> its logical axes; its scales have the last of them. Other parameters (the norms) are
+replicated."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Logical axis -> axis of the mesh that divides it; None: nothing does."""
+    """Logical axis -> axis of the mesh that divides it. None: it is not divided."""
 
     heads: str | None = TP
-    """Key/value heads, each with the query heads that share it; what is laid out by them has them outermost."""
+    """Key/value heads, each with the query heads that share it. They are outermost in what is laid out by heads."""
     ffn: str | None = TP
     vocab: str | None = TP
-    """If the mesh divides it; or else every device holds the whole embedding and the whole output projection."""
+    """Divided if its size allows; otherwise embedding and output projection are replicated."""
     embed: str | None = None
 
 
@@ -51,12 +51,12 @@ RULES = Rules()
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of these devices with the one axis ``"tp"``."""
+    """A mesh of ``devices`` with the single axis ``"tp"``."""
     return Mesh(np.array(devices), (TP,))
 
 
 def default_mesh() -> Mesh:
-    """The first device alone."""
+    """A mesh of the first device only."""
     return mesh_of(jax.local_devices()[:1])
 
 
@@ -64,7 +64,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
     """Refuse a mesh that does not divide the model.
 
     Raises:
-        CheckpointError: with the numbers, and the sizes that would do.
+        CheckpointError: a size is not divisible; the message names numbers of devices that would fit.
     """
     sizes = {"heads": (config.num_kv_heads, "key/value heads"), "ffn": (config.intermediate_size, "feed-forward size")}
     for axis, (size, name) in sizes.items():
@@ -77,9 +77,9 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
 
 
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
-    """How the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, of this shape is divided.
+    """Partition of the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, with this shape.
 
-    In the stack of all layers (``("layers", "layer", …)``) it is divided as in each of them.
+    A parameter of stacked layers (``("layers", "layer", …)``) is divided as that of a single layer.
     """
     parts = [str(part) for part in path]
     if parts[:2] == ["layers", "layer"]:
@@ -100,13 +100,13 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = R
 
 
 def _divisor(axis: str, mesh: Mesh, rules: Rules) -> int:
-    """Pieces that the mesh cuts a logical axis into."""
+    """Number of pieces that the mesh cuts a logical axis into."""
     divided_by = getattr(rules, axis)
     return 1 if divided_by is None else int(mesh.shape[divided_by])
 
 
 def placed(state: nnx.State[Any, Any], mesh: Mesh, rules: Rules = RULES) -> nnx.State[Any, Any]:
-    """A decoder's state as shapes with their shardings, for loading and for compiling; no array is made."""
+    """A decoder's state as shapes with shardings, for loading and compiling; no array is made."""
 
     def place(path: Sequence[Any], leaf: Any) -> Any:
         sharding = NamedSharding(mesh, spec(path, leaf.shape, mesh, rules))
@@ -116,9 +116,9 @@ def placed(state: nnx.State[Any, Any], mesh: Mesh, rules: Rules = RULES) -> nnx.
 
 
 def abstract_decoder(
-    config: ModelConfig, dtype: Any, mesh: Mesh, *, narrow: Any = None, stacked: bool = False
+    config: ModelConfig, dtype: Any, mesh: Mesh, *, quantized_dtype: Any = None, stacked: bool = False
 ) -> Decoder:
-    """A decoder, its layers stacked or not, whose arrays are shapes with their shardings.
+    """A decoder whose arrays are only shapes with shardings; its layers may be stacked.
 
     Raises:
         CheckpointError: the mesh does not divide the model.
@@ -126,7 +126,7 @@ def abstract_decoder(
     check_mesh(config, mesh)
 
     def make() -> Decoder:
-        decoder = Decoder(config, dtype=dtype, narrow=narrow, rngs=nnx.Rngs(0))
+        decoder = Decoder(config, dtype=dtype, quantized_dtype=quantized_dtype, rngs=nnx.Rngs(0))
         if stacked:
             decoder.stack()
         return decoder

@@ -39,7 +39,7 @@ def main(_: list[str]) -> None:
         source = resolve(FLAGS.source)
         with StartupDisplay() as display:
             narrow = EIGHT_BITS.get(FLAGS.quantize)
-            decoder = load(source, jnp.dtype(FLAGS.dtype), narrow=narrow, progress=display.loading)
+            decoder = load(source, jnp.dtype(FLAGS.dtype), quantized_dtype=narrow, progress=display.loading)
         (save_orbax if FLAGS.to == "orbax" else save_hf)(decoder, target)
         copy_beside(source, target)
     except CheckpointError as error:

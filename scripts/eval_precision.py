@@ -139,7 +139,9 @@ def main(_: list[str]) -> None:
     configs = {o: EngineConfig(dtype=FLAGS.dtype, quantize=o.quantize, kv_dtype=o.kv_dtype) for o in OPTIONS}
     full_dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
     decoders = {
-        c.quantize: load(folder, full_dtype, narrow=c.narrow_dtype()) for c in configs.values() if not c.kv_dtype
+        c.quantize: load(folder, full_dtype, quantized_dtype=c.narrow_dtype())
+        for c in configs.values()
+        if not c.kv_dtype
     }
     sizes = {name: sum(x.nbytes for x in jax.tree.leaves(nnx.state(d))) for name, d in decoders.items()}
     predictors = {o: predictor(decoders[o.quantize], c.page_dtype()) for o, c in configs.items()}

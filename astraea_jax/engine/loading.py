@@ -40,7 +40,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     shape = ModelConfig.from_hf(read_json(folder / "config.json"))
     # Orbax folders may hold matrices in eight bits, and are the smaller then.
     meshes = _prepare(shape, config, narrow=1 if (folder / ORBAX).is_dir() else None)
-    decoder = load(folder, config.weight_dtype(), meshes[0], narrow=config.narrow_dtype(), progress=progress)
+    decoder = load(folder, config.weight_dtype(), meshes[0], quantized_dtype=config.narrow_dtype(), progress=progress)
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
 
 
@@ -53,7 +53,9 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
     if shape not in PUBLISHED:
         raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
     meshes = _prepare(PUBLISHED[shape], config)
-    decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], narrow=config.narrow_dtype())
+    decoder = random_decoder(
+        PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], quantized_dtype=config.narrow_dtype()
+    )
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)
 
 

@@ -172,7 +172,7 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     scan = target.capability is None if case.scan is None else case.scan
     narrow = EIGHT_BITS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
-    decoder = abstract_decoder(model, dtype, mesh, narrow=narrow, stacked=scan)
+    decoder = abstract_decoder(model, dtype, mesh, quantized_dtype=narrow, stacked=scan)
     backend = choose(
         case.attention,
         "tpu" if target.capability is None else "gpu",

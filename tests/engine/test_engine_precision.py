@@ -42,7 +42,7 @@ async def tokens(engine, prompt, n, **more) -> list[int]:
 
 def likeliest(folder, config):
     """``(text) -> the likeliest token after each of its tokens``, by dense attention over rounded keys and values."""
-    decoder = load_hf(folder, jnp.float32, narrow=config.narrow_dtype())
+    decoder = load_hf(folder, jnp.float32, quantized_dtype=config.narrow_dtype())
     graph, state = nnx.split(decoder)
     kv_dtype = config.page_dtype()
 

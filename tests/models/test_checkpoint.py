@@ -87,6 +87,77 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
+@pytest.fixture
+def tied_folder(tmp_path):
+    """Of a model that is tied, without a head of its own."""
+    save_hf(random_decoder(dataclasses.replace(CONFIG, tie_embeddings=True), jnp.float32, seed=0), tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_an_own_head_of_a_tied_model_is_used(tied_folder, caplog):
+    """As transformers 5 does, which warns, too."""
+    rewrite(tied_folder, lambda t: t.update({HEAD: t[EMBEDDING][::-1].copy()}))
+    decoder = load(tied_folder, jnp.float32)
+    assert not decoder.config.tie_embeddings
+    np.testing.assert_array_equal(decoder.lm_head.weight[...].T, decoder.embed.weight[...][::-1])
+    assert "lm_head.weight differs" in caplog.text
+
+
+def test_an_equal_head_stays_tied(tied_folder):
+    expected = load(tied_folder, jnp.bfloat16)
+    rewrite(tied_folder, lambda t: t.update({HEAD: t[EMBEDDING] * np.float32(1 + 2**-20)}))  # the same once it is cast
+    decoder = load(tied_folder, jnp.bfloat16)
+    assert decoder.config.tie_embeddings
+    assert_same(decoder, expected)
+
+
+def test_a_head_stands_in_for_a_missing_embedding(tied_folder):
+    expected = load(tied_folder, jnp.float32)
+    rewrite(tied_folder, lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    assert_same(load(tied_folder, jnp.float32), expected)
+
+
+@pytest.mark.parametrize("dtypes", [("float8_e4m3fn", "float8_e5m2"), ("bfloat16", "float16", "float64", "float32")])
+def test_several_dtypes_in_one_file_are_cast(dtypes, folder):
+    def stored(tensors):
+        for i, name in enumerate(sorted(tensors)):
+            tensors[name] = tensors[name].astype(dtypes[i % len(dtypes)])
+
+    def rounded(tensors):
+        stored(tensors)
+        for name in tensors:
+            tensors[name] = tensors[name].astype("float32")
+
+    original = load_file(folder / "model.safetensors")
+    rewrite(folder, rounded)
+    expected = load(folder, jnp.float32)
+    save_file(original, folder / "model.safetensors")
+    rewrite(folder, stored)
+    assert_same(load(folder, jnp.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "int64"])
+def test_numbers_that_are_no_weights(dtype, folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t.update({name: t[name].astype(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"tensor {name} in .*model\.safetensors has dtype (I8|U8|BOOL|I64)"):
+        load(folder, jnp.float32)
+
+
+def test_what_is_loaded_does_not_change_with_the_file(folder):
+    decoder = load(folder, jnp.float32)
+    expected = flat(decoder)
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    for name, array in flat(decoder).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
 def test_missing_tensor(folder):
     rewrite(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
@@ -150,11 +221,16 @@ def test_unknown_models_list_the_bundled():
 
 def test_copying_leaves_what_is_there(folder, tmp_path):
     (folder / "chat_template.jinja").write_text("x")
+    named = folder / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    named.write_text("z")
     target = tmp_path / "target"
     shutil.copytree(folder, target)
     (target / "chat_template.jinja").write_text("y")
     copy_beside(folder, target)
     assert (target / "chat_template.jinja").read_text() == "y"
+    copy_beside(folder, tmp_path)
+    assert (tmp_path / named.relative_to(folder)).read_text() == "z"
 
 
 PEAK = """

@@ -27,7 +27,7 @@ each = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
 @functools.cache
 def made(narrow):
     """Random numbers, drawn by NumPy, which is quicker than to compile JAX's draws."""
-    decoder = nnx.eval_shape(lambda: Decoder(CONFIG, dtype=jnp.float32, narrow=narrow, rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(lambda: Decoder(CONFIG, dtype=jnp.float32, quantized_dtype=narrow, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(rng.normal(0, 1 if x.dtype == "float32" else 40, x.shape).astype(x.dtype))  # noqa: E731
     nnx.update(decoder, jax.tree.map(fill, nnx.state(decoder)))
@@ -119,9 +119,9 @@ def test_loading_quantises_what_the_file_holds(dtype, tmp_path):
     wide = made(None)
     save_hf(wide, tmp_path / "hf")
     save_orbax(wide, tmp_path / "orbax")
-    loaded = load(tmp_path / "hf", jnp.float32, narrow=dtype)
-    assert_same(load(tmp_path / "orbax", jnp.float32, narrow=dtype), loaded)
-    halves = parameters(load(tmp_path / "hf", jnp.bfloat16, narrow=dtype))
+    loaded = load(tmp_path / "hf", jnp.float32, quantized_dtype=dtype)
+    assert_same(load(tmp_path / "orbax", jnp.float32, quantized_dtype=dtype), loaded)
+    halves = parameters(load(tmp_path / "hf", jnp.bfloat16, quantized_dtype=dtype))
     for name, weight in parameters(loaded).items():
         if name + SCALE in halves:
             values, scale = quantized(parameters(wide)[name], dtype)
@@ -136,10 +136,10 @@ def test_quantised_weights_are_kept_by_orbax_only(dtype, tmp_path):
     decoder = made(dtype)
     save_orbax(decoder, tmp_path)
     assert_same(load(tmp_path, jnp.float32), decoder)
-    assert_same(load(tmp_path, jnp.float32, narrow=dtype), decoder)
+    assert_same(load(tmp_path, jnp.float32, quantized_dtype=dtype), decoder)
     other = FP8 if dtype == INT8 else INT8
-    with pytest.raises(CheckpointError, match=f"is quantised to {dtype}, not to {other}"):
-        load(tmp_path, jnp.float32, narrow=other)
+    with pytest.raises(CheckpointError, match=f"is quantized to {dtype}, not to {other}"):
+        load(tmp_path, jnp.float32, quantized_dtype=other)
     with pytest.raises(CheckpointError, match="Orbax"):
         save_hf(decoder, tmp_path / "hf")
 
@@ -153,5 +153,5 @@ def test_no_second_copy_while_loading(tmp_path):
     def watch(done, total):
         seen.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
 
-    load(tmp_path, jnp.float32, narrow=INT8, progress=watch)
+    load(tmp_path, jnp.float32, quantized_dtype=INT8, progress=watch)
     assert size[INT8] - 1024 < max(seen) <= size[INT8] + largest < size[None]

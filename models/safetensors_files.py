@@ -1,0 +1,92 @@
+"""Tensors of the safetensors files in a Hugging Face folder, read only when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .config import CheckpointError, read_json
+
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, Any] = {
+    "F64": jnp.dtype("float64"),
+    "F32": jnp.dtype("float32"),
+    "F16": jnp.dtype("float16"),
+    "BF16": jnp.dtype("bfloat16"),
+    "F8_E4M3": jnp.dtype("float8_e4m3fn"),
+    "F8_E5M2": jnp.dtype("float8_e5m2"),
+}
+"""Stored dtypes that are weights by themselves; others need scales or zero points, which no file here explains."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file that is mapped into memory."""
+
+    name: str
+    path: Path
+    dtype: str
+    """As safetensors calls it."""
+    shape: tuple[int, ...]
+    data: np.ndarray
+    """Its bytes."""
+
+    def array(self) -> np.ndarray:
+        """The tensor, still in the mapped file.
+
+        Raises:
+            CheckpointError: numbers of its dtype are not weights.
+        """
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {self.name} in {self.path} has dtype {self.dtype}; {', '.join(DTYPES)} are read"
+            )
+        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder by name.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or incomplete.
+    """
+    return {tensor.name: tensor for path in _weight_files(folder) for tensor in _tensors(path)}
+
+
+def _tensors(path: Path) -> Iterator[StoredTensor]:
+    try:
+        with safe_open(path, framework="numpy"):  # checks all that the header says
+            pass
+        data = np.memmap(path, np.uint8, mode="r")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete ({error}); fetch it again") from error
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:begin].tobytes())
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        yield StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), data[begin + start : begin + end])
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        yield single
+        return
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}; only safetensors are read")
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or any(
+        not isinstance(name, str) or Path(name).name != name for name in names.values()
+    ):
+        raise CheckpointError(f"{folder / INDEX} must map tensors to files in its own folder")
+    for name in sorted(set(names.values())):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which {INDEX} names; fetch it again")
+        yield folder / name
