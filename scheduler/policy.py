@@ -79,9 +79,6 @@ class Policy:
     def ended(self, request: Request, now: float) -> None:
         """A request has ended; its program's history includes it."""
 
-    def tool_called(self, program: Program, now: float) -> None:
-        """A program has said which tool it waits for."""
-
     def forgotten(self, program: Program) -> None:
         """A program has ended."""
 

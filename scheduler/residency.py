@@ -20,7 +20,7 @@ from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
 from .program import Program, Request
 from .retained import Retained
-from .strategies import DISCARD, KEEP, LAST, Strategy
+from .strategies import DISCARD, LAST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
 log = logging.getLogger(__name__)
@@ -72,16 +72,19 @@ class Residency:
         self.copies.use(program)
         self._retained.add(program)
 
-    def waits(self, program: Program, now: float) -> None:
-        """A program begins to wait for a tool, or has named the tool."""
-        slack = self._at_once / self.pool.size
-        action, why = self._strategy.waits(program, slack, now)
-        if program.tool is None or action != KEEP:
-            self._note(program, action, why, len(program.pages))
+    def wait_begins(self, program: Program, now: float) -> None:
+        """A program begins to wait for a tool: decide what becomes of its KV."""
+        action, why = self._strategy.waits(program, self._slack, now)
+        self._note(program, action, why, len(program.pages))
         if action == DISCARD and program.kept:
             self.reclaimed += -(-program.kept // self._size)
             self.trim(program, 0)
         elif action == LAST:
+            self._retained.give_first(program)
+
+    def tool_named(self, program: Program, now: float) -> None:
+        """A program that waits has named its tool, which may change when its pages go, but nothing else."""
+        if self._strategy.waits(program, self._slack, now).action == LAST:
             self._retained.give_first(program)
 
     def trim(self, program: Program, tokens: int) -> None:
@@ -204,6 +207,11 @@ class Residency:
     def _at_once(self) -> int:
         """Pages that can be had without waiting for anything or losing anything."""
         return self.pool.free + self._retained.clean_pages
+
+    @property
+    def _slack(self) -> float:
+        """Share of the pool that can be had at once."""
+        return self._at_once / self.pool.size
 
     # -- pressure ----------------------------------------------------------------------------------------------
 

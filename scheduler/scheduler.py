@@ -135,15 +135,14 @@ class Scheduler:
         else:
             program.last = program.last or request
             self._programs.idle.add(program)
-            self._residency.waits(program, now)
+            self._residency.wait_begins(program, now)
 
     def tool_called(self, program: Hashable, tool: str, now: float) -> None:
         """Say which tool the program of a key waits for. Unknown keys are ignored."""
         found = self._programs.find(program)
         if found is not None and found in self._programs.idle:
             found.tool = tool
-            self._policy.tool_called(found, found.wait_began)
-            self._residency.waits(found, now)
+            self._residency.tool_named(found, now)
 
     def end_program(self, program: Hashable, now: float) -> Request | None:
         """End the program of a key; returns the live request that was cancelled with it. Unknown keys are ignored."""

@@ -119,7 +119,7 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
         timed("32 pages are needed", lambda now=now: residency.reclaim(32, now, wait=True))
         settle(now)
         if pool.free >= 8:
-            timed("a wait begins", partial(residency.waits, wait(waiting + step, now), now))
+            timed("a wait begins", partial(residency.wait_begins, wait(waiting + step, now), now))
         timed("copies ahead", partial(residency.spill, now))
         settle(now)
     return {event: float(np.median(found or [0.0])) for event, found in times.items()}

@@ -291,17 +291,27 @@ WAITS = st.integers(0, 800).map(lambda n: n / 8)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 1000), WAITS, st.integers(0, 30)), min_size=2, max_size=30))
+@given(st.lists(st.tuples(st.integers(1, 1000), WAITS, WAITS, st.integers(0, 30)), min_size=2, max_size=30))
 def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
     policy = make_policy("astraea")
     typical = policy.predict.program_s()
     waiting = [
-        request(n, prompt=prompt, waited_s=waits * typical, turns=turns)
-        for n, (prompt, waits, turns) in enumerate(history, 1)
+        request(n, prompt=prompt, waited_s=waits * typical, ran_s=runs * typical, turns=turns)
+        for n, (prompt, waits, runs, turns) in enumerate(history, 1)
     ]
     served = [waiting[number - 1].program.waited_s for number in order(policy, waiting, now=0.0)]
     starving = [w for w in served if w > PATIENCE * typical]
     assert served[: len(starving)] == sorted(starving, reverse=True)
+
+
+def test_running_is_not_waiting():
+    """Who has run for long, and never waited, does not jump the queue before those who have waited."""
+    policy = make_policy("astraea")
+    typical = policy.predict.program_s()
+    ran = request(1, ran_s=1000 * typical, prompt=1000)
+    waited = request(2, waited_s=(PATIENCE + 1) * typical, prompt=1000)
+    waits = request(3, waited_s=(PATIENCE - 5) * typical, ran_s=0.0, prompt=1)
+    assert order(policy, [ran, waited, waits], now=0.0) == [2, 3, 1]
 
 
 class Steady(Predictor):

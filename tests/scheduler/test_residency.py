@@ -36,6 +36,24 @@ def test_no_pressure_moves_nothing():
     assert stats.decisions == {"keep: no pressure": 3}
 
 
+@pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "always-discard", "continuum"])
+def test_every_wait_is_decided_once(strategy):
+    """However often the client names its tool meanwhile."""
+    loop = loop_of(strategy, pages=14)
+    for tool in range(3):
+        loop.scheduler._policy.predict.tools[f"t{tool}"] = slow = Distribution()
+        for _ in range(40):
+            slow.add(1000.0)
+    text = [1] * 9
+    for turn in range(4):
+        text += [*serve(loop, "p", text, 2).output, turn]
+        for tool in range(turn):
+            loop.scheduler.tool_called("p", f"t{tool}", loop.now)
+    words = ("keep", "offload", "discard", "give first")
+    decided = {what: n for what, n in loop.scheduler.stats().decisions.items() if what.startswith(words)}
+    assert sum(decided.values()) == 4
+
+
 def test_what_is_needed_moves_and_comes_back():
     loop = loop_of()
     serve(loop, "a", [1] * 21, 3)  # 23 tokens on six pages
