@@ -65,7 +65,7 @@ class Terms:
 
 class Astraea(Policy):
     columns = 3
-    passes = 4
+    max_skips = 4
 
     def __init__(self, predictor: Predictor, terms: Terms | None = None):
         super().__init__(predictor)
@@ -94,7 +94,7 @@ class Astraea(Policy):
         return (request.program.arrival, request.number)
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
-        return pressure.host or not self._terms.gate or self._gate.passes(request, now, pressure)
+        return pressure.host or not self._terms.gate or self._gate.admits(request, now, pressure)
 
     def admitted(self, request: Request, now: float) -> None:
         lost = max(0, request.matched - request.reusable - 1)
@@ -134,7 +134,7 @@ class Gate:
         self._fade(now)
         self._again_s += seconds
 
-    def passes(self, request: Request, now: float, pressure: Pressure) -> bool:
+    def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         """Whether a waiting request may start."""
         self._fade(now)
         share = self._again_s / self.WINDOW_S

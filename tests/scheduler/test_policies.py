@@ -193,17 +193,17 @@ def test_the_gate_counts_contexts_that_fade():
     gate = Gate()
     room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
     one, two = (request(n, prompt=100) for n in (1, 2))
-    assert gate.passes(one, 0.0, room)
+    assert gate.admits(one, 0.0, room)
     gate.runs(one, 0.0)
-    assert gate.passes(two, 0.0, room)  # nothing has been computed again: it is open
+    assert gate.admits(two, 0.0, room)  # nothing has been computed again: it is open
     gate.recomputes(50.0, 0.0)
-    assert not gate.passes(two, 0.0, room)
+    assert not gate.admits(two, 0.0, room)
     other = request(9, prompt=10)
     gate.runs(other, 0.0)
     gate.waits(one, 0.0)
-    assert not gate.passes(two, 0.0, room)
-    assert gate.passes(request(4, one.program), 0.0, room)  # who has begun goes on
-    assert gate.passes(two, HALF_LIFE_S * 1.01, room)  # 10 + 50 + 100 fit
+    assert not gate.admits(two, 0.0, room)
+    assert gate.admits(request(4, one.program), 0.0, room)  # who has begun goes on
+    assert gate.admits(two, HALF_LIFE_S * 1.01, room)  # 10 + 50 + 100 fit
     gate.forget(one.program, HALF_LIFE_S * 2)
     gate.forget(other.program, HALF_LIFE_S * 2)
     assert gate._faded == pytest.approx(0.0, abs=1e-6)
@@ -215,12 +215,12 @@ def test_the_gate_shuts_above_one_share_and_opens_below_another():
     gate.runs(request(1, prompt=100), 0.0)
     large, exact = request(2, prompt=61), request(3, prompt=60)
     gate.recomputes(0.24 * Gate.WINDOW_S, 0.0)
-    assert gate.passes(large, 0.0, room)
+    assert gate.admits(large, 0.0, room)
     gate.recomputes(0.02 * Gate.WINDOW_S, 0.0)
-    assert not gate.passes(large, 0.0, room)
-    assert gate.passes(exact, 0.0, room)  # 100 + 60 fit
-    assert not gate.passes(large, 1.6 * Gate.WINDOW_S, room)  # 0.26 / e ** 1.6 = 0.052: it stays shut
-    assert gate.passes(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
+    assert not gate.admits(large, 0.0, room)
+    assert gate.admits(exact, 0.0, room)  # 100 + 60 fit
+    assert not gate.admits(large, 1.6 * Gate.WINDOW_S, room)  # 0.26 / e ** 1.6 = 0.052: it stays shut
+    assert gate.admits(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
 
 
 @pytest.mark.parametrize(("host", "gated"), [(True, True), (False, False), (False, True)])
@@ -331,7 +331,7 @@ def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, o
     records = Simulator([*small, large], make_policy("astraea", Steady()), MACHINES["cpu-tiny"], sizes).run().records
     begun = next(r.spans[0][1] for r in records if r.program is large)
     deadline = arrival + PATIENCE * 0.05 + 0.05  # and a few steps
-    assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.passes
+    assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.max_skips
 
 
 def test_columns_follow_their_requests():

@@ -174,7 +174,11 @@ def test_failed_transfers_are_computed_again(delay):
     assert back.cached_tokens < 23
     serve(loop, "c", [3] * 40, 1)
     loop.faults = 5
-    serve(loop, "a", [*back.prompt, *back.output, 6], 2)  # the way back fails
+    before = loop.scheduler.stats()
+    last = serve(loop, "a", [*back.prompt, *back.output, 6], 2)  # the way back fails
+    stats = loop.scheduler.stats()
+    assert stats.reused_tokens - before.reused_tokens == last.cached_tokens < len(back.prompt)
+    assert stats.recomputed_tokens - before.recomputed_tokens == len(back.prompt) + 1 - last.cached_tokens
     assert loop.scheduler.stats().failed_transfers > 1
 
 
