@@ -261,7 +261,7 @@ class Scheduler:
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Say how long a step took, for predictions."""
-        self._policy.predict.costs.observe(plan, seconds)
+        self._policy.predict.steps.observe(plan, seconds)
 
     def extend(self, plan: Plan, times: int) -> int:
         """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now; see

@@ -32,8 +32,9 @@ from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
+from astraea_jax.scheduler.costs import StepFit
 from astraea_jax.scheduler.policies import make_policy
-from astraea_jax.scheduler.prediction import Predictor, StepCosts
+from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Request
 from astraea_jax.scheduler.scheduler import Scheduler
@@ -216,9 +217,9 @@ class Engine:
         return self._admitted
 
     @property
-    def step_costs(self) -> StepCosts:
+    def step_costs(self) -> StepFit:
         """What steps cost here, fitted to those taken so far."""
-        return self._predictor.costs
+        return self._predictor.steps
 
     def shutdown(self, grace_s: float = 30.0) -> None:
         """Refuse new requests, let running ones finish for ``grace_s`` seconds, cancel the rest, stop the loop."""

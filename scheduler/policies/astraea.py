@@ -98,7 +98,7 @@ class Astraea(Policy):
 
     def admitted(self, request: Request, now: float) -> None:
         lost = max(0, request.matched - request.reusable - 1)
-        self._gate.recomputes(self.predict.costs.per_token * lost, now)
+        self._gate.recomputes(self.predict.costs.per_token_s * lost, now)
         self._gate.runs(request, now)
 
     def ended(self, request: Request, now: float) -> None:

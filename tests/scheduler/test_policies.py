@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
-from astraea_jax.scheduler.simulation.costs import MACHINES
+from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
@@ -42,7 +43,8 @@ def told(outputs: dict[str, list[int]], tool_s: float = 0.0) -> Oracle:
             held += 10 + output
         programs.append(TraceProgram(name, tuple(requests)))
     oracle = Oracle(programs)
-    oracle.costs.mean_step_s, oracle.costs.per_token = 1.0, 0.0
+    oracle.steps.mean_step_s = 1.0
+    oracle.steps.costs = replace(oracle.steps.costs, per_token_s=0.0)
     return oracle
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.device import complete
 from support.loop import Loop, make
@@ -91,7 +93,9 @@ def test_a_copy_stays_good_for_the_next_time():
 
 def test_copies_ahead_stay_on_the_device():
     loop = loop_of("adaptive", pages=20)
-    loop.scheduler._policy.predict.costs.per_token = 1.0  # so that moving is worth it
+    loop.scheduler._policy.predict.steps.costs = replace(
+        loop.scheduler._policy.predict.costs, per_token_s=1.0
+    )  # so that moving is worth it
     serve(loop, "a", [1] * 30, 2)
     serve(loop, "b", [2] * 33, 2)  # 17 of 20 pages are in use now
     before = loop.scheduler.stats()
