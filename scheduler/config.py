@@ -18,6 +18,7 @@ class SchedulerConfig:
     max_step_tokens: int
     max_context: int
     max_waiting: int = 1024
+    """Requests that wait for their first start, at most; preempted ones come back beyond it."""
     max_programs: int = 8192
     session_ttl_s: float = 600.0
     host: HostTier = NO_HOST

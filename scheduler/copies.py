@@ -83,12 +83,12 @@ class HostCopies:
         if not program.copies:
             del self._holders[program]
 
-    def least_worth(self, program: Program, now: float) -> Program | None:
+    def least_worth(self, program: Program, now: float, keep: Program | None) -> Program | None:
         """Whose copies are worth less than those of ``program`` would be: of the holders used least recently, one that
-        needs none, or else the one that is idle longest to come."""
+        needs none, or else the one that is idle longest to come; never ``keep``."""
         best, longest_s = None, self._idle_s(program, now)
         for other in islice(self._holders, CANDIDATES):
-            if other is program or other.restoring or not all(copy.ready for copy in other.copies):
+            if other in (program, keep) or other.restoring or not all(copy.ready for copy in other.copies):
                 continue
             if other.running is not None or other.copies[-1].end <= len(other.pages):
                 return other

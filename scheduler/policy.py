@@ -6,7 +6,7 @@ about it (``features``); when there is room, it scores all waiting requests at o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +39,9 @@ class Policy:
     columns = 1
     """Numbers that :meth:`features` gives."""
     backfill = 0
-    """Requests that do not fit and may be passed over in favour of later ones; 0: the first in order blocks."""
-    passes = 10**9
-    """How often the first in order may be passed over so, before it blocks."""
+    """How many later requests are tried if the first in order does not fit; 0: it blocks them."""
+    max_skips = 10**9
+    """How often later requests may start before the first in order so, before it blocks them."""
 
     residency: str | None = None
     """The strategy that belongs to the policy, by name; None: any."""
@@ -49,8 +49,8 @@ class Policy:
     def __init__(self, predictor: Predictor):
         self.predict = predictor
         self.strategy = make_strategy(self.residency or "adaptive", predictor)
-        self.changed: list[Request] = []
-        """Waiting requests whose features have changed; the scheduler takes them from here."""
+        self.outdate: Callable[[Request], None] = lambda request: None
+        """To be called when the features of a waiting request have changed; the scheduler sets it."""
 
     def features(self, request: Request) -> Sequence[float]:
         """About a request that is queued; fixed until something about its KV changes."""
@@ -79,9 +79,6 @@ class Policy:
     def ended(self, request: Request, now: float) -> None:
         """A request has ended; its program's history includes it."""
 
-    def tool_called(self, program: Program, now: float) -> None:
-        """A program has said which tool it waits for."""
-
     def forgotten(self, program: Program) -> None:
         """A program has ended."""
 
@@ -100,6 +97,9 @@ class WaitingQueue:
 
     def __contains__(self, request: Request) -> bool:
         return request in self._at
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
 
     def push(self, request: Request, features: Sequence[float]) -> None:
         at = len(self._requests)

@@ -11,86 +11,13 @@ from collections import OrderedDict, deque
 
 import numpy as np
 
-from .plan import Plan
+from .costs import StepCosts, StepFit, TransferFit
 from .program import Program, Request
 
 WINDOW = 1024
 """Recent observations that a distribution keeps."""
 ENOUGH = 30
 """Observations below which a narrower distribution gives way to a wider one."""
-
-
-class StepCosts:
-    """Seconds of a step, fitted to the steps as they come: ``base``, ``per_prefill`` more if any row prefills,
-    ``per_token`` new token and ``per_context`` token attended to.
-
-    Least squares over a sliding exponential window, solved again every few steps.
-    """
-
-    EVERY = 64
-
-    def __init__(self) -> None:
-        self.forget = 0.998
-        """Weight of a step against the one after it; 1: all count alike."""
-        self.base, self.per_prefill, self.per_token, self.per_context = 5e-3, 0.0, 5e-5, 5e-8
-        self.steps = 0
-        self.mean_step_s = self.base
-        """Of recent steps: how long one decoded token takes at the present load."""
-        self._scale = np.array([1.0, 1.0, 1e-2, 1e-5])  # so that the columns are of one size
-        self._recent: list[tuple[float, ...]] = []  # steps that are not in the sums yet
-        self._gram = np.zeros((4, 4))
-        self._right = np.zeros(4)
-
-    def observe(self, plan: Plan, seconds: float) -> None:
-        """A step took so long."""
-        self._recent.append((1.0, plan.tokens > len(plan.requests), plan.tokens, plan.context, seconds))
-        self.steps += 1
-        self.mean_step_s += (seconds - self.mean_step_s) / min(self.steps, 50)
-        if len(self._recent) == self.EVERY:
-            self._fit()
-
-    def _fit(self) -> None:
-        steps = np.array(self._recent)
-        self._recent.clear()
-        rows, weights = self._scale * steps[:, :4], self.forget ** np.arange(self.EVERY - 1, -1, -1)
-        self._gram = self.forget**self.EVERY * self._gram + (weights * rows.T) @ rows
-        self._right = self.forget**self.EVERY * self._right + (weights * steps[:, 4]) @ rows
-        ridge = 1e-6 * np.trace(self._gram) * np.eye(4)
-        fitted = np.linalg.solve(self._gram + ridge, self._right) * self._scale
-        self.base, self.per_prefill, self.per_token, self.per_context = np.maximum(fitted, 0.0).tolist()
-
-    def prefill_s(self, tokens: int) -> float:
-        """Seconds of step time that prefilling ``tokens`` adds."""
-        return self.per_prefill + self.per_token * tokens
-
-    def decode_s(self, tokens: float) -> float:
-        """Seconds until ``tokens`` more tokens are decoded, at the present load."""
-        return self.mean_step_s * tokens
-
-
-class TransferCosts:
-    """Seconds that pages take between device and host: ``latency`` and ``per_page``, by least squares over the
-    transfers as they end, in a sliding exponential window."""
-
-    FORGET = 0.98
-
-    def __init__(self) -> None:
-        self.latency, self.per_page = 0.0, 1e-4
-        self._sums = [0.0] * 5
-
-    def observe(self, pages: int, seconds: float) -> None:
-        """A transfer took so long, waiting for others and for the loop to notice included."""
-        new = (1.0, pages, seconds, pages * pages, pages * seconds)
-        self._sums = [self.FORGET * old + more for old, more in zip(self._sums, new, strict=True)]
-        n, x, y, xx, xy = self._sums
-        spread = n * xx - x * x
-        slope = (n * xy - x * y) / spread if spread > 1e-6 * xx else y / x
-        self.per_page = min(max(slope, 0.0), y / x)
-        self.latency = (y - self.per_page * x) / n
-
-    def seconds(self, pages: int) -> float:
-        """Of a transfer of so many pages."""
-        return self.latency + self.per_page * pages
 
 
 class Distribution:
@@ -204,8 +131,8 @@ class Predictor:
     """Learns from what has ended: output lengths, tool times per tool, turns per program, seconds per step."""
 
     def __init__(self) -> None:
-        self.costs = StepCosts()
-        self.transfers = TransferCosts()
+        self.steps = StepFit()
+        self.transfers = TransferFit()
         self.outputs = Distribution()
         """Tokens per request."""
         self.service = Distribution()
@@ -222,6 +149,11 @@ class Predictor:
         self._progress = [0.0] * 6  # decaying sums over ended programs' moments k: n, k, r, kk, rr, kr
 
     # -- questions ---------------------------------------------------------------------------------------------
+
+    @property
+    def costs(self) -> StepCosts:
+        """What steps cost, as fitted last."""
+        return self.steps.costs
 
     def output_tokens(self, request: Request) -> float:
         """Tokens it will still output."""
@@ -259,19 +191,19 @@ class Predictor:
 
     def program_s(self) -> float:
         """Seconds that a typical program runs in all."""
-        return self.costs.decode_s(self.outputs.mean(100.0) * self.turns.mean(8.0))
+        return self.steps.decode_s(self.outputs.mean(100.0) * self.turns.mean(8.0))
 
     def remaining_s(self, request: Request) -> float:
         """Seconds of model time until its program ends, were it alone: this request and those after it."""
-        own = self.costs.decode_s(self.output_tokens(request))
-        later = self.costs.decode_s(self.outputs.mean(100.0))
+        own = self.steps.decode_s(self.output_tokens(request))
+        later = self.steps.decode_s(self.outputs.mean(100.0))
         fresh = self.costs.prefill_s(max(1, request.known - request.reusable))
         return fresh + own + (self.remaining_turns(request.program) - 1) * later
 
     def request_s(self, request: Request) -> float:
         """Seconds of model time of this request, were it alone."""
         fresh = self.costs.prefill_s(max(1, request.known - request.reusable))
-        return fresh + self.costs.decode_s(self.output_tokens(request))
+        return fresh + self.steps.decode_s(self.output_tokens(request))
 
     def eta(self) -> float:
         """Whether progress predicts completion: ``-Corr(k, N - k)`` of served against remaining turns over programs

@@ -118,7 +118,7 @@ class Request:
     cached_tokens: int = 0
     """Prompt tokens whose KV its program still held when it was first admitted."""
     preemptions: int = 0
-    passed: int = 0
+    skipped: int = 0
     """Times that a later one has started because this one, first in order, did not fit."""
     first_scheduled: float | None = None
     first_token: float | None = None

@@ -15,18 +15,36 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import NamedTuple
 
 from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
 from .program import Program, Request
 from .retained import Retained
-from .strategies import DISCARD, KEEP, LAST, Strategy
+from .strategies import DISCARD, LAST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Pages copied together at least, if a program has so many and staging has room."""
+
+
+class Offer(NamedTuple):
+    """What a waiting request can start from: pages on the device, and after those pages on the host."""
+
+    request: Request
+    own: int
+    """Device pages of its program that it goes on with, from the first on."""
+    found: list[int]
+    """Device pages of equal content, computed by anybody, that come after them."""
+    parts: list[Part]
+    """Host pages that come after those."""
+    tokens: int
+    """Tokens on all these pages, which need not be computed."""
+    need: int
+    """Device pages that it needs beside, for all its known tokens; those that are restored come first."""
 
 
 class Residency:
@@ -52,8 +70,7 @@ class Residency:
         """Transfers that went wrong."""
         self.decisions: Counter[str] = Counter()
         """How often pages were kept, copied or dropped, each with its reason."""
-        self.transfers: list[Transfer] = []
-        """Begun since they were last taken."""
+        self._begun: list[Transfer] = []  # since they were last taken
         self._under_way: dict[Transfer, None] = {}
         self.copies = HostCopies(host, self._idle_s)
         self._size = page_size
@@ -72,16 +89,19 @@ class Residency:
         self.copies.use(program)
         self._retained.add(program)
 
-    def waits(self, program: Program, now: float) -> None:
-        """A program begins to wait for a tool, or has named the tool."""
-        slack = self._at_once / self.pool.size
-        action, why = self._strategy.waits(program, slack, now)
-        if program.tool is None or action != KEEP:
-            self._note(program, action, why, len(program.pages))
+    def wait_begins(self, program: Program, now: float) -> None:
+        """A program begins to wait for a tool: decide what becomes of its KV."""
+        action, why = self._strategy.waits(program, self._slack, now)
+        self._note(program, action, why, len(program.pages))
         if action == DISCARD and program.kept:
             self.reclaimed += -(-program.kept // self._size)
             self.trim(program, 0)
         elif action == LAST:
+            self._retained.give_first(program)
+
+    def tool_named(self, program: Program, now: float) -> None:
+        """A program that waits has named its tool, which may change when its pages go, but nothing else."""
+        if self._strategy.waits(program, self._slack, now).action == LAST:
             self._retained.give_first(program)
 
     def trim(self, program: Program, tokens: int) -> None:
@@ -93,36 +113,50 @@ class Residency:
         self._cut_copies(program, keep)
         self._release(program, keep)
 
-    def take(self, request: Request, found: list[int], now: float) -> tuple[list[int], list[Part]]:
-        """Hand a request that is admitted the device pages it can reuse, and the host pages that belong after them.
+    def offer(self, request: Request) -> Offer | None:
+        """What a waiting request can start from, as long as its program's KV stays as it is; None: part of it is still
+        on its way, or the last token sampled for it has not been read yet.
 
-        Shared pages among them are full and all their tokens are known, so nothing is ever written on a page that
-        somebody else reads: no copy-on-write is needed.
-
-        Args:
-            request: it.
-            found: shared pages (:class:`~.admission.Admission`), one reference to each taken already.
-            now: seconds.
+        Of what it reuses, only a last page that is not full is ever written again. If others read that page, too, it
+        is left to them, so no copy-on-write is needed.
         """
-        program = request.program
+        if request.pending:
+            return None
+        program, tokens, size = request.program, request.reusable, self._size
+        kept = -(-tokens // size)
+        own = min(len(program.pages), kept)
+        found: list[int] = []
+        if own * size <= tokens:
+            last = (request.known - 1) // size  # one token is always left to compute
+            found = self.pool.find(islice(request.keys, own, last))
+            tokens = max(tokens, (own + len(found)) * size)
+        elif self.pool.shared(program.pages[own - 1]):
+            own -= 1
+            kept, tokens = own, own * size
+        parts = parts_of(program, own + len(found), kept)
+        if not all(part.copy.ready for part in parts):
+            return None
+        return Offer(request, own, found, parts, tokens, -(-request.known // size) - own - len(found))
+
+    def take(self, offer: Offer, now: float) -> list[int]:
+        """Hand a request that is admitted its pages, and begin to restore what the host holds of it. Enough pages are
+        free, and one more reference to those found has been taken."""
+        request, program, whole = offer.request, offer.request.program, offer.tokens // self._size
         self.trim(program, request.reusable)
-        pages, program.pages, program.running = program.pages + found, [], request
+        self._release(program, offer.own)
+        pages, program.pages, program.running = program.pages + offer.found, [], request
         self._retained.discard(program)
-        kept = -(-program.kept // self._size)
-        parts = parts_of(program, len(pages), kept)
-        tokens = max(program.kept, len(pages) * self._size if found else 0)
-        inside = tokens // self._size
-        if not parts and inside < len(pages):  # its next token is written on a page that has some already
-            if self.pool.shared(pages[inside]):
-                self.pool.release([pages.pop()])
-                tokens = inside * self._size
-            else:
-                self.pool.withdraw(pages[inside])
-        request.computed = request.reused = tokens
-        if not parts:
-            self._cut_copies(program, inside)
+        if not offer.parts:
+            if whole < len(pages):  # its next token is written there
+                self.pool.withdraw(pages[whole])
+            self._cut_copies(program, whole)
+        request.computed = request.reused = offer.tokens
         self._strategy.started(request, now)
-        return pages, parts
+        new = self.pool.allocate(offer.need)
+        if offer.parts:
+            restored = tuple(new[: sum(part.pages for part in offer.parts)])
+            request.loading = self._begin(Transfer(program, restored, tuple(offer.parts), False, now, request))
+        return pages + new
 
     def forgotten(self, program: Program) -> None:
         """A program has ended; full pages of it can still be found as long as nobody needs the memory."""
@@ -134,10 +168,6 @@ class Residency:
         for page in program.pages:
             self.pool.withdraw(page)
         self.trim(program, 0)
-
-    def restore(self, request: Request, pages: list[int], parts: list[Part], now: float) -> Transfer:
-        """Bring host pages of a request that has been admitted back to ``pages``."""
-        return self._begin(Transfer(request.program, tuple(pages), tuple(parts), False, now, request))
 
     def lose_device(self, programs: Iterable[Program]) -> None:
         """Every device page is lost, while no request runs: of each program only what the host holds from its first
@@ -156,9 +186,15 @@ class Residency:
     # -- transfers ---------------------------------------------------------------------------------------------
 
     def _begin(self, transfer: Transfer) -> Transfer:
-        self.transfers.append(transfer)
+        self._begun.append(transfer)
         self._under_way[transfer] = None
         return transfer
+
+    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
+        """Transfers begun, and copies dropped, since the last call."""
+        begun, self._begun = self._begun, []
+        dropped, self.copies.dropped = self.copies.dropped, []
+        return begun, dropped
 
     def cancel(self, transfer: Transfer) -> None:
         """Give up a transfer under way, and what it was to copy to the host; its end will have no effect."""
@@ -205,29 +241,34 @@ class Residency:
         """Pages that can be had without waiting for anything or losing anything."""
         return self.pool.free + self._retained.clean_pages
 
+    @property
+    def _slack(self) -> float:
+        """Share of the pool that can be had at once."""
+        return self._at_once / self.pool.size
+
     # -- pressure ----------------------------------------------------------------------------------------------
 
-    def reclaim(self, need: int, now: float, *, wait: bool, spare: Program | None = None) -> bool:
+    def reclaim(self, need: int, now: float, *, wait: bool, keep: Program | None = None) -> bool:
         """Make ``need`` pages free if programs that do not run hold enough; whether they are free now.
 
         Args:
             need: pages.
             now: seconds.
             wait: rather have fewer pages now than lose KV for which the host only lacks staging.
-            spare: not to be taken from.
+            keep: a program not to be taken from.
         """
         if self.pool.free >= need:
             return True
         order = self._strategy.order(self._retained.all, now)
         if order is None:
-            self._take_clean(need, spare)
-        for program in self._retained.oldest(clean=False, spare=spare) if order is None else list(order):
+            self._take_clean(need, keep)
+        for program in self._retained.oldest(clean=False, keep=keep) if order is None else list(order):
             if self.pool.free >= need:
                 return True
-            if program is not spare and not self._evict(program, need, now, wait):
+            if program is not keep and not self._evict(program, need, now, wait, keep):
                 return False
         if self.pool.free < min(need, self.pool.obtainable):
-            self._take_shared(need, spare)
+            self._take_shared(need, keep)
         return self.pool.free >= need
 
     def spill(self, now: float) -> None:
@@ -250,16 +291,16 @@ class Residency:
             if self._strategy.releases:
                 self._release(program, len(program.pages) - self._retained.clean.get(program, 0))
 
-    def _take_clean(self, need: int, spare: Program | None) -> None:
+    def _take_clean(self, need: int, keep: Program | None) -> None:
         """Free pages that have a host copy."""
-        for program in self._retained.oldest(clean=True, spare=spare):
+        for program in self._retained.oldest(clean=True, keep=keep):
             count = min(need - self.pool.free, self._retained.clean[program])
             if count <= 0:
                 return
             self._note(program, "free", "it has a host copy", count)
             self._release(program, len(program.pages) - count)
 
-    def _evict(self, program: Program, need: int, now: float, wait: bool) -> bool:
+    def _evict(self, program: Program, need: int, now: float, wait: bool, keep: Program | None) -> bool:
         """Take pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
         while self.pool.free < need and program.pages:
             want, held = need - self.pool.free, len(program.pages)
@@ -272,7 +313,7 @@ class Residency:
                 return True
             want = min(want, end - first)
             if self.copies.host.pages and self._strategy.moves(program):
-                self._make_room(want, program, now)
+                self._make_room(want, program, now, keep)
                 count = min(max(want, CHUNK), end - first, self.copies.room)
                 if count > 0:
                     self._copy(program, end - count, count, "its pages are needed", now)
@@ -286,9 +327,9 @@ class Residency:
                 )
         return True
 
-    def _take_shared(self, need: int, spare: Program | None) -> None:
+    def _take_shared(self, need: int, keep: Program | None) -> None:
         """Last resort: take pages from programs that share them among each other."""
-        for program in [p for p in self._retained.bound if p is not spare]:
+        for program in [p for p in self._retained.bound if p is not keep]:
             if self.pool.unpinned(program.pages):
                 self._drop(program, len(program.pages), "nothing else is left")
             if self.pool.free >= need:
@@ -323,10 +364,11 @@ class Residency:
             self.trim(program, keep * self._size)
             self._lost(program)
 
-    def _make_room(self, count: int, program: Program, now: float) -> None:
-        """Drop copies that are worth less than those of ``program`` would be, until ``count`` pages fit."""
+    def _make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
+        """Drop copies that are worth less than those of ``program`` would be, until ``count`` pages fit; none of
+        ``keep``."""
         while self.copies.free < count:
-            victim = self.copies.least_worth(program, now)
+            victim = self.copies.least_worth(program, now, keep)
             if victim is None:
                 return
             copy = victim.copies[-1]

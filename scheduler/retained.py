@@ -62,13 +62,13 @@ class Retained:
         else:
             self.clean.pop(program, None)
 
-    def oldest(self, *, clean: bool, spare: Program | None) -> Iterator[Program]:
-        """Programs, or those with clean pages, as they come, but ``spare``; each leaves the order before the next is
+    def oldest(self, *, clean: bool, keep: Program | None) -> Iterator[Program]:
+        """Programs, or those with clean pages, as they come, but ``keep``; each leaves the order before the next is
         asked for, or the caller stops."""
         order: OrderedDict[Program, None] | OrderedDict[Program, int] = self.clean if clean else self.all
-        if spare is not None and spare in order:  # it is used next, so it belongs at the end
-            order.move_to_end(spare)
-        while order and (first := next(iter(order))) is not spare:
+        if keep is not None and keep in order:  # it is used next, so it belongs at the end
+            order.move_to_end(keep)
+        while order and (first := next(iter(order))) is not keep:
             yield first
 
     def check(self, programs: list[Program]) -> None:

@@ -21,7 +21,7 @@ from .plan import Plan
 from .policy import Policy
 from .program import Program, QueueFull, Rejected, Request
 from .registry import Registry
-from .residency import Residency
+from .residency import Offer, Residency
 from .running import Running
 from .transfer import HostCopy, Transfer
 
@@ -84,8 +84,8 @@ class Scheduler:
             QueueFull: too many requests wait, too many programs are live, or its program has a request already.
         """
         self._check_size(len(prompt), max_tokens)
-        if len(self._queue) >= self.config.max_waiting:
-            raise QueueFull(f"{len(self._queue)} requests are waiting; try again later")
+        if self._queue.unstarted >= self.config.max_waiting:
+            raise QueueFull(f"{self._queue.unstarted} requests are waiting; try again later")
         opened = self._programs.open(program, owner, salt, now)
         self._submitted += 1
         request = Request(
@@ -135,15 +135,14 @@ class Scheduler:
         else:
             program.last = program.last or request
             self._programs.idle.add(program)
-            self._residency.waits(program, now)
+            self._residency.wait_begins(program, now)
 
     def tool_called(self, program: Hashable, tool: str, now: float) -> None:
         """Say which tool the program of a key waits for. Unknown keys are ignored."""
         found = self._programs.find(program)
         if found is not None and found in self._programs.idle:
             found.tool = tool
-            self._policy.tool_called(found, found.wait_began)
-            self._residency.waits(found, now)
+            self._residency.tool_named(found, now)
 
     def end_program(self, program: Hashable, now: float) -> Request | None:
         """End the program of a key; returns the live request that was cancelled with it. Unknown keys are ignored."""
@@ -164,10 +163,17 @@ class Scheduler:
 
     def transferred(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
         """A transfer that a plan has begun has ended; what one that failed was to bring is computed again."""
-        if failed:
-            self._residency.broken(transfer)
-        else:
+        if not failed:
             self._residency.ended(transfer, now)
+            return
+        request = transfer.request
+        expected = request.reused if request is not None else 0
+        self._residency.broken(transfer)
+        if request is not None and (missing := expected - request.reused):
+            self._counts.reused_tokens -= missing
+            self._counts.recomputed_tokens += missing
+            if request.preemptions == 0:
+                request.cached_tokens = request.reused
 
     def lose_device(self, now: float) -> list[Request]:
         """The device has lost every page, because a step failed and its arrays were made anew.
@@ -218,6 +224,7 @@ class Scheduler:
         self._pool.check(used + [p.pages for p in self._programs.programs()], used)
         self._residency.check(self._programs.programs())
         self._programs.check()
+        self._queue.check()
         started = {s for s in self._programs.live.values() if s.slot >= 0}
         assert started == set(self._running.requests), "a running request is not live"
         self._running.check()
@@ -254,7 +261,7 @@ class Scheduler:
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Say how long a step took, for predictions."""
-        self._policy.predict.costs.observe(plan, seconds)
+        self._policy.predict.steps.observe(plan, seconds)
 
     def extend(self, plan: Plan, times: int) -> int:
         """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now; see
@@ -266,10 +273,7 @@ class Scheduler:
     def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
         """Transfers begun since the last call, in order, whose offloads read their pages before the next step; and host
         copies that may be forgotten once these have been started."""
-        residency = self._residency
-        begun, residency.transfers = residency.transfers, []
-        dropped, residency.copies.dropped = residency.copies.dropped, []
-        return begun, dropped
+        return self._residency.take_transfers()
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Request, int]]:
         """Take in what a dispatched plan sampled, ``tokens`` one per row that samples; returns the new token of each
@@ -300,27 +304,24 @@ class Scheduler:
         """Give slots and pages to waiting requests, in the order of the policy, while both last."""
         admitted: list[Request] = []
         while budget > 0 and self._running.slots and len(self._queue):
-            request, found = self._queue.next(now)
-            if request is None:
+            offer = self._queue.next(now)
+            if offer is None:
                 break
-            self._admit(request, found, now)
+            request = offer.request
+            self._admit(offer, now)
             admitted.append(request)
             budget -= 0 if request.loading else request.wanted
         return admitted
 
-    def _admit(self, request: Request, found: list[int], now: float) -> None:
+    def _admit(self, offer: Offer, now: float) -> None:
+        request = offer.request
         self._queue.remove(request)
-        program = request.program
-        pages, parts = self._residency.take(request, found, now)
-        self._running.add(request, pages + self._pool.allocate(self._pages_for(request.known) - len(pages)))
-        if parts:
-            end = len(pages) + sum(part.pages for part in parts)
-            request.loading = self._residency.restore(request, request.pages[len(pages) : end], parts, now)
-        if request.first_scheduled is None and request.preemptions == 0:
+        self._running.add(request, self._residency.take(offer, now))
+        if request.preemptions == 0:
             request.cached_tokens = request.reused
         self._counts.reused_tokens += request.reused
         self._counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
-        program.waited_s += now - request.queued
+        request.program.waited_s += now - request.queued
         request.started = now
         self._policy.admitted(request, now)
 
@@ -331,8 +332,8 @@ class Scheduler:
 
     def _on_loss(self, program: Program) -> None:
         request = self._programs.live.get(program)
-        if request is not None and request in self._queue:
-            self._policy.changed.append(request)
+        if request is not None:
+            self._queue.outdate(request)
 
     # -- pages -----------------------------------------------------------------------------------------------
 

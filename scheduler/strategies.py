@@ -121,7 +121,7 @@ class Adaptive(Strategy):
 
     def moves(self, program: Program) -> bool:
         back_s = self.predict.transfers.seconds(len(program.pages))
-        again_s = self.predict.costs.per_token * program.kept  # its next request has something to prefill anyway
+        again_s = self.predict.costs.per_token_s * program.kept  # its next request has something to prefill anyway
         return back_s * program.kept < again_s * (program.kept + self.batch)
 
 

@@ -5,7 +5,7 @@
   python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --plots=out
   python scripts/bench_jct.py --backend=engine --policies=fcfs,plas,astraea --workload=infercept-mix --programs=120
 
-The simulator runs the engine's own scheduler on a virtual clock (`scheduler/simulator.py`). Accelerator machines are
+The simulator (`scheduler/simulation/`) runs the engine's own scheduler on a virtual clock. Accelerator machines are
 computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
 keep-lru has no host memory; host has a host tier that is never full, with the adaptive strategy or the policy's own;
 the other names are strategies with such a host tier.
@@ -33,7 +33,6 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Floors
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
-from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
 from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,
     RESIDENCIES,
@@ -45,6 +44,7 @@ from astraea_jax.scheduler.simulation.experiment import (
     simulate,
     summary,
 )
+from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 FLAGS = flags.FLAGS
@@ -131,25 +131,32 @@ def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRec
     return results
 
 
-def run_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
+def run_on_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
     """Every cell on the real engine, and its simulation."""
-    from astraea_jax.lab.replay import Setting, arriving, fitting, measured, simulated, step_costs
+    from astraea_jax.lab.replay import (
+        Setting,
+        let_arrive_here,
+        measure_machine,
+        run_engine,
+        scale_to_fit,
+        simulate_engine,
+    )
 
     results = []
-    here: dict[str, CostModel] = {}  # costs of the workload's steps, which set the rate of arrival
+    here: dict[str, Machine] = {}  # as the workload's steps show it; it sets the rate of arrival
     columns = (TextColumn("programs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         shown = bar.add_task("programs", total=sum(cell.programs for cell in study))
         for cell in (replace(cell, machine="cpu-tiny") for cell in study):
-            programs = fitting(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
+            programs = scale_to_fit(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
             if cell.workload not in here:
-                here[cell.workload] = step_costs(programs)
-            prepared = arriving(programs, here[cell.workload], cell.load, cell.seed)
+                here[cell.workload] = measure_machine(programs)
+            prepared = let_arrive_here(programs, here[cell.workload], cell.load, cell.seed)
             pool = max(int(prepared.live_context / cell.oversubscription), 1100)
             setting = Setting(cell.policy, pool, *residency_of(cell))
-            real, costs = measured(prepared.programs, setting, lambda: bar.update(shown, advance=1))
-            for name, outcome in (("", real), (" simulated", simulated(prepared.programs, setting, costs))):
-                row = summary(replace(cell, policy=cell.policy + name), outcome, costs)
+            real, machine = run_engine(prepared.programs, setting, lambda: bar.update(shown, advance=1))
+            for name, outcome in (("", real), (" simulated", simulate_engine(prepared.programs, setting, machine))):
+                row = summary(replace(cell, policy=cell.policy + name), outcome, machine)
                 results.append((row, outcome.records))
     return results
 
@@ -255,7 +262,7 @@ def main(_: list[str]) -> None:
     on_engine = FLAGS.backend == "engine"
     study = cells()
     floors = Floors.measure(EngineConfig().weight_dtype()) if on_engine else None
-    results = (run_engine if on_engine else run_all)(study)
+    results = (run_on_engine if on_engine else run_all)(study)
     rows = [row for row, _ in results]
     publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, floors, console=console)
     if FLAGS.plots:

@@ -41,8 +41,9 @@ from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
+from astraea_jax.scheduler.costs import StepFit
 from astraea_jax.scheduler.policies import make_policy
-from astraea_jax.scheduler.prediction import Predictor, StepCosts
+from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Engine:
                 max_seqs=c.max_seqs,
                 max_step_tokens=c.max_step_tokens,
                 max_context=layout.max_context,
-                max_waiting=c.max_queued + c.max_seqs,  # those that have been preempted wait beside those queued
+                max_waiting=c.max_queued,
                 max_programs=c.max_programs,
                 session_ttl_s=c.session_ttl_s,
                 host=layout.host,
@@ -273,9 +274,9 @@ class Engine:
         return self._loop.times
 
     @property
-    def step_costs(self) -> StepCosts:
+    def step_costs(self) -> StepFit:
         """What steps cost here, fitted to those taken so far."""
-        return self._predictor.costs
+        return self._predictor.steps
 
     def stats(self) -> SchedulerStats:
         """Counts of programs, requests and pages as of the last step."""

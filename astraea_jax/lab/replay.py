@@ -17,8 +17,8 @@ from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.layout import staging_pages
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.scheduler.policies import make_policy
-from astraea_jax.scheduler.simulation.costs import CostModel
-from astraea_jax.scheduler.simulation.experiment import Prepared, everything, prepared
+from astraea_jax.scheduler.simulation.experiment import Prepared, everything, let_arrive
+from astraea_jax.scheduler.simulation.machines import Machine
 from astraea_jax.scheduler.simulation.simulator import Outcome, ProgramRecord, Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram
 
@@ -63,15 +63,15 @@ async def replay(
     return list(await asyncio.gather(*(one(program) for program in programs)))
 
 
-def fitting(programs: Sequence[TraceProgram], longest: int, tool_scale: float) -> list[TraceProgram]:
+def scale_to_fit(programs: Sequence[TraceProgram], longest: int, tool_scale: float) -> list[TraceProgram]:
     """The same programs scaled so that the longest context is ``longest``, for models with short ones."""
     factor = min(1.0, longest / (max(p.longest for p in programs) + 2 * max(len(p.requests) for p in programs)))
     return [replace(p.scaled(factor, tool_scale), arrival_s=p.arrival_s) for p in programs]
 
 
-def arriving(programs: Sequence[TraceProgram], costs: CostModel, load: float, seed: int) -> Prepared:
-    """Programs with arrivals, as :func:`prepare` would choose them for the engine here."""
-    return prepared(programs, costs, _sizes(everything(programs)), load, seed)
+def let_arrive_here(programs: Sequence[TraceProgram], machine: Machine, load: float, seed: int) -> Prepared:
+    """Let programs arrive at ``load`` times what the engine here works off."""
+    return let_arrive(programs, machine, _sizes(everything(programs)), load, seed)
 
 
 @dataclass(frozen=True)
@@ -85,23 +85,23 @@ class Setting:
     strategy: str | None = None
 
 
-def simulated(programs: Sequence[TraceProgram], setting: Setting, costs: CostModel) -> Outcome:
-    """The same engine, simulated."""
+def simulate_engine(programs: Sequence[TraceProgram], setting: Setting, machine: Machine) -> Outcome:
+    """Run programs through a simulation of the engine."""
     policy = make_policy(setting.policy, strategy=setting.strategy)
     sizes = _sizes(setting.pool_tokens, everything(programs) if setting.host else 0)
-    return Simulator(programs, policy, costs, sizes).run()
+    return Simulator(programs, policy, machine, sizes).run()
 
 
-def step_costs(programs: Sequence[TraceProgram]) -> CostModel:
-    """What steps cost here and now: of some programs that all arrive at once, in ample memory."""
+def measure_machine(programs: Sequence[TraceProgram]) -> Machine:
+    """Measure what steps cost here and now, with some programs that all arrive at once in ample memory."""
     at_once = [replace(p, arrival_s=0.0) for p in programs[: 2 * SEQS]]
-    return measured(at_once, Setting("fcfs", everything(at_once)))[1]
+    return run_engine(at_once, Setting("fcfs", everything(at_once)))[1]
 
 
-def measured(
+def run_engine(
     programs: Sequence[TraceProgram], setting: Setting, progress: Callable[[], None] = lambda: None
-) -> tuple[Outcome, CostModel]:
-    """The real engine, and what its steps and transfers have cost."""
+) -> tuple[Outcome, Machine]:
+    """Run programs through the real engine; returns what became of them, and the machine as its steps showed it."""
     config = EngineConfig(
         max_seqs=SEQS,
         max_step_tokens=STEP_TOKENS,
@@ -120,7 +120,7 @@ def measured(
         records = asyncio.run(replay(engine, programs, progress))
     finally:
         engine.shutdown(grace_s=0)
-    times, fitted = engine.times, engine.step_costs
+    times = engine.times
     outcome = Outcome(
         records=records,
         stats=engine.stats(),
@@ -130,8 +130,7 @@ def measured(
         mean_live_context=0.0,
         refused=0,
     )
-    costs = (fitted.base, fitted.per_prefill, fitted.per_token, fitted.per_context)
-    return outcome, CostModel(*costs, page_bytes / PAGE, link_bytes_s=1e9, measured=True)
+    return outcome, Machine(engine.step_costs.costs, page_bytes / PAGE, link_bytes_s=1e9, measured=True)
 
 
 def _sizes(pool_tokens: int, host_tokens: int = 0) -> Sizes:

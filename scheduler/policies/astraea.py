@@ -13,7 +13,7 @@ and why (each is a row of the ablation table, `python scripts/bench_jct.py --pol
   Hazards are learned apart for programs that output little, middling and much per request.
 * The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its requests,
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
-  program whose wait exceeds ``PATIENCE`` times a typical running time jumps the queue, oldest first.
+  program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait first.
 * Where the first in order does not fit, smaller ones start in its place, up to four times; else large contexts leave
   memory idle, and without that bound they would wait for each other.
 * Aging jumps the queue but never evicts a running request: preempting by priority was measured to cost a factor.
@@ -34,7 +34,7 @@ from ..prediction import Predictor
 from ..program import Program, Request
 
 PATIENCE = 20.0
-"""Typical running times after which a waiting program jumps the queue."""
+"""Typical running times that a program waits in all before it jumps the queue."""
 HALF_LIFE_S = 10.0
 """In which the context of a program in a tool wait counts half as much for the gate."""
 
@@ -64,8 +64,8 @@ class Terms:
 
 
 class Astraea(Policy):
-    columns = 2
-    passes = 4
+    columns = 3
+    max_skips = 4
 
     def __init__(self, predictor: Predictor, terms: Terms | None = None):
         super().__init__(predictor)
@@ -81,24 +81,24 @@ class Astraea(Policy):
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
             size *= request.known - terms.resident * held
-        return request.queued - program.waited_s - program.ran_s, size**terms.exponent
+        return request.queued - program.waited_s, program.ran_s, size**terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        since, size = features.T
+        since, ran, size = features.T
         typical = self.predict.program_s()
-        age = now - since
-        response = (age if self._terms.wait else 0.0) + self._terms.typical * typical
-        return np.where(age > PATIENCE * typical, -1e12 - age, -response / size)
+        wait = now - since
+        response = (wait + ran if self._terms.wait else 0.0) + self._terms.typical * typical
+        return np.where(wait > PATIENCE * typical, -1e12 - wait, -response / size)
 
     def rank(self, request: Request) -> tuple[float, ...]:
         return (request.program.arrival, request.number)
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
-        return pressure.host or not self._terms.gate or self._gate.passes(request, now, pressure)
+        return pressure.host or not self._terms.gate or self._gate.admits(request, now, pressure)
 
     def admitted(self, request: Request, now: float) -> None:
         lost = max(0, request.matched - request.reusable - 1)
-        self._gate.recomputes(self.predict.costs.per_token * lost, now)
+        self._gate.recomputes(self.predict.costs.per_token_s * lost, now)
         self._gate.runs(request, now)
 
     def ended(self, request: Request, now: float) -> None:
@@ -134,7 +134,7 @@ class Gate:
         self._fade(now)
         self._again_s += seconds
 
-    def passes(self, request: Request, now: float, pressure: Pressure) -> bool:
+    def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         """Whether a waiting request may start."""
         self._fade(now)
         share = self._again_s / self.WINDOW_S

@@ -28,12 +28,12 @@ class LAMPS(Policy):
         costs, output = self.predict.costs, self.predict.output_tokens(request)
         context, end = float(request.known), request.known + output
         prefill_s = costs.prefill_s(max(1, request.known - request.reusable))
-        area = prefill_s * context / 2 + costs.decode_s(output) * (context + end) / 2
+        area = prefill_s * context / 2 + self.predict.steps.decode_s(output) * (context + end) / 2
         wait_s = self.predict.tool_s(request.program)
         area += end * min(wait_s, costs.prefill_s(round(end)), 2 * end / SWAP_TOKENS_S)
         return area, request.queued
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         area, queued = features.T
-        starving = now - queued >= PATIENCE * self.predict.costs.mean_step_s
+        starving = now - queued >= PATIENCE * self.predict.steps.mean_step_s
         return np.where(starving, queued - 1e12, area)

@@ -38,6 +38,6 @@ class PLAS(Policy):
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         queue, submitted, waiting_since, ran = features.T
-        step = self.predict.costs.mean_step_s
+        step = self.predict.steps.mean_step_s
         starving = now - waiting_since >= (BETA - 1) * np.maximum(ran, step)
         return np.where(starving, 0.0, queue) * 1e9 + submitted

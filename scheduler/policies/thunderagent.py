@@ -80,17 +80,15 @@ class ThunderAgent(Policy):
                 break
             if program not in self._paused and (program in self._acting or program in self._waiting):
                 used -= self._weight(program, self._context[program], now)
-                self._pause(program, True)
+                self._paused[program] = None
+                self._reorder(program)
         for program in sorted(self._paused, key=lambda p: (p in self._acting, self._context[p], p.number)):
             used += self._weight(program, self._context[program], now)
             if used > self._capacity and len(self._paused) < len(self._context):
                 break
-            self._pause(program, False)
-
-    def _pause(self, program: Program, paused: bool) -> None:
-        if paused:
-            self._paused[program] = None
-        else:
             del self._paused[program]
+            self._reorder(program)
+
+    def _reorder(self, program: Program) -> None:
         if program in self._waiting:
-            self.changed.append(self._waiting[program])
+            self.outdate(self._waiting[program])

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..costs import StepCosts
 from ..policies import make_policy
 from ..prediction import Predictor
 from ..strategies import STRATEGIES
-from .costs import MACHINES, CostModel
+from .machines import MACHINES, Machine
 from .oracle import Oracle
 from .simulator import Outcome, ProgramRecord, Simulator, Sizes
 from .trace import TraceProgram, load_trace
@@ -83,17 +84,17 @@ def draw(workload: str, count: int, seed: int) -> list[TraceProgram]:
 def prepare(workload: str, count: int, seed: int, load: float, machine: str) -> Prepared:
     """Draw programs and let them arrive."""
     programs = draw(workload, count, seed)
-    return prepared(programs, MACHINES[machine], Sizes(everything(programs)), load, seed)
+    return let_arrive(programs, MACHINES[machine], Sizes(everything(programs)), load, seed)
 
 
-def prepared(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes, load: float, seed: int) -> Prepared:
-    """Let programs arrive, unless they say when they do."""
+def let_arrive(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes, load: float, seed: int) -> Prepared:
+    """Let programs arrive at ``load`` times what the machine works off, unless they say when they do."""
     if any(p.arrival_s is None for p in programs):
         at_once = [replace(p, arrival_s=0.0) for p in programs]
-        ends = sorted(r.ended for r in _run(at_once, costs, ample).records)
+        ends = sorted(r.ended for r in _run(at_once, machine, ample).records)
         done = max(1, int(0.8 * len(programs)))
         programs = with_arrivals(programs, load * done / ends[done - 1], seed)
-    return Prepared(tuple(programs), _run(programs, costs, ample).mean_live_context)
+    return Prepared(tuple(programs), _run(programs, machine, ample).mean_live_context)
 
 
 def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
@@ -132,11 +133,11 @@ def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
     return Predictor() if noise is None else Oracle(programs, noise, cell.seed)
 
 
-def _run(programs: Sequence[TraceProgram], costs: CostModel, ample: Sizes) -> Outcome:
-    return Simulator(programs, make_policy("fcfs"), costs, ample).run()
+def _run(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes) -> Outcome:
+    return Simulator(programs, make_policy("fcfs"), machine, ample).run()
 
 
-def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048) -> float:
+def alone_s(program: TraceProgram, costs: StepCosts, max_step_tokens: int = 2048) -> float:
     """Seconds that a program takes on an idle machine, tool waits included."""
     total = program.tool_s
     for s in program.requests:
@@ -146,12 +147,12 @@ def alone_s(program: TraceProgram, costs: CostModel, max_step_tokens: int = 2048
     return total
 
 
-def summary(cell: Cell, outcome: Outcome, costs: CostModel | None = None) -> dict[str, Any]:
-    """The figures of a run, as a row of a table. Times in seconds; ``costs`` if they are not the named machine's."""
-    costs = costs or MACHINES[cell.machine]
+def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dict[str, Any]:
+    """The figures of a run, as a row of a table. Times in seconds; ``machine`` if it is not the named one."""
+    machine = machine or MACHINES[cell.machine]
     records = [r for r in outcome.records if r.spans]
     jct = np.array([r.jct_s for r in records])
-    alone = np.array([alone_s(r.program, costs) for r in records])
+    alone = np.array([alone_s(r.program, machine.steps) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
     s, page = outcome.stats, Sizes.page_size
     return {
@@ -178,7 +179,7 @@ def summary(cell: Cell, outcome: Outcome, costs: CostModel | None = None) -> dic
         "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
-        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * costs.kv_bytes,
+        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * machine.kv_bytes,
         "preemptions": s.preemptions,
         "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
         "steps": outcome.steps,

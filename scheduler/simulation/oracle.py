@@ -55,5 +55,5 @@ class Oracle(Predictor):
         left = self._left(request.program)
         fresh = max(1, request.known - request.reusable) + sum(s.new for s in left[1:])
         decoded = sum(s.output for s in left) - len(request.output)
-        exact = self.costs.prefill_s(fresh) + self.costs.decode_s(decoded)
+        exact = self.costs.prefill_s(fresh) + self.steps.decode_s(decoded)
         return exact * self._wrong(request.program, "rest")

@@ -21,7 +21,7 @@ from ..policy import Policy
 from ..program import Rejected, Request
 from ..scheduler import Scheduler
 from ..transfer import HostTier, Transfer
-from .costs import CostModel
+from .machines import Machine
 from .trace import TraceProgram
 
 STRIDE = 64
@@ -99,7 +99,7 @@ class Simulator:
     Args:
         programs: with arrivals set.
         policy: of the scheduler.
-        costs: of the machine.
+        machine: that it pretends to run on.
         sizes: of the engine.
         record_plans: keep every plan in the outcome.
     """
@@ -108,12 +108,12 @@ class Simulator:
         self,
         programs: Sequence[TraceProgram],
         policy: Policy,
-        costs: CostModel,
+        machine: Machine,
         sizes: Sizes,
         *,
         record_plans: bool = False,
     ):
-        self._costs, self._sizes = costs, sizes
+        self._machine, self._sizes = machine, sizes
         self.scheduler = Scheduler(sizes.config(max(p.longest for p in programs) + 1), policy)
         self._records = {p.id: ProgramRecord(p, p.arrival_s or 0.0) for p in programs}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -167,11 +167,12 @@ class Simulator:
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step: how many equal ones it stands for, when the last of them starts, and when it ends."""
-        step_s = self._costs.step_s(len(plan.requests), plan.tokens, plan.context)
+        costs = self._machine.steps
+        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context)
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1
-        growth = self._costs.per_context_s * len(plan.requests)
+        growth = costs.per_context_s * len(plan.requests)
         last = step_s + growth * (times - 1)
         end = start + times * step_s + growth * times * (times - 1) / 2
         return times, end - last, end
@@ -202,7 +203,7 @@ class Simulator:
     def _start(self, transfer: Transfer, now: float) -> None:
         way = 0 if transfer.to_host else 1
         tokens = len(transfer.pages) * self._sizes.page_size
-        self._link[way] = max(self._link[way], now) + self._costs.transfer_s(tokens)
+        self._link[way] = max(self._link[way], now) + self._machine.transfer_s(tokens)
         self._at(self._link[way], partial(self.scheduler.transferred, transfer))
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def load_trace(path: Path) -> list[TraceProgram]:
         TraceError: it is empty, a line is not such a program, or arrivals run backwards; the message names the line.
     """
     programs = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
                 programs.append(_program(json.loads(line)))
@@ -110,26 +109,6 @@ def load_trace(path: Path) -> list[TraceProgram]:
     if len({p.id for p in programs}) < len(programs):
         raise TraceError(f"{path}: two programs have the same name")
     return programs
-
-
-def save_trace(path: Path, programs: Iterable[TraceProgram], source: str) -> None:
-    """Write programs as a trace file."""
-    with path.open("w") as file:
-        for p in programs:
-            record = {"program": p.id, "arrival_s": p.arrival_s, "source": source, "segments": _records(p.requests)}
-            file.write(json.dumps(record) + "\n")
-
-
-def _records(requests: Sequence[TraceRequest]) -> list[dict[str, Any]]:
-    return [
-        {
-            "new_prompt_tokens": s.new,
-            "cached_prompt_tokens": s.cached,
-            "output_tokens": s.output,
-            "tool": None if s.tool is None else {"name": s.tool, "seconds": s.tool_s},
-        }
-        for s in requests
-    ]
 
 
 def _program(record: dict[str, Any]) -> TraceProgram:

@@ -139,7 +139,7 @@ async def test_equal_beginnings_are_computed_once_per_salt(make_engine, greedy):
 async def test_a_session_keeps_its_salt(make_engine):
     engine = make_engine(TIGHT)
     await tokens(engine.generate([1, 2], params(1), session="salted", salt="a"))
-    with pytest.raises(RequestError, match="'salted' was begun with another cache salt"):
+    with pytest.raises(RequestError, match="this session was begun with another cache salt"):
         await tokens(engine.generate([1, 2, 3], params(1), session="salted", salt="b"))
     engine.end_session("salted")
 

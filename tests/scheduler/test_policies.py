@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
-from astraea_jax.scheduler.simulation.costs import MACHINES
+from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
@@ -42,7 +43,8 @@ def told(outputs: dict[str, list[int]], tool_s: float = 0.0) -> Oracle:
             held += 10 + output
         programs.append(TraceProgram(name, tuple(requests)))
     oracle = Oracle(programs)
-    oracle.costs.mean_step_s, oracle.costs.per_token = 1.0, 0.0
+    oracle.steps.mean_step_s = 1.0
+    oracle.steps.costs = replace(oracle.steps.costs, per_token_s=0.0)
     return oracle
 
 
@@ -193,17 +195,17 @@ def test_the_gate_counts_contexts_that_fade():
     gate = Gate()
     room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
     one, two = (request(n, prompt=100) for n in (1, 2))
-    assert gate.passes(one, 0.0, room)
+    assert gate.admits(one, 0.0, room)
     gate.runs(one, 0.0)
-    assert gate.passes(two, 0.0, room)  # nothing has been computed again: it is open
+    assert gate.admits(two, 0.0, room)  # nothing has been computed again: it is open
     gate.recomputes(50.0, 0.0)
-    assert not gate.passes(two, 0.0, room)
+    assert not gate.admits(two, 0.0, room)
     other = request(9, prompt=10)
     gate.runs(other, 0.0)
     gate.waits(one, 0.0)
-    assert not gate.passes(two, 0.0, room)
-    assert gate.passes(request(4, one.program), 0.0, room)  # who has begun goes on
-    assert gate.passes(two, HALF_LIFE_S * 1.01, room)  # 10 + 50 + 100 fit
+    assert not gate.admits(two, 0.0, room)
+    assert gate.admits(request(4, one.program), 0.0, room)  # who has begun goes on
+    assert gate.admits(two, HALF_LIFE_S * 1.01, room)  # 10 + 50 + 100 fit
     gate.forget(one.program, HALF_LIFE_S * 2)
     gate.forget(other.program, HALF_LIFE_S * 2)
     assert gate._faded == pytest.approx(0.0, abs=1e-6)
@@ -215,12 +217,12 @@ def test_the_gate_shuts_above_one_share_and_opens_below_another():
     gate.runs(request(1, prompt=100), 0.0)
     large, exact = request(2, prompt=61), request(3, prompt=60)
     gate.recomputes(0.24 * Gate.WINDOW_S, 0.0)
-    assert gate.passes(large, 0.0, room)
+    assert gate.admits(large, 0.0, room)
     gate.recomputes(0.02 * Gate.WINDOW_S, 0.0)
-    assert not gate.passes(large, 0.0, room)
-    assert gate.passes(exact, 0.0, room)  # 100 + 60 fit
-    assert not gate.passes(large, 1.6 * Gate.WINDOW_S, room)  # 0.26 / e ** 1.6 = 0.052: it stays shut
-    assert gate.passes(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
+    assert not gate.admits(large, 0.0, room)
+    assert gate.admits(exact, 0.0, room)  # 100 + 60 fit
+    assert not gate.admits(large, 1.6 * Gate.WINDOW_S, room)  # 0.26 / e ** 1.6 = 0.052: it stays shut
+    assert gate.admits(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
 
 
 @pytest.mark.parametrize(("host", "gated"), [(True, True), (False, False), (False, True)])
@@ -291,17 +293,27 @@ WAITS = st.integers(0, 800).map(lambda n: n / 8)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 1000), WAITS, st.integers(0, 30)), min_size=2, max_size=30))
+@given(st.lists(st.tuples(st.integers(1, 1000), WAITS, WAITS, st.integers(0, 30)), min_size=2, max_size=30))
 def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
     policy = make_policy("astraea")
     typical = policy.predict.program_s()
     waiting = [
-        request(n, prompt=prompt, waited_s=waits * typical, turns=turns)
-        for n, (prompt, waits, turns) in enumerate(history, 1)
+        request(n, prompt=prompt, waited_s=waits * typical, ran_s=runs * typical, turns=turns)
+        for n, (prompt, waits, runs, turns) in enumerate(history, 1)
     ]
     served = [waiting[number - 1].program.waited_s for number in order(policy, waiting, now=0.0)]
     starving = [w for w in served if w > PATIENCE * typical]
     assert served[: len(starving)] == sorted(starving, reverse=True)
+
+
+def test_running_is_not_waiting():
+    """Who has run for long, and never waited, does not jump the queue before those who have waited."""
+    policy = make_policy("astraea")
+    typical = policy.predict.program_s()
+    ran = request(1, ran_s=1000 * typical, prompt=1000)
+    waited = request(2, waited_s=(PATIENCE + 1) * typical, prompt=1000)
+    waits = request(3, waited_s=(PATIENCE - 5) * typical, ran_s=0.0, prompt=1)
+    assert order(policy, [ran, waited, waits], now=0.0) == [2, 3, 1]
 
 
 class Steady(Predictor):
@@ -321,7 +333,7 @@ def test_nobody_who_came_later_overtakes_a_program_beyond_its_patience(prompt, o
     records = Simulator([*small, large], make_policy("astraea", Steady()), MACHINES["cpu-tiny"], sizes).run().records
     begun = next(r.spans[0][1] for r in records if r.program is large)
     deadline = arrival + PATIENCE * 0.05 + 0.05  # and a few steps
-    assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.passes
+    assert sum(r.arrival > arrival and deadline < r.spans[0][1] < begun for r in records) <= Astraea.max_skips
 
 
 def test_columns_follow_their_requests():

@@ -9,27 +9,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astraea_jax.scheduler.costs import StepCosts, StepFit
 from astraea_jax.scheduler.plan import Plan
-from astraea_jax.scheduler.prediction import Distribution, Predictor, StepCosts, TurnHazards
+from astraea_jax.scheduler.prediction import Distribution, Predictor, TurnHazards
 from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
 
 def test_step_costs_are_found_from_steps():
-    costs, rng, none = StepCosts(), random.Random(0), np.zeros(0, np.int32)
+    fit, rng, none = StepFit(), random.Random(0), np.zeros(0, np.int32)
+    truth = StepCosts(2e-3, 5e-3, 3e-5, 4e-8)
     for _ in range(2000):
         rows = rng.randint(1, 64)
         tokens = rows + rng.choice([0, 0, rng.randint(1, 500)])
         context = rng.randint(0, 100_000)
-        seconds = 2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context
+        seconds = truth.step_s(rows, tokens, context)
+        assert seconds == pytest.approx(2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context)
         plan = Plan([None] * rows, none, none, none, 0, rows, [], [], tokens, context)
-        costs.observe(plan, seconds * rng.uniform(0.95, 1.05))
-    assert costs.base == pytest.approx(2e-3, rel=0.1)
-    assert costs.per_prefill == pytest.approx(5e-3, rel=0.15)
-    assert costs.per_token == pytest.approx(3e-5, rel=0.1)
-    assert costs.per_context == pytest.approx(4e-8, rel=0.1)
-    assert 2e-3 < costs.mean_step_s < 3e-2
+        fit.observe(plan, seconds * rng.uniform(0.95, 1.05))
+    assert fit.costs.base_s == pytest.approx(2e-3, rel=0.1)
+    assert fit.costs.per_prefill_s == pytest.approx(5e-3, rel=0.15)
+    assert fit.costs.per_token_s == pytest.approx(3e-5, rel=0.1)
+    assert fit.costs.per_context_s == pytest.approx(4e-8, rel=0.1)
+    assert 2e-3 < fit.mean_step_s < 3e-2
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=60), st.floats(0, 120))

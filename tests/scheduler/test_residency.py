@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.device import complete
 from support.loop import Loop, make
@@ -34,6 +36,24 @@ def test_no_pressure_moves_nothing():
     stats = loop.scheduler.stats()
     assert stats.offloaded_pages == stats.reclaimed_pages == 0
     assert stats.decisions == {"keep: no pressure": 3}
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "always-discard", "continuum"])
+def test_every_wait_is_decided_once(strategy):
+    """However often the client names its tool meanwhile."""
+    loop = loop_of(strategy, pages=14)
+    for tool in range(3):
+        loop.scheduler._policy.predict.tools[f"t{tool}"] = slow = Distribution()
+        for _ in range(40):
+            slow.add(1000.0)
+    text = [1] * 9
+    for turn in range(4):
+        text += [*serve(loop, "p", text, 2).output, turn]
+        for tool in range(turn):
+            loop.scheduler.tool_called("p", f"t{tool}", loop.now)
+    words = ("keep", "offload", "discard", "give first")
+    decided = {what: n for what, n in loop.scheduler.stats().decisions.items() if what.startswith(words)}
+    assert sum(decided.values()) == 4
 
 
 def test_what_is_needed_moves_and_comes_back():
@@ -73,7 +93,9 @@ def test_a_copy_stays_good_for_the_next_time():
 
 def test_copies_ahead_stay_on_the_device():
     loop = loop_of("adaptive", pages=20)
-    loop.scheduler._policy.predict.costs.per_token = 1.0  # so that moving is worth it
+    loop.scheduler._policy.predict.steps.costs = replace(
+        loop.scheduler._policy.predict.costs, per_token_s=1.0
+    )  # so that moving is worth it
     serve(loop, "a", [1] * 30, 2)
     serve(loop, "b", [2] * 33, 2)  # 17 of 20 pages are in use now
     before = loop.scheduler.stats()
@@ -156,7 +178,11 @@ def test_failed_transfers_are_computed_again(delay):
     assert back.cached_tokens < 23
     serve(loop, "c", [3] * 40, 1)
     loop.faults = 5
-    serve(loop, "a", [*back.prompt, *back.output, 6], 2)  # the way back fails
+    before = loop.scheduler.stats()
+    last = serve(loop, "a", [*back.prompt, *back.output, 6], 2)  # the way back fails
+    stats = loop.scheduler.stats()
+    assert stats.reused_tokens - before.reused_tokens == last.cached_tokens < len(back.prompt)
+    assert stats.recomputed_tokens - before.recomputed_tokens == len(back.prompt) + 1 - last.cached_tokens
     assert loop.scheduler.stats().failed_transfers > 1
 
 

@@ -35,11 +35,12 @@ class Machine(RuleBasedStateMachine):
     def start(self, policy, strategy, page_size, pages, budget, host, delay):
         pages = pages * 4 // page_size
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
-        sizes["max_programs"] = 12
+        sizes |= {"max_programs": 12, "max_waiting": 5}
         self.scheduler = make(policy, strategy, **sizes, host=host)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
+        self.programs = set()
 
     def submit(self, prompt, max_tokens, stops, name, final, salt):
         try:
@@ -54,8 +55,10 @@ class Machine(RuleBasedStateMachine):
                 now=self.loop.now,
             )
         except QueueFull:
-            assert self.scheduler.stats().in_tool_wait == 0
+            stats = self.scheduler.stats()
+            assert self.unstarted() == 5 or (stats.programs == 12 and not stats.in_tool_wait)
             return None
+        self.programs.add(request.program)
         self.live.append(request)
         return request
 
@@ -89,6 +92,9 @@ class Machine(RuleBasedStateMachine):
         request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
         if request:
             self.history[name] = request
+
+    def unstarted(self):
+        return sum(s.slot < 0 and not s.preemptions for s in self.live if s.finish_reason is None)
 
     def idle(self):
         return sorted(name for name, s in self.history.items() if s.finish_reason is not None and not s.final)
@@ -153,6 +159,11 @@ class Machine(RuleBasedStateMachine):
             if request.finish_reason in ("stop", "length"):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
         self.live = [s for s in self.live if s.finish_reason is None]
+        running = sum(s.slot >= 0 for s in self.live)
+        stats = self.scheduler.stats()
+        assert (stats.running, stats.waiting, stats.created) == (running, len(self.live) - running, len(self.programs))
+        assert stats.programs == len(self.live) + stats.in_tool_wait <= 12
+        assert self.unstarted() <= 5
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
@@ -206,9 +217,9 @@ def test_the_first_in_order_is_never_preempted():
     assert [s.finish_reason for s in requests] == ["length"] * 4
 
 
-def test_the_first_that_does_not_fit_is_passed_over_a_few_times_only():
+def test_the_first_that_does_not_fit_is_skipped_a_few_times_only():
     scheduler = make(num_pages=9, max_seqs=8)
-    scheduler._policy.backfill, scheduler._policy.passes = 3, 2
+    scheduler._policy.backfill, scheduler._policy.max_skips = 3, 2
     loop = Loop(scheduler)
     scheduler.submit([1] * 12, 12, now=0)
     loop.turn()
@@ -216,7 +227,7 @@ def test_the_first_that_does_not_fit_is_passed_over_a_few_times_only():
     small = [scheduler.submit([3], 1, now=0) for _ in range(3)]
     loop.turn()
     assert [s.slot >= 0 for s in (large, *small)] == [False, True, True, False]
-    assert large.passed == 2
+    assert large.skipped == 2
     loop.drain()
     served = [number for step in loop.log for number, *_ in step]
     assert served.index(large.number) < served.index(small[2].number)
@@ -297,6 +308,8 @@ def test_queue_and_table_are_bounded():
         scheduler.submit([1], 1, now=0)
     with pytest.raises(QueueFull, match="2 requests"):
         scheduler.submit([1], 1, now=0)
+    scheduler.plan(0)
+    scheduler.submit([1], 1, now=0)
     loop = Loop(make(max_programs=2))
     for name in "ab":
         loop.scheduler.submit([1], 1, program=name, now=0)
@@ -306,6 +319,21 @@ def test_queue_and_table_are_bounded():
     loop.scheduler.submit([1], 1, program="c", now=0)  # the longest idle makes room
     loop.scheduler.check()
     assert loop.scheduler.stats().expired == 1
+
+
+def test_requests_that_were_preempted_come_back_beyond_the_bound():
+    loop = Loop(make(num_pages=13, max_waiting=1))
+    for i in range(3):
+        loop.scheduler.submit([i] * 8, 30, now=0)
+        loop.turn()
+    while not (preempted := loop.scheduler.stats().waiting):
+        loop.turn()
+    loop.scheduler.submit([9] * 8, 30, now=0)
+    assert loop.scheduler.stats().waiting == preempted + 1
+    with pytest.raises(QueueFull, match="1 requests are waiting"):
+        loop.scheduler.submit([9] * 8, 30, now=0)
+    loop.drain()
+    loop.scheduler.check()
 
 
 def test_idle_sessions_expire():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from astraea_jax.scheduler.prediction import Distribution, Predictor
@@ -11,7 +13,7 @@ from astraea_jax.scheduler.strategies import DISCARD, KEEP, LAST, STRATEGIES, ma
 
 def test_infercept_gives_up_what_wastes_most():
     strategy = make_strategy("infercept", Predictor())
-    strategy.predict.costs.per_token = 1e-3
+    strategy.predict.steps.costs = replace(strategy.predict.costs, per_token_s=1e-3)
     small_long = Program(1, 0.0, wait_began=0.0, kept=100)
     large_short = Program(2, 0.0, wait_began=9.0, kept=500)
     # At 10 s, keeping wastes 10 * 100 = 1000 and 1 * 500; dropping 0.1 * 100 = 10 and 0.5 * 500 = 250.
@@ -52,7 +54,7 @@ def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
     predict = Predictor()
     strategy = make_strategy("adaptive", predict)
     program = Program(1, 0.0, pages=list(range(1, 101)), kept=1600)
-    predict.costs.per_token, predict.costs.per_prefill = 1e-4, 0.0  # 0.16 s
+    predict.steps.costs = replace(predict.costs, per_token_s=1e-4, per_prefill_s=0.0)  # 0.16 s
     predict.transfers.observe(10_000, 10.0)  # 0.1 s
     assert strategy.moves(program)
     for _ in range(100):

@@ -10,21 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation import simulator
-from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
 from astraea_jax.scheduler.simulation.experiment import Cell, interval, simulate, summary
+from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
 
-SECOND = CostModel(1.0, 0.0, 0.0, 0.0, 1.0, 1e9, measured=False)
+SECOND = Machine(StepCosts(1.0, 0.0, 0.0, 0.0), kv_bytes=1.0, link_bytes_s=1e9, measured=False)
 """Every step takes a second."""
 
 
-def run(programs, policy="fcfs", costs=SECOND, strategy=None, **sizes):
+def run(programs, policy="fcfs", machine=SECOND, strategy=None, **sizes):
     sizes = {"pool_tokens": 10_000, "page_size": 16, **sizes}
-    return Simulator(programs, make_policy(policy, strategy=strategy), costs, Sizes(**sizes), record_plans=True).run()
+    return Simulator(programs, make_policy(policy, strategy=strategy), machine, Sizes(**sizes), record_plans=True).run()
 
 
 def test_one_program_counted_by_hand():
@@ -56,11 +57,11 @@ def test_steps_taken_at_once_are_the_steps(seed, policy, tight):
     programs = [p.scaled(0.05) for p in generate("infercept-mix", 12, seed)]
     programs = with_arrivals(programs, 2.0, seed)
     pool = max(p.longest for p in programs) * (3 if tight else 30)
-    costs = MACHINES["cpu-tiny"]
-    together = run(programs, policy, costs, pool_tokens=pool)
+    machine = MACHINES["cpu-tiny"]
+    together = run(programs, policy, machine, pool_tokens=pool)
     stride, simulator.STRIDE = simulator.STRIDE, 1
     try:
-        one_by_one = run(programs, policy, costs, pool_tokens=pool)
+        one_by_one = run(programs, policy, machine, pool_tokens=pool)
     finally:
         simulator.STRIDE = stride
     for a, b in zip(together.records, one_by_one.records, strict=True):
@@ -104,11 +105,11 @@ def test_a_program_larger_than_the_pool_is_refused_and_the_others_go_on():
 
 def test_transfers_take_their_time():
     # Two programs of 320 tokens in a pool that holds one: the first moves to the host while it waits for its tool.
-    costs = CostModel(1.0, 0.0, 0.0, 0.0, kv_bytes=1e6, link_bytes_s=64e6, measured=False)  # 5 s for 320 tokens
+    machine = Machine(SECOND.steps, kv_bytes=1e6, link_bytes_s=64e6, measured=False)  # 5 s for 320 tokens
     first = TraceProgram("a", (TraceRequest(0, 310, 2, "t", 20.0), TraceRequest(312, 4, 2)), 0.0)
     second = TraceProgram("b", (TraceRequest(0, 300, 5),), 4.0)
     sizes = {"pool_tokens": 336, "host_tokens": 10_000, "staging_tokens": 10_000}
-    outcome = run([first, second], costs=costs, strategy="infercept", **sizes)
+    outcome = run([first, second], machine=machine, strategy="infercept", **sizes)
     a, b = outcome.records
     assert outcome.stats.recomputed_tokens == 0
     assert outcome.stats.offloaded_pages == 20  # all of it is copied together
@@ -118,7 +119,7 @@ def test_transfers_take_their_time():
     assert submitted == pytest.approx(22.0)
     assert scheduled == pytest.approx(26.5, abs=0.1)  # the way back takes four and a half seconds
     assert token == pytest.approx(27.5, abs=0.1)
-    dropped = run([first, second], costs=costs, pool_tokens=336)
+    dropped = run([first, second], machine=machine, pool_tokens=336)
     assert dropped.stats.recomputed_tokens > 250
 
 

@@ -1,7 +1,6 @@
-"""What a step and a transfer cost on a machine, for the simulator.
+"""Machines of the simulator: what a step and a transfer cost there.
 
-A step takes ``base + per_token * new tokens + per_context * context tokens read``, and ``per_prefill`` more if any row
-prefills (other compiled shapes, padded). The CPU preset was fitted to the engine's own steps
+The CPU preset was fitted to the engine's own steps
 (`scripts/bench_jct.py --backend=engine` fits anew). The accelerator presets are **computed from data sheets and not
 measured**: base reads all weights at 75 % of the memory bandwidth, a new token costs two operations per weight at 50 %
 of the peak, a context token its KV at 75 % of the bandwidth; transfers run at 80 % of the host link.
@@ -11,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..costs import StepCosts
+
 
 @dataclass(frozen=True)
-class CostModel:
-    base_s: float
-    per_prefill_s: float
-    per_token_s: float
-    per_context_s: float
+class Machine:
+    steps: StepCosts
     kv_bytes: float
     """KV of one token over all layers."""
     link_bytes_s: float
@@ -25,18 +23,13 @@ class CostModel:
     measured: bool
     """False: computed from hardware constants."""
 
-    def step_s(self, rows: int, tokens: int, context: int) -> float:
-        """Of a step with so many rows, new tokens and tokens attended to."""
-        prefill = self.per_prefill_s if tokens > rows else 0.0
-        return self.base_s + prefill + self.per_token_s * tokens + self.per_context_s * context
-
     def transfer_s(self, tokens: int) -> float:
         return 50e-6 + tokens * self.kv_bytes / self.link_bytes_s
 
 
 def computed(
     *, parameters: float, kv_bytes: float, bandwidth: float, peak: float, link: float, chips: float = 1
-) -> CostModel:
+) -> Machine:
     """From hardware constants.
 
     Args:
@@ -47,11 +40,14 @@ def computed(
         link: between one chip and its host, bytes per second each way.
         chips: that share the model.
     """
-    return CostModel(
+    steps = StepCosts(
         base_s=1e-3 + 2 * parameters / (0.75 * bandwidth * chips),
         per_prefill_s=0.0,
         per_token_s=2 * parameters / (0.5 * peak * chips),
         per_context_s=kv_bytes / (0.75 * bandwidth * chips),
+    )
+    return Machine(
+        steps=steps,
         kv_bytes=kv_bytes,
         link_bytes_s=0.8 * link * chips,
         measured=False,
@@ -65,17 +61,14 @@ LLAMA_1B = {"parameters": 1.24e9, "kv_bytes": 32 * 1024}
 LLAMA_8B = {"parameters": 8.03e9, "kv_bytes": 128 * 1024}
 LLAMA_70B = {"parameters": 70.6e9, "kv_bytes": 320 * 1024}
 
-MACHINES: dict[str, CostModel] = {
+MACHINES: dict[str, Machine] = {
     "h200-1b": computed(**LLAMA_1B, **H200),
     "h200-8b": computed(**LLAMA_8B, **H200),
     "h200x4-70b": computed(**LLAMA_70B, **H200, chips=4),
     "v5e-8b": computed(**LLAMA_8B, **V5E, chips=4),
     "v6e-8b": computed(**LLAMA_8B, **V6E),
-    "cpu-tiny": CostModel(
-        base_s=1.1e-3,
-        per_prefill_s=8.6e-3,
-        per_token_s=1.5e-5,
-        per_context_s=1.1e-6,
+    "cpu-tiny": Machine(
+        steps=StepCosts(base_s=1.1e-3, per_prefill_s=8.6e-3, per_token_s=1.5e-5, per_context_s=1.1e-6),
         kv_bytes=2048.0,
         link_bytes_s=3e9,
         measured=True,

@@ -1,0 +1,99 @@
+"""What steps and transfers cost, and how that is learned from those that have run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step, linear in what it computes: learned here, or computed for a machine that is not here."""
+
+    base_s: float
+    per_prefill_s: float
+    """More if any row prefills: other compiled shapes, padded."""
+    per_token_s: float
+    """Of each new token."""
+    per_context_s: float
+    """Of each token attended to."""
+
+    def step_s(self, rows: int, tokens: int, context: int) -> float:
+        """Seconds of a step with so many rows, new tokens and tokens attended to."""
+        prefill = self.per_prefill_s if tokens > rows else 0.0
+        return self.base_s + prefill + self.per_token_s * tokens + self.per_context_s * context
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds of step time that prefilling ``tokens`` adds."""
+        return self.per_prefill_s + self.per_token_s * tokens
+
+
+class StepFit:
+    """Learns step costs online: least squares over a sliding exponential window, solved again every few steps."""
+
+    EVERY = 64
+    SCALE = np.array([1.0, 1.0, 1e-2, 1e-5])
+    """Brings steps' columns (one, prefills, tokens, context) to one size."""
+
+    def __init__(self) -> None:
+        self.forget = 0.998
+        """Weight of a step against the one after it; 1: all count alike."""
+        self.costs = StepCosts(base_s=5e-3, per_prefill_s=0.0, per_token_s=5e-5, per_context_s=5e-8)
+        """As fitted last; at first a guess of the size that small models have."""
+        self.mean_step_s = self.costs.base_s
+        """Of the last 50 steps or so: how long one decoded token takes at the present load."""
+        self._steps = 0
+        self._recent: list[tuple[float, ...]] = []  # steps that are not in the sums yet
+        self._gram = np.zeros((4, 4))
+        self._right = np.zeros(4)
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """A step took so long."""
+        self._recent.append((1.0, plan.tokens > len(plan.requests), plan.tokens, plan.context, seconds))
+        self._steps += 1
+        self.mean_step_s += (seconds - self.mean_step_s) / min(self._steps, 50)
+        if len(self._recent) == self.EVERY:
+            self._fit()
+
+    def decode_s(self, tokens: float) -> float:
+        """Seconds until ``tokens`` more tokens are decoded, at the present load."""
+        return self.mean_step_s * tokens
+
+    def _fit(self) -> None:
+        steps = np.array(self._recent)
+        self._recent.clear()
+        rows, weights = self.SCALE * steps[:, :4], self.forget ** np.arange(self.EVERY - 1, -1, -1)
+        self._gram = self.forget**self.EVERY * self._gram + (weights * rows.T) @ rows
+        self._right = self.forget**self.EVERY * self._right + (weights * steps[:, 4]) @ rows
+        ridge = 1e-6 * np.trace(self._gram) * np.eye(4)
+        fitted = np.linalg.solve(self._gram + ridge, self._right) * self.SCALE
+        self.costs = StepCosts(*np.maximum(fitted, 0.0).tolist())
+
+
+class TransferFit:
+    """Learns what transfers between device and host cost: ``latency_s`` and ``per_page_s``, by least squares over the
+    transfers as they end, in a sliding exponential window."""
+
+    FORGET = 0.98
+    """Weight of a transfer against the one after it: a guess, about the last fifty count."""
+
+    def __init__(self) -> None:
+        self.latency_s, self.per_page_s = 0.0, 1e-4
+        self._sums = [0.0] * 5
+
+    def observe(self, pages: int, seconds: float) -> None:
+        """A transfer took so long, waiting for others and for the loop to notice included."""
+        new = (1.0, pages, seconds, pages * pages, pages * seconds)
+        self._sums = [self.FORGET * old + more for old, more in zip(self._sums, new, strict=True)]
+        n, x, y, xx, xy = self._sums
+        spread = n * xx - x * x
+        slope = (n * xy - x * y) / spread if spread > 1e-6 * xx else y / x
+        self.per_page_s = min(max(slope, 0.0), y / x)
+        self.latency_s = (y - self.per_page_s * x) / n
+
+    def seconds(self, pages: int) -> float:
+        """Seconds of a transfer of so many pages."""
+        return self.latency_s + self.per_page_s * pages
