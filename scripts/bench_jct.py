@@ -77,7 +77,7 @@ def policies() -> list[str]:
     known = SERVING if FLAGS.backend == "engine" else [*POLICIES, *ABLATION]
     for name in names:
         if name not in known:
-            raise app.UsageError(f"--backend={FLAGS.backend} has no policy {name!r}; there are {', '.join(known)}")
+            raise app.UsageError(f"no policy is called {name!r}; --backend={FLAGS.backend} has {', '.join(known)}")
     return names
 
 

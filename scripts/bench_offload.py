@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from astraea_jax.engine.layout import STAGING_PAGES
 from astraea_jax.engine.runner import Runner
-from astraea_jax.engine.step import Sizes
+from astraea_jax.engine.step import StepSizes
 from astraea_jax.frontends.flags import engine_flags
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import HostStore, has_pinned_host
@@ -90,7 +90,7 @@ class Bench:
         self.runner = Runner(
             decoder,
             backend,
-            Sizes(
+            StepSizes(
                 num_pages=pages + len(self.spare), max_pages_per_seq=-(-longest // size), kv_dtype=self.dtype, **sizes
             ),
             staging=STAGING_PAGES,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import compile_all
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.engine.step import Sizes, Step, StepShape
+from astraea_jax.engine.step import Step, StepShape, StepSizes
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.arrays import PagedKV, make_pages
-from astraea_jax.kv_cache.offload import NOWHERE, PINNED, block_sharding, block_sizes
+from astraea_jax.kv_cache.offload import NOWHERE, PINNED, Block, block_sharding, block_sizes
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.scheduler.plan import Plan
@@ -80,7 +82,7 @@ class Runner:
         self,
         decoder: Decoder,
         backend: Backend,
-        sizes: Sizes,
+        sizes: StepSizes,
         *,
         mesh: Mesh | None = None,
         staging: int = 0,
@@ -97,6 +99,21 @@ class Runner:
         self.block_sharding = block_sharding(self._pages[0])
         """Of a block of pages on the device."""
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
+
+    @classmethod
+    def of(cls, decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Self:
+        """The runner of an engine; it stacks the decoder's layers if that is configured."""
+        if config.stacks():
+            decoder.stack()
+        sizes = StepSizes(
+            num_pages=layout.num_pages,
+            page_size=config.page_size,
+            max_seqs=config.max_seqs,
+            max_step_tokens=config.max_step_tokens,
+            max_pages_per_seq=layout.pages_per_seq,
+            kv_dtype=layout.kv_dtype,
+        )
+        return cls(decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""
@@ -129,16 +146,16 @@ class Runner:
         """How many programs of the device have been compiled."""
         return len(self._compiled)
 
-    def gather(self, pages: Sequence[int]) -> jax.Array:
+    def gather(self, pages: Sequence[int]) -> Block:
         """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""
-        block: jax.Array = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
+        block: Block = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
         return block
 
-    def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
+    def scatter(self, block: Block, pages: np.ndarray) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
         self._pages = self._compiled["scatter", len(pages)](self._pages, block, pages)
 
-    def put(self, block: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    def put(self, block: Block, sharding: jax.sharding.Sharding) -> Block:
         """Copy a block to the host or back, and return at once."""
         return jax.device_put(block, sharding)
 

@@ -78,7 +78,7 @@ def _doubling(low: int, high: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepSizes:
     """Of the arrays that a step works on."""
 
     num_pages: int
@@ -104,7 +104,7 @@ class Step:
         mesh: of one axis, ``"tp"``; its devices need not be here.
     """
 
-    def __init__(self, decoder: Decoder, backend: Backend, sizes: Sizes, mesh: Mesh):
+    def __init__(self, decoder: Decoder, backend: Backend, sizes: StepSizes, mesh: Mesh):
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(placed(state, mesh))
         self.backend, self._mesh, self._sizes = backend, mesh, sizes

@@ -33,16 +33,18 @@ NOWHERE = 2**30
 LIMIT_S = 30.0
 """A transfer that takes longer is given up, and its KV computed again."""
 
-Put = Callable[[jax.Array, jax.sharding.Sharding], jax.Array]
+Block = Any
+"""Pages in one array ``[n, L, …]``, on the device or the host; in multi-process serving a wrapper of that array."""
+Put = Callable[[Block, jax.sharding.Sharding], Block]
 
 
 class Pools(Protocol):
     """Who owns the paged arrays."""
 
-    def gather(self, pages: Sequence[int]) -> jax.Array:
+    def gather(self, pages: Sequence[int]) -> Block:
         """A block ``[n, L, …]`` of pages, on the device."""
 
-    def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
+    def scatter(self, block: Block, pages: np.ndarray) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
 
 
@@ -71,9 +73,9 @@ class _Moving:
 
     transfer: Transfer
     began: float
-    waiting: deque[tuple[jax.Array, np.ndarray]] = field(default_factory=deque)
+    waiting: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
     """Of a restore: blocks on the host and the pages to write them to, not yet begun."""
-    arriving: deque[tuple[jax.Array, np.ndarray]] = field(default_factory=deque)
+    arriving: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
     """Blocks on their way, and of a restore the pages to write them to."""
     failed: str | None = None
 
@@ -97,7 +99,7 @@ class HostStore:
         self._staged = 0
         self._sizes = block_sizes(staging)
         self._put = put
-        self._copies: dict[HostCopy, list[jax.Array]] = {}
+        self._copies: dict[HostCopy, list[Block]] = {}
         self._moving: list[_Moving] = []
 
     @property
@@ -169,7 +171,7 @@ class HostStore:
         if moving.failed is not None or (back and not moving.transfer.wanted):
             return True
         try:
-            while moving.arriving and moving.arriving[0][0].is_ready():  # type: ignore[attr-defined]
+            while moving.arriving and moving.arriving[0][0].is_ready():
                 block, pages = moving.arriving.popleft()
                 self._staged -= len(pages)
                 block.block_until_ready()  # raises if the copy went wrong

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.layout import DEVICE_KV_SHARE
-from astraea_jax.engine.step import Sizes, Step
+from astraea_jax.engine.step import Step, StepSizes
 from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, block_sharding
@@ -191,7 +191,7 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
             f"{MAX_CONTEXT} tokens"
         )
     width = MAX_CONTEXT // config.page_size
-    sizes = Sizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype)
+    sizes = StepSizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype)
     return Step(decoder, backend, sizes, mesh)
 
 
