@@ -193,7 +193,7 @@ def test_pages_sharded_by_heads_keep_their_shards():
         import jax, jax.numpy as jnp, numpy as np, sys
         from jax.sharding import NamedSharding, PartitionSpec as P
         from astraea_jax.kv_cache.offload import block_sharding
-        sys.path.insert(0, "tests/cache")
+        sys.path.insert(0, sys.argv[1])
         import test_offload as t
         mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
         pools, program = t.Pools(), t.Program("p", 0.0)
@@ -215,6 +215,6 @@ def test_pages_sharded_by_heads_keep_their_shards():
         np.testing.assert_array_equal(pools.content([7, 8, 9]), expected)
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = [sys.executable, "-c", textwrap.dedent(code), os.path.dirname(__file__)]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
