@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.lab.record import Section, define_flags, publish
-from astraea_jax.lab.roofline import Floors
+from astraea_jax.lab.roofline import Roofline
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
 from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
 from astraea_jax.scheduler.simulation.experiment import (
@@ -254,10 +254,10 @@ def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], fo
 def main(_: list[str]) -> None:
     on_engine = FLAGS.backend == "engine"
     study = cells()
-    floors = Floors.measure(EngineConfig().weight_dtype()) if on_engine else None
+    roofline = Roofline.measure(EngineConfig().weight_dtype()) if on_engine else None
     results = (run_engine if on_engine else run_all)(study)
     rows = [row for row, _ in results]
-    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, floors, console=console)
+    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, roofline, console=console)
     if FLAGS.plots:
         draw_plots(results, Path(FLAGS.plots))
 

@@ -114,9 +114,9 @@ class LeaderRunner(Runner):
         self._send(Op.STEP, self.shapes.index(shape), packed)
         return super().launch(shape, packed)
 
-    def write_table(self, changes: np.ndarray) -> None:
-        self._send(Op.TABLE, 0, changes)
-        super().write_table(changes)
+    def write_table(self, updates: np.ndarray) -> None:
+        self._send(Op.TABLE, 0, updates)
+        super().write_table(updates)
 
     def gather(self, pages: Sequence[int]) -> SharedBlock:
         self._send(Op.GATHER, 0, np.asarray(pages, np.int32))

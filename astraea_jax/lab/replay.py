@@ -1,7 +1,7 @@
-"""Traces replayed against the real engine, and the simulator beside it.
+"""Replay of traces against the real engine, and simulation of the same runs.
 
-Tokens of the prompts are drawn at random, outputs have the trace's lengths, tools sleep as long as they took. The
-simulator then runs the same programs with the costs of the steps that the engine has just taken.
+Prompt tokens are random, outputs have the trace's lengths, and tools sleep as long as they took. The simulator then
+runs the same programs with step costs fitted to the engine's run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.layout import staging_pages
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.kv_cache.arrays import page_bytes
+from astraea_jax.models import resolve
+from astraea_jax.models.config import ModelConfig, read_json
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation.costs import CostModel
 from astraea_jax.scheduler.simulation.experiment import Prepared, everything, prepared
@@ -29,7 +32,7 @@ SEQS, STEP_TOKENS, PAGE = 32, 256, 16
 async def replay(
     engine: Engine, programs: Sequence[TraceProgram], progress: Callable[[], None] = lambda: None
 ) -> list[ProgramRecord]:
-    """Run programs, which have arrivals, against a started engine; times count from the call."""
+    """Run programs with arrival times against a started engine; times count from the call."""
     zero = time.monotonic()
     vocab = engine.model_config.vocab_size
 
@@ -64,36 +67,36 @@ async def replay(
 
 
 def fitting(programs: Sequence[TraceProgram], longest: int, tool_scale: float) -> list[TraceProgram]:
-    """The same programs scaled so that the longest context is ``longest``, for models with short ones."""
+    """Scale programs so that the longest context has ``longest`` tokens, for models with short contexts."""
     factor = min(1.0, longest / (max(p.longest for p in programs) + 2 * max(len(p.requests) for p in programs)))
     return [replace(p.scaled(factor, tool_scale), arrival_s=p.arrival_s) for p in programs]
 
 
 def arriving(programs: Sequence[TraceProgram], costs: CostModel, load: float, seed: int) -> Prepared:
-    """Programs with arrivals, as :func:`prepare` would choose them for the engine here."""
+    """Give programs arrival times for the engine of this machine, as ``prepared`` of the simulator does."""
     return prepared(programs, costs, _sizes(everything(programs)), load, seed)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How an engine is set up, or simulated."""
+    """The set-up of an engine or of its simulation."""
 
     policy: str
     pool_tokens: int
     host: bool = False
-    """A host tier that is never full."""
+    """Whether there is a host tier, never full."""
     strategy: str | None = None
 
 
 def simulated(programs: Sequence[TraceProgram], setting: Setting, costs: CostModel) -> Outcome:
-    """The same engine, simulated."""
+    """Simulate the engine."""
     policy = make_policy(setting.policy, strategy=setting.strategy)
     sizes = _sizes(setting.pool_tokens, everything(programs) if setting.host else 0)
     return Simulator(programs, policy, costs, sizes).run()
 
 
 def step_costs(programs: Sequence[TraceProgram]) -> CostModel:
-    """What steps cost here and now: of some programs that all arrive at once, in ample memory."""
+    """Measure step costs on this machine, with some programs that arrive at once and ample memory."""
     at_once = [replace(p, arrival_s=0.0) for p in programs[: 2 * SEQS]]
     return measured(at_once, Setting("fcfs", everything(at_once)))[1]
 
@@ -101,7 +104,7 @@ def step_costs(programs: Sequence[TraceProgram]) -> CostModel:
 def measured(
     programs: Sequence[TraceProgram], setting: Setting, progress: Callable[[], None] = lambda: None
 ) -> tuple[Outcome, CostModel]:
-    """The real engine, and what its steps and transfers have cost."""
+    """Run the real engine; return the outcome and the measured costs of steps and transfers."""
     config = EngineConfig(
         max_seqs=SEQS,
         max_step_tokens=STEP_TOKENS,
@@ -110,11 +113,12 @@ def measured(
         residency=setting.strategy,
         max_queued=8192,
     )
-    page_bytes = Engine.from_folder(MODEL, config).layout.page_bytes
-    bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page_bytes  # noqa: E731
+    model = ModelConfig.from_hf(read_json(resolve(MODEL) / "config.json"))
+    page = page_bytes(model, config.backend(model), PAGE, config.page_dtype())
+    bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page  # noqa: E731
     host = bytes_of(everything(programs)) if setting.host else 0
     engine = Engine.from_folder(MODEL, replace(config, kv_bytes=bytes_of(setting.pool_tokens), host_kv_bytes=host))
-    engine.step_costs.forget = 1.0  # fit the whole run, not its end, when few are left
+    engine.step_costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
     engine.start()
     try:
         records = asyncio.run(replay(engine, programs, progress))
@@ -131,7 +135,7 @@ def measured(
         refused=0,
     )
     costs = (fitted.base, fitted.per_prefill, fitted.per_token, fitted.per_context)
-    return outcome, CostModel(*costs, page_bytes / PAGE, link_bytes_s=1e9, measured=True)
+    return outcome, CostModel(*costs, page / PAGE, link_bytes_s=1e9, measured=True)
 
 
 def _sizes(pool_tokens: int, host_tokens: int = 0) -> Sizes:
