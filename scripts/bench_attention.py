@@ -31,7 +31,7 @@ from astraea_jax.engine.step import PREFILL_TILE
 from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.lab.record import Section, define_flags, publish
-from astraea_jax.lab.roofline import Floors, best_seconds
+from astraea_jax.lab.roofline import Roofline, best_seconds
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("backends", ["triton", "cudnn", "flashinfer", "gather", "reference"], "What to measure.")
@@ -119,7 +119,7 @@ def cases() -> list[Case]:
 
 def gather_attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
     """What XLA makes of it: a copy of the contexts, then dense attention with a mask."""
-    pages = write_kv(pages, k, v, batch.slots)
+    pages = write_kv(pages, k, v, batch.slot_mapping)
     _, _, heads, size, h = pages.shape
     rows, width = batch.page_table.shape
     keys, values = jnp.moveaxis(pages[batch.page_table], 2, 0)  # [R, M, K, S, H]
@@ -134,7 +134,7 @@ def cudnn_attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, bat
     """Keys are pages 2p and values pages 2p + 1 of one pool. JAX insists on a pool without a spare page: not here."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    pages = write_kv(pages, k, v, batch.slots)
+    pages = write_kv(pages, k, v, batch.slot_mapping)
     pool = pages.reshape(-1, *pages.shape[2:])
     table = 2 * batch.page_table[:, None, :, None]
     ones = jnp.ones_like(batch.kv_lens)
@@ -171,7 +171,7 @@ def flashinfer_attend() -> Attend:
     )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pool: Pool, batch: Batch) -> tuple[jax.Array, Pool]:
-        at = batch.slots // size, batch.slots % size
+        at = batch.slot_mapping // size, batch.slot_mapping % size
         keys, values = (x.at[at].set(new.astype(x.dtype)) for x, new in zip(pool, (k, v), strict=True))
         out = jax.ffi.ffi_call("xqa", jax.ShapeDtypeStruct((q.shape[0], 1, *q.shape[1:]), q.dtype))(
             q[:, None], keys, values, batch.page_table, batch.kv_lens[:, None].astype(jnp.uint32),
@@ -204,7 +204,7 @@ def bits_of(name: str) -> Any:
 
 
 def make_pool(name: str, case: Case, seed: int) -> Pool:
-    """Random pages of one layer, page 0 scrap, in the form of a backend."""
+    """Random pages of one layer, page 0 the null page, in the form of a backend."""
     shape = (case.pages(FLAGS.page_size) + 1, 2, FLAGS.kv_heads, FLAGS.page_size, FLAGS.head_dim)
 
     @jax.jit
@@ -228,13 +228,13 @@ def make_batch(case: Case, seed: int) -> Batch:
     used = -(-lens // size)
     ids = iter(np.random.default_rng(seed).permutation(np.arange(1, used.sum() + 1)))
     table = np.zeros((len(lens), used.max()), np.int32)
-    slots = []
+    slot_mapping = []
     for row, (count, past, end) in enumerate(zip(used, case.past, lens, strict=True)):
         table[row, :count] = [next(ids) for _ in range(count)]
         pos = np.arange(past, end)
-        slots.append(table[row, pos // size] * size + pos % size)
+        slot_mapping.append(table[row, pos // size] * size + pos % size)
     cu = np.concatenate([[0], np.cumsum(case.q_lens)])
-    return Batch(*(jnp.asarray(x, jnp.int32) for x in (table, lens, cu, np.concatenate(slots))))
+    return Batch(*(jnp.asarray(x, jnp.int32) for x in (table, lens, cu, np.concatenate(slot_mapping))))
 
 
 def make_tokens(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -252,7 +252,7 @@ def expected(case: Case, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     cu = np.asarray(batch.cu_q_lens)
     tokens = np.concatenate([np.arange(cu[r], cu[r + 1]) for r in rows])
     ends = jnp.asarray(np.concatenate([[0], np.cumsum([case.q_lens[r] for r in rows])]), jnp.int32)
-    pages = jax.jit(write_kv, donate_argnums=0)(make_pool("reference", case, 0), k, v, batch.slots)
+    pages = jax.jit(write_kv, donate_argnums=0)(make_pool("reference", case, 0), k, v, batch.slot_mapping)
     some = jnp.asarray(rows)
     run = jax.jit(attention, static_argnames="q_tile")
     out = run(
@@ -309,7 +309,7 @@ def main(_: list[str]) -> None:
     FLAGS.dtype = FLAGS.dtype or default
     FLAGS.kv_dtype = FLAGS.kv_dtype or FLAGS.dtype
     itemsize, kv_itemsize = np.dtype(FLAGS.dtype).itemsize, np.dtype(FLAGS.kv_dtype).itemsize
-    floors = Floors.measure(FLAGS.dtype)
+    roofline = Roofline.measure(FLAGS.dtype)
     figures: list[Figure] = []
     for case in cases():
         page = 2 * FLAGS.page_size * FLAGS.kv_heads * FLAGS.head_dim * kv_itemsize
@@ -318,7 +318,7 @@ def main(_: list[str]) -> None:
             continue
         batch = make_batch(case, 0)
         truth = expected(case, batch)
-        floor = max(floors.read_s(case.bytes(itemsize, kv_itemsize)), floors.matmul_s(case.flops()))
+        floor = max(roofline.read_s(case.bytes(itemsize, kv_itemsize)), roofline.matmul_s(case.flops()))
         for name in FLAGS.backends:
             try:
                 figures.append(measure(name, case, batch, truth, floor))
@@ -327,7 +327,7 @@ def main(_: list[str]) -> None:
                 figures.append(Figure(case.kind, case.name, name, failed=reason))
             console.print(f"[dim]{case.kind} {case.name} {name}: {figures[-1].failed or f'{figures[-1].ms:.4f} ms'}[/]")
     sizes = {name: getattr(FLAGS, name) for name in ("heads", "kv_heads", "head_dim", "page_size", "dtype", "kv_dtype")}
-    publish("bench_attention", [table(figures)], {**sizes, "rows": [asdict(f) for f in figures]}, floors)
+    publish("bench_attention", [table(figures)], {**sizes, "rows": [asdict(f) for f in figures]}, roofline)
 
 
 if __name__ == "__main__":

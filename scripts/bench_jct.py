@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.lab.record import Section, define_flags, publish
-from astraea_jax.lab.roofline import Floors
+from astraea_jax.lab.roofline import Roofline
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
 from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,
@@ -77,7 +77,7 @@ def policies() -> list[str]:
     known = SERVING if FLAGS.backend == "engine" else [*POLICIES, *ABLATION]
     for name in names:
         if name not in known:
-            raise app.UsageError(f"--backend={FLAGS.backend} has no policy {name!r}; there are {', '.join(known)}")
+            raise app.UsageError(f"no policy is called {name!r}; --backend={FLAGS.backend} has {', '.join(known)}")
     return names
 
 
@@ -261,10 +261,10 @@ def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], fo
 def main(_: list[str]) -> None:
     on_engine = FLAGS.backend == "engine"
     study = cells()
-    floors = Floors.measure(EngineConfig().weight_dtype()) if on_engine else None
+    roofline = Roofline.measure(EngineConfig().weight_dtype()) if on_engine else None
     results = (run_on_engine if on_engine else run_all)(study)
     rows = [row for row, _ in results]
-    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, floors, console=console)
+    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, roofline, console=console)
     if FLAGS.plots:
         draw_plots(results, Path(FLAGS.plots))
 

@@ -26,12 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from astraea_jax.engine.layout import STAGING_PAGES
 from astraea_jax.engine.runner import Runner
-from astraea_jax.engine.step import Sizes
+from astraea_jax.engine.step import StepSizes
 from astraea_jax.frontends.flags import engine_flags
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import HostStore, has_pinned_host
 from astraea_jax.lab.record import Section, define_flags, publish
-from astraea_jax.lab.roofline import Floors, best_seconds
+from astraea_jax.lab.roofline import Roofline, best_seconds
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import random_decoder
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
@@ -90,7 +90,7 @@ class Bench:
         self.runner = Runner(
             decoder,
             backend,
-            Sizes(
+            StepSizes(
                 num_pages=pages + len(self.spare), max_pages_per_seq=-(-longest // size), kv_dtype=self.dtype, **sizes
             ),
             staging=STAGING_PAGES,
@@ -258,13 +258,13 @@ def main(_: list[str]) -> None:
         raise app.UsageError("--lengths: at least one is needed, all above 0")
     if not has_pinned_host():
         raise SystemExit("cannot measure: this backend cannot pin host memory")
-    floors = Floors.measure(options().weight_dtype())
+    roofline = Roofline.measure(options().weight_dtype())
     try:
         bench = Bench(lengths)
     except CheckpointError as error:
         raise SystemExit(f"cannot measure: {error}") from None
     figures = measure(bench, lengths)
-    publish("bench_offload", sections(figures, bench.dtype.name), figures, floors, console=console)
+    publish("bench_offload", sections(figures, bench.dtype.name), figures, roofline, console=console)
     if FLAGS.plot:
         from astraea_jax.lab.plots import resumes
 

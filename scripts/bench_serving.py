@@ -1,9 +1,9 @@
 """Serving through the engine: throughput of many prompts at once, latencies under arrivals, and the time to start.
 
 Prompts are random tokens, so that no prefix is shared, and outputs have the length asked for. Everything is printed
-against floors measured in the same run (`astraea_jax/lab/roofline.py`). The first start compiles everything, the second
-finds it in the compile cache. Each part, and each peer, runs in a process of its own and may fail alone. Where prefill
-and decode share steps, what one reads and the other computes may overlap, so the floor is the larger of both.
+against a roofline measured in the same run (`astraea_jax/lab/roofline.py`). The first start compiles everything, the
+second finds it in the compile cache. Each part, and each peer, runs in a process of its own and may fail alone. Where
+prefill and decode share steps, what one reads and the other computes may overlap, so the floor is the larger of both.
 
   python scripts/bench_serving.py                                    astraea-tiny, 64 prompts of 128 tokens, 64 out
   python scripts/bench_serving.py --peers=transformers,torch         and the same load for others ([parity] extra)
@@ -38,7 +38,7 @@ from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.lab.record import Environment, Section, command, define_flags, publish
-from astraea_jax.lab.roofline import Floors, Work
+from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
 
@@ -128,7 +128,7 @@ def serve() -> None:
     """The offline run, then the online ones; what there is so far is written down after each."""
     device_s = open_device()
     dtype = options().weight_dtype()
-    floors = Floors.measure(dtype)  # now, while there is memory
+    roofline = Roofline.measure(dtype)  # now, while there is memory
     engine, start = start_engine(device_s)
     offline(engine, load(1).first(2))  # to warm up
     work = load(0)
@@ -139,16 +139,16 @@ def serve() -> None:
     found: dict[str, Any] = {
         "start": start,
         "environment": asdict(Environment.here()),
-        "floors": asdict(floors),
+        "floors": asdict(roofline),
         "dtype": dtype.name,
         "engine": engine_title(engine),
         "offline": {
             **asdict(done),
-            "prefill_floor_s": floors.matmul_s(ideal.prefill_operations([len(p) for p in work.prompts])),
-            "decode_floor_s": floors.read_s(decode),
+            "prefill_floor_s": roofline.matmul_s(ideal.prefill_operations([len(p) for p in work.prompts])),
+            "decode_floor_s": roofline.read_s(decode),
         },
-        "ttft_floor_s": floors.matmul_s(ideal.prefill_operations([FLAGS.input])),
-        "tpot_floor_s": floors.read_s(alone),
+        "ttft_floor_s": roofline.matmul_s(ideal.prefill_operations([FLAGS.input])),
+        "tpot_floor_s": roofline.read_s(alone),
         "online": [],
     }
     write_result(found)
@@ -335,12 +335,12 @@ def measure(rates: int) -> None:
     starts = {"first": first, "again": found}
     figures = {key: found[key] for key in ("dtype", "engine", "offline", "online", "ttft_floor_s", "tpot_floor_s")}
     figures["start"] = {key: s if isinstance(s, str) else s["start"] for key, s in starts.items()}
-    environment = replace(Environment(**found["environment"]), command=command(sys.argv))
+    environment = replace(Environment(**found["environment"]), command=command())
     publish(
         "bench_serving",
         [*sections, start_section(starts)],
         {**figures, "peers": peers},
-        Floors(**found["floors"]),
+        Roofline(**found["floors"]),
         environment=environment,
         console=Console(width=max(140, Console().width)),
     )

@@ -1,6 +1,6 @@
 """How fast the serving loop steps, against what this machine could do at best.
 
-The floors are measured in the same run (`astraea_jax/lab/roofline.py`).
+The roofline is measured in the same run (`astraea_jax/lab/roofline.py`).
 
 The device waits for the host only before steps that were dispatched after the one before had ended, and then for no
 longer than the host's work; that bounds the gap.
@@ -30,7 +30,7 @@ from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.lab.record import Section, define_flags, publish
-from astraea_jax.lab.roofline import Floors, Work
+from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError
 
@@ -132,7 +132,7 @@ async def prefill(engine: Engine) -> float:
     return min(times)
 
 
-def measure(engine: Engine, floors: Floors, compile_s: float) -> Figures:
+def measure(engine: Engine, roofline: Roofline, compile_s: float) -> Figures:
     prefill_s = asyncio.run(prefill(engine))
     took, spent = asyncio.run(decode(engine))
     work = Work.of(engine.model_config, engine.config, engine.layout)
@@ -140,7 +140,7 @@ def measure(engine: Engine, floors: Floors, compile_s: float) -> Figures:
     per_step = 1e3 / spent.steps
     return Figures(
         decode_ms=took * per_step,
-        decode_floor_ms=1e3 * floors.read_s(step_bytes),
+        decode_floor_ms=1e3 * roofline.read_s(step_bytes),
         decode_tokens_s=spent.tokens / took,
         host_ms=(spent.plan_s + spent.dispatch_s + spent.commit_s) * per_step,
         host_cpu_ms=spent.cpu_s * per_step,
@@ -149,7 +149,7 @@ def measure(engine: Engine, floors: Floors, compile_s: float) -> Figures:
         commit_ms=spent.commit_s * per_step,
         starved_share=spent.starved / spent.steps,
         prefill_ms=1e3 * prefill_s,
-        prefill_floor_ms=1e3 * floors.matmul_s(work.prefill_operations([FLAGS.prefill])),
+        prefill_floor_ms=1e3 * roofline.matmul_s(work.prefill_operations([FLAGS.prefill])),
         prefill_tokens_s=FLAGS.prefill / prefill_s,
         compile_s=compile_s,
     )
@@ -232,20 +232,20 @@ def main(_: list[str]) -> None:
     with StartupDisplay() as display:
         try:
             config = engine_config()
-            floors = Floors.measure(config.weight_dtype())
+            roofline = Roofline.measure(config.weight_dtype())
             engine = loaded_engine(config, display)
         except (CheckpointError, StartupError) as error:
             raise SystemExit(f"cannot measure: {error}") from None
         began = time.perf_counter()
         engine.start(display.compiling)
         compile_s = time.perf_counter() - began
-    figures = measure(engine, floors, compile_s)
+    figures = measure(engine, roofline, compile_s)
     engine.shutdown(grace_s=0)
     rival = None
     if FLAGS.compare_transformers:
         rival = transformers_tokens_s(resolve(FLAGS.model), engine.layout.dtype.name)
     found = {**asdict(figures), "transformers_tokens_s": rival}
-    publish("bench_step", sections(engine, figures, rival), found, floors)
+    publish("bench_step", sections(engine, figures, rival), found, roofline)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from rich.table import Table
 from astraea_jax.engine.config import KV_DTYPES
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import BACKENDS
-from astraea_jax.lab.ahead import PROGRAMS, TARGETS, Case, Figures, Unfit, compile_case
+from astraea_jax.lab.ahead import EXECUTABLES, TARGETS, Case, Figures, Unfit, compile_case
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.quantize import EIGHT_BITS
 
@@ -45,7 +45,7 @@ flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by d
 flags.DEFINE_bool("scan", None, "The layers as one loop; by default as the engine does it, for TPUs.")
 flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
 flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits.")
-flags.DEFINE_list("program", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
+flags.DEFINE_list("program", list(EXECUTABLES), f"Some of {', '.join(EXECUTABLES)}.")
 flags.DEFINE_string("json", None, "Also write the figures to this file; what it has of other programs stays.")
 flags.DEFINE_string("markdown", None, "Also write the table to this file, with all that --json has.")
 
@@ -57,7 +57,9 @@ COLUMNS = (
 
 def cases() -> list[Case]:
     """Of the flags, in their order."""
-    if unknown := sorted({*FLAGS.target} - {*TARGETS} | {*FLAGS.model} - {*PUBLISHED} | {*FLAGS.program} - {*PROGRAMS}):
+    if unknown := sorted(
+        {*FLAGS.target} - {*TARGETS} | {*FLAGS.model} - {*PUBLISHED} | {*FLAGS.program} - {*EXECUTABLES}
+    ):
         raise app.UsageError(f"unknown: {', '.join(unknown)}")
     return [
         Case(target, model, int(tp), FLAGS.attention, FLAGS.scan, FLAGS.quantize, FLAGS.kv_dtype)

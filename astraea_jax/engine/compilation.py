@@ -1,4 +1,4 @@
-"""Compilation at start-up: many executables at a time, and kept in a folder for the next start."""
+"""Compilation at start-up: several executables at a time, kept in a folder for later starts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jax.stages import Compiled, Lowered
 from astraea_jax.errors import StartupError
 
 STACK_BYTES = 64 * 2**20
-"""Of a compiling thread. XLA for TPUs overflows the usual 8 MiB on large models, which is why tpu-inference takes as
-much (its ``compilation_manager.py``); on a CPU we have not seen it. Memory that is not used is not taken."""
+"""Stack of a compiling thread. XLA for TPUs overflows the usual 8 MiB on large models, so tpu-inference's
+``compilation_manager.py`` uses this size, too; on a CPU we have not seen it. Unused stack takes no memory."""
 
 K = TypeVar("K")
 
@@ -27,14 +27,14 @@ K = TypeVar("K")
 def compile_all(
     lowerings: Mapping[K, Callable[[], Lowered]], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[K, Compiled]:
-    """Compile everything, as many at a time as there are processors.
+    """Compile several executables at a time, one per available processor.
 
-    Lowering is Python and holds its lock, so it is done here, one after the other; what has been lowered compiles
-    meanwhile in threads of a pool.
+    Lowering is Python and holds the GIL, so it is done one after the other on the calling thread, while a pool of
+    threads compiles what has been lowered.
 
     Args:
-        lowerings: of each executable, what lowers it.
-        progress: called on this thread with (compiled, all).
+        lowerings: a function that lowers it, for each executable.
+        progress: called on this thread with (compiled, total).
     """
     with _pool() as pool:
         futures: dict[Future[Compiled], K] = {}
@@ -52,8 +52,9 @@ def compile_all(
 
 
 def _pool() -> ThreadPoolExecutor:
-    """Threads with large stacks. They start here, since the size of a stack is a setting of the whole process."""
-    workers = os.cpu_count() or 1
+    """A pool of threads with large stacks. All start here, since the stack size is a setting of the whole process."""
+    # os.cpu_count() would count processors that this process may not use; macOS has no affinity mask.
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = threading.stack_size(STACK_BYTES)
     try:
         pool, started = ThreadPoolExecutor(workers), threading.Barrier(workers + 1)
@@ -66,10 +67,10 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def use_cache(folder: str | None) -> None:
-    """Have JAX keep what it compiles in ``folder``, and look there first. None or empty: leave JAX as it is configured.
+    """Have JAX keep compiled executables in ``folder`` and look there first; None or empty leaves JAX as configured.
 
     Raises:
-        StartupError: the folder cannot be written, or anybody may write to it: what lies there is run as machine code.
+        StartupError: the folder is not writable, or everybody may write to it: its files are run as machine code.
     """
     if not folder:
         return
@@ -95,7 +96,7 @@ def use_cache(folder: str | None) -> None:
 
 
 def default_cache() -> str:
-    """A folder in the user's cache folder, by the XDG rules."""
+    """The default folder for compiled steps, in the user's cache folder by the XDG rules."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return str(root / "astraea_jax" / "compiled")

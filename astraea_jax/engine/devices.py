@@ -1,4 +1,4 @@
-"""What the devices of this machine can hold, and accelerators that JAX leaves unused."""
+"""Memory of this machine's devices, and accelerators that JAX leaves unused."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from astraea_jax.errors import StartupError
 from astraea_jax.models.config import ModelConfig
 
 NVIDIA = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")
-"""One of them is there if an NVIDIA GPU is; the last on Windows."""
+"""Device files of which one exists if there is an NVIDIA GPU; the last on Windows."""
 GOOGLE = "0x1ae0"
-"""Vendor of TPUs on the PCI bus."""
+"""PCI vendor of TPUs."""
 DRIVERS = {"jax_cuda13_plugin": 580, "jax_cuda12_plugin": 525}
-"""JAX's wheels for NVIDIA GPUs -> the oldest driver that CUDA of this version runs on."""
+"""JAX's wheels for NVIDIA GPUs -> the oldest driver for their CUDA version."""
 WEIGHTS_SHARE = 0.95
-"""Of a device's free memory, that weights may take; pages and activations need some, too."""
+"""Share of a device's free memory that weights may take; pages and activations need the rest."""
 
 
 def free_bytes(mesh: Mesh) -> int | None:
-    """What every device of the mesh in this process has free, or None where the backend does not say."""
+    """Free bytes of the device of the mesh in this process that has the least, or None if the backend does not tell."""
     stats = [device.memory_stats() for device in mesh.local_devices]
     free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
     return min(free) if free else None
@@ -32,18 +32,18 @@ def free_bytes(mesh: Mesh) -> int | None:
 def check_weights(
     model: ModelConfig, itemsize: int, narrow: int | None, *, shared: int, free: int, available: int
 ) -> None:
-    """Refuse a model whose weights the devices cannot hold, before they are loaded.
+    """Refuse a model whose weights do not fit into the devices, before they are loaded.
 
     Args:
         model: its shape.
         itemsize: bytes of one weight.
-        narrow: of one weight of the layers' matrices, if it is another.
-        shared: devices that are to share it.
-        free: bytes that each of them has.
-        available: devices that there are.
+        narrow: bytes of one weight of the layers' matrices, if that differs.
+        shared: devices that share the model.
+        free: bytes that each of them has free.
+        available: devices of this machine.
 
     Raises:
-        StartupError: with how much is needed, how much there is, and what would fit.
+        StartupError: the weights do not fit; the message says what is needed, what is free, and what would fit.
     """
 
     def needed(devices: int, narrow: int | None) -> float:
@@ -68,16 +68,16 @@ def check_weights(
 
 
 def overlooked() -> str | None:
-    """See :func:`unused_accelerator`; None, too, if somebody has told JAX to run on the CPU."""
+    """As :func:`unused_accelerator`, but None if JAX has been told to run on the CPU."""
     chosen = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     return None if jax.default_backend() != "cpu" or "cpu" in chosen.split(",") else unused_accelerator()
 
 
 def unused_accelerator(root: Path = Path("/")) -> str | None:
-    """Which accelerator this machine has although JAX runs on the CPU, why, and what to do; None: it has none.
+    """Name an accelerator of this machine that JAX does not use, why, and what to do; None if there is none.
 
     Args:
-        root: of the file system where devices show.
+        root: root of the file system that shows devices.
     """
     if any((root / name).exists() for name in NVIDIA):
         return f"this machine has an NVIDIA GPU, but JAX runs on the CPU: {_why_no_gpu(root)}"

@@ -1,198 +1,158 @@
-"""One engine over several processes, of one machine or of several: they dispatch the same steps in the same order.
+"""Multi-process serving: one engine whose devices belong to several processes, on one machine or several.
 
-The first process has the front doors, the scheduler and the host tier's books. Before it dispatches anything that
-touches the arrays that all of them share, it says so to the others, and they do the same with their parts: they follow.
-What is said is the array of a step that the host makes anyway, or the pages of a transfer, over one TCP connection to
-each follower. That costs the first process the writing of a few kilobytes and no waiting. (A broadcast through the
-devices would queue behind the step that runs.)
+Every process is started with the same model and configuration and joined by ``jax.distributed``. Process 0, the leader,
+has the front doors, the scheduler and the accounting of the host tier. Before it dispatches an operation on sharded
+arrays it sends the operation to the followers, which run it on their shards: every process dispatches the same
+operations in the same order.
 
-Every process is started with the same model and the same configuration, joined by ``jax.distributed``.
+An operation is one message of a few kilobytes over a TCP connection per follower (the packed input of a step, or page
+ids), and the leader waits for no answer. A broadcast through the devices would queue behind the running step.
 """
 
 from __future__ import annotations
 
-import secrets
-import socket
+import itertools
 import struct
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TypeVar
+from typing import Self
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.loading import ModelOnDevices
+from astraea_jax.engine.peers import Peer, join, joined
 from astraea_jax.engine.runner import InFlight, Progress, Runner
-from astraea_jax.engine.step import Sizes, StepShape
-from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.engine.step import StepShape
+from astraea_jax.errors import EngineDead
 from astraea_jax.kv_cache.offload import PINNED
 from astraea_jax.models.decoder import Decoder
 
-JOIN_S = 120.0
-"""How long the first process waits for the others, and they for it."""
+__all__ = ["FollowerRunner", "LeaderRunner", "follow", "join", "make_runner"]
+
+COMPILE_S = 1800.0
+"""How long a process that has compiled waits for the others to do so."""
 POLL_S = 5e-5
-"""How often the first process asks whether a step has ended."""
+"""How often the leader asks whether a step has ended."""
 CHECK_S = 0.1
-"""How often it looks whether the others are there while a step takes long."""
-STRANGER_S = 5.0
-"""How long it listens to somebody who does not say who they are."""
-TOKEN_BYTES = 16
-HEADER = struct.Struct("<iiii")
-"""What to do, two numbers, and how many int32 come after it."""
-PROCESS = struct.Struct("<i")
-READY = b"r"
+"""How often the leader looks for followers that have gone while a step runs."""
+HEADER = struct.Struct("<ii")
+"""Operation and number of a block; int32 values follow."""
+READY = b"ready"
 
 
-class Act(IntEnum):
-    """What a follower is told to do."""
+class Op(IntEnum):
+    """Operations that followers repeat. ``number`` and ``values`` are those of the message."""
 
     STEP = 0
-    """Run a step: index of its shape; then its batch."""
-    GATHER = 1
-    """Read pages into a block: number of the block; then the pages."""
-    TO_HOST = 2
-    """Copy a block: its number, and that of the copy."""
-    TO_DEVICE = 3
-    SCATTER = 4
-    """Write a block: its number; then the pages."""
-    FORGET = 5
-    """Drop blocks: then their numbers."""
-    TABLE = 6
-    """Put new entries into the page table: they follow."""
+    """Run the step of shape ``number`` on the packed input ``values``."""
+    TABLE = 1
+    """Write ``values`` into the page table."""
+    GATHER = 2
+    """Read the pages ``values`` into a new block."""
+    TO_HOST = 3
+    """Copy block ``number`` to host memory, as a new block."""
+    TO_DEVICE = 4
+    """Copy block ``number`` to the devices, as a new block."""
+    SCATTER = 5
+    """Write block ``number`` to the pages ``values``."""
+    FORGET = 6
+    """Drop the blocks ``values``."""
     END = 7
 
 
-class Line:
-    """One end of the connection between the first process and a follower."""
+class SharedBlock:
+    """A block of KV pages of which every process has its shards.
 
-    def __init__(self, connection: socket.socket, other: int):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._other = connection, other
+    Args:
+        array: as this process sees it.
+        number: what messages call it; blocks are numbered in the order in which operations make them.
+    """
 
-    def say(self, message: bytes) -> None:
-        """Send a message; it waits only when the other is megabytes behind.
+    def __init__(self, array: jax.Array, number: int):
+        self.array, self.number = array, number
+        self.is_ready = array.is_ready  # type: ignore[attr-defined]
+        self.block_until_ready = array.block_until_ready
 
-        Raises:
-            EngineDead: the other process is gone.
-        """
-        try:
-            self._socket.sendall(message)
-        except OSError as error:
-            raise self._gone() from error
-
-    def hear(self, size: int) -> bytes:
-        """Wait for so many bytes.
-
-        Raises:
-            EngineDead: the other process is gone.
-        """
-        heard = bytearray()
-        while len(heard) < size:
-            try:
-                part = self._socket.recv(size - len(heard))
-            except OSError as error:
-                raise self._gone() from error
-            if not part:
-                raise self._gone()
-            heard += part
-        return bytes(heard)
-
-    def check(self) -> None:
-        """Raise EngineDead if the other process, which never says anything, has hung up."""
-        self._socket.setblocking(False)
-        try:
-            if not self._socket.recv(1):
-                raise self._gone()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise self._gone() from error
-        finally:
-            self._socket.setblocking(True)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _gone(self) -> EngineDead:
-        return EngineDead(f"process {self._other} has gone, its own log says why; start all processes again")
+    def __len__(self) -> int:
+        return len(self.array)
 
 
-class LeadingRunner(Runner):
-    """The runner of the first process: it says to the followers what it dispatches, once :meth:`compile` is done."""
+class LeaderRunner(Runner):
+    """The leader's runner: after :meth:`compile` it sends each operation to the followers before it dispatches it."""
 
-    _lines: tuple[Line, ...] = ()
+    _followers: tuple[Peer, ...] = ()
+    _step_timeout_s = EngineConfig.step_timeout_s
 
-    def _meet(self) -> None:
-        for line in _the_lines():
-            line.hear(len(READY))
-        for line in _the_lines():
-            line.say(READY)
+    @classmethod
+    def of(cls, decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Self:
+        """As :meth:`Runner.of`, with the configured limit on a step's time."""
+        runner = super().of(decoder, config, layout, mesh)
+        runner._step_timeout_s = config.step_timeout_s
+        return runner
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
-        super().compile(progress)  # nothing is said: the followers compile and try out the same by themselves
-        self._numbers: dict[int, int] = {}  # id of an array -> what the followers call it
-        self._count = 0
-        self._dropped: deque[int] = deque()
-        self._lines = tuple(_the_lines())
+        """Compile, which the followers do by themselves, then take the lead: blocks are numbered from 0 again."""
+        self._numbers, self._dropped = itertools.count(), deque[int]()
+        super().compile(progress)
+        self._numbers, self._dropped = itertools.count(), deque[int]()
+        self._followers = tuple(joined())
 
-    def gather(self, pages: Sequence[int]) -> jax.Array:
-        if not self._lines:
-            return super().gather(pages)
-        number = self._new_number()
-        self._say(Act.GATHER, number, payload=np.asarray(pages, np.int32))
-        return self._numbered(super().gather(pages), number)
+    def _meet(self) -> None:
+        for peer in joined():
+            peer.receive(COMPILE_S)
+        for peer in joined():
+            peer.send(READY)
 
-    def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
-        if self._lines:
-            self._say(Act.SCATTER, self._numbers[id(block)], payload=pages)
-        super().scatter(block, pages)
+    def launch(self, shape: StepShape, packed: np.ndarray) -> jax.Array:
+        self._send(Op.STEP, self.shapes.index(shape), packed)
+        return super().launch(shape, packed)
 
-    def put(self, block: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-        if not self._lines:
-            return super().put(block, sharding)
-        number = self._new_number()
-        act = Act.TO_HOST if sharding.memory_kind == PINNED else Act.TO_DEVICE
-        self._say(act, self._numbers[id(block)], number)
-        return self._numbered(super().put(block, sharding), number)
+    def write_table(self, updates: np.ndarray) -> None:
+        self._send(Op.TABLE, 0, updates)
+        super().write_table(updates)
 
-    def launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
-        if self._lines:
-            self._say(Act.STEP, self.shapes.index(shape), payload=batch)
-        return super().launch(shape, batch)
+    def gather(self, pages: Sequence[int]) -> SharedBlock:
+        self._send(Op.GATHER, 0, np.asarray(pages, np.int32))
+        return self._shared(super().gather(pages))
 
-    def write_table(self, changes: np.ndarray) -> None:
-        if self._lines:
-            self._say(Act.TABLE, payload=changes)
-        super().write_table(changes)
+    def put(self, block: SharedBlock, sharding: jax.sharding.Sharding) -> SharedBlock:
+        self._send(Op.TO_HOST if sharding.memory_kind == PINNED else Op.TO_DEVICE, block.number)
+        return self._shared(super().put(block.array, sharding))
+
+    def scatter(self, block: SharedBlock, pages: np.ndarray) -> None:
+        self._send(Op.SCATTER, block.number, pages)
+        super().scatter(block.array, pages)
 
     def read(self, step: InFlight) -> list[int]:
-        """As :meth:`Runner.read`. Devices wait for ever for those of a process that has gone, so this looks for it.
+        """As :meth:`Runner.read`, but polls: collectives block for ever if a process dies or hangs.
 
         Raises:
-            EngineDead: a follower is gone.
+            EngineDead: a follower has gone, or the step takes too long.
         """
-        checked = time.monotonic()
+        began = checked = time.monotonic()
         while not step.done:
             time.sleep(POLL_S)
-            if time.monotonic() - checked > CHECK_S:
+            now = time.monotonic()
+            if now - began > self._step_timeout_s:
+                raise EngineDead(
+                    f"a step has not ended within {self._step_timeout_s:g} s; one of the processes or its devices "
+                    "hangs, their logs may say why; start all processes again"
+                )
+            if now - checked > CHECK_S:
                 self._check()
-                checked = time.monotonic()
+                checked = now
         try:
             return super().read(step)
         except Exception:
-            self._check()  # who is gone, rather than what the devices say of it
+            self._check()  # a follower that has gone explains what the devices report
             raise
-
-    def _check(self) -> None:
-        for line in self._lines:
-            line.check()
 
     def reset(self) -> None:
         """Refuse: the followers may have got further than this process.
@@ -203,76 +163,72 @@ class LeadingRunner(Runner):
         raise EngineDead("a step failed on one of several processes; start all of them again")
 
     def close(self) -> None:
-        lines, self._lines = self._lines, ()
-        for line in lines:
-            line.say(HEADER.pack(Act.END, 0, 0, 0))
+        self._send(Op.END)
+        self._followers = ()
 
-    def _say(self, act: Act, first: int = 0, second: int = 0, payload: np.ndarray | None = None) -> None:
-        message = b""
-        if self._dropped:
+    def _check(self) -> None:
+        for peer in self._followers:
+            peer.check()
+
+    def _send(self, op: Op, number: int = 0, values: np.ndarray | None = None) -> None:
+        if self._dropped and self._followers:
             dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-            message = HEADER.pack(Act.FORGET, 0, 0, len(dropped)) + np.array(dropped, np.int32).tobytes()
-        size, content = (0, b"") if payload is None else (len(payload), payload.astype("<i4", copy=False).tobytes())
-        message += HEADER.pack(act, first, second, size) + content
-        for line in self._lines:
-            line.say(message)
+            self._send(Op.FORGET, 0, np.array(dropped, np.int32))
+        message = HEADER.pack(op, number) + (b"" if values is None else values.astype("<i4", copy=False).tobytes())
+        for peer in self._followers:
+            peer.send(message)
 
-    def _new_number(self) -> int:
-        self._count += 1
-        return self._count
-
-    def _numbered(self, block: jax.Array, number: int) -> jax.Array:
-        self._numbers[id(block)] = number
-        weakref.finalize(block, self._drop, id(block))
+    def _shared(self, array: jax.Array) -> SharedBlock:
+        block = SharedBlock(array, next(self._numbers))
+        weakref.finalize(block, self._dropped.append, block.number)
         return block
 
-    def _drop(self, key: int) -> None:
-        self._dropped.append(self._numbers.pop(key))
 
-
-class FollowingRunner(Runner):
+class FollowerRunner(Runner):
     """The runner of every other process."""
 
     def _meet(self) -> None:
-        (line,) = _the_lines()
-        line.say(READY)
-        line.hear(len(READY))
+        (leader,) = joined()
+        leader.send(READY)
+        leader.receive(COMPILE_S)
 
-    def obey(self) -> None:
-        """Do what the first process says until it ends.
+    def follow(self) -> None:
+        """Repeat the leader's operations until it ends; it may be idle for any time.
 
         Raises:
-            EngineDead: the first process is gone.
+            EngineDead: the leader has gone.
         """
-        (line,) = _the_lines()
+        (leader,) = joined()
         blocks: dict[int, jax.Array] = {}
+        made = itertools.count()
         device = self.block_sharding
         while True:
-            act, first, second, size = HEADER.unpack(line.hear(HEADER.size))
-            numbers = np.frombuffer(line.hear(4 * size), "<i4")
-            match act:
-                case Act.STEP:
-                    self.launch(self.shapes[first], numbers)
-                case Act.GATHER:
-                    blocks[first] = self.gather(numbers.tolist())
-                case Act.TO_HOST:
-                    blocks[second] = self.put(blocks[first], device.with_memory_kind(PINNED))
-                case Act.TO_DEVICE:
-                    blocks[second] = self.put(blocks[first], device)
-                case Act.SCATTER:
-                    self.scatter(blocks[first], numbers)
-                case Act.FORGET:
-                    for number in numbers.tolist():
-                        del blocks[number]
-                case Act.TABLE:
-                    self.write_table(numbers)
-                case Act.END:
+            message = leader.receive(None)
+            op, number = HEADER.unpack_from(message)
+            values = np.frombuffer(message, "<i4", offset=HEADER.size)
+            match op:
+                case Op.STEP:
+                    self.launch(self.shapes[number], values)
+                case Op.TABLE:
+                    self.write_table(values)
+                case Op.GATHER:
+                    blocks[next(made)] = self.gather(values.tolist())
+                case Op.TO_HOST:
+                    blocks[next(made)] = self.put(blocks[number], device.with_memory_kind(PINNED))
+                case Op.TO_DEVICE:
+                    blocks[next(made)] = self.put(blocks[number], device)
+                case Op.SCATTER:
+                    self.scatter(blocks[number], values)
+                case Op.FORGET:
+                    for dropped in values.tolist():
+                        del blocks[dropped]
+                case Op.END:
                     return
 
 
 def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Runner:
-    """That of the only process, or of the first of several. It stacks the decoder's layers if that is configured."""
-    return _runner(Runner if jax.process_count() == 1 else LeadingRunner, decoder, config, layout, mesh)
+    """The runner of an engine in this process: the only one, or the leader of several."""
+    return (Runner if jax.process_count() == 1 else LeaderRunner).of(decoder, config, layout, mesh)
 
 
 def follow(
@@ -281,118 +237,15 @@ def follow(
     progress: Progress = lambda done, total: None,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Be one of the other processes: compile, call ``ready``, and do what the first process says until it ends.
+    """Be a follower: compile, call ``ready``, and repeat what the leader dispatches until it ends.
 
     Raises:
-        EngineDead: the first process is gone.
-        StartupError: as an engine's.
+        EngineDead: the leader has gone.
+        StartupError: the configuration does not fit the model or this machine.
     """
     (mesh,) = model.meshes
     layout = Layout.plan(config, model.decoder.config, mesh)
-    runner = _runner(FollowingRunner, model.decoder, config, layout, mesh)
+    runner = FollowerRunner.of(model.decoder, config, layout, mesh)
     runner.compile(progress)
     ready()
-    runner.obey()
-
-
-_R = TypeVar("_R", bound=Runner)
-
-
-def _runner(kind: type[_R], decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> _R:
-    if config.stacks():
-        decoder.stack()
-    sizes = Sizes(
-        num_pages=layout.num_pages,
-        page_size=config.page_size,
-        max_seqs=config.max_seqs,
-        max_step_tokens=config.max_step_tokens,
-        max_pages_per_seq=layout.pages_per_seq,
-        kv_dtype=layout.kv_dtype,
-    )
-    return kind(decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
-
-
-_lines: list[Line] = []
-"""Of this process, to the others; like ``jax.distributed``, one set for the whole process."""
-
-
-def join(coordinator: str, processes: int, process: int) -> None:
-    """Make this process one of several, before any array is made.
-
-    Args:
-        coordinator: ``host:port`` of the first process.
-        processes: how many there are.
-        process: which one this is, from 0.
-
-    Raises:
-        StartupError: they do not find each other.
-    """
-    try:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(JOIN_S))
-    except (RuntimeError, ValueError) as error:
-        raise StartupError(
-            f"process {process} of {processes} does not find the others at {coordinator} within {JOIN_S:.0f} s; "
-            f"is every one started, with the same address? ({error})"
-        ) from None
-    host = coordinator.rpartition(":")[0]
-    _lines.extend(_accept(host) if process == 0 else [_connect(host)])
-
-
-def _the_lines() -> list[Line]:
-    if not _lines:
-        raise StartupError(
-            "this is one of several processes; they must meet by hosts.join, not by jax.distributed alone"
-        )
-    return _lines
-
-
-def _accept(host: str) -> list[Line]:
-    """Wait for every follower; who does not know the token that the devices have carried is turned away."""
-    with socket.create_server((host, 0), backlog=jax.process_count()) as server:
-        port, token = _announce(server.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
-        lines: dict[int, Line] = {}
-        server.settimeout(JOIN_S)
-        while len(lines) < jax.process_count() - 1:
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = jax.process_count() - 1 - len(lines)
-                raise StartupError(
-                    f"{missing} of {jax.process_count()} processes do not reach {host}:{port} within {JOIN_S:.0f} s; "
-                    "is the port closed to them?"
-                ) from None
-            if (other := _introduced(connection, token)) is not None:
-                lines[other] = Line(connection, other)
-    return [lines[other] for other in sorted(lines)]
-
-
-def _introduced(connection: socket.socket, token: bytes) -> int | None:
-    """Which process it is; None: a stranger, who is sent away."""
-    connection.settimeout(STRANGER_S)
-    line = Line(connection, -1)
-    try:
-        if secrets.compare_digest(line.hear(TOKEN_BYTES), token):
-            (other,) = PROCESS.unpack(line.hear(PROCESS.size))
-            connection.settimeout(None)
-            return int(other)
-    except EngineDead:
-        pass
-    line.close()
-    return None
-
-
-def _connect(host: str) -> Line:
-    port, token = _announce(0, bytes(TOKEN_BYTES))
-    connection = socket.create_connection((host, port), timeout=JOIN_S)
-    connection.settimeout(None)
-    line = Line(connection, 0)
-    line.say(token + PROCESS.pack(jax.process_index()))
-    return line
-
-
-def _announce(port: int, token: bytes) -> tuple[int, bytes]:
-    """From the first process to all, through the devices."""
-    said = np.frombuffer(PROCESS.pack(port) + token, np.uint8)
-    heard = np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8).tobytes()
-    (port,) = PROCESS.unpack(heard[: PROCESS.size])
-    return port, heard[PROCESS.size :]
+    runner.follow()

@@ -1,4 +1,4 @@
-"""Dispatch of the steps: plans in, sampled tokens out, everything compiled before the first request."""
+"""Dispatch of steps: a plan in, sampled tokens out; everything is compiled before the first request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import compile_all
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.engine.step import Sizes, Step, StepShape
+from astraea_jax.engine.step import Step, StepShape, StepSizes
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.arrays import PagedKV, make_pages
-from astraea_jax.kv_cache.offload import NOWHERE, PINNED, block_sharding, block_sizes
+from astraea_jax.kv_cache.offload import NOWHERE, PINNED, Block, block_sharding, block_sizes
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.scheduler.plan import Plan
 
-CHANGES = 2048
-"""New entries of the page table that are sent at once, by themselves; a step takes along one for each of its rows."""
+TABLE_UPDATES = 2048
+"""Entries of one standalone write to the page table; each step also carries up to one update per row."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -33,13 +35,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class InFlight:
-    """A dispatched step; its tokens are read when the next one has been dispatched."""
+    """A dispatched step; its tokens are read after the next step has been dispatched."""
 
     plan: Plan
     tokens: jax.Array
-    """``[R]`` int32: what each row sampled; -1 where the logits were not finite."""
+    """``[R]`` int32, the sampled token of each row; -1 where the logits were not finite."""
     dispatched: float
-    """By ``time.perf_counter``."""
+    """Time of dispatch by ``time.perf_counter``."""
 
     @property
     def done(self) -> bool:
@@ -53,16 +55,16 @@ class StepTimes:
 
     steps: int = 0
     tokens: int = 0
-    """Computed by the model, prefill included."""
+    """Tokens computed by the model, prefill included."""
     plan_s: float = 0.0
     dispatch_s: float = 0.0
     wait_s: float = 0.0
-    """Waiting for the device: the part that is not host work."""
+    """Time spent waiting for the device."""
     commit_s: float = 0.0
     cpu_s: float = 0.0
-    """Processor time of the loop's thread; less than the three above where it shares the cores with the device."""
+    """CPU time of the loop's thread; less than the times above where the device computes on the same cores."""
     starved: int = 0
-    """Steps dispatched only after the one before had ended: the device waited for the host."""
+    """Steps dispatched after the previous one had ended, so that the device waited for the host."""
 
 
 class Runner:
@@ -70,17 +72,17 @@ class Runner:
 
     Args:
         decoder: the model; its arrays are flattened once, here.
-        backend: of attention.
-        sizes: of the arrays.
-        mesh: the devices that share the model; None: the first one has it.
-        staging: pages of the largest transfer to or from the host; 0: there are none.
+        backend: attention backend.
+        sizes: sizes of the arrays.
+        mesh: the devices that share the model; None: the first device.
+        staging: pages of the largest transfer to or from the host; 0: no transfers.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         backend: Backend,
-        sizes: Sizes,
+        sizes: StepSizes,
         *,
         mesh: Mesh | None = None,
         staging: int = 0,
@@ -89,18 +91,18 @@ class Runner:
         self._leaves = self._step.pack(decoder)
         self._make_arrays(sizes.max_seqs)
         self.shapes = self._step.shapes
-        """Of the steps."""
+        """Step shapes, decode first."""
         self._compiled: dict[tuple[str, Any], Any] = {}
         self._blocks = block_sizes(staging)
         self.block_sharding = block_sharding(self._pages[0])
-        """Of a block of pages on the device."""
+        """Sharding of a block of pages on the device."""
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
 
     def _make_arrays(self, slots: int) -> None:
         """Make what steps read and write: pages, the last token of each slot, and the page table."""
         self._pages: PagedKV = make_pages(self._step.pages)
-        self._last = jnp.zeros(slots, jnp.int32, device=self._step.whole)
-        self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.whole)
+        self._last = jnp.zeros(slots, jnp.int32, device=self._step.replicated)
+        self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.replicated)
 
     def reset(self) -> None:
         """Make the arrays anew after a step has raised, which may have used them up; all pages are empty then.
@@ -112,8 +114,23 @@ class Runner:
         self._make_arrays(len(self._sampling))
         jax.block_until_ready((self._pages, self._last, self._table))
 
+    @classmethod
+    def of(cls, decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Self:
+        """The runner of an engine; it stacks the decoder's layers if that is configured."""
+        if config.stacks():
+            decoder.stack()
+        sizes = StepSizes(
+            num_pages=layout.num_pages,
+            page_size=config.page_size,
+            max_seqs=config.max_seqs,
+            max_step_tokens=config.max_step_tokens,
+            max_pages_per_seq=layout.pages_per_seq,
+            kv_dtype=layout.kv_dtype,
+        )
+        return cls(decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
+
     def compile(self, progress: Progress = lambda done, total: None) -> None:
-        """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""
+        """Compile every step shape and transfer size, and run each once on the null page to finish all set-up."""
         gather, scatter = self._step.transfers()
         lowerings: dict[tuple[str, Any], Callable[[], Any]] = {}
         for shape in self.shapes:
@@ -123,50 +140,47 @@ class Runner:
             block = jax.eval_shape(gather, self._step.pages, ids)
             lowerings["gather", size] = partial(gather.lower, self._step.pages, ids)
             lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
-        writing = self._step.table, jax.ShapeDtypeStruct((2 * CHANGES,), jnp.int32, sharding=self._step.whole)
-        lowerings["table", CHANGES] = partial(self._step.writer().lower, *writing)
+        writing = (
+            self._step.table,
+            jax.ShapeDtypeStruct((2 * TABLE_UPDATES,), jnp.int32, sharding=self._step.replicated),
+        )
+        lowerings["table", TABLE_UPDATES] = partial(self._step.writer().lower, *writing)
         self._compiled = compile_all(lowerings, progress)
         self._meet()
-        self.write_table(np.full(2 * CHANGES, NOWHERE, np.int32))
+        self.write_table(np.full(2 * TABLE_UPDATES, NOWHERE, np.int32))
         for shape in self.shapes:
-            self.launch(shape, self._empty_batch(shape)).block_until_ready()
+            self.launch(shape, _empty_input(shape)).block_until_ready()
         for size in self._blocks:
             there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
-            block = self.put(there, self.block_sharding)  # over several processes copies are compiled, too
+            block = self.put(there, self.block_sharding)  # multi-process copies are compiled, too
             self.scatter(block, np.full(size, NOWHERE, np.int32))
 
     def _meet(self) -> None:
-        """All who share the arrays have compiled: what they run together does not wait long for any of them."""
+        """Barrier: wait until every process that shares the arrays has compiled."""
 
     @property
     def executables(self) -> int:
-        """How many programs of the device have been compiled."""
+        """How many executables have been compiled."""
         return len(self._compiled)
 
-    def gather(self, pages: Sequence[int]) -> jax.Array:
-        """Read pages into one block ``[n, L, …]``; they may be written again at once. n is a block size."""
-        block: jax.Array = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
+    def gather(self, pages: Sequence[int]) -> Block:
+        """Read pages into one block ``[n, L, …]``, n being a block size; the pages may be written again at once."""
+        block: Block = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
         return block
 
-    def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
-        """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
+    def scatter(self, block: Block, pages: np.ndarray) -> None:
+        """Write a block to ``pages [n]`` int32; ids beyond the pool are ignored."""
         self._pages = self._compiled["scatter", len(pages)](self._pages, block, pages)
 
-    def put(self, block: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    def put(self, block: Block, sharding: jax.sharding.Sharding) -> Block:
         """Copy a block to the host or back, and return at once."""
         return jax.device_put(block, sharding)
 
     def close(self) -> None:
-        """Nothing will be dispatched any more."""
-
-    def _empty_batch(self, shape: StepShape) -> np.ndarray:
-        batch = np.zeros(shape.numbers, np.int32)
-        _, _, changes = shape.parts(batch)
-        changes[:] = NOWHERE
-        return batch
+        """End: nothing is dispatched any more."""
 
     def set_sampling(self, slot: int, params: SamplingParams) -> None:
-        """Choose how the rows of ``slot`` sample from the next dispatch on."""
+        """Set how the rows of a batch slot sample from the next dispatch on."""
         self._sampling[slot, :2] = min(params.top_k, 2**31 - 1), np.uint32(params.seed).astype(np.int32)
         self._sampling[slot, 2:].view(np.float32)[:] = params.temperature, params.top_p, params.min_p
 
@@ -175,58 +189,64 @@ class Runner:
         rows = len(plan.requests)
         shape = self._fitting(rows, plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
-        batch = self._empty_batch(shape)
-        tokens, head, changes = shape.parts(batch)
+        packed = _empty_input(shape)
+        tokens, head, updates = shape.unpacked(packed)
         head = head[:rows]
         head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
         head[: plan.samples, 3] = 1
         head[:, 4:] = self._sampling[plan.slots]
         if plan.changes:
-            self._change(changes, plan.changes)
+            self._update_table(updates, plan.changes)
         _fill_tokens(tokens[: plan.tokens], plan)
-        sampled = self.launch(shape, batch)
+        sampled = self.launch(shape, packed)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
 
-    def _change(self, taken: np.ndarray, changes: list[tuple[int, int, list[int]]]) -> None:
-        """Write what is new in the page table into what the step takes along, ``[2, R]``; what is more than that, at
-        once."""
+    def _update_table(self, carried: np.ndarray, changes: list[tuple[int, int, list[int]]]) -> None:
+        """Put updates of the page table into ``carried [2, R]``, which goes with the step; write the excess at once."""
         width = self._step.table.shape[1]
-        places: list[int] = []
+        indices: list[int] = []
         for slot, first, pages in changes:
             at = slot * width + first
-            places += range(at, at + len(pages))
-        new = np.array([places, [page for *_, pages in changes for page in pages]], np.int32)
-        ahead = max(0, new.shape[1] - taken.shape[1])
-        for at in range(0, ahead, CHANGES):
-            some = new[:, at : min(at + CHANGES, ahead)]
-            message = np.full((2, CHANGES), NOWHERE, np.int32)
-            message[:, : some.shape[1]] = some
-            self.write_table(message.reshape(-1))
-        taken[:, : new.shape[1] - ahead] = new[:, ahead:]
+            indices += range(at, at + len(pages))
+        new = np.array([indices, [page for *_, pages in changes for page in pages]], np.int32)
+        ahead = max(0, new.shape[1] - carried.shape[1])
+        for at in range(0, ahead, TABLE_UPDATES):
+            some = new[:, at : min(at + TABLE_UPDATES, ahead)]
+            padded = np.full((2, TABLE_UPDATES), NOWHERE, np.int32)
+            padded[:, : some.shape[1]] = some
+            self.write_table(padded.reshape(-1))
+        carried[:, : new.shape[1] - ahead] = new[:, ahead:]
 
     def _fitting(self, rows: int, tokens: int) -> StepShape:
         """The smallest shape that holds the step."""
         decode = rows == tokens
         return next(s for s in self.shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
 
-    def launch(self, shape: StepShape, batch: np.ndarray) -> jax.Array:
-        """Start the step of this shape with what the host says, and return ``[R]`` int32, its sampled tokens."""
+    def launch(self, shape: StepShape, packed: np.ndarray) -> jax.Array:
+        """Start the step of this shape on a packed input, and return ``[R]`` int32, its sampled tokens."""
         step = self._compiled["step", shape]
-        self._pages, self._last, self._table, sampled = step(self._leaves, self._pages, self._last, self._table, batch)
+        self._pages, self._last, self._table, sampled = step(self._leaves, self._pages, self._last, self._table, packed)
         return sampled
 
-    def write_table(self, changes: np.ndarray) -> None:
-        """Put new entries into the page table, as :meth:`.step.Step.writer` takes them."""
-        self._table = self._compiled["table", CHANGES](self._table, changes)
+    def write_table(self, updates: np.ndarray) -> None:
+        """Update the page table, with the argument of :meth:`.step.Step.writer`."""
+        self._table = self._compiled["table", TABLE_UPDATES](self._table, updates)
 
     def read(self, step: InFlight) -> list[int]:
         """Wait for a step's tokens, one per row that samples."""
         return np.asarray(step.tokens)[: step.plan.samples].tolist()
 
 
+def _empty_input(shape: StepShape) -> np.ndarray:
+    packed = np.zeros(shape.packed_size, np.int32)
+    _, _, updates = shape.unpacked(packed)
+    updates[:] = NOWHERE
+    return packed
+
+
 def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
-    tokens[:] = -1  # the usual decode: the device has its token
+    tokens[:] = -1  # usual for decode: the device has the token
     at = plan.steady
     for i in range(plan.steady, len(plan.requests)):
         request, start, count = plan.requests[i], int(plan.starts[i]), int(plan.counts[i])
@@ -236,9 +256,9 @@ def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
 
 
 class CompileGuard:
-    """Notices a compilation on the thread that armed it: after start-up every shape must be ready.
+    """Notices compilations on the thread that armed it: after start-up every shape must be compiled.
 
-    JAX keeps event listeners for ever, so one listener serves every guard of the process.
+    JAX keeps event listeners for ever, so one listener serves all guards of the process.
     """
 
     _armed: dict[int, CompileGuard] = {}  # noqa: RUF012

@@ -1,12 +1,12 @@
 """The jitted step: one forward over a ragged batch, spread over a mesh, and one sampled token per row.
 
-A step runs ``R`` rows (one per running request) and ``T`` tokens laid end to end. Of every slot the device keeps the
-last sampled token, which it takes where the host says -1 because it has not read it yet, and the pages, of which the
-host says only what is new: what is sent for a step does not grow with the contexts that are possible.
+A step runs ``R`` rows (one per running request) and ``T`` tokens laid end to end. Per batch slot the device keeps the
+last sampled token, used where the host sends -1 because it has not read the token yet, and a row of the page table, of
+which the host sends only updates. So the input of a step does not grow with the longest possible context.
 
-Over several devices the compiler divides the matrix products as the weights are divided, and attention runs on each
-device for its own heads, so that a kernel sees arrays of one device. :class:`Step` holds no array: it compiles for
-devices that are not here, too.
+Over several devices the compiler partitions the matrix products as the weights are sharded, and attention runs on each
+device for its own heads, so that a kernel sees the arrays of one device. :class:`Step` holds no array, so it can also
+be compiled for devices that are absent.
 """
 
 from __future__ import annotations
@@ -29,42 +29,45 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import TP, placed
 
 PREFILL_TILE = 16
-"""Query tokens of one row that attend together in a step with prefill."""
+"""Query tokens of a row that one attention tile holds in a step with prefill."""
 
 COLUMNS = 9
-"""Numbers of a row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
+"""Values per row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
 
 COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
-"""Kind of device -> options. That TPU's compiler wants weights of a loop in larger tiles than arrays have, and would
-bring all of them into those on every step."""
+"""Kind of device -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the weights have
+and would copy all weights into them at every step."""
 
 Packed = tuple[Any, ...]
-"""The arrays of a model as the step takes them, or their shapes."""
+"""A model's arrays, or their shapes, as arguments of a step."""
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Static shape of one compiled step: ``tokens`` T, ``rows`` R, and the query tile of its attention."""
+    """Static shape of one compiled step: T ``tokens``, R ``rows``, and the query tile of its attention."""
 
     tokens: int
     rows: int
     q_tile: int
-    """1: every row has one token at most, and token t is row t's."""
+    """1: every row has at most one token, and token t belongs to row t."""
 
     @property
-    def numbers(self) -> int:
-        """How many the host says."""
+    def packed_size(self) -> int:
+        """Length of the packed int32 input."""
         return self.tokens + self.rows * (COLUMNS + 2)
 
-    def parts(self, batch: Any) -> tuple[Any, Any, Any]:
-        """Views of what the host says, in NumPy or JAX: tokens ``[T]``, rows ``[R, COLUMNS]``, and changes of the page
-        table ``[2, R]``, places and then pages."""
+    def unpacked(self, packed: Any) -> tuple[Any, Any, Any]:
+        """Views of the packed input, in NumPy or JAX.
+
+        Returns:
+            Tokens ``[T]``, rows ``[R, COLUMNS]``, and updates of the page table ``[2, R]`` (flat indices, then pages).
+        """
         rows = self.tokens + self.rows * COLUMNS
-        return batch[: self.tokens], batch[self.tokens : rows].reshape(-1, COLUMNS), batch[rows:].reshape(2, -1)
+        return packed[: self.tokens], packed[self.tokens : rows].reshape(-1, COLUMNS), packed[rows:].reshape(2, -1)
 
 
 def step_shapes(max_seqs: int, max_step_tokens: int) -> tuple[StepShape, ...]:
-    """The few shapes that are compiled: powers of two of rows for decode, of tokens for steps with prefill."""
+    """The shapes to compile: powers of two of rows for decode, and of tokens for steps with prefill."""
     decode = [StepShape(n, n, 1) for n in _doubling(min(8, max_seqs), max_seqs)]
     lowest = min(max(64, 2 * max_seqs), max_step_tokens)
     return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
@@ -78,11 +81,11 @@ def _doubling(low: int, high: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of the arrays that a step works on."""
+class StepSizes:
+    """Sizes of the arrays that a step works on."""
 
     num_pages: int
-    """Per layer, scrap page included."""
+    """Pages per layer, null page included."""
     page_size: int
     """Tokens per page."""
     max_seqs: int
@@ -99,118 +102,121 @@ class Step:
 
     Args:
         decoder: the model, or one of shapes only (:func:`astraea_jax.models.sharding.abstract_decoder`).
-        backend: of attention.
-        sizes: of the arrays.
-        mesh: of one axis, ``"tp"``; its devices need not be here.
+        backend: attention backend.
+        sizes: sizes of the arrays.
+        mesh: a mesh of one axis, ``"tp"``; its devices may be absent.
     """
 
-    def __init__(self, decoder: Decoder, backend: Backend, sizes: Sizes, mesh: Mesh):
+    def __init__(self, decoder: Decoder, backend: Backend, sizes: StepSizes, mesh: Mesh):
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(placed(state, mesh))
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = _Packing.of(leaves)
-        self.whole = NamedSharding(mesh, PartitionSpec())
-        """Of what every device holds."""
-        self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.whole))
-        self.layers = decoder.config.num_layers
-        """How many."""
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
+        self.num_layers = decoder.config.num_layers
         self.stacked = decoder.stacked
-        """Whether the layers are one loop, and the pages one array."""
+        """Whether the layers run as one loop and their pages are one array."""
         self.pages = abstract_pages(
             decoder.config, backend, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh, stacked=self.stacked
         )
-        self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.whole)
-        self.table = jax.ShapeDtypeStruct((sizes.max_seqs, sizes.max_pages_per_seq), jnp.int32, sharding=self.whole)
-        """Pages of every slot."""
+        self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.replicated)
+        self.table = jax.ShapeDtypeStruct(
+            (sizes.max_seqs, sizes.max_pages_per_seq), jnp.int32, sharding=self.replicated
+        )
+        """The pages of every batch slot."""
         self._shardings = [leaf.sharding for leaf in leaves]
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
-        """Those that are compiled ahead, decode first."""
+        """The shapes that are compiled ahead, decode first."""
         return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens)
 
-    def batch(self, shape: StepShape) -> jax.ShapeDtypeStruct:
-        """Of what the host says; see :meth:`_run`."""
-        return jax.ShapeDtypeStruct((shape.numbers,), jnp.int32, sharding=self.whole)
+    def packed(self, shape: StepShape) -> jax.ShapeDtypeStruct:
+        """The packed input; see :meth:`StepShape.unpacked`."""
+        return jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=self.replicated)
 
     def arguments(self, shape: StepShape) -> tuple[Any, ...]:
-        """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, batch."""
-        return self.leaves, self.pages, self.last, self.table, self.batch(shape)
+        """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, packed."""
+        return self.leaves, self.pages, self.last, self.table, self.packed(shape)
 
     def transfers(self) -> tuple[Any, Any]:
         """The gather and the scatter of pages, see :func:`~astraea_jax.kv_cache.arrays.jitted_transfers`."""
-        return jitted_transfers(self.pages, self.whole, self._sizes.num_pages)
+        return jitted_transfers(self.pages, self.replicated, self._sizes.num_pages)
 
     def writer(self) -> Any:
-        """Puts ``[2 * n]`` int32, n places and as many pages, into the donated table."""
-        return jax.jit(_changed, out_shardings=self.whole, donate_argnums=0)
+        """A jitted function that writes ``[2 * n]`` int32, n flat indices and n pages, into the donated page table."""
+        return jax.jit(_updated, out_shardings=self.replicated, donate_argnums=0)
 
     def jitted(self, shape: StepShape) -> Any:
         """The step of this shape, to be lowered with :meth:`arguments`; pages, last and table are donated.
 
-        It returns those three, and ``[R]`` int32: what each row sampled (-1 where the logits were not finite).
+        It returns these three, and ``[R]`` int32: the sampled token of each row, -1 where the logits were not finite.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
-        _, pages, whole, _, _ = shardings
+        _, pages, replicated, _, _ = shardings
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
-            out_shardings=(pages, whole, whole, whole),
+            out_shardings=(pages, replicated, replicated, replicated),
             donate_argnums=(1, 2, 3),
             compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
         )
 
     def pack(self, decoder: Decoder) -> Packed:
-        """The arrays of the decoder, put where the step wants them; what is there already is not copied."""
+        """The decoder's arrays in the step's shardings; arrays that have them already are not copied."""
         leaves = jax.device_put(jax.tree.leaves(nnx.state(decoder)), self._shardings)
-        return self._packing.pack(leaves, jax.jit(lambda *vectors: jnp.concatenate(vectors), out_shardings=self.whole))
+        return self._packing.pack(
+            leaves, jax.jit(lambda *vectors: jnp.concatenate(vectors), out_shardings=self.replicated)
+        )
 
     def _run(
-        self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, batch: jax.Array
+        self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, packed: jax.Array
     ) -> tuple[PagedKV, jax.Array, jax.Array, jax.Array]:
         """One forward over a ragged batch, and one sampled token per row.
 
         Args:
             shape: T, R and the query tile of attention.
-            leaves: what :meth:`pack` made of the model.
-            pages: of every layer, as the backend forms them.
-            last: ``[max_seqs]`` int32, the token each slot sampled last.
+            leaves: the model's arrays from :meth:`pack`.
+            pages: the pages of every layer, in the backend's form.
+            last: ``[max_seqs]`` int32, the last sampled token of each slot.
             table: ``[max_seqs, M]`` int32, the pages of each slot.
-            batch: int32, what the host says, in one piece (:meth:`StepShape.parts`). A token of -1 stands for the
-                slot's last sampled one; rows of padding have count 0; a change beyond the table is none.
+            packed: int32, the host's input (:meth:`StepShape.unpacked`). A token of -1 stands for the slot's last
+                sampled one; padding rows have count 0; updates beyond the page table are ignored.
         """
         page_size = self._sizes.page_size
-        tokens, rows, changes = shape.parts(batch)
-        table = _changed(table, changes)
+        tokens, rows, updates = shape.unpacked(packed)
+        table = _updated(table, updates)
         slot, start, count, samples, top_k = rows[:, :5].T
         seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
         temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
-        own = table[slot]
+        page_table = table[slot]  # [R, M]
         ends = jnp.cumsum(count)
         cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
         index = jnp.arange(tokens.shape[0])
         row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), shape.rows - 1)
         position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
-        write_to = jnp.where(index < ends[-1], own[row, position // page_size] * page_size + position % page_size, 0)
-        where = Batch(own, jnp.where(count > 0, start + count, 0), cu_q_lens, write_to)
+        page = page_table[row, position // page_size]
+        slot_mapping = jnp.where(index < ends[-1], page * page_size + position % page_size, 0)
+        batch = Batch(page_table, jnp.where(count > 0, start + count, 0), cu_q_lens, slot_mapping)
         attend_heads = self._attend(shape.q_tile)
 
         def attend(
             i: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            here = where.shifted(i * self._sizes.num_pages, page_size) if self.stacked else where
+            here = batch.shifted(i * self._sizes.num_pages, page_size) if self.stacked else batch
             return attend_heads(q, k, v, layer, here)
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
         hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
-        scores = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
-        sampled = self._sample(scores, temperature, top_k, top_p, min_p, seed, start + count)
+        logits = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
+        sampled = self._sample(logits, temperature, top_k, top_p, min_p, seed, start + count)
         last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
         return (kept,) if self.stacked else kept, last, table, sampled
 
     def _attend(self, q_tile: int) -> Any:
-        """Attention of the backend, on every device for its own heads."""
+        """The backend's attention, on every device for its own heads."""
         heads, pages = heads_spec(1), heads_spec(self.backend.heads_axis)
         return jax.shard_map(
             partial(self.backend.attend, q_tile=q_tile),
@@ -221,15 +227,16 @@ class Step:
         )
 
     def _sample(self, logits: jax.Array, *how: jax.Array) -> jax.Array:
-        """One token of every row, each row on one device: logits go from shares of V to shares of R, whole to nobody.
+        """Sample one token per row, each row on one device.
 
-        Every layout is said, or else the compiler carries that of the rows back through the model.
+        Logits are resharded from vocabulary to rows, so no device ever holds all of them. Every intermediate has an
+        explicit sharding; otherwise XLA would propagate that of the rows into the model.
         """
-        logits = self._lay(self._lay(logits, None, TP), TP)
-        sampled = sample(logits, *(self._lay(one) for one in how))
-        return self._lay(self._lay(jnp.where(jnp.isfinite(logits.max(-1)), sampled, -1), TP))
+        logits = self._sharded(self._sharded(logits, None, TP), TP)
+        sampled = sample(logits, *(self._sharded(one) for one in how))
+        return self._sharded(self._sharded(jnp.where(jnp.isfinite(logits.max(-1)), sampled, -1), TP))
 
-    def _lay(self, array: jax.Array, *axes: str | None) -> jax.Array:
+    def _sharded(self, array: jax.Array, *axes: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, PartitionSpec(*axes)))
 
     def _decoder(self, leaves: Packed) -> Decoder:
@@ -237,21 +244,21 @@ class Step:
         return decoder
 
 
-def _changed(table: jax.Array, changes: jax.Array) -> jax.Array:
-    places, pages = changes.reshape(2, -1)
-    return table.reshape(-1).at[places].set(pages, mode="drop").reshape(table.shape)
+def _updated(table: jax.Array, updates: jax.Array) -> jax.Array:
+    indices, pages = updates.reshape(2, -1)
+    return table.reshape(-1).at[indices].set(pages, mode="drop").reshape(table.shape)
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """How a model's many vectors (of norms) become one argument: every argument of a call costs the host its time."""
+    """Joins a model's many vectors (of norms) into one argument per dtype: each argument of a call costs host time."""
 
     count: int
-    """Of leaves."""
+    """Number of leaves."""
     vectors: tuple[tuple[int, ...], ...]
-    """Indices of the leaves that are laid end to end, for each dtype."""
+    """Per dtype, indices of the leaves that are joined end to end."""
     ends: tuple[tuple[int, ...], ...]
-    """Where each but the last of those ends."""
+    """Per dtype, where each of these leaves but the last ends."""
 
     @classmethod
     def of(cls, leaves: Sequence[jax.ShapeDtypeStruct]) -> _Packing:

@@ -1,7 +1,7 @@
-"""What a backend of attention owns: the physical form of a page, and writing and reading pages in a step.
+"""The interface of an attention backend: it owns the physical form of a page, and writes and reads pages in a step.
 
-Page ids are logical and the page is always the first axis, so whoever allocates, gathers, moves and scatters pages need
-not know what is inside.
+Page ids are logical and the page is always the first axis, so code that allocates, gathers, moves and scatters pages
+need not know the form of a page.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import jax.numpy as jnp
 
 
 class Batch(NamedTuple):
-    """Where the tokens of a step belong."""
+    """Where the tokens of a step are in the paged arrays."""
 
     page_table: jax.Array
-    """``[R, M]`` int32, the pages of each row in order; what lies beyond its context is not to be relied on."""
+    """``[R, M]`` int32, the pages of each row in order; entries beyond its context are undefined."""
     kv_lens: jax.Array
-    """``[R]`` int32, tokens in each row's context, this step's included; 0 for padding."""
+    """``[R]`` int32, length of each row's context including this step's tokens; 0 for padding."""
     cu_q_lens: jax.Array
     """``[R + 1]`` int32, where each row's tokens start; they are the last of its context."""
-    slots: jax.Array
-    """``[T]`` int32, where each token's keys and values go: page * S + offset; padding goes to page 0, the scrap."""
+    slot_mapping: jax.Array
+    """``[T]`` int32, where each token's keys and values go: page * S + offset, and the null page 0 for padding."""
 
     def shifted(self, pages: int | jax.Array, page_size: int) -> Batch:
-        """The same, so many pages further on."""
-        return self._replace(page_table=self.page_table + pages, slots=self.slots + pages * page_size)
+        """This batch with page ids and slot mapping offset by ``pages``."""
+        slot_mapping = self.slot_mapping + pages * page_size
+        return self._replace(page_table=self.page_table + pages, slot_mapping=slot_mapping)
 
 
 def stored(x: jax.Array, dtype: Any) -> jax.Array:
-    """Keys or values as pages of ``dtype`` hold them.
+    """Convert keys or values to the ``dtype`` of pages.
 
-    Float8 has neither a scale nor infinity: what is beyond its largest number becomes that number, or else it would be
-    NaN. Of normal numbers the rounding error is 2.65 % for any size from 0.05 to 100, with a scale or not.
+    Float8 has no infinity, so larger numbers are clipped to its largest one; otherwise they would become NaN. No scale
+    is used: the rounding error of normal numbers is 2.65 % for any magnitude from 0.05 to 100, with a scale or without.
     """
     if dtype == jnp.float8_e4m3fn:
         largest = float(jnp.finfo(dtype).max)
@@ -46,33 +47,31 @@ class Backend(Protocol):
 
     name: str
     heads_axis: int
-    """Of the pages of a layer ``[P, …]``: the axis along which they are sharded by key/value head."""
+    """Axis of a layer's pages ``[P, …]`` along which key/value heads are sharded."""
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """Shape of one page of one layer; what it holds beyond keys and values is padding.
+        """Shape of one page of one layer, padding included.
 
         Raises:
-            StartupError: the backend has no such pages, because of a size or of ``dtype``.
+            StartupError: the backend does not support these sizes or this ``dtype``.
         """
 
     def page_dtype(self, dtype: Any) -> Any:
-        """Dtype of the array in which pages of keys and values in ``dtype`` lie, of the same width."""
+        """Dtype of the array that holds pages of keys and values in ``dtype``; its size is the same."""
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Store keys and values, then attend causally, scaled by ``H ** -0.5``.
-
-        What is beyond the largest number of a float8 page is stored as that number.
+        """Store keys and values, then attend causally, scaled by ``H ** -0.5``; see :func:`stored` for float8 pages.
 
         Args:
             q: ``[T, N, H]`` queries of all rows end to end, padding last.
             k: ``[T, K, H]`` keys.
             v: ``[T, K, H]`` values.
-            pages: ``[P, *page_shape]`` of this layer.
-            batch: where they belong.
-            q_tile: 1: every row has one token at most, and token t is row t's; else rows are of any length.
+            pages: ``[P, *page_shape]``, this layer's pages.
+            batch: where the tokens are in the pages.
+            q_tile: 1 if every row has at most one token and token t belongs to row t; otherwise rows have any length.
 
         Returns:
-            ``[T, N, H]`` in the dtype of ``q`` (of padding: finite numbers of no use), and the pages.
+            ``[T, N, H]`` in the dtype of ``q``, finite but undefined for padding, and the pages.
         """

@@ -1,4 +1,4 @@
-"""Which backend of attention serves: the one that is named, or the first for this kind of device that can."""
+"""Choice of the attention backend: the configured one, or the first that can serve this kind of device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _ALL: tuple[type[Backend], ...] = (Reference, Triton, TokamaxRPA, JaxRPA, PallasTPU, PallasInterpreted)
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
 PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
-"""Kind of device, as JAX names it -> backends, best first; the reference on all others."""
+"""JAX platform -> backends, best first; every other platform uses the reference."""
 
 
 def choose(
@@ -31,19 +31,19 @@ def choose(
     dtype: Any,
     compute_capability: int | None = None,
 ) -> Backend:
-    """The backend called ``name``, or if None the first preferred one that serves these pages of one device.
+    """The backend called ``name``, or if None the first preferred one that supports the pages of one device.
 
     Args:
-        name: of the backend.
+        name: name of the backend, or None.
         platform: kind of device, as JAX names it.
-        kv_heads: see :meth:`Backend.page_shape`, like what follows.
+        kv_heads: see :meth:`Backend.page_shape`, as for the next three.
         head_dim: as above.
         page_size: as above.
         dtype: as above.
-        compute_capability: of GPUs that are compiled for and are not in this machine.
+        compute_capability: compute capability of absent GPUs to compile for.
 
     Raises:
-        StartupError: it cannot be had, or none can; the message gives the reasons.
+        StartupError: the backend is not available, or none is; the message gives the reasons.
     """
     refusals: list[str] = []
     for candidate in (name,) if name is not None else PREFERRED.get(platform, ("reference",)):

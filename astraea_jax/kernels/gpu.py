@@ -23,34 +23,34 @@ Operand = jax.Array | jax.Ref | int | float
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 KV_DTYPES = (*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)), FP8)
 FP8_CAPABILITY = 89
-"""Compute capability from which on GPUs convert float8; for others its bits are taken apart."""
+"""Least compute capability that converts float8; on older GPUs the kernels decode its bits."""
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MOST_SPLITS = 32
-"""Programs that share the context of one query."""
+"""Most Triton instances that share the context of one query."""
 WRITE_BLOCK = 1024
-"""Numbers that one program writes."""
+"""Elements that one Triton instance writes."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a kernel's matrix products and how many threads compute them. Chosen by reasoning, not yet tuned."""
+    """Block sizes of a kernel's matrix products and how many threads compute them: a guess, not tuned yet."""
 
     m: int
     """Query rows: query heads of one key/value head, times queries."""
     n: int
-    """Context tokens per turn."""
+    """Context tokens per iteration."""
     warps: int
     stages: int
-    """Turns whose loads are under way at once."""
+    """Iterations whose loads are in flight at once."""
 
 
 def single_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
-    """For rows with one query: 16 rows are the least a matrix product takes; the time goes into loading."""
+    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time."""
     return Blocks(max(16, _power(group)), 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 4, 3)
 
 
 def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
-    """For rows with more queries; float32 is multiplied without tensor cores, so its tiles must fit into registers."""
+    """Blocks for longer rows; float32 is multiplied without tensor cores, so its tiles must fit into registers."""
     if jnp.dtype(dtype).itemsize > 2:
         return Blocks(max(16, _power(group)), 32, 4, 2)
     if head_dim > 128:
@@ -59,25 +59,24 @@ def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
 
 
 def split_context(rows: int, kv_heads: int, context: int, block: int) -> tuple[int, int]:
-    """Programs that share one query's context of at most ``context`` tokens, and the blocks that make one worth while.
+    """How many instances share one query's context of at most ``context`` tokens, and the least blocks per instance.
 
-    Few rows are split finely, to fill the machine; many only so far that a long context among short ones is not
-    waited for.
+    Few rows are split finely to fill the GPU; many rows only so far that a long context does not outlast short ones.
     """
     least = max(1, min(512, max(128, rows * kv_heads)) // block)
     return max(1, min(MOST_SPLITS, -(-context // (least * block)))), least
 
 
 def _power(n: int) -> int:
-    """The power of two at or above ``n``."""
+    """The least power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 def load_kernels() -> ModuleType:
-    """:mod:`.triton_kernels`, which needs Triton.
+    """Import :mod:`.triton_kernels`.
 
     Raises:
-        StartupError: it, or what launches it from JAX, is not installed.
+        StartupError: Triton or jax-triton is not installed.
     """
     try:
         import jax_triton  # noqa: F401
@@ -93,18 +92,18 @@ def load_kernels() -> ModuleType:
 
 @dataclass(frozen=True)
 class Triton:
-    """The backend of these kernels.
+    """The backend of the Triton kernels.
 
     Raises:
         StartupError: there is no GPU, or Triton is not installed.
     """
 
     window: int | None = None
-    """Tokens that a query sees, itself included; None: all."""
+    """Tokens that a query attends to, itself included; None: all."""
     soft_cap: float | None = None
-    """Scores become ``cap * tanh(score / cap)``."""
+    """Attention scores become ``cap * tanh(score / cap)``."""
     compute_capability: int | None = None
-    """Of a GPU to compile for that is not in this machine, such as 90 for H100 and H200."""
+    """Compute capability of an absent GPU to compile for, such as 90 for H100 and H200."""
 
     name = "triton"
     heads_axis = 2
@@ -120,7 +119,7 @@ class Triton:
         """``(2, K, S, H)``.
 
         Raises:
-            StartupError: the kernels do not compute heads of this size, or ``dtype``.
+            StartupError: the kernels do not support heads of this size, or ``dtype``.
         """
         if jnp.dtype(dtype) not in KV_DTYPES:
             raise StartupError(
@@ -135,19 +134,19 @@ class Triton:
         return (2, kv_heads, page_size, head_dim)
 
     def page_dtype(self, dtype: Any) -> Any:
-        """The same."""
+        """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Write keys and values; then rows with one query; then, if ``q_tile`` says there may be any, the others."""
+        """Write keys and values, attend rows with one query, then longer rows if ``q_tile`` allows any."""
         dtype = pages.dtype
         k, v = stored(k, dtype), stored(v, dtype)
         if dtype == FP8 and self._capability() < FP8_CAPABILITY:
             k, v, pages = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v, pages))
         queries, pool = jax.new_ref(q), jax.new_ref(pages)
-        self._write(k, v, batch.slots, pool)
+        self._write(k, v, batch.slot_mapping, pool)
         self._attend_single(queries, pool, batch)
         if q_tile > 1:
             self._attend_tiles(queries, pool, batch)
@@ -167,16 +166,16 @@ class Triton:
         warps: int = 4,
         stages: int = 1,
     ) -> tuple[jax.Array, ...]:
-        """Put one kernel into the program that is being traced.
+        """Add a kernel launch to the program that is being traced.
 
         Args:
             kernel: its name in :mod:`.triton_kernels`.
-            grid: programs along up to three axes.
+            grid: Triton instances along up to three axes.
             operands: by parameter; a Ref is read and written in place, numbers are fixed when the step is compiled.
-            constants: what it is specialised for.
-            out: arrays it fills, by parameter.
-            warps: of 32 threads, per program.
-            stages: turns of its loop whose loads are under way at once.
+            constants: compile-time parameters.
+            out: shapes of the arrays that the kernel fills, by parameter.
+            warps: warps per instance.
+            stages: iterations of its loop whose loads are in flight at once.
 
         Returns:
             The arrays of ``out``.
@@ -196,13 +195,13 @@ class Triton:
         )
         return filled
 
-    def _write(self, k: jax.Array, v: jax.Array, slots: jax.Array, pool: jax.Ref) -> None:
+    def _write(self, k: jax.Array, v: jax.Array, slot_mapping: jax.Array, pool: jax.Ref) -> None:
         t, heads, h = k.shape
         block = min(WRITE_BLOCK, _power(heads * h))
         self.launch(
             "write_kv",
             (t, -(-heads * h // block)),
-            {"k": k, "v": v, "slots": slots, "pages": pool},
+            {"k": k, "v": v, "slot_mapping": slot_mapping, "pages": pool},
             {"K": heads, "S": pool.shape[3], "H": h, "BLOCK": block},
         )
 

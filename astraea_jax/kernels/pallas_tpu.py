@@ -1,15 +1,15 @@
 """Our own Pallas kernels for TPUs: a paged write and ragged paged flash attention, for decode and prefill alike.
 
-The published kernels cannot be run without a TPU: their refs are reshaped and bitcast, which no interpreter follows.
-These index refs and reshape values only, so the tests run them on a CPU, with a race detector and poisoned memory.
+The published kernels reshape and bitcast refs, which no interpreter supports, so they cannot run without a TPU. These
+only index refs and reshape values, so the tests run them on a CPU, with a race detector and poisoned memory.
 
-Pages of a layer are ``[P, 2, K, S, H]`` as in :mod:`.reference`, and one copy brings a whole page. Heads are widened to
-a multiple of the 128 lanes of a TPU's registers; where two fit (``H <= 64``) a page is ``[1, K, S, 128]``, keys in the
-lower lanes and values in the upper, so nothing is wasted at 64: queries are zero in the upper lanes, and of the
-weighted sum only the upper ones are kept.
+Pages of a layer are ``[P, 2, K, S, H]`` as in :mod:`.reference`, and one copy brings a whole page. Heads are padded to
+a multiple of the 128 lanes of a TPU's registers. Where two fit (``H <= 64``) a page is ``[1, K, S, 128]``, keys in the
+lower lanes and values in the upper, so nothing is wasted at 64: queries are zero in the upper lanes, and only the
+upper lanes of the weighted sum are kept.
 
-Attention (online softmax, arXiv 2205.14135) takes one grid step per tile of queries of one row. Its pages come in
-blocks, into two buffers: while one is computed with, the next is on its way, across tiles too.
+Attention (online softmax, arXiv 2205.14135) takes one grid step per tile of queries of one row. Pages are copied in
+blocks into two buffers: the next block is copied while the kernel computes with the current one, across tiles, too.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SUBLANES = 8
 BLOCK_TOKENS = 256
 """Context tokens per buffer, if they fit into BUFFER_BYTES."""
 BUFFER_BYTES = 2 * 2**20
-"""Of each of the two page buffers in VMEM, at most."""
+"""Largest size of each of the two page buffers in VMEM."""
 VMEM_BYTES = 64 * 2**20
-"""What the compiler may use; half of the smallest VMEM among v5e, v5p and v6e, and all of a tpu7x core's."""
+"""VMEM that the compiler may use: half of the smallest among v5e, v5p and v6e, and all of a tpu7x core's."""
 SMEM_BYTES = 900 * 2**10
-"""Of the 1 MiB of scalar memory, that the page table may take."""
+"""Share of the 1 MiB of scalar memory that the page table may take."""
 NEVER = -1e30
-"""Score of a token that a query may not see; finite, so that differences of scores are."""
+"""Attention score of a masked token; finite, so that differences of scores are finite."""
 
 Interpret = bool | pltpu.InterpretParams
 
@@ -50,7 +50,7 @@ _WAIT: Callable[[Any], None] = operator.methodcaller("wait")
 
 
 class PallasTPU:
-    """Writes with :func:`write_kv`, attends with :func:`attention`.
+    """The backend of :func:`write_kv` and :func:`attention`.
 
     Args:
         interpret: run on a CPU, slowly.
@@ -66,7 +66,7 @@ class PallasTPU:
         """``(2, K, S, lanes)``, or ``(1, K, S, 128)`` where a key and a value share the lanes.
 
         Raises:
-            StartupError: the kernels do not compute ``dtype``, or pages of this size.
+            StartupError: the kernels do not support ``dtype``, or pages of this size.
         """
         if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn):
             raise StartupError(
@@ -79,7 +79,7 @@ class PallasTPU:
         return (1 if _shared(head_dim) else 2, kv_heads, page_size, -(-head_dim // LANES) * LANES)
 
     def page_dtype(self, dtype: Any) -> Any:
-        """The same."""
+        """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
     def attend(
@@ -92,7 +92,7 @@ class PallasTPU:
 
 
 class PallasInterpreted(PallasTPU):
-    """The same on any device, many times slower: to see that its tokens are right."""
+    """:class:`PallasTPU` interpreted on any device, many times slower, to check its results."""
 
     name = "pallas-interpreted"
 
@@ -104,7 +104,7 @@ def check_page_table(batch: Batch) -> None:
     """Refuse a page table that does not fit into scalar memory, where the kernels for TPUs keep it.
 
     Raises:
-        StartupError: with the numbers and the way out.
+        StartupError: the table is too large; the message says which options to change.
     """
     rows, width = batch.page_table.shape
     if 4 * rows * width > SMEM_BYTES:
@@ -117,16 +117,16 @@ def check_page_table(batch: Batch) -> None:
 def write_kv(
     pages: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, *, decode: bool, interpret: Interpret = False
 ) -> jax.Array:
-    """Store ``k, v [T, K, H]`` behind the contexts of their rows, in place: their pages are read, changed and written.
+    """Append ``k, v [T, K, H]`` to the contexts of their rows, in place: their pages are read, changed and written.
 
-    A single token cannot be written: in memory it shares its tile of 8 rows with others. Padding changes no page.
+    A single token cannot be written, since in memory it shares its tile of 8 rows with others. Padding changes no page.
 
     Args:
-        pages: ``[P, sides, K, S, lanes]``; donated by whoever compiles the call.
+        pages: ``[P, sides, K, S, lanes]``; the compiled caller should donate them.
         k: keys.
         v: values.
-        batch: where they belong.
-        decode: every row has one token at most, and token t is row t's.
+        batch: where the tokens are in the pages.
+        decode: every row has at most one token, and token t belongs to row t.
         interpret: see :class:`PallasTPU`.
     """
     _, sides, heads, s, lanes = pages.shape
@@ -167,7 +167,7 @@ def write_kv(
 
 
 def _write_kernel(page: Any, low: Any, high: Any, new: Any, old: Any, out: Any) -> None:
-    """One page: rows ``[low, high)`` are new, the others stay."""
+    """Replace rows ``[low, high)`` of one page."""
     i = pl.program_id(0)
     at = jax.lax.broadcasted_iota(jnp.int32, old.shape, 3)
     out[...] = jnp.where((at >= low[i]) & (at < high[i]), new[...], old[...])
@@ -179,8 +179,8 @@ def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, inte
     Args:
         q: ``[T, N, H]`` queries of all rows end to end, padding last.
         pages: ``[P, sides, K, S, lanes]`` that already hold this step's keys and values.
-        batch: where the queries belong.
-        q_tile: queries of one row handled together; 1: every row has one at most, and query t is row t's.
+        batch: where the tokens are in the pages.
+        q_tile: queries of one row per tile; 1: every row has at most one query, and query t belongs to row t.
         interpret: see :class:`PallasTPU`.
 
     Returns:
@@ -190,8 +190,8 @@ def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, inte
     _, sides, heads, s, lanes = pages.shape
     tiles = cut(batch.kv_lens, batch.cu_q_lens, q_tile, most(t, batch.kv_lens.shape[0], q_tile))
     count = tiles.row.shape[0]
-    wide = q.dtype if pages.dtype.itemsize == 1 else pages.dtype  # what is multiplied
-    padded = jnp.pad(q.astype(wide), ((0, 0), (0, 0), (0, lanes - h)))
+    product_dtype = q.dtype if pages.dtype.itemsize == 1 else pages.dtype
+    padded = jnp.pad(q.astype(product_dtype), ((0, 0), (0, 0), (0, lanes - h)))
     if q_tile == 1:
         tiled = padded.reshape(t, heads, n // heads, lanes)
     else:
@@ -247,10 +247,10 @@ def _attend_kernel(
     q_tile: int,
     scale: float,
 ) -> None:
-    """One tile. Scalars ``row, reach, position [C]`` (see :class:`Tiles`) and ``table [R, M]``.
+    """Attend one tile. Scalars are ``row, reach, position [C]`` (see :class:`Tiles`) and ``table [R, M]``.
 
-    ``q [1, K, L, lanes]`` and ``pages`` in HBM come in; ``out`` is like ``q``. Scratch: two buffers of pages, their
-    semaphores, which of the two this tile begins with, and the state of :func:`_take_in` for every head.
+    Inputs are ``q [1, K, L, lanes]`` and ``pages`` in HBM; ``out`` is like ``q``. Scratch holds two buffers of pages,
+    their semaphores, which of the two this tile begins with, and the state of :func:`_accumulate` for every head.
     """
     tile, tiles = pl.program_id(0), pl.num_programs(0)
     _, per_block, sides, heads, s, _ = buffer.shape
@@ -284,9 +284,9 @@ def _attend_kernel(
         for head in range(heads):
             k = buffer[side, :, 0, head].reshape(size, -1).astype(q.dtype)
             v = buffer[side, :, sides - 1, head].reshape(size, -1).astype(q.dtype)
-            v = jnp.where(inside, v, 0)  # beyond its reach it may be NaN, which a weight of 0 keeps
+            v = jnp.where(inside, v, 0)  # values beyond may be NaN, and 0 * NaN is NaN
             scores = jnp.where(seen, scale * _product(q[0, head], k, 1), NEVER)
-            _take_in(scores, v, *(ref.at[head] for ref in state))
+            _accumulate(scores, v, *(ref.at[head] for ref in state))
 
     jax.lax.fori_loop(0, blocks, body, None)
     parity[0] = jax.lax.rem(begin + blocks, 2)
@@ -297,7 +297,7 @@ def _attend_kernel(
 def _copies(
     row: Any, reach: Any, table: Any, pages: Any, buffer: Any, arrived: Any, of: Any, block: Any, side: Any, do: Any
 ) -> None:
-    """Start, or wait for, the pages of a block of tile ``of``; those beyond its reach stay as they are."""
+    """Start or await the copies of a block's pages of tile ``of``; pages beyond its reach are not copied."""
     _, per_block, _, _, s, _ = buffer.shape
     first = block * per_block
 
@@ -307,10 +307,10 @@ def _copies(
     jax.lax.fori_loop(0, jnp.minimum(per_block, pl.cdiv(reach[of], s) - first), one, None)
 
 
-def _take_in(scores: jax.Array, v: jax.Array, top: Any, mass: Any, total: Any) -> None:
-    """Of one head: ``scores [L, tokens]`` and ``v [tokens, lanes]`` into its state.
+def _accumulate(scores: jax.Array, v: jax.Array, top: Any, mass: Any, total: Any) -> None:
+    """Add attention ``scores [L, tokens]`` and values ``v [tokens, lanes]`` to the state of one head.
 
-    That is the highest score and the sum of weights ``[L, 128]`` and the weighted values ``[L, lanes]`` of its L lanes.
+    The state is the highest score and the sum of weights ``[L, 128]``, and the weighted values ``[L, lanes]``.
     """
     highest = jnp.maximum(top[...], scores.max(1, keepdims=True))
     shrink = jnp.exp(top[...] - highest)
@@ -321,7 +321,7 @@ def _take_in(scores: jax.Array, v: jax.Array, top: Any, mass: Any, total: Any) -
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Of the last axis of ``a`` with ``axis`` of ``b``, in float32; the MXU rounds to bfloat16 unless told not to."""
+    """Contract the last axis of ``a`` with ``axis`` of ``b`` in float32; by default the MXU rounds to bfloat16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -333,7 +333,7 @@ def _shared(head_dim: int) -> bool:
 
 
 def _in_lanes(k: jax.Array, v: jax.Array, lanes: int) -> jax.Array:
-    """``k, v [T, K, H]`` as pages hold them: ``[T, sides, K, lanes]``."""
+    """Arrange ``k, v [T, K, H]`` as in pages: ``[T, sides, K, lanes]``."""
     h = k.shape[-1]
     if _shared(h):
         half = ((0, 0), (0, 0), (0, lanes // 2 - h))

@@ -1,6 +1,6 @@
-"""Published ragged paged attention for TPUs: tokamax's, and JAX's own as the floor.
+"""Published ragged paged attention for TPUs: tokamax's, and the one in JAX, which every installation has.
 
-Both bring their own form of a page, and neither runs without a TPU; :mod:`.pallas_tpu` is what tests can run.
+Both have their own form of a page, and neither runs without a TPU; tests run :mod:`.pallas_tpu` instead.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .pallas_tpu import LANES, VMEM_BYTES, check_page_table
 
 QUERIES_PER_BLOCK = 32
 PAGES_PER_BLOCK_TOKENS = 256
-"""Context tokens per block of JAX's kernel; its own table of block sizes asks for the devices of this process."""
+"""Context tokens per block of JAX's kernel, whose own table of block sizes requires a TPU in this process."""
 
 
 class TokamaxRPA:
-    """``tokamax.ops.ragged_paged_attention``, which writes the pages, too."""
+    """``tokamax.ops.ragged_paged_attention``, which also writes the pages."""
 
     name = "tokamax"
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """``(S, 2K / pack, pack, lanes)``: keys and values in turn, as many in a word of 32 bits as fit.
+        """``(S, 2K / pack, pack, lanes)``: keys and values alternate, ``pack`` of them per 32-bit word.
 
         Raises:
-            StartupError: it is not installed, or serves no such pages.
+            StartupError: tokamax is not installed, or does not support such pages.
         """
         if importlib.util.find_spec("tokamax") is None:
             raise StartupError("tokamax is not installed; on Python 3.12 or newer, install the [tpu] extra")
@@ -45,13 +45,13 @@ class TokamaxRPA:
         return (page_size, -(-2 * kv_heads // pack), pack, -(-head_dim // LANES) * LANES)
 
     def page_dtype(self, dtype: Any) -> Any:
-        """The same."""
+        """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
-        """One call; leading rows of one token each take its path for decode."""
+        """Call the kernel, which uses its decode path for leading rows of one token."""
         from tokamax import ops  # type: ignore[import-not-found]
 
         check_page_table(batch)
@@ -74,16 +74,16 @@ class TokamaxRPA:
 
 
 class JaxRPA:
-    """``jax.experimental.pallas.ops.tpu.ragged_paged_attention`` behind a scatter, which XLA does in place."""
+    """``jax.experimental.pallas.ops.tpu.ragged_paged_attention`` after a scatter, which XLA does in place."""
 
     name = "jax-rpa"
     heads_axis = 2
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-        """``(S, 2K, H)``: of each head its key, then its value.
+        """``(S, 2K, H)``: the key and then the value of each head.
 
         Raises:
-            StartupError: it serves no such pages.
+            StartupError: the kernel does not support such pages.
         """
         if head_dim != LANES:
             raise StartupError(f"attention 'jax-rpa' has heads of {LANES} dimensions, not {head_dim}")
@@ -92,7 +92,7 @@ class JaxRPA:
         return (page_size, 2 * kv_heads, head_dim)
 
     def page_dtype(self, dtype: Any) -> Any:
-        """The same."""
+        """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
     def attend(
@@ -104,7 +104,7 @@ class JaxRPA:
         check_page_table(batch)
         size = pages.shape[1]
         kv = stored(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), pages.dtype)
-        pages = pages.at[batch.slots // size, batch.slots % size].set(kv)
+        pages = pages.at[batch.slot_mapping // size, batch.slot_mapping % size].set(kv)
         rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1])
         out = ragged_paged_attention(
             q,
@@ -122,5 +122,5 @@ class JaxRPA:
 
 
 def _without_padding(out: jax.Array, batch: Batch) -> jax.Array:
-    """``out [T, N, H]``, zero after the last token: the kernels leave what memory held there."""
+    """``out [T, N, H]`` with zeros for padding, which the kernels leave uninitialised."""
     return jnp.where((jnp.arange(out.shape[0]) < batch.cu_q_lens[-1])[:, None, None], out, 0)

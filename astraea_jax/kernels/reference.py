@@ -1,13 +1,13 @@
-"""Ragged paged attention in plain jax.numpy: the truth the other backends are held to, and the CPU's own kernel.
+"""Ragged paged attention in plain jax.numpy: the reference for other backends, and the CPU's kernel.
 
 Pages of one layer are ``[P, 2, K, S, H]``: P pages of S tokens, keys (0) and values (1) apart, heads outermost, so that
-the tokens of one head lie together and a page is one contiguous piece. Page 0 is scrap: padding tokens are written
-there and nobody reads them. Pages of bfloat16 and float8 are kept as whole numbers of the same bits, since XLA's CPU
-compiler widens a whole pool to write a few such numbers into it.
+the tokens of one head lie together and a page is contiguous. Page 0 is the null page: padding tokens are written there
+and nobody reads them. Pages of bfloat16 and float8 are kept as integers of the same bits, since XLA's CPU compiler
+would convert a whole pool to float32 to write a few such numbers into it.
 
-Work is proportional to the contexts in the batch, not to the longest context times the batch: queries are cut into
-tiles, tiles are sorted by the number of pages they read, and a flash-attention loop (online softmax, arXiv 2205.14135)
-visits for each block of pages only the chunk of tiles that still has one.
+Work is proportional to the sum of the contexts in the batch, not to the longest one times the batch: queries are cut
+into tiles, tiles are sorted by the number of pages they read, and a flash-attention loop (online softmax, arXiv
+2205.14135) visits for each block of pages only those chunks of tiles that still have one.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from .backend import Batch, stored
 from .tiles import Tiles, cut, most, queries
 
 BLOCK_TOKENS = 128
-"""Context tokens per turn of the loop."""
+"""Context tokens per iteration."""
 CHUNK_TILES = 16
-"""Query tiles per turn of the loop."""
+"""Query tiles per iteration."""
 BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
 """Dtype of keys and values -> dtype of the pages that hold their bits."""
 FLOATS = {bits: dtype for dtype, bits in BITS.items()}
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""Of the loop: block, chunk, highest score, sum of weights, weighted values."""
+"""State of the loop: block, chunk, highest score, sum of weights, weighted values."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The backend of these two functions."""
+    """The backend of :func:`write_kv` and :func:`attention`."""
 
     window: int | None = None
-    """Tokens that a query sees, itself included; None: all."""
+    """Tokens that a query attends to, itself included; None: all."""
     soft_cap: float | None = None
-    """Scores become ``cap * tanh(score / cap)``."""
+    """Attention scores become ``cap * tanh(score / cap)``."""
 
     name = "reference"
     heads_axis = 2
@@ -50,27 +50,27 @@ class Reference:
         return (2, kv_heads, page_size, head_dim)
 
     def page_dtype(self, dtype: Any) -> Any:
-        """Whole numbers for :data:`BITS`."""
+        """The integer dtype of :data:`BITS` if ``dtype`` has one, else ``dtype``."""
         return BITS.get(jnp.dtype(dtype), jnp.dtype(dtype))
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
         """:func:`write_kv`, then :func:`attention`."""
-        pages = write_kv(pages, k, v, batch.slots)
+        pages = write_kv(pages, k, v, batch.slot_mapping)
         where = batch.page_table, batch.kv_lens, batch.cu_q_lens
         return attention(q, pages, *where, q_tile=q_tile, window=self.window, soft_cap=self.soft_cap), pages
 
 
-def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
-    """Store ``k, v [T, K, H]`` at flat token slots ``[T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``."""
+def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+    """Store ``k, v [T, K, H]`` at ``slot_mapping [T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``."""
     _, _, heads, s, h = pages.shape
-    head = (slots // s)[:, None] * (2 * heads) + jnp.arange(2 * heads)  # [T, 2K], of all heads of all pages
+    head = (slot_mapping // s)[:, None] * (2 * heads) + jnp.arange(2 * heads)  # [T, 2K], of all heads of all pages
     dtype = FLOATS.get(pages.dtype, pages.dtype)
     kv = stored(jnp.concatenate([k, v], axis=1), dtype)
     if pages.dtype != dtype:
         kv = jax.lax.bitcast_convert_type(kv, pages.dtype)
-    return pages.reshape(-1, h).at[head * s + (slots % s)[:, None]].set(kv).reshape(pages.shape)
+    return pages.reshape(-1, h).at[head * s + (slot_mapping % s)[:, None]].set(kv).reshape(pages.shape)
 
 
 def attention(
@@ -90,11 +90,11 @@ def attention(
         q: ``[T, N, H]`` queries of all rows end to end; the tokens after ``cu_q_lens[-1]`` are padding.
         pages: ``[P, 2, K, S, H]`` pages that already hold the keys and values of this step's tokens.
         page_table: ``[R, M]`` int32, the pages of each row in order.
-        kv_lens: ``[R]`` int32, tokens in each row's context, this step's included.
+        kv_lens: ``[R]`` int32, length of each row's context including this step's tokens.
         cu_q_lens: ``[R + 1]`` int32, where each row's queries start; they are the last of its context.
-        q_tile: queries of one row handled together; 1 when every row has one query.
-        window: tokens that a query sees, itself included; None: all.
-        soft_cap: scores become ``cap * tanh(score / cap)``.
+        q_tile: queries of one row per tile; 1 when every row has one query.
+        window: tokens that a query attends to, itself included; None: all.
+        soft_cap: attention scores become ``cap * tanh(score / cap)``.
 
     Returns:
         ``[T, N, H]`` in the dtype of ``q``; rows of padding are zero.
@@ -133,7 +133,7 @@ def _flash_loop(
     per_block = max(1, BLOCK_TOKENS // s)
     block_tokens = per_block * s
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
-    # The matrices of a lone query are too small for calls to a matrix library: fused loops take two thirds of its time.
+    # The matrices of a single query are too small for a matrix library: fused loops take two thirds of its time.
     scores_of, weigh = (_scores_of_few, _weigh_few) if q_pos.shape[1] == 1 else (_scores_of_many, _weigh_many)
     q_pos = jnp.tile(q_pos, (1, lanes // q_pos.shape[1]))  # [tiles, G * q_tile]
 
@@ -149,7 +149,7 @@ def _flash_loop(
         k, v = (_heads(pages, head + side * heads) for side in (0, 1))
         at_pos = block * block_tokens + jnp.arange(block_tokens)
         inside = at_pos < cut(reach)[:, None]
-        v = jnp.where(inside[:, None, :, None], v, 0.0)  # beyond it may be NaN, which a weight of 0 keeps
+        v = jnp.where(inside[:, None, :, None], v, 0.0)  # values beyond may be NaN, and 0 * NaN is NaN
         scores = scores_of(cut(q), k)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -159,7 +159,7 @@ def _flash_loop(
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         m_old, l_old, o_old = cut(top), cut(mass), cut(out)
         m_new = jnp.maximum(m_old, scores.max(-1))
-        safe = jnp.where(jnp.isfinite(m_new), m_new, 0.0)  # lanes that have seen nothing yet
+        safe = jnp.where(jnp.isfinite(m_new), m_new, 0.0)  # for lanes without any token so far
         p = jnp.exp(scores - safe[..., None])
         shrink = jnp.exp(m_old - safe)
         l_new = l_old * shrink + p.sum(-1)
@@ -181,7 +181,7 @@ def _flash_loop(
 
 
 def _heads(pages: jax.Array, ids: jax.Array) -> jax.Array:
-    """Tokens ``[C, K, B * S, H]`` of the heads ``ids [C, K, B]``, counted over all pages."""
+    """Tokens ``[C, K, B * S, H]`` of the heads ``ids [C, K, B]``, which are numbered over all pages."""
     *_, s, h = pages.shape
     tokens = pages.reshape(-1, s * h)[ids].reshape(*ids.shape[:2], -1, h)
     if pages.dtype in FLOATS:

@@ -1,4 +1,4 @@
-"""Ragged queries cut into tiles of equal size: what a kernel hands to one turn of its loop or grid."""
+"""Ragged queries cut into tiles of equal size, the unit of a kernel's loop or grid."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import jax.numpy as jnp
 
 
 class Tiles(NamedTuple):
-    """``[C]`` int32 each; a tile holds queries of one row, and tiles that hold none come last."""
+    """Columns ``[C]`` int32 of tiles; a tile holds queries of one row, and empty tiles come last."""
 
     row: jax.Array
     first: jax.Array
-    """Of the row's queries of this step, the tile's first."""
+    """Index of the tile's first query among the row's queries of this step."""
     used: jax.Array
     """Queries in the tile."""
     reach: jax.Array
-    """Context tokens that the tile's last query may see; 0 for a tile that holds none."""
+    """Context tokens that the tile's last query attends to; 0 for an empty tile."""
     position: jax.Array
-    """Of the tile's first query in its context."""
+    """Position of the tile's first query in its context."""
 
 
 def cut(kv_lens: jax.Array, cu_q_lens: jax.Array, q_tile: int, tiles: int) -> Tiles:
-    """Cut the queries of every row into tiles of ``q_tile``, the last of a row shorter; see :func:`most` for the count.
+    """Cut the queries of every row into tiles of ``q_tile``, the last of a row possibly shorter.
 
     Args:
-        kv_lens: ``[R]`` int32, tokens in each row's context, this step's included.
+        kv_lens: ``[R]`` int32, length of each row's context including this step's tokens.
         cu_q_lens: ``[R + 1]`` int32, where each row's queries start.
         q_tile: queries per tile.
-        tiles: C, how many tiles there shall be.
+        tiles: C, the number of tiles, at least :func:`most`.
     """
     rows = kv_lens.shape[0]
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
@@ -44,12 +44,12 @@ def cut(kv_lens: jax.Array, cu_q_lens: jax.Array, q_tile: int, tiles: int) -> Ti
 
 
 def most(tokens: int, rows: int, q_tile: int) -> int:
-    """Tiles that hold any ``tokens`` queries of ``rows`` rows: full ones, and a partial one per row."""
+    """Most tiles that ``tokens`` queries of ``rows`` rows can need: full ones, and a partial one per row."""
     return tokens if q_tile == 1 else -(-tokens // q_tile) + rows
 
 
 def queries(tiles: Tiles, cu_q_lens: jax.Array, q_tile: int, nowhere: int) -> jax.Array:
-    """Index ``[C, q_tile]`` of every tile's queries among all; ``nowhere`` where a tile holds none."""
+    """Indices ``[C, q_tile]`` of every tile's queries in the step; ``nowhere`` for unused places."""
     lane = jnp.arange(q_tile)
     index = cu_q_lens[tiles.row][:, None] + tiles.first[:, None] + lane
     return jnp.where(lane < tiles.used[:, None], index, nowhere)

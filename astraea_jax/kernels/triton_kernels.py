@@ -1,16 +1,16 @@
-"""Triton kernels of ragged paged attention. They know nothing of JAX, so Triton's interpreter runs them as they are.
+"""Triton kernels of ragged paged attention. They do not depend on JAX, so Triton's interpreter can run them.
 
-Pages of a layer are ``[P, 2, K, S, H]``, as in :mod:`.reference`: every key/value head's S tokens of a page lie
-together, keys and values a constant apart. Grids depend on the shape of a step only, never on its contents; programs
-that find nothing to do leave at once.
+Pages of a layer are ``[P, 2, K, S, H]``, as in :mod:`.reference`: the S tokens of a page and head lie together, keys
+and values at a constant distance. Grids depend only on the shape of a step, never on its contents; instances without
+work return at once.
 
-The G query heads that share a key/value head are the rows of one matrix product. A row of the batch with one query is
-split along its context over several programs, so that few long contexts still fill the machine, and their results are
-combined (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Rows with more queries are cut into
-tiles of them. Both keep an online softmax (arXiv 2205.14135) in powers of two.
+The G query heads that share a key/value head are the rows of one matrix product. The context of a batch row with one
+query is split over several instances, so that few long contexts still fill the GPU, and their results are combined
+(Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The queries of longer rows are cut into
+tiles. Both keep an online softmax (arXiv 2205.14135) in powers of two.
 
-Outputs replace the queries: a program writes only where it has read, or where the program before it in the stream has,
-and what belongs to no row stays as it was.
+Outputs replace the queries: an instance writes only where it, or an earlier kernel of the stream, has read; padding
+tokens keep their values.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def write_kv(
-    k, v, slots, pages, K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
+    k, v, slot_mapping, pages, K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Store ``k, v [T, K, H]`` at flat ``slots [T]`` of ``pages``; grid ``(T, K * H / BLOCK)``.
+    """Store ``k, v [T, K, H]`` at ``slot_mapping [T]`` of ``pages``; grid ``(T, K * H / BLOCK)``.
 
-    The scrap page is not written: nobody reads it.
+    The null page is not written, since nobody reads it.
     """
     token = tl.program_id(0)
-    slot = tl.load(slots + token)
+    slot = tl.load(slot_mapping + token)
     if slot >= S:
         lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = lane < K * H
@@ -42,15 +42,15 @@ def write_kv(
 
 
 @triton.jit
-def _widened(x, dtype: tl.constexpr):
-    """Numbers of a page in ``dtype``; uint8 are the bits of float8_e4m3fn, for GPUs that do not know it.
+def _dequantized(x, dtype: tl.constexpr):
+    """Convert numbers of a page to ``dtype``; uint8 holds the bits of float8_e4m3fn, for GPUs without that type.
 
-    Its sign, exponent and mantissa are those of a float16 whose exponent is too small by 8; only NaN (0x7f) is not.
+    Its bits are those of a float16 whose exponent is too small by 8; NaN (0x7f) is the exception.
     """
     if x.dtype == tl.uint8:
         half = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
-        wide = half.to(tl.float16, bitcast=True).to(tl.float32) * 256
-        x = tl.where((x & 0x7F) == 0x7F, float("nan"), wide)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        x = tl.where((x & 0x7F) == 0x7F, float("nan"), value)
     return x.to(dtype)
 
 
@@ -60,10 +60,11 @@ def _visit(
     K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Attend ``q [M, H]`` to context tokens ``[start, end)``, in blocks; update highest score, mass and output.
+    """Attend ``q [M, H]`` to context tokens ``[start, end)`` in blocks; update highest score, mass and output.
 
-    ``head`` points to the keys of this key/value head in page 0. Not MASKED: every query sees every token of the
-    range, which consists of whole blocks. MASKED: query m sees what is not after ``q_pos [M]``; ``reach`` tokens exist.
+    ``head`` points to the keys of this key/value head in page 0. Without MASKED every query attends to every token of
+    the range, which consists of whole blocks. With MASKED query m attends to tokens up to ``q_pos [M]``, of ``reach``
+    tokens that exist.
     """
     h = tl.arange(0, H)
     for at in tl.range(start, end, BLOCK_N):
@@ -71,13 +72,13 @@ def _visit(
         page = tl.load(table + pos // S, mask=pos < reach, other=0) if MASKED else tl.load(table + pos // S)
         token = page.to(tl.int64) * (2 * K * S * H) + pos % S * H
         keys, values = head + token[None, :] + h[:, None], head + K * S * H + token[:, None] + h[None, :]
-        if MASKED:  # what lies beyond may be NaN, which a weight of 0 would keep
+        if MASKED:  # values beyond may be NaN, and 0 * NaN is NaN
             k = tl.load(keys, mask=(pos < reach)[None, :], other=0.0)
             v = tl.load(values, mask=(pos < reach)[:, None], other=0.0)
         else:
             k = tl.load(keys)
             v = tl.load(values)
-        k, v = _widened(k, q.dtype), _widened(v, q.dtype)
+        k, v = _dequantized(k, q.dtype), _dequantized(v, q.dtype)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if SOFT_CAP > 0:  # cap * tanh(score / cap)
             bent = 1 - 2 / (tl.exp2(scores * (2 * scale * LOG2E / SOFT_CAP)) + 1)
@@ -90,7 +91,7 @@ def _visit(
                 seen &= pos[None, :] > q_pos[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)  # queries that have seen nothing yet
+        safe = tl.where(higher == float("-inf"), 0.0, higher)  # for queries without any token so far
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(top - safe)
         mass = mass * shrink + tl.sum(weights, 1)
@@ -101,7 +102,7 @@ def _visit(
 
 @triton.jit
 def _share(kv_len, splits, least, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """How one query's context is split: the first block it sees, blocks per program, and programs with work."""
+    """Split of one query's context: its first block, blocks per instance, and instances with work."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0) // BLOCK_N
@@ -117,10 +118,10 @@ def attend_single(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows with one query, a share of the context per program; grid ``(K, R, splits)``.
+    """Attend rows with one query, a share of the context per instance; grid ``(K, R, splits)``.
 
-    ``q [T, N, H]``, ``page_table [R, width]``, ``kv_lens [R]``, ``cu_q_lens [R + 1]``. Writes each share's output
-    ``parts [R, N, splits, H]`` and the logarithm of its weight ``heights [R, N, splits]``, float32.
+    Reads ``q [T, N, H]``, ``page_table [R, width]``, ``kv_lens [R]`` and ``cu_q_lens [R + 1]``; writes each share's
+    output ``parts [R, N, splits, H]`` and the logarithm of its weight ``heights [R, N, splits]``, float32.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(cu_q_lens + row)
@@ -150,7 +151,7 @@ def combine(
     q, kv_lens, cu_q_lens, parts, heights, splits, least,
     N: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Put the shares of :func:`attend_single` together, in the place of ``q [T, N, H]``; grid ``(N, R)``."""
+    """Combine the shares of :func:`attend_single` into ``q [T, N, H]``, in place; grid ``(N, R)``."""
     n, row = tl.program_id(0), tl.program_id(1)
     token = tl.load(cu_q_lens + row)
     _, _, active = _share(tl.load(kv_lens + row), splits, least, BLOCK_N, WINDOW)
@@ -171,10 +172,10 @@ def attend_tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows with two queries or more, in the place of ``q [T, N, H]``; grid ``(K, T // B + R)``, B = BLOCK_M // G.
+    """Attend rows with two queries or more, in place of ``q [T, N, H]``; grid ``(K, T // B + R)``, B = BLOCK_M // G.
 
-    Row r's tiles of B queries are numbered from ``cu_q_lens[r] // B + r`` on, which leaves enough numbers for each.
-    Later tiles see more of the context, so they start first.
+    Row r's tiles of B queries are numbered from ``cu_q_lens[r] // B + r``, which leaves enough numbers for every row.
+    Later tiles attend to longer contexts, so they start first.
     """
     tokens_of_tile: tl.constexpr = BLOCK_M // G
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)

@@ -1,12 +1,12 @@
-"""The host tier: copies of KV pages in pinned host memory, made and read while steps go on.
+"""The host tier: copies of KV pages in pinned host memory, transferred while steps go on.
 
-To the host: the runner gathers pages into one contiguous block on the device (from then on the pages may be written
-again, because the device works in the order of dispatch), and the block is copied to ``pinned_host`` memory. Back: the
-block is copied to the device, and when it has arrived the runner scatters it into the pools. Nothing here waits: what
-has arrived is asked for once per turn of the serving loop, by the one thread that dispatches.
+Offload: the runner gathers pages into one contiguous block on the device, after which the pages may be written again
+(the device works in the order of dispatch), and the block is copied to ``pinned_host`` memory. Restore: the block is
+copied to the device, and once it has arrived the runner scatters it into the paged arrays. Nothing here blocks: the
+loop thread polls transfers once per iteration.
 
-Blocks have as many pages as a power of two, so a few compiled shapes serve every transfer and no host memory is padded.
-Never ``unpinned_host``: pageable copies are slow on GPUs, and came back with the wrong stride on TPUs.
+The size of a block is a power of two, so a few compiled shapes serve every transfer and no host memory is padded.
+``unpinned_host`` is never used: pageable copies are slow on GPUs, and came back with the wrong stride on TPUs.
 """
 
 from __future__ import annotations
@@ -27,32 +27,34 @@ log = logging.getLogger(__name__)
 
 PINNED = "pinned_host"
 LARGEST_BLOCK = 64
-"""Pages."""
+"""Most pages of a block."""
 NOWHERE = 2**30
-"""Page ids from here on are beyond every pool."""
+"""Page ids from here on are beyond every pool; writes to them are dropped."""
 LIMIT_S = 30.0
-"""A transfer that takes longer is given up, and its KV computed again."""
+"""A transfer that takes longer fails, and its KV is recomputed."""
 
-Put = Callable[[jax.Array, jax.sharding.Sharding], jax.Array]
+Block = Any
+"""Pages in one array ``[n, L, …]``, on the device or the host; in multi-process serving a wrapper of that array."""
+Put = Callable[[Block, jax.sharding.Sharding], Block]
 
 
 class Pools(Protocol):
-    """Who owns the paged arrays."""
+    """The owner of the paged arrays."""
 
-    def gather(self, pages: Sequence[int]) -> jax.Array:
-        """A block ``[n, L, …]`` of pages, on the device."""
+    def gather(self, pages: Sequence[int]) -> Block:
+        """Copy pages into a block ``[n, L, …]`` on the device."""
 
-    def scatter(self, block: jax.Array, pages: np.ndarray) -> None:
-        """Write a block to ``pages [n]`` int32; ids beyond the pool are passed over."""
+    def scatter(self, block: Block, pages: np.ndarray) -> None:
+        """Write a block to ``pages [n]`` int32; ids beyond the pool are ignored."""
 
 
 def block_sizes(largest: int) -> list[int]:
-    """Pages of the blocks that transfers are cut into, falling powers of two."""
+    """Sizes of the blocks that transfers are cut into: falling powers of two."""
     return [1 << i for i in range(min(largest, LARGEST_BLOCK).bit_length() - 1, -1, -1)]
 
 
 def block_sharding(pages: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    """Where a block of pages like ``pages [P, …]`` lies on the device."""
+    """Sharding of a block of pages on the device, for paged arrays like ``pages [P, …]``."""
     sharding = pages.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         axes: list[Any] = [*sharding.spec, *[None] * (pages.ndim - len(sharding.spec))]
@@ -67,25 +69,24 @@ def has_pinned_host() -> bool:
 
 @dataclass
 class _Moving:
-    """A transfer on its way."""
+    """A transfer in flight."""
 
     transfer: Transfer
     began: float
-    waiting: deque[tuple[jax.Array, np.ndarray]] = field(default_factory=deque)
-    """Of a restore: blocks on the host and the pages to write them to, not yet begun."""
-    arriving: deque[tuple[jax.Array, np.ndarray]] = field(default_factory=deque)
-    """Blocks on their way, and of a restore the pages to write them to."""
+    waiting: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
+    """Blocks on the host still to be restored, and the pages to write them to."""
+    arriving: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
+    """Blocks being copied, and for a restore the pages to write them to."""
     failed: str | None = None
 
 
 class HostStore:
-    """Holds the host copies that the scheduler has asked for. Used by the thread that dispatches steps.
+    """Holds the host copies that the scheduler has asked for; used by the loop thread only.
 
     Args:
-        pools: who owns the paged arrays.
-        sharding: of a block on the device; see :func:`block_sharding`.
-        staging: pages of device memory for blocks on their way back, at most. (What is on its way to the host, the
-            scheduler bounds.)
+        pools: the owner of the paged arrays.
+        sharding: sharding of a block on the device; see :func:`block_sharding`.
+        staging: most pages of device memory for blocks being restored. (The scheduler bounds those being offloaded.)
         put: copies a block to a sharding, asynchronously.
     """
 
@@ -97,27 +98,22 @@ class HostStore:
         self._staged = 0
         self._sizes = block_sizes(staging)
         self._put = put
-        self._copies: dict[HostCopy, list[jax.Array]] = {}
+        self._copies: dict[HostCopy, list[Block]] = {}
         self._moving: list[_Moving] = []
 
     @property
     def busy(self) -> bool:
-        """Something is on its way."""
+        """Whether a transfer is in flight."""
         return bool(self._moving)
 
-    @property
-    def pages(self) -> int:
-        """Pages of host memory in use."""
-        return sum(len(block) for blocks in self._copies.values() for block in blocks)
-
     def start(self, transfers: Sequence[Transfer], dropped: Sequence[HostCopy]) -> None:
-        """Begin transfers, then forget copies."""
+        """Begin transfers, then drop host copies."""
         for transfer in transfers:
             moving = _Moving(transfer, time.monotonic())
             self._moving.append(moving)
             try:
                 (self._offload if transfer.to_host else self._restore)(moving)
-            except Exception as error:  # of one transfer; what fails on the device itself shows in the next step
+            except Exception as error:  # fails this transfer only; a fault of the device shows in the next step
                 moving.failed = str(error) or type(error).__name__
         for copy in dropped:
             self._copies.pop(copy, None)
@@ -130,7 +126,7 @@ class HostStore:
                 self._staged -= 0 if moving.transfer.to_host else sum(len(pages) for _, pages in moving.arriving)
                 ended.append((moving.transfer, moving.failed is not None))
                 if moving.failed is not None:
-                    log.warning("a KV transfer failed, what it moved is computed again: %s", moving.failed)
+                    log.warning("a KV transfer failed, its KV is recomputed: %s", moving.failed)
             else:
                 still.append(moving)
         self._moving = still
@@ -156,7 +152,7 @@ class HostStore:
         at = 0
         for copy, offset, count in moving.transfer.parts:
             if copy not in self._copies:
-                raise LookupError("a host copy is lost")
+                raise LookupError("the host copy is missing")
             first = 0
             for block in self._copies[copy]:
                 low, high = max(offset, first), min(offset + count, first + len(block))
@@ -168,18 +164,18 @@ class HostStore:
                 first += len(block)
 
     def _over(self, moving: _Moving) -> bool:
-        """Take in what has arrived and begin what has room; whether the transfer has ended."""
-        back = not moving.transfer.to_host
+        """Take blocks that have arrived, begin those that have room, and return whether the transfer has ended."""
+        restores = not moving.transfer.to_host
         if moving.failed is None and time.monotonic() - moving.began > LIMIT_S:
             moving.failed = f"it took longer than {LIMIT_S:.0f} s"
         if moving.failed is not None or moving.transfer.cancelled:
             return True
         try:
-            while moving.arriving and moving.arriving[0][0].is_ready():  # type: ignore[attr-defined]
+            while moving.arriving and moving.arriving[0][0].is_ready():
                 block, pages = moving.arriving.popleft()
                 self._staged -= len(pages)
-                block.block_until_ready()  # raises if the copy went wrong
-                if back:
+                block.block_until_ready()  # raises if the copy failed
+                if restores:
                     self._pools.scatter(block, pages)
             while moving.waiting and (not self._staged or self._staged + len(moving.waiting[0][1]) <= self._staging):
                 block, pages = moving.waiting.popleft()

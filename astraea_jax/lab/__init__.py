@@ -1,1 +1,1 @@
-"""Measurements, apart from what serves: records, roofline, replay, plots, compilation for devices that are absent."""
+"""Measurements, apart from serving: records, roofline, replay, plots, and compilation for absent devices."""

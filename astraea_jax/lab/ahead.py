@@ -1,8 +1,8 @@
-"""What the serving step becomes on devices that are not here: compiled ahead of time, and held to what must be true.
+"""Cross-compile the serving step for absent devices and check its memory, aliasing and collectives.
 
-A program that compiles may still be wrong for its device: it may copy the pages instead of writing into them, or bring
-the weights into another layout on every step. The compiler says so in its account of memory and in the optimised
-program, and both can be had without the device. Times cannot: nothing here is run.
+An executable that compiles may still be wrong for its device: it may copy the pages instead of writing into them, or
+change the layout of the weights at every step. Both show in the compiler's memory analysis and in the optimised HLO,
+which need no device. Nothing is run, so there are no times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.layout import DEVICE_KV_SHARE
-from astraea_jax.engine.step import Sizes, Step
+from astraea_jax.engine.step import Step, StepSizes
 from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, block_sharding
@@ -33,19 +33,19 @@ from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 
 TEMP_BYTES = 512 * 2**20
-"""Scratch memory that a program may want on each device: activations and logits of a step, a block of a transfer."""
+"""Scratch memory that an executable may use per device: activations and logits of a step, a block of a transfer."""
 LARGE = 2**20
-"""Elements of a weight; smaller ones may be copied."""
+"""Least elements of a weight that counts; smaller ones may be copied."""
 MAX_CONTEXT = 16_384
-"""Tokens: the width of the page table."""
-PROGRAMS = ("decode-least", "decode-most", "mixed-most", "offload", "restore")
-"""Steps with the fewest and the most tokens of their kind, and transfers of the largest block."""
+"""Tokens of the longest context, which give the width of the page table."""
+EXECUTABLES = ("decode-least", "decode-most", "mixed-most", "offload", "restore")
+"""The decode steps with the fewest and most tokens, the largest mixed step, and transfers of the largest block."""
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 RESULT = r"= \(?(\w+)\[([\d,]+)\](\S*) .*?\b([a-z][a-z-]*)\("
-"""Of an instruction: dtype, shape and layout of its (first) result, and its kind."""
+"""Matches an HLO instruction: dtype, shape and layout of its (first) result, and its opcode."""
 COPIES = ("copy", "copy-start", "transpose")
 IN_PLACE = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "copy-done")
-"""Kinds of instructions that make nothing; what a copy makes is judged where it starts."""
+"""Opcodes that make no array; an asynchronous copy counts where it starts."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Target:
     """Devices of one kind."""
 
     topology: str
-    """Of TPUs, as libtpu names it; of GPUs the file."""
+    """Name of a TPU topology in libtpu, or of a GPU's description in targets/."""
     memory: int
-    """Bytes of each device that JAX has."""
+    """Bytes per device that JAX can use."""
     capability: int | None = None
-    """Compute capability of a GPU, whose description for the compiler is a file beside this module."""
+    """Compute capability of a GPU; None for a TPU."""
 
     def devices(self) -> list[Any]:
-        """Stand-ins for the devices; they can be compiled for, nothing else."""
+        """Device descriptions, which can only be compiled for."""
         if self.capability is None:
             return list(topologies.get_topology_desc(self.topology, platform="tpu").devices)
         config = (Path(__file__).parent / "targets" / f"{self.topology}.txtpb").read_text()
@@ -76,103 +76,105 @@ TARGETS = {
     "h200": Target("h200", 141 * 10**9 * 3 // 4, 90),
     "b200": Target("b200", 180 * 10**9 * 3 // 4, 100),
 }
-"""A tpu7x chip of 192 GiB is two devices; of a GPU's memory JAX takes three quarters unless told otherwise."""
+"""A tpu7x chip of 192 GiB is two devices; by default JAX takes three quarters of a GPU's memory."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on a mesh."""
+    """A model on a mesh of absent devices."""
 
     target: str
     model: str
     tp: int
     attention: str | None = None
-    """None: what the engine would take."""
+    """Attention backend. None: the engine's choice."""
     scan: bool | None = None
-    """The layers are one loop. None: as the engine would do it."""
+    """Whether the layers run as one loop. None: the engine's choice."""
     quantize: str | None = None
-    """See :class:`~astraea_jax.engine.config.EngineConfig`, as the next."""
+    """As in :class:`~astraea_jax.engine.config.EngineConfig`."""
     kv_dtype: str | None = None
+    """As in :class:`~astraea_jax.engine.config.EngineConfig`."""
 
 
 @dataclass
 class Figures:
-    """Of one compiled program, per device."""
+    """Figures of one executable, per device."""
 
     case: Case
     program: str
+    """Name of the executable, of :data:`EXECUTABLES`."""
     arguments: int = 0
-    """Bytes."""
+    """Bytes of the arguments."""
     aliased: int = 0
-    """Bytes of the arguments that are the result's memory, too."""
+    """Bytes of the arguments whose memory the results reuse."""
     temp: int = 0
     """Bytes of scratch memory."""
     collectives: dict[str, int] = field(default_factory=dict)
-    """How many of a kind the program has; those of a loop count once."""
+    """Number of collectives by kind; those of a loop count once."""
     seconds: float = 0.0
-    """To trace, lower and compile it here."""
+    """Time to trace, lower and compile."""
     failures: list[str] = field(default_factory=list)
-    """Gates that it does not pass."""
+    """Checks that it does not pass."""
 
 
 @dataclass(frozen=True)
-class _Program:
-    """Something to compile, and what must be true of it."""
+class _Executable:
+    """Something to compile, and its expected properties."""
 
     name: str
     lower: Callable[[], Any]
     aliased: int
-    """Bytes of the pages that it must write in place."""
+    """Bytes of pages that it must write in place."""
     pages: set[int]
-    """Elements of arrays of pages, which it must not copy."""
+    """Sizes, in elements, of paged arrays, which it must not copy."""
     weights: set[int]
-    """Elements of weights, which it must not make anew."""
+    """Sizes, in elements, of weights, which it must not make anew."""
     shared_layers: int
-    """Layers in its text that the devices compute together; 0: each works alone."""
+    """Layers in its HLO that devices compute together; 0: each device works alone."""
 
 
 class Unfit(Exception):
-    """The model's weights leave no room for pages on these devices."""
+    """Raised when a model's weights leave no room for pages on these devices."""
 
 
 def compile_case(
-    case: Case, programs: Collection[str] = PROGRAMS, on_program: Callable[[str], None] = lambda name: None
+    case: Case, programs: Collection[str] = EXECUTABLES, on_program: Callable[[str], None] = lambda name: None
 ) -> Iterator[Figures]:
-    """Compile the programs of these names, one after the other; what does not compile is a failure of its figures.
+    """Compile executables one after the other; a compiler's error becomes a failure in their figures.
 
     Args:
-        case: what for.
-        programs: some of :data:`PROGRAMS`.
-        on_program: told the name of each program before it is compiled.
+        case: model and devices.
+        programs: names of executables, of :data:`EXECUTABLES`.
+        on_program: called with the name of each executable before it is compiled.
 
     Raises:
-        Unfit: the weights leave no room, with the numbers.
-        StartupError: this attention cannot be had there.
+        Unfit: the weights leave no room; the message gives the numbers.
+        StartupError: the attention backend is not available on these devices.
     """
     target = TARGETS[case.target]
     mesh = mesh_of(target.devices()[: case.tp])
     step = serving_step(case, mesh)
     case = replace(case, attention=step.backend.name, scan=step.stacked)
-    with jax.default_device(mesh.devices.flat[0]):  # kernels ask it for its kind
-        for program in _programs(step, case.tp):
+    with jax.default_device(mesh.devices.flat[0]):  # kernels look at its kind
+        for program in _executables(step, case.tp):
             if program.name in programs:
                 on_program(program.name)
                 yield _compile(case, program)
 
 
 def serving_step(case: Case, mesh: Mesh) -> Step:
-    """The step with the engine's default sizes, and as many pages as the devices hold beside the weights.
+    """The step with the engine's default sizes, and as many pages as fit beside the weights.
 
     Raises:
-        Unfit: they hold less than one context of MAX_CONTEXT tokens.
-        StartupError: this attention cannot be had there.
+        Unfit: the pages hold less than one context of MAX_CONTEXT tokens.
+        StartupError: the attention backend is not available on these devices.
     """
     config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
     target = TARGETS[case.target]
     scan = target.capability is None if case.scan is None else case.scan
-    narrow = EIGHT_BITS[case.quantize] if case.quantize else None
+    quantized = EIGHT_BITS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
-    decoder = abstract_decoder(model, dtype, mesh, quantized_dtype=narrow, stacked=scan)
+    decoder = abstract_decoder(model, dtype, mesh, quantized_dtype=quantized, stacked=scan)
     backend = choose(
         case.attention,
         "tpu" if target.capability is None else "gpu",
@@ -191,36 +193,36 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
             f"{MAX_CONTEXT} tokens"
         )
     width = MAX_CONTEXT // config.page_size
-    sizes = Sizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype)
+    sizes = StepSizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype)
     return Step(decoder, backend, sizes, mesh)
 
 
-def _programs(step: Step, tp: int) -> Iterator[_Program]:
-    pages, in_text = step.pages, 1 if step.stacked else step.layers
-    pool, of_layer = sum(map(_shard_bytes, pages)), _shard_elements(pages[0]) * len(pages) // step.layers
+def _executables(step: Step, tp: int) -> Iterator[_Executable]:
+    pages, in_text = step.pages, 1 if step.stacked else step.num_layers
+    pool, of_layer = sum(map(_shard_bytes, pages)), _shard_elements(pages[0]) * len(pages) // step.num_layers
     paged = {of_layer, _shard_elements(pages[0])}
     weights = {_shard_elements(leaf) for leaf in step.leaves if len(leaf.shape) > 1}
     if step.stacked:  # the layers' matrices have three axes
-        weights |= {_shard_elements(leaf) // step.layers for leaf in step.leaves if len(leaf.shape) > 2}
+        weights |= {_shard_elements(leaf) // step.num_layers for leaf in step.leaves if len(leaf.shape) > 2}
     weights = {elements for elements in weights if elements >= LARGE}
     decode = [shape for shape in step.shapes if shape.q_tile == 1]
-    for name, shape in zip(PROGRAMS, (decode[0], decode[-1], step.shapes[-1])):
+    for name, shape in zip(EXECUTABLES, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Program(name, lower, pool, paged, weights, in_text if tp > 1 else 0)
+        yield _Executable(name, lower, pool, paged, weights, in_text if tp > 1 else 0)
     gather, scatter = step.transfers()
-    ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.whole)
-    whole = (LARGEST_BLOCK, step.layers, *pages[0].shape[1:])
+    ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.replicated)
+    whole = (LARGEST_BLOCK, step.num_layers, *pages[0].shape[1:])
     block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
-    yield _Program("offload", lambda: gather.lower(pages, ids), 0, paged, set(), 0)
-    yield _Program("restore", lambda: scatter.lower(pages, block, ids), pool, paged, set(), 0)
+    yield _Executable("offload", lambda: gather.lower(pages, ids), 0, paged, set(), 0)
+    yield _Executable("restore", lambda: scatter.lower(pages, block, ids), pool, paged, set(), 0)
 
 
-def _compile(case: Case, program: _Program) -> Figures:
+def _compile(case: Case, program: _Executable) -> Figures:
     figures = Figures(case, program.name)
     began = time.perf_counter()
     try:
         compiled = program.lower().compile()
-    except Exception as error:  # whatever the compiler or a kernel says is the finding
+    except Exception as error:  # the error of the compiler or kernel is the finding
         figures.failures.append(f"does not compile: {str(error).splitlines()[0][:300]}")
         return figures
     finally:
@@ -252,20 +254,20 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def collectives(program: str) -> Counter[str]:
-    """How often an optimised program, as text, has its devices exchange something, by kind."""
+    """Count the collectives of an optimised HLO text, by kind."""
     return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program))
 
 
 def wrong_collectives(found: Counter[str], layers: int) -> list[str]:
-    """What the devices exchange beyond, or short of, what dividing the model needs.
+    """Describe collectives that differ from those that sharding the model needs.
 
-    Per layer two sums, after attention and after the feed-forward; one of the embeddings, since each device has the
-    vectors of its share of V; one exchange of logits, from shares of V to shares of the rows; and the sampled tokens
-    brought to every device, by a sum or a gather. A device alone exchanges nothing.
+    Needed are two sums per layer, after attention and after the feed-forward; one sum of the embeddings, since each
+    device has the vectors of its share of V; one all-to-all of logits, from shares of V to shares of the rows; and a
+    sum or gather of the sampled tokens. A single device needs none.
 
     Args:
-        found: see :func:`collectives`.
-        layers: that devices compute together; 0: each works alone.
+        found: result of :func:`collectives`.
+        layers: layers that devices compute together; 0: each device works alone.
     """
     sums = found["all-reduce"] + found["all-gather"]
     others = found.total() - sums - found["all-to-all"]
@@ -278,22 +280,23 @@ def wrong_collectives(found: Counter[str], layers: int) -> list[str]:
 
 
 def moved(program: str, pages: set[int], weights: set[int]) -> list[str]:
-    """What an optimised program brings to another place or into another order and should not: pages by a copy, weights
-    by anything. Results in the fast memory of the chip (``S(1)`` in their layout) are read ahead.
+    """List copies of pages, and new arrays of the size of weights, in an optimised HLO text.
+
+    Results in the chip's fast memory (``S(1)`` in their layout) are prefetches and do not count.
 
     Args:
-        program: as text.
-        pages: elements of arrays of pages.
-        weights: elements of weights, and of one layer's if they are stacked.
+        program: the HLO text.
+        pages: sizes of paged arrays, in elements.
+        weights: sizes of weights, and of one layer's if they are stacked, in elements.
     """
     found = []
-    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", program))  # inside, a copy says in which order it is read
+    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", program))  # inside a fusion a copy is a read order
     for name, computation in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", program, re.M | re.S):
         if name in fused:
             continue
         for dtype, shape, layout, kind in re.findall(RESULT, computation, re.M):
             size = math.prod(map(int, shape.split(",")))
-            made = size in weights and kind not in IN_PLACE and dtype != "f32"  # that is sums, as large by chance
+            made = size in weights and kind not in IN_PLACE and dtype != "f32"  # sums may have this size
             if "S(1)" not in layout and (made or (size in pages and kind in COPIES)):
                 found.append(f"{dtype}[{shape}] by {kind}")
     return found

@@ -1,4 +1,4 @@
-"""Pictures of programs (needs matplotlib: the ``demo`` extra)."""
+"""Plots of programs (needs matplotlib, in the ``demo`` extra)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from astraea_jax.agents.loop import ProgramResult, RequestRecord
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
-COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in range(20) if i not in (6, 7)]  # red is astraea's
+COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in range(20) if i not in (6, 7)]  # red is for astraea
 Span = tuple[float, float]
 """(start, length) in seconds."""
 
 
 def spans(requests: Sequence[RequestRecord]) -> dict[str, list[Span]]:
-    """Where a program's time went, by kind. Without the server's usage a request counts as decode."""
+    """Spans of a program's time, by kind. A request without the server's usage counts as decode."""
     found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
     for request in requests:
         at = request.submitted
@@ -38,13 +38,13 @@ def spans(requests: Sequence[RequestRecord]) -> dict[str, list[Span]]:
 
 
 def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None:
-    """Draw one bar per program, in order of arrival: when it queued, was prefilled, decoded and waited for a tool."""
+    """Draw one bar per program in order of arrival, coloured by queueing, prefill, decode and tool waits."""
     ordered = sorted(programs, key=lambda program: program.requests[0].submitted)
     _bars([spans(program.requests) for program in ordered], ordered[0].requests[0].submitted, path, title)
 
 
 def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str) -> None:
-    """As :func:`timelines`, of simulated or replayed programs."""
+    """As :func:`timelines`, for simulated or replayed programs."""
     rows = []
     for record in sorted(records, key=lambda record: record.arrival):
         found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
@@ -71,7 +71,7 @@ def distributions(jct: Mapping[str, Sequence[float]], path: Path, title: str) ->
 
 
 def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path, title: str) -> None:
-    """Draw the mean completion time over oversubscription: per policy (x, mean, low, high), with a band."""
+    """Draw mean completion times over oversubscription, with a band; points per policy are (x, mean, low, high)."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, (name, points) in enumerate(lines.items()):
         x, mean, low, high = zip(*points, strict=True)
@@ -89,21 +89,21 @@ def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path
 
 
 def resumes(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
-    """Draw the time to come back to a context over its tokens: brought back from the host, or computed again.
+    """Draw the time to resume a context over its length: restored from the host, or recomputed.
 
     ``rows`` have ``tokens``, ``restore_s`` and ``recompute_s``.
     """
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     tokens = [row["tokens"] for row in rows]
     for key, label, colour in (
-        ("recompute_s", "computed again", COLOURS["prefill"]),
-        ("restore_s", "brought back from the host", COLOURS["decode"]),
+        ("recompute_s", "recomputed", COLOURS["prefill"]),
+        ("restore_s", "restored from the host", COLOURS["decode"]),
     ):
         axes.plot(tokens, [1e3 * row[key] for row in rows], marker="o", label=label, color=colour)
     cheaper = [row["tokens"] for row in rows if row["restore_s"] < row["recompute_s"]]
     if cheaper:
         axes.axvline(cheaper[0], color="#555555", linewidth=1, linestyle="--")
-        note = "bringing back is faster from here on, at the latest"
+        note = "restoring is faster from here on, at the latest"
         axes.annotate(note, (cheaper[0], axes.get_ylim()[1]), (4, -10), textcoords="offset points", fontsize=8)
     axes.set(xlabel="tokens of context", ylabel="milliseconds", title=title, xscale="log", yscale="log")
     axes.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])

@@ -23,26 +23,27 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from astraea_jax.lab.roofline import Floors
+from astraea_jax.lab.roofline import Roofline
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout, if this is one."""
+"""Root of the checkout, if this is one."""
 HEADING = "## Records"
-OWN_FLAGS = ("json", "record", "norecord", "revision")
-"""They say where a run is written, not what it was, and are left out of its command."""
+OWN_FLAGS = ("json", "record", "revision")
+"""Flags that say where a run is recorded; they are left out of its command."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a benchmark: the first column names, the others measure."""
+    """One table of a benchmark: leading columns name a row, the others are figures."""
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     named: int = 1
-    """Columns that name, aligned to the left."""
+    """Number of leading columns that name, aligned to the left."""
 
     def table(self) -> Table:
+        """The table for a terminal."""
         table = Table(title=self.title, title_justify="left")
         for i, name in enumerate(self.columns):
             last = i == len(self.columns) - 1
@@ -52,6 +53,7 @@ class Section:
         return table
 
     def markdown(self) -> str:
+        """The table as Markdown."""
         rule = ["---" if i < self.named else "---:" for i in range(len(self.columns))]
         cells = [[cell.strip().replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
         lines = ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
@@ -60,7 +62,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a run was measured on, and how."""
+    """The machine and software of a run, and its command."""
 
     device: str
     """Kind of the device, as JAX names it."""
@@ -72,16 +74,16 @@ class Environment:
     jaxlib: str
     astraea_jax: str
     revision: str
-    """Of the code: git's, or what ``--revision`` says; "unknown" where neither is to be had."""
+    """Revision of the code: git's, or that of ``--revision``, or "unknown"."""
     dirty: bool
-    """The checkout differs from the revision, outside ``benchmarks/``."""
+    """Whether the checkout differs from the revision, outside ``benchmarks/``."""
     date: str
-    """UTC."""
+    """Date and time in UTC."""
     command: str
 
     @classmethod
     def here(cls) -> Environment:
-        """Of this process; starts JAX's backend."""
+        """The environment of this process; starts JAX's backend."""
         device = jax.devices()[0]
         revision, dirty = _revision(ROOT)
         return cls(
@@ -96,7 +98,7 @@ class Environment:
             revision=flags.FLAGS.revision or revision or "unknown",
             dirty=dirty,
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-            command=command(sys.argv),
+            command=command(),
         )
 
     def __str__(self) -> str:
@@ -107,7 +109,7 @@ class Environment:
 
 
 def define_flags(name: str, values: flags.FlagValues = flags.FLAGS) -> None:
-    """The flags of every benchmark; call it once, where the script defines its own."""
+    """Define the flags that every benchmark has; called once, where the script defines its own."""
     inside = ROOT / "benchmarks"
     default = str(inside / "records" / f"{name}.jsonl") if inside.is_dir() else None
     flags.DEFINE_string("json", default, "File that gets one line of JSON per run; empty: none.", flag_values=values)
@@ -117,10 +119,10 @@ def define_flags(name: str, values: flags.FlagValues = flags.FLAGS) -> None:
     flags.register_validator(
         "record", lambda on: not on or inside.is_dir(), f"there is no {inside} to write to", flag_values=values
     )
-    flags.DEFINE_string("revision", None, "Names the code where git cannot.", flag_values=values)
+    flags.DEFINE_string("revision", None, "Revision of the code, where git does not know it.", flag_values=values)
     for flag in ("json", "record", "revision"):
         values.register_key_flag_for_module(sys.argv[0], values[flag])  # or else --help would not show it
-    if values is flags.FLAGS:  # what JAX tells about backends that it did not find is noise
+    if values is flags.FLAGS:  # JAX logs every backend that it does not find
         logging.set_verbosity(logging.WARNING)
 
 
@@ -128,7 +130,7 @@ def publish(
     name: str,
     sections: Sequence[Section],
     figures: Mapping[str, object],
-    floors: Floors | None = None,
+    roofline: Roofline | None = None,
     *,
     environment: Environment | None = None,
     console: Console | None = None,
@@ -139,7 +141,7 @@ def publish(
         name: of the benchmark.
         sections: for people.
         figures: for programs; what :mod:`json` can write.
-        floors: measured in the same run.
+        roofline: measured in the same run.
         environment: of the process that measured, if it was not this one.
         console: to print on, if not the usual one.
 
@@ -147,7 +149,7 @@ def publish(
         OSError: a file cannot be written. It has been printed by then.
     """
     environment = environment or Environment.here()
-    footing = [*([str(floors)] if floors else []), str(environment)]
+    footing = [*([str(roofline)] if roofline else []), str(environment)]
     console = console or Console(width=max(120, Console().width))  # a pipe counts as 80 columns
     for section in sections:
         console.print(section.table())
@@ -157,7 +159,7 @@ def publish(
         record = {
             "benchmark": name,
             **asdict(environment),
-            "floors": asdict(floors) if floors else None,
+            "floors": asdict(roofline) if roofline else None,
             "figures": dict(figures),
         }
         path = Path(flags.FLAGS.json)
@@ -181,20 +183,16 @@ def with_entry(text: str, entry: str) -> str:
     return f"{text[:end].rstrip()}\n\n{entry}\n{text[end:]}"
 
 
-def command(argv: Sequence[str]) -> str:
-    """What to type for the same run, without the machine's own paths."""
-    kept, passing = [], False
-    for argument in argv[1:]:
-        name, equals, _ = argument.lstrip("-").partition("=")
-        own = argument.startswith("-") and name in OWN_FLAGS
-        if not own and not passing:
-            kept.append(argument)
-        passing = own and not equals and not name.endswith("record")  # its value is an argument of its own
-    return shlex.join(["python", f"scripts/{Path(argv[0]).name}", *kept])
+def command() -> str:
+    """The command line that repeats this run, without the machine's own paths."""
+    values = flags.FLAGS
+    given = [values[name] for name in values if values[name].present and name == values[name].name]
+    arguments = [text for flag in given if flag.name not in OWN_FLAGS for text in flag.serialize().splitlines()]
+    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
 
 
 def _revision(root: Path) -> tuple[str | None, bool]:
-    """Git's name of the code at ``root``, None if that is no checkout or git is absent; and whether it was changed."""
+    """Git's revision of ``root`` (None if that is no checkout or git is absent), and whether files have changed."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

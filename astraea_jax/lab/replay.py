@@ -1,7 +1,7 @@
-"""Traces replayed against the real engine, and the simulator beside it.
+"""Replay of traces against the real engine, and simulation of the same runs.
 
-Tokens of the prompts are drawn at random, outputs have the trace's lengths, tools sleep as long as they took. The
-simulator then runs the same programs with the costs of the steps that the engine has just taken.
+Prompt tokens are random, outputs have the trace's lengths, and tools sleep as long as they took. The simulator then
+runs the same programs with step costs fitted to the engine's run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.layout import staging_pages
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.kv_cache.arrays import page_bytes
+from astraea_jax.models import resolve
+from astraea_jax.models.config import ModelConfig, read_json
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation.experiment import Prepared, everything, let_arrive
 from astraea_jax.scheduler.simulation.machines import Machine
@@ -29,7 +32,7 @@ SEQS, STEP_TOKENS, PAGE = 32, 256, 16
 async def replay(
     engine: Engine, programs: Sequence[TraceProgram], progress: Callable[[], None] = lambda: None
 ) -> list[ProgramRecord]:
-    """Run programs, which have arrivals, against a started engine; times count from the call."""
+    """Run programs with arrival times against a started engine; times count from the call."""
     zero = time.monotonic()
     vocab = engine.model_config.vocab_size
 
@@ -76,12 +79,12 @@ def let_arrive_here(programs: Sequence[TraceProgram], machine: Machine, load: fl
 
 @dataclass(frozen=True)
 class Setting:
-    """How an engine is set up, or simulated."""
+    """The set-up of an engine or of its simulation."""
 
     policy: str
     pool_tokens: int
     host: bool = False
-    """A host tier that is never full."""
+    """Whether there is a host tier, never full."""
     strategy: str | None = None
 
 
@@ -110,11 +113,12 @@ def run_engine(
         residency=setting.strategy,
         max_queued=8192,
     )
-    page_bytes = Engine.from_folder(MODEL, config).layout.page_bytes
-    bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page_bytes  # noqa: E731
+    model = ModelConfig.from_hf(read_json(resolve(MODEL) / "config.json"))
+    page = page_bytes(model, config.backend(model), PAGE, config.page_dtype())
+    bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page  # noqa: E731
     host = bytes_of(everything(programs)) if setting.host else 0
     engine = Engine.from_folder(MODEL, replace(config, kv_bytes=bytes_of(setting.pool_tokens), host_kv_bytes=host))
-    engine.step_costs.forget = 1.0  # fit the whole run, not its end, when few are left
+    engine.step_costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
     engine.start()
     try:
         records = asyncio.run(replay(engine, programs, progress))
@@ -130,7 +134,7 @@ def run_engine(
         mean_live_context=0.0,
         refused=0,
     )
-    return outcome, Machine(engine.step_costs.costs, page_bytes / PAGE, link_bytes_s=1e9, measured=True)
+    return outcome, Machine(engine.step_costs.costs, page / PAGE, link_bytes_s=1e9, measured=True)
 
 
 def _sizes(pool_tokens: int, host_tokens: int = 0) -> Sizes:

@@ -1,4 +1,4 @@
-"""What this machine could do at best: rates that are measured, and the floors that follow from them for a model.
+"""The roofline of this machine: measured rates, and the least times that follow from them for a model.
 
 A decode step cannot be faster than reading the weights and the KV of its contexts at the measured read bandwidth, nor
 a prefill faster than its multiplications at the measured matmul rate.
@@ -20,26 +20,26 @@ from astraea_jax.engine.layout import Layout
 from astraea_jax.models.config import ModelConfig
 
 QUEUED = 4
-"""Runs that are dispatched together, so that the time to dispatch one does not count."""
+"""Runs that are dispatched together, so that the time of dispatch does not count."""
 
 
 @dataclass(frozen=True)
-class Floors:
-    """Rates of this machine, measured now; bytes and operations in 1e9 and 1e12."""
+class Roofline:
+    """Measured rates of this machine, in 1e9 bytes and 1e12 operations per second."""
 
     read_gb_s: float
-    """A large array is summed."""
+    """Rate at which a large array is summed."""
     copy_gb_s: float
-    """One is read and written; both count."""
+    """Rate at which a large array is copied; reads and writes both count."""
     matmul_tflop_s: float
-    """Square matrices are multiplied."""
+    """Rate at which square matrices are multiplied."""
 
     @classmethod
-    def measure(cls, dtype: Any) -> Floors:
-        """Takes a second or two, and 2 GiB on an accelerator: measure before an engine takes the memory.
+    def measure(cls, dtype: Any) -> Roofline:
+        """Measure for a second or two; needs 2 GiB on an accelerator, so do it before an engine takes the memory.
 
         Args:
-            dtype: of the matrices.
+            dtype: dtype of the matrices.
         """
         on_cpu = jax.default_backend() == "cpu"
         large = [jnp.ones(2**26 if on_cpu else 2**28, jnp.float32)]
@@ -47,7 +47,7 @@ class Floors:
         square = jnp.ones((n, n), dtype)
         total, product = jax.jit(jnp.sum), jax.jit(lambda x: x @ x)
         count = large[0].nbytes
-        best = partial(best_seconds, queued=1 if on_cpu else QUEUED)  # there, dispatch is nothing beside these runs
+        best = partial(best_seconds, queued=1 if on_cpu else QUEUED)  # on a CPU dispatch takes no time
         read_s = best(lambda: total(large[0]))
         matmul_s = best(lambda: product(square))
         bump = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: there may be no room for a second one
@@ -60,21 +60,21 @@ class Floors:
 
     def __str__(self) -> str:
         return (
-            f"floors: read {self.read_gb_s:,.1f} GB/s, copy {self.copy_gb_s:,.1f} GB/s (both ways), "
+            f"roofline: read {self.read_gb_s:,.1f} GB/s, copy {self.copy_gb_s:,.1f} GB/s (both ways), "
             f"matmul {self.matmul_tflop_s:,.3f} TFLOP/s"
         )
 
     def read_s(self, count: float) -> float:
-        """Seconds to read so many bytes."""
+        """Seconds to read ``count`` bytes."""
         return count / (self.read_gb_s * 1e9)
 
     def matmul_s(self, operations: float) -> float:
-        """Seconds of so many floating-point operations."""
+        """Seconds of ``operations`` floating-point operations."""
         return operations / (self.matmul_tflop_s * 1e12)
 
 
 def best_seconds(run: Callable[[], jax.Array], repeats: int = 7, queued: int = QUEUED) -> float:
-    """Shortest time of one of ``queued`` runs dispatched together, of several tries after one to warm up."""
+    """Shortest time per run of ``queued`` runs dispatched together, over ``repeats`` tries after a first one."""
     run().block_until_ready()
     times = []
     for _ in range(repeats):
@@ -88,29 +88,29 @@ def best_seconds(run: Callable[[], jax.Array], repeats: int = 7, queued: int = Q
 
 @dataclass(frozen=True)
 class Work:
-    """What a model asks of each of the devices that share it."""
+    """Bytes and operations that a model requires of each of the devices that share it."""
 
     model: ModelConfig
     weights: int
-    """Bytes of all weights that a decode step reads: every one but the embedding rows of other tokens."""
+    """Bytes of the weights that a decode step reads: all but the embedding rows of other tokens."""
     kv_token: float
     """Bytes of one token's keys and values."""
     devices: int = 1
 
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig, layout: Layout) -> Work:
-        """Of an engine; weights count as the configuration has them, even if the checkpoint's were in eight bits."""
-        wide, narrow = layout.dtype.itemsize, config.narrow_dtype()
-        layers = model.layer_weights * (narrow.itemsize if narrow else wide)
-        weights = layers + model.vocab_size * model.hidden_size * wide
+        """The work of an engine; weights have the configured dtype, even if the checkpoint stores 8-bit ones."""
+        itemsize, quantized = layout.dtype.itemsize, config.narrow_dtype()
+        layers = model.layer_weights * (quantized.itemsize if quantized else itemsize)
+        weights = layers + model.vocab_size * model.hidden_size * itemsize
         return cls(model, weights, layout.page_bytes / config.page_size, config.tensor_parallel)
 
     def decode_bytes(self, steps: int, read_tokens: float) -> float:
-        """What so many decode steps read, whose decoded tokens have contexts of ``read_tokens`` in all."""
+        """Bytes that ``steps`` decode steps read if the contexts of the decoded tokens add up to ``read_tokens``."""
         return (steps * self.weights + read_tokens * self.kv_token) / self.devices
 
     def prefill_operations(self, prompts: Sequence[int]) -> float:
-        """Floating-point operations of computing prompts of these lengths, and one token's scores of each."""
+        """Floating-point operations to prefill prompts of these lengths and compute the logits of one token each."""
         c = self.model
         attention = 2 * c.num_layers * c.num_heads * c.head_dim  # two products, causal: half of each square
         head = 2 * c.vocab_size * c.hidden_size

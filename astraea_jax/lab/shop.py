@@ -1,8 +1,7 @@
-"""A little shop: questions that take several tool calls, the tools, and the right answers.
+"""A small shop: questions that take several tool calls, the tools, and the right answers.
 
-``astraea-tiny`` is trained on these tasks, and the demo and its evaluation run held-out ones. Every task has prices and
-stocks of its own, which only the tools reveal; so the model must call them, carry their results over and hand the sums
-to the calculator.
+``astraea-tiny`` is trained on these tasks; the demo and the evaluation run held-out ones. Every task has its own prices
+and stocks, which only the tools reveal, so the model must call them, copy their results and use the calculator.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ NOUNS = (
     *("pillow", "basket", "candle", "vase", "carpet", "bottle", "ladder", "mat"),
 )
 ARTICLES = range(10, 100)
-"""Article numbers: a thing is called by what it is and its number, such as "lamp no. 47"."""
+"""Article numbers; things are called by noun and number, such as "lamp no. 47"."""
 
 SYSTEM = "You answer questions about the shop."
 
 Split = Literal["train", "test"]
-"""A task is in the test split if the hash of its question falls into one tenth.
+"""A task is in the test split if the hash of its question falls into a fixed tenth.
 
-No question is in both, but the same items and amounts can be, in other words and at other prices.
+No question is in both splits, but the same items and amounts can be, in other words and at other prices.
 """
 
 
@@ -113,14 +112,15 @@ class Task:
 
     @property
     def answer(self) -> int:
+        """The number that the reply must contain."""
         return self.calls[-1].result
 
     def tools(self) -> list[Callable[..., int]]:
-        """Plain functions; the catalogue is this task's."""
+        """The tools, as plain functions on this task's catalogue."""
         return [self.catalogue.price, self.catalogue.stock, calculator]
 
     def messages(self) -> list[dict[str, Any]]:
-        """What the agent is asked."""
+        """The messages that ask the question."""
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": self.question}]
 
     def solution(self) -> list[dict[str, Any]]:
@@ -140,11 +140,12 @@ class Task:
 
 
 def split_of(question: str) -> Split:
+    """The split of a question, by its hash."""
     return "test" if hashlib.sha256(question.encode()).digest()[0] < 26 else "train"
 
 
 def make_tasks(*, seed: int, split: Split, count: int) -> list[Task]:
-    """``count`` tasks of a split; the same for the same seed."""
+    """Make ``count`` tasks of a split; the same for the same seed."""
     return list(_first(count, (task for task in _stream(seed) if split_of(task.question) == split)))
 
 
@@ -191,7 +192,7 @@ def _sum(expression: str) -> Call:
 
 
 def _order(rng: random.Random, catalogue: Catalogue, count: int) -> tuple[str, list[Call], list[str]]:
-    """Amounts of some things: the wish in words, the price calls, and the products to add."""
+    """Draw an order of ``count`` things: its words, the price calls, and the products to add."""
     things = _things(rng, count)
     amounts = [rng.randint(1 if count > 1 else 2, 9) for _ in things]
     prices = [_ask(catalogue, "price", thing) for thing in things]
@@ -219,7 +220,7 @@ def _change(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
-    """How much dearer one thing is: four requests."""
+    """How much more one thing costs than another: four requests."""
     dear, cheap = sorted(_things(rng, 2), key=lambda thing: catalogue.price(thing.article), reverse=True)
     question = rng.choice(("How much more does {} cost than {}?", "By how much is {} dearer than {}?"))
     prices = [_ask(catalogue, "price", thing) for thing in (dear, cheap)]

@@ -50,7 +50,7 @@ async def test_greedy_tokens_do_not_depend_on_batch_chunks_or_preemption(config,
 
 async def test_a_page_table_that_changes_much_is_written_in_parts(random_folder, greedy, monkeypatch):
     """Eight changes go with a step, five at a time ahead of it: a prompt of 30 pages takes both."""
-    monkeypatch.setattr(runner, "CHANGES", 5)
+    monkeypatch.setattr(runner, "TABLE_UPDATES", 5)
     sizes = dataclasses.replace(NARROW, max_step_tokens=8, page_size=1)
     engine = Engine.from_folder(random_folder, sizes)
     engine.start()

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from support.wide import PAGE_BYTES, programs, run_programs, tokens
 
+from astraea_jax.engine.multiprocess import LeaderRunner
+from astraea_jax.engine.runner import InFlight
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.rpc.client import Client
@@ -101,3 +103,16 @@ def test_a_process_that_dies_is_named(wide_folder):
         asyncio.run(ask())
         assert processes[0].wait(60) == 1
         assert "process 1 has gone" in processes[0].stderr.read()
+
+
+def test_a_step_that_never_ends_is_given_up():
+    """Devices wait for ever for those of a process that hangs."""
+
+    class Endless:
+        def is_ready(self) -> bool:
+            return False
+
+    runner = object.__new__(LeaderRunner)
+    runner._step_timeout_s = 0.01
+    with pytest.raises(EngineDead, match=r"a step has not ended within 0\.01 s; one of the processes .* hangs"):
+        runner.read(InFlight(None, Endless(), 0.0))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from support.wide import WIDE, wide_decoder
 
-from astraea_jax.engine.step import Sizes, Step, StepShape, step_shapes
+from astraea_jax.engine.step import Step, StepShape, StepSizes, step_shapes
 from astraea_jax.kernels import Reference
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 
-SIZES = Sizes(
+SIZES = StepSizes(
     num_pages=16, page_size=4, max_seqs=4, max_step_tokens=16, max_pages_per_seq=8, kv_dtype=jnp.dtype("float32")
 )
 COLLECTIVE = re.compile(r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from astraea_jax.lab import record
 from astraea_jax.lab.record import HEADING, Environment, Section, command, publish, with_entry
-from astraea_jax.lab.roofline import Floors
+from astraea_jax.lab.roofline import Roofline
 
-FLOORS = Floors(read_gb_s=10.0, copy_gb_s=12.5, matmul_tflop_s=0.25)
+ROOFLINE = Roofline(read_gb_s=10.0, copy_gb_s=12.5, matmul_tflop_s=0.25)
 TABLE = Section("Steps", ("", "measured"), [("decode | alone", "1.5 ms"), ("  prefill", "20 ms")])
 
 
@@ -41,7 +41,7 @@ def test_every_run_adds_one_line(recording, tmp_path):
     recording(["bench", f"--json={path}", "--revision=r1"])
     console = Console(width=100, record=True)
     for n in (1, 2):
-        publish("bench_step", [TABLE], {"decode_ms": n}, FLOORS, console=console)
+        publish("bench_step", [TABLE], {"decode_ms": n}, ROOFLINE, console=console)
     first, second = map(json.loads, path.read_text().splitlines())
     assert (first["figures"], second["figures"]) == ({"decode_ms": 1}, {"decode_ms": 2})
     assert first["floors"] == {"read_gb_s": 10.0, "copy_gb_s": 12.5, "matmul_tflop_s": 0.25}
@@ -56,7 +56,7 @@ def test_every_run_adds_one_line(recording, tmp_path):
 def test_record_writes_the_tables_down(recording, tmp_path):
     recording(["bench", "--record", "--revision=r1"])
     for _ in range(2):
-        publish("bench_step", [TABLE], {}, FLOORS, console=Console(quiet=True))
+        publish("bench_step", [TABLE], {}, ROOFLINE, console=Console(quiet=True))
     assert len((tmp_path / "benchmarks" / "records" / "bench.jsonl").read_text().splitlines()) == 2
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert text.count(HEADING) == 1
@@ -84,8 +84,15 @@ def test_an_entry_goes_to_the_end_of_its_part():
 @pytest.mark.parametrize(
     "own", [["--json=/some/where"], ["--json", "/some/where"], ["--record"], ["--revision", "r1", "--norecord"]]
 )
-def test_the_command_leaves_out_where_the_run_was_written(own):
-    assert command(["/here/scripts/bench.py", "--a=1", *own, "--b"]) == "python scripts/bench.py --a=1 --b"
+def test_the_command_repeats_the_run_but_for_where_it_was_written(recording, monkeypatch, own):
+    flags.DEFINE_list("sizes", ["1"], "", flag_values=recording)
+    flags.DEFINE_multi_string("trace", [], "", flag_values=recording)
+    flags.DEFINE_bool("quick", False, "", short_name="q", flag_values=recording)
+    flags.DEFINE_integer("seed", 0, "", flag_values=recording)
+    argv = ["/here/scripts/bench.py", "--quick", "--sizes=1,2", "--trace=a b", *own, "--trace", "c"]
+    monkeypatch.setattr("sys.argv", argv)
+    recording(argv)
+    assert command() == "python scripts/bench.py --sizes=1,2 '--trace=a b' --trace=c --quick"
 
 
 def test_the_revision_of_a_checkout(recording, tmp_path):

@@ -1,4 +1,4 @@
-"""Floors: rates are what arrays of known size take, and work is what the model's shapes say."""
+"""Roofline: rates are what arrays of known size take, and work is what the model's shapes say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import nnx
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.layout import Layout
-from astraea_jax.lab.roofline import Floors, Work, best_seconds
+from astraea_jax.lab.roofline import Roofline, Work, best_seconds
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
@@ -45,9 +45,9 @@ def test_eight_bits_are_half_of_sixteen():
 
 
 def test_rates_turn_into_seconds():
-    floors = Floors(read_gb_s=2.0, copy_gb_s=1.0, matmul_tflop_s=0.5)
-    assert floors.read_s(1e9) == 0.5
-    assert floors.matmul_s(1e12) == 2.0
+    roofline = Roofline(read_gb_s=2.0, copy_gb_s=1.0, matmul_tflop_s=0.5)
+    assert roofline.read_s(1e9) == 0.5
+    assert roofline.matmul_s(1e12) == 2.0
 
 
 def test_the_shortest_run_counts():

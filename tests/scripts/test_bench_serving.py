@@ -42,7 +42,7 @@ def test_the_record_adds_up(random_folder, tmp_path):
     path = tmp_path / "runs.jsonl"
     done = bench(f"--model={random_folder}", "--rate=40", "--spread=0.5", f"--peers={absent}", f"--json={path}")
     assert done.returncode == 0, done.stderr
-    for word in ("prefill: its products", "goodput", "ready after", "floors: read", "revision"):
+    for word in ("prefill: its products", "goodput", "ready after", "roofline: read", "revision"):
         assert word in done.stdout
     record = record_of(path)
     figures = record["figures"]

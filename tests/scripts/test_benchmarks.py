@@ -10,7 +10,7 @@ import pytest
 from support.scripts import ROOT, run
 
 
-def test_the_step_benchmark_prints_its_floors():
+def test_the_step_benchmark_prints_its_roofline():
     sizes = ("--batch=4", "--context=16", "--steps=8", "--prefill=32", "--max_step_tokens=16", "--json=")
     out = run("scripts/bench_step.py", *sizes)
     for word in ("decode step", "prefill of 32", "host work per step", "read", "matmul"):

@@ -51,19 +51,19 @@ class Ragged:
         pages = np.full((rows * width + 1, 2, kv_heads, size, head), np.nan, np.float32)
         decode = max(q_lens) <= 1
         tokens = rows if decode else max(TOKENS, sum(q_lens))
-        slots, at = np.zeros(tokens, np.int32), 0
+        slot_mapping, at = np.zeros(tokens, np.int32), 0
         for row in range(rows):
             pos = np.arange(lens[row])
             slot = table[row, pos // size] * size + pos % size
             old, new = np.split(slot, [past[row]])
             pages[old // size, :, :, old % size] = rng.normal(size=(past[row], 2, kv_heads, head))
-            slots[at : at + len(new)] = new
+            slot_mapping[at : at + len(new)] = new
             at += len(new)
         cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         q, k, v = (
             rng.normal(size=(tokens, n, head)).astype(np.float32) for n in (kv_heads * group, kv_heads, kv_heads)
         )
-        return cls(q, k, v, pages, Batch(table, lens.astype(np.int32), cu, slots), 1 if decode else 16)
+        return cls(q, k, v, pages, Batch(table, lens.astype(np.int32), cu, slot_mapping), 1 if decode else 16)
 
     def attend(self, backend: Backend, dtype: Any = jnp.float32, kv_dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """What a backend makes of it: outputs and pages, as float32."""
@@ -76,10 +76,10 @@ class Ragged:
 
     def expected(self, window: int | None = None, soft_cap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What it must be; outputs of padding are 0."""
-        table, lens, cu, slots = self.batch
+        table, lens, cu, slot_mapping = self.batch
         pages, out = self.pages.copy(), np.zeros_like(self.q)
         kv_heads, size, head = pages.shape[2:]
-        real = slots[: cu[-1]]
+        real = slot_mapping[: cu[-1]]
         pages[real // size, 0, :, real % size] = self.k[: cu[-1]]
         pages[real // size, 1, :, real % size] = self.v[: cu[-1]]
         for row, kv_len in enumerate(lens):
@@ -100,7 +100,7 @@ class Ragged:
     def check(
         self, got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], rtol: float, atol: float
     ) -> None:
-        """Outputs are close, those of padding finite; pages hold what was written (the scrap page anything)."""
+        """Outputs are close, those of padding finite; pages hold what was written (the null page anything)."""
         real = self.batch.cu_q_lens[-1]
         np.testing.assert_allclose(got[0][:real], expected[0][:real], rtol=rtol, atol=atol)
         assert np.isfinite(got[0][real:]).all()
