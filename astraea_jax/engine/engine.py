@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import use_cache
 from astraea_jax.engine.config import EngineConfig, Layout
-from astraea_jax.engine.generation import Delta, Generation, Outbox, Output, Usage
+from astraea_jax.engine.generation import Delta, Generation, Outbox, Usage
 from astraea_jax.engine.loading import ModelOnDevices, load_model, random_model
 from astraea_jax.engine.multiprocess import make_runner
+from astraea_jax.engine.output import Output
 from astraea_jax.engine.runner import CompileGuard, InFlight, StepTimes
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
@@ -180,7 +181,7 @@ class Engine:
             Overloaded: ``max_queued`` requests are waiting already, or the session has one in progress.
             EngineDead: not serving.
         """
-        params = params or SamplingParams()
+        params = (params or SamplingParams()).seeded()
         self._check(prompt, params)
         if len(salt) > MAX_SALT:
             raise RequestError(f"the cache salt has {len(salt)} characters; at most {MAX_SALT} are allowed")
