@@ -193,7 +193,7 @@ def test_pages_sharded_by_heads_keep_their_shards():
         import jax, jax.numpy as jnp, numpy as np, sys
         from jax.sharding import NamedSharding, PartitionSpec as P
         from astraea_jax.kv_cache.offload import block_sharding
-        sys.path.insert(0, "tests/cache")
+        sys.path.insert(0, "tests/kv_cache")
         import test_offload as t
         mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
         pools, program = t.Pools(), t.Program("p", 0.0)
