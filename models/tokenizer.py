@@ -43,11 +43,11 @@ class Tokenizer:
         self.vocab_size = tokenizer.get_vocab_size()
         self.bos_id = bos_id
         self.eos_ids = eos_ids
-        self._special = dict(special)
         named = [special[name] for name in ("bos_token", "eos_token", "pad_token") if name in special]
         ids = (bos_id, *eos_ids, *map(tokenizer.token_to_id, named))
         self.delimiters = {i: text for i in ids if i is not None and (text := tokenizer.id_to_token(i)) is not None}
         """Tokens that begin, end and pad sequences, and so are not text; other special tokens are."""
+        self._special = dict(special)
         self._whole: dict[int, str | None] = {}
         self._template = _compile(template) if template is not None else None
 
@@ -67,7 +67,7 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         config = read_json(folder / "tokenizer_config.json", missing={})
         special = {
-            name: text for name in ("bos_token", "eos_token", "pad_token") if (text := _token_text(config.get(name)))
+            name: text for name in ("bos_token", "eos_token") if (text := _token_text(config.get(name)))
         }
         generation = read_json(folder / "generation_config.json", missing={})
         eos = _ids(generation.get("eos_token_id")) | _ids(
