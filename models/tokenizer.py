@@ -44,8 +44,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         named = [special[name] for name in ("bos_token", "eos_token", "pad_token") if name in special]
-        ids = (bos_id, *eos_ids, *map(tokenizer.token_to_id, named))
-        self.delimiters = {i: text for i in ids if i is not None and (text := tokenizer.id_to_token(i)) is not None}
+        written = {i: tokenizer.id_to_token(i) for i in (bos_id, *eos_ids) if i is not None and 0 <= i < 2**32}
+        written |= {tokenizer.token_to_id(text): text for text in named}
+        self.delimiters = {i: text for i, text in written.items() if i is not None and text is not None}
         """Tokens that begin, end and pad sequences, and so are not text; other special tokens are."""
         self._special = dict(special)
         self._whole: dict[int, str | None] = {}
@@ -66,9 +67,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         config = read_json(folder / "tokenizer_config.json", missing={})
-        special = {
-            name: text for name in ("bos_token", "eos_token") if (text := _token_text(config.get(name)))
-        }
+        special = {name: text for name in ("bos_token", "eos_token") if (text := _token_text(config.get(name)))}
         generation = read_json(folder / "generation_config.json", missing={})
         eos = _ids(generation.get("eos_token_id")) | _ids(
             read_json(folder / "config.json", missing={}).get("eos_token_id")
