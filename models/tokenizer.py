@@ -44,9 +44,8 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         named = [special[name] for name in ("bos_token", "eos_token", "pad_token") if name in special]
-        written = {i: tokenizer.id_to_token(i) for i in (bos_id, *eos_ids) if i is not None and 0 <= i < 2**32}
-        written |= {tokenizer.token_to_id(text): text for text in named}
-        self.delimiters = {i: text for i, text in written.items() if i is not None and text is not None}
+        ids = [i for i in (bos_id, *eos_ids, *map(tokenizer.token_to_id, named)) if i is not None and 0 <= i < 2**32]
+        self.delimiters = {i: text for i in ids if (text := tokenizer.id_to_token(i)) is not None}
         """Tokens that begin, end and pad sequences, and so are not text; other special tokens are."""
         self._special = dict(special)
         self._whole: dict[int, str | None] = {}

@@ -103,3 +103,9 @@ def test_special_tokens_and_characters_of_several_tokens(text, params, expected)
 def test_decoding_at_once_gives_the_text_of_a_stream(ids):
     output = Output(BYTES.stream(), SamplingParams(), frozenset())
     assert "".join(map(output.push, ids)) + output.flush() == BYTES.decode(ids)
+
+
+def test_end_tokens_outside_the_vocabulary_are_no_delimiters():
+    raw = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    ends = tokenizer.Tokenizer(raw, bos_id=None, eos_ids=frozenset({-1, 1, 2**40}), template=None, special={})
+    assert ends.delimiters == {1: "b"}

@@ -92,13 +92,6 @@ def test_end_tokens_come_from_every_file(folder):
     assert Tokenizer.from_folder(folder).eos_ids == {3, 4, 257}
 
 
-def test_end_tokens_outside_the_vocabulary_have_no_text(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 2**40, 257]}))
-    tokenizer = Tokenizer.from_folder(folder)
-    assert 257 in tokenizer.delimiters
-    assert not {-1, 2**40} & tokenizer.delimiters.keys()
-
-
 def test_bos_is_added_once(folder):
     config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
