@@ -41,6 +41,10 @@ class Tokenizer:
         self.vocab_size = tokenizer.get_vocab_size()
         self.bos_id = bos_id
         self.eos_ids = eos_ids
+        named = [special[name] for name in ("bos_token", "eos_token", "pad_token") if name in special]
+        ids = [i for i in (bos_id, *eos_ids, *map(tokenizer.token_to_id, named)) if i is not None and 0 <= i < 2**32]
+        self.delimiters = {i: text for i in ids if (text := tokenizer.id_to_token(i)) is not None}
+        """Tokens that begin, end and pad sequences, and so are not text; other special tokens are."""
         self._special = dict(special)
         self._whole: dict[int, str | None] = {}
         if template is None or isinstance(template, str):
@@ -93,13 +97,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of ``ids`` without :attr:`delimiters`. Other special tokens, such as ``<tool_call>``, are text."""
+        text: str = self._tokenizer.decode([i for i in ids if i not in self.delimiters], skip_special_tokens=False)
         return text
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one after the other."""
-        return TextStream(self._tokenizer, self._whole)
+        return TextStream(self._tokenizer, self._whole, self.delimiters)
 
     def render(
         self,
@@ -200,16 +204,18 @@ class TextStream:
     Args:
         tokenizer: of the ``tokenizers`` library.
         whole: what its streams have learned about single tokens: the text of each, None if it is not whole characters.
+        delimiters: see :attr:`Tokenizer.delimiters`; for whoever leaves them out, since a stream decodes every token.
     """
 
     LONGEST = 64
     """Tokens that are held back at most while they make no character."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, whole: dict[int, str | None]):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, whole: dict[int, str | None], delimiters: Mapping[int, str]):
         self._tokenizer = tokenizer
+        self.delimiters = delimiters
         self._whole = whole
         self._apart = isinstance(tokenizer.decoder, ByteLevel)  # a token's bytes do not depend on its neighbours
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=False)
         self._held: list[int] = []
         """Tokens that have made no text yet."""
 
@@ -217,7 +223,7 @@ class TextStream:
         """Text that ``token`` completes."""
         if self._apart and not self._held:
             if token not in self._whole:
-                alone: str = self._tokenizer.decode([token], skip_special_tokens=True)
+                alone: str = self._tokenizer.decode([token], skip_special_tokens=False)
                 self._whole[token] = None if "\ufffd" in alone else alone
             if (known := self._whole[token]) is not None:
                 return known
@@ -233,9 +239,9 @@ class TextStream:
 
     def flush(self) -> str:
         """What is left at the end."""
-        text: str = self._tokenizer.decode(self._held, skip_special_tokens=True) if self._held else ""
+        text: str = self._tokenizer.decode(self._held, skip_special_tokens=False) if self._held else ""
         self._held.clear()
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=False)
         return text
 
 

@@ -98,7 +98,7 @@ async def run_program(
             prompt = model.tokenizer.encode_chat(conversation, schemas)
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
-            content, calls = parse(text, calls_made)
+            content, calls = parse(text, calls_made, by_name)
             conversation.append(assistant_message(text, content, calls))
             if final or not calls:
                 records.append(record)

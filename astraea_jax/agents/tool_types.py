@@ -1,4 +1,4 @@
-"""Types that a tool may take: for each its JSON schema, and how a JSON value is checked and becomes it."""
+"""Maps the annotations of a tool's parameters to JSON schemas and to checks of JSON values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ class ToolError(TypeError):
 
 @dataclass(frozen=True)
 class Kind:
-    """One type. ``read`` raises ``ValueError`` with what was expected."""
+    """One type of argument."""
 
     schema: Mapping[str, Any]
+    """JSON schema."""
     read: Callable[[Any], Any]
+    """Converts a JSON value, or raises ``ValueError`` with what was expected."""
 
 
 def kind_of(annotation: Any, where: str) -> Kind:
-    """The kind of an evaluated annotation; ``where`` names it in errors.
+    """Return the kind of an evaluated annotation; ``where`` names it in errors.
 
     Raises:
         ToolError: a type that JSON arguments cannot be checked against.
@@ -39,7 +41,8 @@ def kind_of(annotation: Any, where: str) -> Kind:
     if origin is Literal:
         return _choice({value: value for value in inner}, where)
     if origin in (Union, UnionType):
-        return _union([kind_of(part, where) for part in inner])
+        kinds = [kind_of(part, where) for part in inner]
+        return _union(sorted(kinds, key=lambda kind: kind is PLAIN[float]))  # last: it would round a large integer
     if origin is list and inner:
         return _list(kind_of(inner[0], where))
     if origin is dict and inner[:1] == (str,):
@@ -51,7 +54,7 @@ def kind_of(annotation: Any, where: str) -> Kind:
 
 
 def shown(value: object) -> str:
-    """A JSON value, short, for an error message."""
+    """Return a JSON value, cut to a length that fits into an error message."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f"{text[:60]}…"
 

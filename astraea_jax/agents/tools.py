@@ -1,8 +1,8 @@
-"""Tools: plain Python functions that a model may call.
+"""Defines tools: plain Python functions that a model may call.
 
-``@tool`` reads name, description and JSON schema from a function's signature and docstring. Whatever goes
-wrong in a call (bad arguments, an exception, a hang, a result that is not JSON) becomes a text that the model
-can read.
+``@tool`` derives a tool's name, description and JSON schema from the function's signature and docstring. Everything
+that can go wrong in a call (bad arguments, an exception, a timeout, a result that is not JSON) becomes a text for the
+model to read.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints, overload
 
 from astraea_jax.agents.tool_types import Kind, ToolError, kind_of
 
 MAX_RESULT_CHARS = 16_384
-"""A longer result is cut, and says so: one tool must not fill the model's context."""
+"""Longer results are cut, and say so, because one tool must not fill the model's context."""
 
 MAX_ERROR_CHARS = 1_000
 
 MAX_THREADS = 64
-"""Threads of one tool; more calls of it wait for one to be free. Other tools are not affected."""
+"""Threads of one tool. Further calls of it wait for a free one; other tools are not affected."""
 
 SLOT_POLL_S = 0.01
-"""In seconds. Calls may come from several event loops, so one that waits for a thread polls."""
+"""Seconds between two looks for a free thread. Calls may come from several event loops, so they poll."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tool:
-    """A function that a model may call. Made by :func:`tool`; calling it calls the function."""
+    """A function that a model may call. :func:`tool` makes it; calling it calls the function."""
 
     name: str
     description: str
@@ -43,28 +43,27 @@ class Tool:
     function: Callable[..., Any]
     timeout_s: float
     kinds: Mapping[str, Kind]
-    """How each argument is checked and converted."""
+    """Checks and converts the argument of each name."""
     _threads: threading.Semaphore = field(init=False, default_factory=lambda: threading.Semaphore(MAX_THREADS))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def wrapped(self, function: Callable[..., Any]) -> Tool:
-        """The same tool to the model, with ``function`` doing its work: to time or to delay it, say."""
+        """Return a copy that looks the same to the model but calls ``function``, for example to measure it."""
         return replace(self, function=function)
 
     def schema(self) -> dict[str, Any]:
-        """The tool as OpenAI's API and chat templates describe it."""
+        """Return the description that OpenAI's API and chat templates use."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
-        """Run it and return its result, or what went wrong, as text; raises nothing but ``CancelledError``.
+        """Run the tool and return its result, or an error, as text. Nothing but ``CancelledError`` is raised.
 
-        An async function runs in this event loop and is cancelled at its timeout; it must not block. A sync
-        one runs in a daemon thread of its own. Python cannot end a thread: one that never returns keeps one
-        of this tool's ``MAX_THREADS`` until the process ends, its late result is dropped, and nothing else
-        waits for it.
+        An async function runs in the current event loop and is cancelled at its timeout; it must not block. A sync
+        function runs in a daemon thread of its own. Python cannot end a thread: one that never returns occupies one of
+        this tool's ``MAX_THREADS`` until the process ends, and its result is dropped. Nothing else waits for it.
         """
         try:
             values = self._read(arguments)
@@ -82,7 +81,11 @@ class Tool:
             running.cancel()
 
     def _read(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Check JSON arguments against the signature and convert them (an enum's value to its member)."""
+        """Check JSON arguments against the signature, and convert them (an enum's value to its member).
+
+        Raises:
+            ValueError: an argument is unknown, missing or of another type; none is dropped or made up.
+        """
         if not isinstance(arguments, Mapping):
             raise ValueError("expected an object of named arguments")
         if unknown := [name for name in arguments if name not in self.kinds]:
@@ -98,29 +101,32 @@ class Tool:
         return values
 
     async def _run(self, values: dict[str, Any]) -> str:
-        if not inspect.iscoroutinefunction(self.function):
-            return await self._in_thread(values)
         try:
-            return result_text(await self.function(**values))
+            if inspect.iscoroutinefunction(self.function):
+                return result_text(await self.function(**values))
+            result = await self._in_thread(values)
+            return result if isinstance(result, str) else result_text(await result)
         except (Exception, SystemExit) as error:  # SystemExit would end the event loop
             return _raised(error)
 
-    async def _in_thread(self, values: dict[str, Any]) -> str:
+    async def _in_thread(self, values: dict[str, Any]) -> str | Awaitable[Any]:
+        """The text of the result, or what is still to be awaited: a decorator may hide that a function is async."""
         while not self._threads.acquire(blocking=False):
             await asyncio.sleep(SLOT_POLL_S)
         loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[str] = loop.create_future()
+        outcome: asyncio.Future[str | Awaitable[Any]] = loop.create_future()
         context = contextvars.copy_context()
 
         def work() -> None:
             try:
-                text = result_text(context.run(self.function, **values))
+                returned = context.run(self.function, **values)
+                result = returned if inspect.isawaitable(returned) else result_text(returned)
             except BaseException as error:  # nothing may escape: the caller waits for an outcome
-                text = _raised(error)
+                result = _raised(error)
             finally:
                 self._threads.release()
             with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody waits any more
-                loop.call_soon_threadsafe(_settle, outcome, text)
+                loop.call_soon_threadsafe(_settle, outcome, result)
 
         try:
             threading.Thread(target=work, name=f"tool-{self.name}", daemon=True).start()
@@ -137,13 +143,13 @@ def tool(*, name: str | None = None, timeout_s: float = 60.0) -> Callable[[Calla
 def tool(
     function: Callable[..., Any] | None = None, /, *, name: str | None = None, timeout_s: float = 60.0
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """Make a function a tool: ``@tool``, or ``@tool(name="search", timeout_s=5)``.
+    """Make a tool of a function: ``@tool``, or ``@tool(name="search", timeout_s=5)``.
 
-    Parameters are described by their annotations (str, int, float, bool, list, dict, Literal, Enum, unions of
-    these) and by the ``Args:`` section of a Google-style docstring; those with a default are optional.
+    The model reads the parameters' annotations (str, int, float, bool, list, dict, Literal, Enum, unions of these) and
+    the ``Args:`` section of a Google-style docstring. Parameters with a default are optional.
 
     Raises:
-        ToolError: the signature or the docstring cannot be described to a model; says which part and why.
+        ToolError: the signature or the docstring cannot be described to a model; the message says which part and why.
     """
     if function is None:
         return lambda function: _make(function, name, timeout_s)
@@ -151,12 +157,12 @@ def tool(
 
 
 def error_text(message: str) -> str:
-    """A failed call as the model reads it."""
+    """Return the result of a failed call as the model reads it."""
     return json.dumps({"error": _bounded(message, MAX_ERROR_CHARS)}, ensure_ascii=False)
 
 
 def result_text(result: object) -> str:
-    """A tool's result as the model reads it: a string as it is, anything else as JSON, cut when very long."""
+    """Return a tool's result as the model reads it: a string as it is, anything else as JSON, cut when very long."""
     if isinstance(result, str):
         return _bounded(result)
     try:
@@ -180,9 +186,11 @@ def _raised(error: BaseException) -> str:
     return error_text(f"{type(error).__name__}: {message}" if message else type(error).__name__)
 
 
-def _settle(outcome: asyncio.Future[str], text: str) -> None:
-    if not outcome.done():  # it is when the call has timed out
-        outcome.set_result(text)
+def _settle(outcome: asyncio.Future[str | Awaitable[Any]], result: str | Awaitable[Any]) -> None:
+    if not outcome.done():
+        outcome.set_result(result)
+    elif inspect.iscoroutine(result):  # the call has timed out: it will not be awaited
+        result.close()
 
 
 def _names(names: Any) -> str:
@@ -191,19 +199,20 @@ def _names(names: Any) -> str:
 
 def _make(function: Callable[..., Any], name: str | None, timeout_s: float) -> Tool:
     name = name or str(getattr(function, "__name__", ""))
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise ToolError(f"{name!r} is no name for a tool: use letters, digits, _ and -, or pass name=")
-    if not timeout_s > 0:
-        raise ToolError(f"tool {name}: timeout_s must be positive, not {timeout_s}")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+        raise ToolError(f"tool {name}: timeout_s must be positive seconds, not {timeout_s!r}")
     try:
+        signature = inspect.signature(function)
         hints = get_type_hints(function)
-    except Exception as error:  # annotations are arbitrary expressions
-        raise ToolError(f"tool {name}: an annotation cannot be read: {error}") from error
+    except Exception as error:  # annotations are arbitrary expressions, and some built-in functions have no signature
+        raise ToolError(f"tool {name}: the signature or an annotation cannot be read: {error}") from error
     description, documented = _docstring(function)
     kinds: dict[str, Kind] = {}
     properties: dict[str, Any] = {}
     required = []
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.parameters.values():
         where = f"tool {name}, parameter {parameter.name}"
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ToolError(f"{where}: a model passes arguments by name, so *args, **kwargs and / cannot be used")
@@ -222,7 +231,7 @@ def _make(function: Callable[..., Any], name: str | None, timeout_s: float) -> T
 
 
 def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """Description and arguments of a Google-style docstring; the lines of each are joined."""
+    """Split a Google-style docstring into its description and its arguments; the lines of each are joined."""
     head, *rest = re.split(r"(?:^|\n)Args:\n", inspect.getdoc(function) or "", maxsplit=1)
     description = re.split(r"(?:^|\n)(?:Returns|Raises|Yields|Examples?|Note):\n", head)[0]
     arguments: dict[str, str] = {}

@@ -221,7 +221,7 @@ class Engine:
         salt = checked_name("cache salt", salt, empty=True)
         mailbox = Mailbox(asyncio.get_running_loop())
         self._life.accept(mailbox)
-        self._post(Submit(mailbox, ids, params, key, final, salt))
+        self._post(Submit(mailbox, ids, params.seeded(), key, final, salt))
         return Generation(mailbox, self._cancel)
 
     def end_session(self, session: str, *, owner: str = "") -> None:

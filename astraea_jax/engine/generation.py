@@ -1,4 +1,4 @@
-"""One request as its caller sees it, and its text as it grows."""
+"""One request as its caller sees it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.models.tokenizer import TextStream
 from astraea_jax.scheduler.program import Request
 
 
@@ -126,45 +124,6 @@ class Generation:
 
     def __del__(self) -> None:
         self.cancel()
-
-
-class Output:
-    """Text of one request: detokenised as it comes, cut before the first stop string.
-
-    Text that may still turn out to be the beginning of a stop string is held back.
-    """
-
-    def __init__(self, stream: TextStream, params: SamplingParams, eos: frozenset[int]):
-        self._stream = stream
-        self._stops = params.stop
-        self._longest = max((len(s) for s in params.stop), default=1)
-        self._silent = eos.union(params.stop_token_ids)
-        self._held = ""
-        self.stopped = False
-        """A stop string has appeared."""
-
-    def push(self, token: int) -> str:
-        """Text that is final after ``token``. Stop tokens make none."""
-        if token in self._silent:
-            return ""
-        text = self._held + self._stream.push(token)
-        if not self._stops:
-            return text
-        return self._cut(text, len(text) - self._longest + 1)
-
-    def flush(self) -> str:
-        """The rest, when the request has ended."""
-        text = self._held + self._stream.flush()
-        return "" if self.stopped else self._cut(text, len(text))
-
-    def _cut(self, text: str, final: int) -> str:
-        found = min((at for at in (text.find(s) for s in self._stops) if at >= 0), default=-1)
-        if found >= 0:
-            self.stopped, self._held = True, ""
-            return text[:found]
-        final = max(final, 0)
-        self._held = text[final:]
-        return text[:final]
 
 
 class Outbox:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Stop, Submit, ToolCalled
-from astraea_jax.engine.generation import Delta, Mailbox, Outbox, Output, Usage
+from astraea_jax.engine.generation import Delta, Mailbox, Outbox, Usage
 from astraea_jax.engine.lifecycle import Lifecycle, State
+from astraea_jax.engine.output import Output
 from astraea_jax.engine.runner import CompileGuard, InFlight, StepTimes
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed

@@ -181,7 +181,7 @@ class Runner:
 
     def set_sampling(self, slot: int, params: SamplingParams) -> None:
         """Set how the rows of a batch slot sample from the next dispatch on."""
-        self._sampling[slot, :2] = min(params.top_k, 2**31 - 1), np.uint32(params.seed).astype(np.int32)
+        self._sampling[slot, :2] = min(params.top_k, 2**31 - 1), np.uint32(params.seed or 0).astype(np.int32)
         self._sampling[slot, 2:].view(np.float32)[:] = params.temperature, params.top_p, params.min_p
 
     def dispatch(self, plan: Plan) -> InFlight:

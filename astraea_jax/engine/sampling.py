@@ -1,9 +1,14 @@
-"""How the next token is chosen: per-request parameters, and the choice itself on the device."""
+"""Sampling: the parameters of a request, and drawing its next token on the device."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral, Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,55 +18,112 @@ from astraea_jax.errors import RequestError
 MAX_STOPS = 16
 """Stop strings or stop tokens of one request."""
 
+MAX_STOP_CHARS = 256
+
+MIN_TEMPERATURE = 1e-5
+"""Below it a request is greedy: float32 cannot tell a draw from argmax any more."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Per-request generation settings; temperature 0 is greedy.
+    """How the tokens of one request are sampled, and where it ends.
+
+    Numbers may be NumPy's. Every field is checked and converted to the type below when the object is made.
 
     Raises:
-        RequestError: a value is not finite or out of its range.
+        RequestError: a value has the wrong type, is not finite or out of its range; the message names the field.
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
+    """0 is greedy: the most probable token, the first one of several."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Sample from the k most probable tokens only; 0: from all."""
     top_p: float = 1.0
-    """Keep the smallest set of likeliest tokens with at least this probability."""
+    """Sample from the fewest most probable tokens that have at least this probability together."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest."""
-    seed: int = 0
-    """The tokens drawn depend on the seed and the position only, not on the batch."""
+    """Drop tokens whose probability is below this share of the highest one."""
+    seed: int | None = None
+    """The same seed gives the same tokens, whatever else is in the batch; None: every request draws afresh."""
     stop: tuple[str, ...] = ()
-    """Generation ends before the first of these strings."""
+    """Strings that end the text: it is cut before the first one. One string is accepted as it is; None: there are none.
+    A special token may be one, or be a part of one."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the request; their text is left out."""
     ignore_eos: bool = False
+    """Go on after the tokens that end the model's turns."""
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_int("seed", self.seed, 0, 2**32 - 1)
-        if self.top_p == 0:
-            raise RequestError("top_p is 0.0; use a value in (0, 1], or temperature 0 for greedy choice")
-        for name, values in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
-            if len(values) > MAX_STOPS:
-                raise RequestError(f"{name} has {len(values)} entries; at most {MAX_STOPS} are served")
-        if any(not isinstance(s, str) or not 0 < len(s) <= 256 for s in self.stop):
-            raise RequestError("stop strings must be 1 to 256 characters long")
+        top_p = _number("top_p", self.top_p, 0.0, 1.0)
+        if top_p == 0:
+            raise RequestError("top_p is 0.0; use a value in (0, 1], or temperature 0 for greedy sampling")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {_shown(self.ignore_eos)}; it must be True or False")
+        checked: dict[str, Any] = {
+            "max_tokens": _integer("max_tokens", self.max_tokens, 1, 2**31 - 1),
+            "temperature": _number("temperature", self.temperature, 0.0, 100.0),
+            "top_k": _integer("top_k", self.top_k, 0, 2**31 - 1),
+            "top_p": top_p,
+            "min_p": _number("min_p", self.min_p, 0.0, 1.0),
+            "seed": None if self.seed is None else _integer("seed", self.seed, 0, 2**32 - 1),
+            "stop": _stops(self.stop),
+            "stop_token_ids": tuple(
+                _integer("stop_token_ids", token, 0, 2**31 - 1)
+                for token in _several("stop_token_ids", self.stop_token_ids)
+            ),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def seeded(self) -> SamplingParams:
+        """Return these parameters with a random seed if they have none; whoever accepts a request calls this once."""
+        return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(32))
 
 
-def _check_int(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; it must be an integer in [{low}, {high}]")
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else _several("stop", value)
+    for stop in stops:
+        if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
+            raise RequestError(f"stop holds {_shown(stop)}; stop strings must be 1 to {MAX_STOP_CHARS} characters long")
+        if any("\ud800" <= char <= "\udfff" for char in stop):
+            raise RequestError(f"stop holds {_shown(stop)}; half a surrogate pair is no text")
+    return stops
 
 
-def _check_float(name: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; it must be a finite number in [{low}, {high}]")
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """The items of a list, tuple, set or array of at most ``MAX_STOPS``; None: no items."""
+    if value is None:
+        return ()
+    try:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            raise TypeError
+        items = tuple(islice(value, MAX_STOPS + 1))
+    except TypeError:
+        raise RequestError(f"{name} is {_shown(value)}; it must be a list") from None
+    if len(items) > MAX_STOPS:
+        raise RequestError(f"{name} has more than {MAX_STOPS} entries, which is the most that is served")
+    return items
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise RequestError(f"{name} is {_shown(value)}; it must be an integer in [{low}, {high}]")
+    return int(value)
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    ordered: Any = value  # integers beyond float64, too
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= ordered <= high:  # as nan is not
+        raise RequestError(f"{name} is {_shown(value)}; it must be a finite number in [{low}, {high}]")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, or anybody's __repr__
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def sample(
@@ -73,25 +135,29 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
 ) -> jax.Array:
-    """Next token of every row, ``[R]`` int32, from ``logits [R, V]`` float32.
+    """Sample the next token of every row: ``[R]`` int32 from ``logits [R, V]`` float32.
 
-    The other arguments are ``[R]``: float32, but ``top_k`` and ``positions`` int32 and ``seeds`` uint32. Rows at
-    temperature 0 take the likeliest token; if all do, nothing is drawn. Filters apply in the order top-k, top-p,
-    min-p, on the probabilities at the row's temperature. Thresholds are found by bisection: no sort of V.
+    The other arguments are ``[R]``: float32, but ``top_k`` and ``positions`` int32 and ``seeds`` uint32. Rows below
+    ``MIN_TEMPERATURE`` take the argmax; if all do, nothing is drawn. The filters apply in the order top-k, top-p,
+    min-p, on the probabilities at the row's temperature. Of equally probable tokens top-k and top-p keep the first
+    ones, as argmax does. A row draws the same token whatever the other rows are. Its maximum must be finite.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = temperature >= MIN_TEMPERATURE
 
     def draw() -> jax.Array:
-        logp = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0)[:, None])
+        # Differences to the maximum are divided, because logits themselves can overflow at a low temperature.
+        scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(draws, temperature, 1.0)[:, None]
+        logp = jax.nn.log_softmax(scaled)
         wanted = jnp.where(top_k > 0, top_k, logits.shape[-1])
-        logp = _keep_likeliest(logp, jnp.ones_like(logp), wanted.astype(jnp.float32))
+        logp = _keep_most_probable(logp, jnp.ones_like(logp), wanted.astype(jnp.float32))
         logp = jax.nn.log_softmax(logp)
-        logp = _keep_likeliest(logp, jnp.exp(logp), top_p)
+        logp = _keep_most_probable(logp, jnp.exp(logp), top_p)
         logp = jnp.where(logp >= logp.max(-1, keepdims=True) + jnp.log(min_p)[:, None], logp, -jnp.inf)
         noise = jax.vmap(lambda seed, at: _gumbel(seed, at, logits.shape[-1]))(seeds, positions)
-        return jnp.where(temperature > 0, jnp.argmax(logp + noise, axis=-1).astype(jnp.int32), greedy)
+        return jnp.where(draws, jnp.argmax(logp + noise, axis=-1).astype(jnp.int32), greedy)
 
-    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
@@ -99,18 +165,42 @@ def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
     return jax.random.gumbel(jax.random.wrap_key_data(key, impl="threefry2x32"), (size,))
 
 
-def _keep_likeliest(logp: jax.Array, mass: jax.Array, enough: jax.Array) -> jax.Array:
-    """Mask ``logp [R, V]`` to the fewest likeliest tokens whose ``mass [R, V]`` sums to at least ``enough [R]``."""
-    high = logp.max(-1)
-    low = jnp.full_like(high, -100.0)  # probabilities below e^-100 do not matter; nothing is cut if they are wanted
+LOWEST = -100.0
+"""Tokens below a probability of e^-100 do not matter; no filter tells them apart."""
+
+
+def _keep_most_probable(logp: jax.Array, mass: jax.Array, enough: jax.Array) -> jax.Array:
+    """Mask ``logp [R, V]`` to the fewest most probable tokens whose ``mass [R, V]`` sums to at least ``enough [R]``."""
+    bound = _threshold(logp, mass, enough, LOWEST, logp.max(-1), steps=40)
+    edge = jnp.where(logp >= bound[:, None], logp, jnp.inf).min(-1, keepdims=True)
+    tied = logp == edge
+    missing = enough - jnp.sum(jnp.where(logp > edge, mass, 0.0), axis=-1)
+    size = logp.shape[-1]
+    order = -jnp.arange(size, dtype=jnp.float32)[None]
+    last = _threshold(
+        order,
+        jnp.where(tied, mass, 0.0),
+        jnp.maximum(missing, jnp.finfo(jnp.float32).tiny),
+        -float(size),
+        jnp.zeros_like(missing),
+        steps=size.bit_length() + 1,
+    )
+    keep = (logp > edge) | (tied & (order >= last[:, None])) | (bound <= LOWEST)[:, None]
+    return jnp.where(keep, logp, -jnp.inf)
+
+
+def _threshold(
+    values: jax.Array, mass: jax.Array, enough: jax.Array, low: float, high: jax.Array, *, steps: int
+) -> jax.Array:
+    """Bisect for the highest bound ``[R]`` with enough ``mass [R, V]`` where ``values`` reach it; ``low`` if none has.
+
+    A search of some passes over V, because a sort takes longer.
+    """
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
-        ok = jnp.sum(jnp.where(logp >= middle[:, None], mass, 0.0), axis=-1) >= enough
+        ok = jnp.sum(jnp.where(values >= middle[:, None], mass, 0.0), axis=-1) >= enough
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-    # Invariant: the tokens at or above `low` are enough, or `low` still is the bottom.
-    low, high = jax.lax.fori_loop(0, 40, halve, (low, high))
-    keep = (logp >= low[:, None]) | (low <= -100.0)[:, None]
-    return jnp.where(keep, logp, -jnp.inf)
+    return jax.lax.fori_loop(0, steps, halve, (jnp.full_like(high, low), high))[0]

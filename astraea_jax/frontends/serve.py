@@ -193,7 +193,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 2:
         raise app.UsageError(f"one model is served, not {arguments[1:]}")
     if arguments[1:]:
-        FLAGS.model = arguments[1]
+        FLAGS["model"].value = arguments[1]
     logging.use_absl_handler()
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
+import math
 import threading
 import time
 from enum import Enum
@@ -182,9 +184,33 @@ def test_what_cannot_be_described_is_refused_at_once(function: Any, message: str
     assert message in str(caught.value)
 
 
-def test_a_timeout_must_be_positive() -> None:
+@pytest.mark.parametrize("seconds", [0, -1.5, float("nan"), True, "5", None])
+def test_a_timeout_must_be_positive(seconds: Any) -> None:
     with pytest.raises(ToolError, match="timeout_s must be positive"):
-        tool(timeout_s=0)(paint.function)
+        tool(timeout_s=seconds)(paint.function)
+
+
+async def test_a_timeout_may_be_endless() -> None:
+    assert json.loads(await tool(timeout_s=math.inf)(paint.function).call(PAINT))["item"] == "lamp"
+
+
+@pytest.mark.parametrize("function", [dict, max])
+def test_functions_without_a_signature_are_refused(function: Any) -> None:
+    with pytest.raises(ToolError, match="signature"):
+        tool(function)
+
+
+async def test_numbers_are_not_rounded_where_integers_are_allowed() -> None:
+    @tool
+    def same(x: float | int | str, deep: list[dict[str, float | int | None]]) -> Any:
+        return [x, deep]
+
+    assert json.loads(await same.call({"x": 2**60 + 1, "deep": [{"a": 2**60 + 1, "b": 0.5, "c": None}]})) == [
+        2**60 + 1,
+        [{"a": 2**60 + 1, "b": 0.5, "c": None}],
+    ]
+    error = json.loads(await same.call({"x": 1, "deep": [{"a": "b"}]}))["error"]
+    assert 'deep: item 0: key "a": expected an integer, got "b"' in error
 
 
 def failing(error: BaseException, *, sync: bool) -> Tool:
@@ -268,6 +294,22 @@ async def test_a_hanging_async_tool_is_cancelled() -> None:
 
     assert json.loads(await hang.call({})) == {"error": "hang did not answer within 0.05 s"}
     await asyncio.wait_for(cancelled.wait(), 60)
+
+
+@pytest.mark.parametrize("seconds", [0, 3600])
+async def test_an_async_function_behind_a_decorator(seconds: float) -> None:
+    async def nap(item: str) -> str:
+        await asyncio.sleep(seconds)
+        return item
+
+    @tool(timeout_s=30 if seconds == 0 else 0.05)
+    @functools.wraps(nap)
+    def traced(**arguments: Any) -> Any:
+        return nap(**arguments)
+
+    assert await traced.call({"item": "lamp"}) == (
+        "lamp" if seconds == 0 else '{"error": "nap did not answer within 0.05 s"}'
+    )
 
 
 async def test_a_hanging_sync_tool_blocks_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc
 
-from astraea_jax.engine.generation import Delta, Output, Usage
+from astraea_jax.engine.generation import Delta, Usage
+from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.frontends.rpc import wire

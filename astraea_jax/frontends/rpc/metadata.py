@@ -56,7 +56,8 @@ def read_sampling(metadata: Metadata, max_tokens: int) -> SamplingParams:
 
 def write_sampling(params: SamplingParams) -> list[tuple[str, str | bytes]]:
     """The metadata that :func:`read_sampling` reads."""
-    pairs: list[tuple[str, str | bytes]] = [(key_of(field), repr(getattr(params, field))) for field in SAMPLING]
+    given = {field: value for field in SAMPLING if (value := getattr(params, field)) is not None}
+    pairs: list[tuple[str, str | bytes]] = [(key_of(field), repr(value)) for field, value in given.items()]
     stops = [("x-stop-bin", stop.encode()) for stop in params.stop]
     return [*pairs, *stops, ("x-ignore-eos", str(params.ignore_eos).lower())]
 
