@@ -11,6 +11,9 @@ from typing import Any
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+MAX_LAYERS = 1024
+"""Far more than any model has; a mistyped number is refused before a decoder of that size is built."""
+
 Json = Mapping[str, Any]
 
 
@@ -56,29 +59,29 @@ class ModelConfig:
         Raises:
             CheckpointError: unknown architecture, a feature that is not served, or a missing or absurd field.
         """
-        architecture = (config.get("architectures") or [None])[0]
-        if architecture not in ARCHITECTURES:
-            raise CheckpointError(f"architecture {architecture!r} is not served; these are: {', '.join(ARCHITECTURES)}")
+        architecture = _architecture(config)
         _refuse_unserved(config, architecture)
+        llama = architecture == "LlamaForCausalLM"
         heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-        kv_heads = _size(config, "num_key_value_heads", heads)
-        head_dim = _size(config, "head_dim", hidden // heads)
+        kv_heads = _size(config, "num_key_value_heads", heads if llama or "num_key_value_heads" in config else 32)
+        head_dim = _size(config, "head_dim", 128 if architecture == "Qwen3ForCausalLM" else max(hidden // heads, 1))
         if heads % kv_heads or head_dim % 2:
             raise CheckpointError(f"{heads} heads on {kv_heads} KV heads of size {head_dim} make no grouped attention")
-        theta, scaling = _rope(config)
+        max_position = _size(config, "max_position_embeddings", 2048 if llama else 32_768)
+        theta, scaling = _rope(config, max_position)
         return cls(
             vocab_size=_size(config, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_size(config, "intermediate_size"),
-            num_layers=_size(config, "num_hidden_layers"),
+            num_layers=_layers(config),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            max_position=_size(config, "max_position_embeddings"),
+            max_position=max_position,
             rope_theta=theta,
             rope_scaling=scaling,
             rms_eps=_number(config, "rms_norm_eps", 1e-6),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(config, "tie_word_embeddings"),
             qkv_bias=architecture == "Qwen2ForCausalLM",
             qk_norm=architecture == "Qwen3ForCausalLM",
         )
@@ -126,19 +129,54 @@ class ModelConfig:
         }
 
 
+def _architecture(config: Json) -> str:
+    """The class of the model, or that of its ``model_type`` where none is named."""
+    named, kind = config.get("architectures"), config.get("model_type")
+    if named is None and isinstance(kind, str):
+        named = [name for name in ARCHITECTURES if name.removesuffix("ForCausalLM").lower() == kind] or [kind]
+    architecture = named[0] if isinstance(named, list) and named else named
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"architecture {architecture!r} is not served; these are: {', '.join(ARCHITECTURES)}")
+    return str(architecture)
+
+
 def _refuse_unserved(config: Json, architecture: str) -> None:
-    served_fields: list[tuple[str, Any]] = [
-        ("quantization_config", None),
-        ("hidden_act", "silu"),
-        ("use_sliding_window", False),
-        ("mlp_bias", False),
+    served_fields: list[tuple[str, tuple[Any, ...]]] = [
+        ("quantization_config", (None,)),
+        ("hidden_act", ("silu", "swish")),
+        ("mlp_bias", (False, None)),
     ]
     if architecture != "Qwen2ForCausalLM":  # its query, key and value biases go without saying
-        served_fields.append(("attention_bias", False))
+        served_fields.append(("attention_bias", (False, None)))
     for field, served in served_fields:
-        value = config.get(field, served)
-        if value != served and value is not None:
-            raise CheckpointError(f"{field} = {value!r} is not served for {architecture}, only {served!r}")
+        value = config.get(field, served[0])
+        if value not in served:
+            raise CheckpointError(f"{field} = {value!r} is not served for {architecture}, only {served[0]!r}")
+    if _slides(config):
+        raise CheckpointError("layers with a sliding window (use_sliding_window, layer_types) are not served")
+
+
+def _slides(config: Json) -> bool:
+    """Whether any layer has a window that is narrower than the context, as Qwen's configurations say it."""
+    layers = _layers(config)
+    types = config.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers or not all(isinstance(name, str) for name in types):
+            raise CheckpointError(f"config.json: layer_types must name the type of each of the {layers} layers")
+        return any(name != "full_attention" for name in types)
+    if not _flag(config, "use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return False
+    full = config.get("max_window_layers", 28)
+    if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+        raise CheckpointError(f"config.json: max_window_layers is {full!r}; a number of layers is needed")
+    return full < layers and _size(config, "sliding_window", 4096) < _size(config, "max_position_embeddings", 32_768)
+
+
+def _layers(config: Json) -> int:
+    layers = _size(config, "num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers is {layers}; at most {MAX_LAYERS} are served")
+    return layers
 
 
 def _size(config: Json, field: str, default: int | None = None) -> int:
@@ -151,28 +189,41 @@ def _size(config: Json, field: str, default: int | None = None) -> int:
 
 def _number(config: Json, field: str, default: float | None = None) -> float:
     value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise CheckpointError(f"config.json: {field} is {value!r}; a positive number is needed")
     return float(value)
 
 
-def _rope(config: Json) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling: transformers 5 keeps both in ``rope_parameters``, 4 in two fields."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = _number(
-        {"rope_theta": config.get("rope_theta"), **rope} if isinstance(rope, dict) else config, "rope_theta"
-    )
+def _flag(config: Json, field: str) -> bool:
+    value = config.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {field} is {value!r}; true or false is needed")
+    return bool(value)
+
+
+def _rope(config: Json, max_position: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding; ``rope_scaling`` wins over ``rope_parameters``, as in transformers."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"config.json: rope parameters are {rope!r}; one object for all layers is served")
+    theta = _number({"rope_theta": config.get("rope_theta", 10_000.0), **rope}, "rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"rope_type {kind!r} is not served; 'default' and 'llama3' are")
+    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) not in (1.0, None):
+        raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served, only 1.0")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise CheckpointError(f"rope_type {kind!r} is not served; 'default' and 'llama3' are")
-    return theta, RopeScaling(
+    original = "original_max_position_embeddings"  # of all places, the outermost counts
+    scaling = RopeScaling(
         factor=_number(rope, "factor"),
         low_freq_factor=_number(rope, "low_freq_factor"),
         high_freq_factor=_number(rope, "high_freq_factor"),
-        original_max_position=_size(rope, "original_max_position_embeddings"),
+        original_max_position=_size(config if original in config else rope, original, max_position),
     )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise CheckpointError("config.json: high_freq_factor of the rope must be greater than low_freq_factor")
+    return theta, scaling
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -185,8 +236,9 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
         if missing is None:
             raise CheckpointError(f"{path} is missing; is this a Hugging Face checkpoint folder?")
         return missing
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -194,21 +246,22 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     return value
 
 
+def read_text(path: Path) -> str:
+    """A text file from a checkpoint folder, in UTF-8 whatever the locale.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def _llama(hidden: int, inner: int, layers: int, heads: int, head_dim: int, factor: float, tied: bool) -> ModelConfig:
     scaling = RopeScaling(factor, 1.0, 4.0, 8192)
     return ModelConfig(
-        128_256,
-        hidden,
-        inner,
-        layers,
-        heads,
-        8,
-        head_dim,
-        131_072,
-        500_000.0,
-        scaling,
-        1e-5,
-        tie_embeddings=tied,
+        *(128_256, hidden, inner, layers, heads, 8, head_dim, 131_072, 500_000.0, scaling, 1e-5), tie_embeddings=tied
     )
 
 

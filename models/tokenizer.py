@@ -1,32 +1,30 @@
-"""Text to tokens and back, and chats to text, from the files of a Hugging Face folder."""
+"""Text to tokens and back, and chats to tokens, from the files of a Hugging Face folder."""
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 from tokenizers.decoders import ByteLevel, DecodeStream
 
+from .chat import normalise_messages, plain
+from .chat_template import ChatTemplate, ChatTemplates
 from .config import CheckpointError, read_json
-
-Message = Mapping[str, Any]
+from .control_tokens import ControlTokens
+from .special_tokens import register_special_tokens
 
 
 class Tokenizer:
-    """Tokenizer, special tokens and chat template of one model.
+    """Tokenizer, special tokens and chat templates of one model.
 
     Args:
         tokenizer: of the ``tokenizers`` library.
-        bos_id: beginning-of-sequence token, if the model has one.
+        bos_id: the token that its post-processor puts before a text, if any.
         eos_ids: tokens that end a generation.
-        template: Jinja chat template, if the model has one.
+        template: Jinja chat template, if the model has one, or several by name.
         special: named special tokens as templates refer to them, such as ``{"eos_token": "<|im_end|>"}``.
     """
 
@@ -36,7 +34,7 @@ class Tokenizer:
         *,
         bos_id: int | None,
         eos_ids: frozenset[int],
-        template: str | None,
+        template: str | ChatTemplates | None,
         special: Mapping[str, str],
     ):
         self._tokenizer = tokenizer
@@ -45,11 +43,16 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self._special = dict(special)
         self._whole: dict[int, str | None] = {}
-        self._template = _compile(template) if template is not None else None
+        if template is None or isinstance(template, str):
+            template = ChatTemplates({} if template is None else {"default": template})
+        self._templates = template
+        self._control_tokens = functools.cache(self._find_control_tokens)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Read ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and the chat template.
+        """Read ``tokenizer.json``, the configurations beside it and the chat templates.
+
+        What training left in ``tokenizer.json`` (truncation, padding, dropout) is switched off.
 
         Raises:
             CheckpointError: there is no tokenizer, or a file is damaged.
@@ -57,31 +60,33 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer = _read_tokenizer(path)
         config = read_json(folder / "tokenizer_config.json", missing={})
-        special = {name: text for name in ("bos_token", "eos_token") if (text := _token_text(config.get(name)))}
-        generation = read_json(folder / "generation_config.json", missing={})
-        eos = _ids(generation.get("eos_token_id")) | _ids(
-            read_json(folder / "config.json", missing={}).get("eos_token_id")
-        )
-        if "eos_token" in special:
-            eos |= _ids(tokenizer.token_to_id(special["eos_token"]))
+        special = register_special_tokens(folder, tokenizer, config)
+        if not isinstance(split := config.get("split_special_tokens", False), bool):
+            raise CheckpointError(f"tokenizer_config.json: split_special_tokens is {split!r}; true or false is needed")
+        tokenizer.encode_special_tokens = split
+        encoding = tokenizer.encode("a")
         return cls(
             tokenizer,
-            bos_id=tokenizer.token_to_id(special["bos_token"]) if "bos_token" in special else None,
-            eos_ids=frozenset(eos),
-            template=_template_text(folder, config),
+            bos_id=encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None,
+            eos_ids=_eos_ids(folder, tokenizer, special.get("eos_token")),
+            template=ChatTemplates.from_folder(folder, config),
             special=special,
         )
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of ``text``. Special tokens written in it count as such, as in rendered chats."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
+        """Token ids of ``text``. Special tokens written in it count as such, as in rendered chats.
+
+        Args:
+            text: any.
+            add_bos: add what the model's tokenizer adds to plain text: a beginning-of-sequence token, or nothing. A text
+                that begins with that token stays as it is.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if add_bos and (self.bos_id is None or encoding.ids[:1] != [self.bos_id]):
+            encoding = self._tokenizer.post_process(encoding)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -95,30 +100,90 @@ class Tokenizer:
 
     def render(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
         *,
         add_generation_prompt: bool = True,
+        **template_arguments: Any,
     ) -> str:
         """The chat as the model was trained to read it.
 
         Args:
-            messages: OpenAI-shaped.
+            messages: OpenAI-shaped; see :func:`normalise_messages`.
             tools: OpenAI-shaped function schemas.
             add_generation_prompt: end with the beginning of the assistant's turn.
+            template_arguments: further variables of the template, such as ``enable_thinking``.
 
         Raises:
             CheckpointError: the model has no chat template.
+            TypeError: something is no message, or holds what has no JSON form.
             ValueError: the template refuses the messages or fails on them.
         """
-        if self._template is None:
-            raise CheckpointError("this model has no chat template (chat_template.jinja); give it plain text instead")
-        try:
-            return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._special
-            )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, OverflowError) as error:
-            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        template = self._templates.choose(tools)
+        fitted = template.fit(normalise_messages(messages))
+        return template.render(fitted, self._context(plain(tools), add_generation_prompt, plain(template_arguments)))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """Token ids of the rendered chat, in which only the template's own control tokens are such.
+
+        Those written in messages, tools and arguments are encoded as the text they are (see :mod:`.control_tokens`). A
+        chat without any is encoded as :meth:`encode` does what :meth:`render` returns.
+
+        Args and Raises: as :meth:`render`.
+        """
+        template = self._templates.choose(tools)
+        fitted = template.fit(normalise_messages(messages))
+        stand_ins, (hidden, hidden_tools, arguments) = self._control_tokens(template).hide(
+            fitted, plain(tools), plain(template_arguments)
+        )
+        rendered = template.render(hidden, self._context(hidden_tools, add_generation_prompt, arguments))
+        first, *rest = stand_ins.split(rendered)
+        ids = self.encode(first)
+        for i, piece in enumerate(rest):
+            ids += self._encode_within(piece, as_text=i % 2 == 0)
+        return ids
+
+    def _context(self, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        context = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return {**context, **self._special, **arguments}
+
+    def _find_control_tokens(self, template: ChatTemplate) -> ControlTokens:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        return ControlTokens(special, {token.content for token in added} - special, template)
+
+    @functools.cached_property
+    def _text_only(self) -> tokenizers.Tokenizer:
+        """The same without added tokens."""
+        tokenizer = tokenizers.Tokenizer(self._tokenizer.model)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        return tokenizer
+
+    def _encode_within(self, piece: str, *, as_text: bool) -> list[int]:
+        """Token ids of a piece that does not begin the text; ``as_text``: of a control token as the text it is."""
+        if not piece:
+            return []
+        tokenizer = self._text_only if as_text else self._tokenizer
+        ids = self._encode_after_newline(tokenizer, piece)
+        if as_text and self._tokenizer.token_to_id(piece) in ids:  # the vocabulary has it as a word, too
+            return [i for char in piece for i in self._encode_after_newline(tokenizer, char)]
+        return ids
+
+    def _encode_after_newline(self, tokenizer: tokenizers.Tokenizer, piece: str) -> list[int]:
+        """Token ids of ``piece`` without the space that some tokenizers put before a text."""
+        alone: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        newline = self._text_only.encode("\n").ids
+        if self._text_only.encode("\na").ids == newline + self._text_only.encode("a").ids:
+            return alone
+        after: list[int] = tokenizer.encode("\n" + piece, add_special_tokens=False).ids
+        return after[len(newline) :] if after[: len(newline)] == newline else alone
 
 
 class TextStream:
@@ -168,42 +233,26 @@ class TextStream:
         return text
 
 
-def _ids(value: Any) -> set[int]:
-    values = value if isinstance(value, list) else [value]
-    return {v for v in values if isinstance(v, int)}
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token of ``tokenizer_config.json``: plain text or a record with ``content``."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text()
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several named ones
-        value = next((entry["template"] for entry in value if entry.get("name") == "default"), None)
-    return value
-
-
-def _compile(text: str) -> jinja2.Template:
-    """A template in Jinja's sandbox, with the names that Hugging Face templates may use."""
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # Jinja's own escapes HTML
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(f"the chat template is damaged: {error}") from error
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> frozenset[int]:
+    """Ids in ``generation_config.json``, or else in ``config.json``, and that of the tokenizer's own token."""
+    for name in ("generation_config.json", "config.json"):
+        given = read_json(folder / name, missing={}).get("eos_token_id")
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise CheckpointError(f"{folder / name}: eos_token_id is {given!r}; a token id or a list of them is needed")
+        if ids:
+            break
+    own = None if eos_token is None else tokenizer.token_to_id(eos_token)
+    return frozenset(ids if own is None else [*ids, own])

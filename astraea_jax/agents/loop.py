@@ -116,7 +116,7 @@ async def run_program(
     calls_made = 0
     try:
         while True:
-            prompt = model.tokenizer.encode(model.tokenizer.render(conversation, schemas))
+            prompt = model.tokenizer.encode_chat(conversation, schemas)
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
             content, calls = parse(text, calls_made)

@@ -87,17 +87,38 @@ def folder(random_folder, tmp_path):
     return tmp_path
 
 
+def change(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 def test_end_tokens_come_from_every_file(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     assert Tokenizer.from_folder(folder).eos_ids == {3, 4, 257}
 
 
+BOS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [256], "tokens": ["<|im_start|>"]}},
+}
+
+
 def test_bos_is_added_once(folder):
-    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    change(folder / "tokenizer.json", post_processor=BOS)
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.encode("a", add_bos=True) == [tokenizer.bos_id, *tokenizer.encode("a")]
-    assert tokenizer.encode("<|im_start|>a", add_bos=True) == tokenizer.encode("<|im_start|>a")
+    assert tokenizer.bos_id == 256
+    assert tokenizer.encode("a", add_bos=True) == [256, 64]
+    assert tokenizer.encode("<|im_start|>a", add_bos=True) == [256, 64]
+    assert tokenizer.encode("a") == [64]
+
+
+@pytest.mark.parametrize("extra", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
+def test_a_bos_that_is_only_named_is_not_added(extra, folder):
+    """transformers 5 takes no notice of ``add_bos_token`` beside a tokenizer.json either."""
+    change(folder / "tokenizer_config.json", bos_token={"content": "<|im_start|>"}, **extra)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.bos_id, tokenizer.encode("a", add_bos=True)) == (None, [64])
 
 
 def test_absent_and_damaged_files(folder):
