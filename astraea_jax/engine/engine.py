@@ -48,6 +48,11 @@ MAX_SALT = 256
 """Characters of a cache salt."""
 
 
+def owned(owner: str, session: str | None) -> str | None:
+    """A session's name within those of its owner."""
+    return f"{owner}\0{session}" if owner and session is not None else session
+
+
 @dataclass
 class _Live:
     """What the loop keeps of a live request."""
@@ -88,6 +93,7 @@ class Engine:
         self.layout = Layout.plan(self.config, decoder.config, mesh)
         self.times = StepTimes()
         self.live = False
+        self._watchers: list[Callable[[], None]] = []
         c, layout = self.config, self.layout
         scheduler_config = SchedulerConfig(
             num_pages=layout.num_pages,
@@ -147,6 +153,7 @@ class Engine:
         self._refusing = None
         self.live = True
         self._thread.start()
+        self._tell_watchers()
 
     @property
     def executables(self) -> int:
@@ -163,6 +170,7 @@ class Engine:
         session: str | None = None,
         final: bool = False,
         salt: str = "",
+        owner: str = "",
     ) -> Generation:
         """Queue one request and return it as an async iterator; call it with an event loop running.
 
@@ -174,6 +182,7 @@ class Engine:
             final: the program ends with this request.
             salt: programs share the KV of equal beginnings of their prompts with those of equal salt only; tenants
                 that must not learn from each other's timing get one each.
+            owner: scopes the name of the session; sessions of one name and different owners are different programs.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
@@ -191,16 +200,27 @@ class Engine:
                 raise Overloaded(f"{self._admitted} requests are in progress; try again later")
             self._admitted += 1
             generation = Generation(lambda g: self._post(partial(self._cancel, g)))
-            self._post(partial(self._submit, generation, tuple(prompt), params, session, final, salted(salt)))
+            name = owned(owner, session)
+            self._post(partial(self._submit, generation, tuple(prompt), params, name, final, salted(salt)))
         return generation
 
-    def end_session(self, session: str) -> None:
+    def end_session(self, session: str, *, owner: str = "") -> None:
         """End a program that waits for a tool: its KV is dropped. Unknown sessions are ignored."""
-        self._post(partial(self._end_session, session))
+        self._post(partial(self._end_session, owned(owner, session) or session))
 
-    def tool_called(self, session: str, tool: str) -> None:
+    def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
         """Say which tool a waiting program waits for, so that the scheduler learns its times."""
-        self._post(lambda: self._scheduler.tool_called(session, tool, time.monotonic()))
+        name = owned(owner, session) or session
+        self._post(lambda: self._scheduler.tool_called(name, tool, time.monotonic()))
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call ``callback``, in any thread, after every change of :attr:`live`."""
+        self._watchers.append(callback)
+
+    @property
+    def replicas(self) -> tuple[Engine, ...]:
+        """The engines behind this face: itself."""
+        return (self,)
 
     def stats(self) -> SchedulerStats:
         """Counts of programs, requests and pages as of the last step."""
@@ -243,6 +263,10 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise RequestError(f"prompt holds a token id outside the vocabulary [0, {vocab})")
+
+    def _tell_watchers(self) -> None:
+        for callback in self._watchers:
+            callback()
 
     def _post(self, event: Callable[[], None]) -> None:
         self._events.append(event)
@@ -387,6 +411,7 @@ class Engine:
     def _fail_all(self, reason: str) -> None:
         """Sticky end: refuse from now on, and tell everybody who still waits."""
         self.live = False
+        self._tell_watchers()
         with self._lock:
             self._refusing = reason
         while self._events:  # submissions that raced with the end get their error below

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from astraea_jax.engine.config import EngineConfig
-from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.engine import Engine, owned
 from astraea_jax.engine.generation import Generation
 from astraea_jax.engine.loading import ModelOnDevices, load_model, random_model
 from astraea_jax.engine.sampling import SamplingParams
@@ -66,8 +66,10 @@ class Replicas:
         session: str | None = None,
         final: bool = False,
         salt: str = "",
+        owner: str = "",
     ) -> Generation:
         """As :meth:`Engine.generate`, on the copy that has the session's KV, or else on the least busy one."""
+        session = owned(owner, session)
         with self._lock:
             home = self._homes.get(session) if session is not None else None
             if home is None or not home.live:
@@ -77,19 +79,31 @@ class Replicas:
                 self._settle(session, home)
         return generation
 
-    def end_session(self, session: str) -> None:
+    def end_session(self, session: str, *, owner: str = "") -> None:
         """As :meth:`Engine.end_session`."""
+        session = owned(owner, session) or session
         with self._lock:
             home = self._forget(session)
         if home is not None:
             home.end_session(session)
 
-    def tool_called(self, session: str, tool: str) -> None:
+    def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
         """As :meth:`Engine.tool_called`."""
+        session = owned(owner, session) or session
         with self._lock:
             home = self._homes.get(session)
         if home is not None:
             home.tool_called(session, tool)
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """As :meth:`Engine.watch`, of every copy."""
+        for engine in self.engines:
+            engine.watch(callback)
+
+    @property
+    def replicas(self) -> tuple[Engine, ...]:
+        """The engines behind this face."""
+        return self.engines
 
     def stats(self) -> SchedulerStats:
         """Counts of all copies together."""
