@@ -15,5 +15,9 @@ class EngineDead(RuntimeError):
     """The engine does not serve: not started, shut down, or its loop has failed (the message says which)."""
 
 
+class StepFailed(RuntimeError):
+    """A step of the engine has failed, or gave no token; the engine goes on, and the request may be sent again."""
+
+
 class StartupError(RuntimeError):
     """The configuration cannot be served on this machine; the message says what would fit."""

@@ -93,8 +93,6 @@ class Admission:
     def _restorable(self, request: Request) -> bool:
         """Whether nothing that a request would reuse is still on its way."""
         program = request.program
-        if program.fetching is not None:
-            return False
         kept, held = -(-request.reusable // self._size), len(program.pages)
         return all(copy.ready for copy in program.copies if copy.end > held and copy.first < kept)
 

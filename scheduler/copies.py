@@ -88,9 +88,9 @@ class HostCopies:
         needs none, or else the one that is idle longest to come."""
         best, longest_s = None, self._idle_s(program, now)
         for other in islice(self._holders, CANDIDATES):
-            if other is program or other.fetching or not all(copy.ready for copy in other.copies):
+            if other is program or other.restoring or not all(copy.ready for copy in other.copies):
                 continue
-            if other.running or other.copies[-1].end <= len(other.pages):
+            if other.running is not None or other.copies[-1].end <= len(other.pages):
                 return other
             if (idle_s := self._idle_s(other, now)) > longest_s:
                 best, longest_s = other, idle_s

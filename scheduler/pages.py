@@ -125,6 +125,11 @@ class PagePool:
             del self._cached[page]
             self._free.append(page)
 
+    def withdraw_all(self) -> None:
+        """Let no page be found any more."""
+        for page in list(self._key_of):
+            self.withdraw(page)
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The pages of the first keys that are known; not yet shared."""
         found = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 
@@ -210,8 +210,10 @@ class Predictor:
         """Tokens per request."""
         self.service = Distribution()
         """Tokens computed per request, as each program's mean."""
-        self.tools: dict[str | None, Distribution] = {None: Distribution()}
-        """Seconds per tool wait, by tool; under None of all."""
+        self.tool_waits = Distribution()
+        """Seconds per tool wait, of all tools."""
+        self.tools: OrderedDict[str, Distribution] = OrderedDict()
+        """The same by tool: the ``WINDOW`` named last, since names come from clients. The oldest is first."""
         self.talk = Distribution()
         """Output tokens per request, as each program's mean so far."""
         self.turns = Distribution()
@@ -238,8 +240,8 @@ class Predictor:
 
     def tool_times(self, tool: str | None) -> Distribution:
         """Of that tool if enough is known about it, or of all."""
-        own = self.tools.get(tool)
-        return own if own is not None and len(own) >= ENOUGH else self.tools[None]
+        own = self.tools.get(tool) if tool is not None else None
+        return own if own is not None and len(own) >= ENOUGH else self.tool_waits
 
     def remaining_turns(self, program: Program) -> float:
         """Requests it will still run, the present or next one included."""
@@ -294,12 +296,13 @@ class Predictor:
 
     def returned(self, program: Program) -> None:
         """A tool wait has ended."""
-        self.tools[None].add(program.wait_s)
+        self.tool_waits.add(program.wait_s)
         if program.tool is not None:
-            if program.tool not in self.tools and len(self.tools) < WINDOW:  # names come from clients
-                self.tools[program.tool] = Distribution()
-            if program.tool in self.tools:
-                self.tools[program.tool].add(program.wait_s)
+            own = self.tools.pop(program.tool, None) or Distribution()
+            own.add(program.wait_s)
+            self.tools[program.tool] = own
+            if len(self.tools) > WINDOW:
+                self.tools.popitem(last=False)
 
     def forgotten(self, program: Program) -> None:
         """A program has ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,15 @@ class QueueFull(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """One agent's life, named by a session, and its history as policies see it."""
+    """One agent session, and its history as policies see it."""
 
-    id: str
+    number: int
+    """Order of opening. It names the program in logs, whatever its caller calls it."""
     arrival: float
+    key: Hashable | None = None
+    """What its caller finds it by; None: nobody finds it."""
+    owner: Hashable = ""
+    """Whose idle programs it is counted among when the table of programs is full."""
     salt: bytes | None = None
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
     turns: int = 0
@@ -61,12 +66,13 @@ class Program:
     copies: list[HostCopy] = field(default_factory=list)
     """Host copies of pages, by rising index and apart from each other. Every page of the tokens kept is on the device,
     in a copy, or both."""
-    fetching: Transfer | None = None
-    """A restore of its KV that is under way."""
-    running: bool = False
-    """One of its requests runs and owns the device pages."""
-    expected: float = -1.0
-    """Beginning of the last tool wait whose end was predicted, to bring KV back in time."""
+    running: Request | None = None
+    """The request of it that runs, and owns the device pages."""
+
+    @property
+    def restoring(self) -> bool:
+        """Whether its KV is on the way back from the host."""
+        return self.running is not None and self.running.loading is not None
 
 
 @dataclass(slots=True, eq=False, repr=False)  # an error message must not show anybody's prompt

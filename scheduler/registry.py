@@ -1,63 +1,126 @@
-"""Which programs there are, by name: those with a request, those in a tool wait, and how many have come and gone."""
+"""The table of live programs: found by key, with lifetime counters, and bounded fairly between owners."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterator
 
 from .program import Program, QueueFull, Rejected, Request
 
 
+class IdlePrograms:
+    """Programs in a tool wait; the longest idle, and that of the owner with the most of them, are found in O(1)."""
+
+    def __init__(self) -> None:
+        self._all: OrderedDict[Program, None] = OrderedDict()  # longest idle first
+        self._of: defaultdict[Hashable, OrderedDict[Program, None]] = defaultdict(OrderedDict)
+        self._owners: defaultdict[int, OrderedDict[Hashable, None]] = defaultdict(OrderedDict)  # by how many they hold
+        self._most = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __contains__(self, program: Program) -> bool:
+        return program in self._all
+
+    def __iter__(self) -> Iterator[Program]:
+        return iter(self._all)
+
+    def add(self, program: Program) -> None:
+        held = self._of[program.owner]
+        self._all[program] = held[program] = None
+        self._recount(program.owner, len(held) - 1, len(held))
+
+    def discard(self, program: Program) -> None:
+        if program in self._all:
+            held = self._of[program.owner]
+            del self._all[program], held[program]
+            self._recount(program.owner, len(held) + 1, len(held))
+
+    def longest(self) -> Program:
+        """The program that has been idle longest."""
+        return next(iter(self._all))
+
+    def of_largest_owner(self) -> Program:
+        """Of the owner with the most idle programs, the one that has been idle longest."""
+        return next(iter(self._of[next(iter(self._owners[self._most]))]))
+
+    def _recount(self, owner: Hashable, before: int, after: int) -> None:
+        """Move an owner whose number of idle programs has changed by one to its new place."""
+        if before:
+            del self._owners[before][owner]
+            if not self._owners[before]:
+                del self._owners[before]
+        if after:
+            self._owners[after][owner] = None
+        else:
+            del self._of[owner]
+        if after > self._most or self._most not in self._owners:  # a count of one less has an owner: this one
+            self._most = after
+
+    def check(self) -> None:
+        """Raise AssertionError unless the owners' counts add up (for tests; O(everything))."""
+        assert sorted(p.number for held in self._of.values() for p in held) == sorted(p.number for p in self._all)
+        counts = {owner: len(held) for owner, held in self._of.items()}
+        assert counts == {owner: count for count, owners in self._owners.items() for owner in owners}
+        assert self._most == max(counts.values(), default=0)
+
+
 class Registry:
-    """Programs conserve: created = live + finished + failed + expired.
+    """Live programs. They conserve: created = live + finished + failed + expired.
+
+    A program with a key is found by it until it ends. A program without one is in no name table, so no key that a
+    caller makes up can meet it.
 
     Args:
-        limit: programs remembered at once; the longest idle makes room.
+        limit: programs remembered at once. Beyond it an idle one makes room: of the owner who holds most idle programs
+            the one that has been idle longest, so whoever opens thousands of sessions loses only their own.
         forgotten: told of every program that ends.
     """
 
     def __init__(self, limit: int, forgotten: Callable[[Program], None]):
         self.live: dict[Program, Request] = {}
         """Programs with a request that waits or runs."""
-        self.idle: dict[Program, None] = {}
-        """Those in a tool wait, longest first."""
+        self.idle = IdlePrograms()
         self.created = self.finished = self.failed = self.expired = 0
         self.io_intensive = 0
         self._limit = limit
         self._forgotten = forgotten
-        self._by_name: dict[str, Program] = {}
+        self._by_key: dict[Hashable, Program] = {}
 
     def __len__(self) -> int:
-        return len(self._by_name)
+        return len(self.live) + len(self.idle)
 
-    def find(self, name: str) -> Program | None:
-        return self._by_name.get(name)
+    def find(self, key: Hashable) -> Program | None:
+        return self._by_key.get(key)
 
     def programs(self) -> list[Program]:
-        return list(self._by_name.values())
+        return [*self.live, *self.idle]
 
-    def open(self, name: str | None, salt: bytes | None, now: float) -> Program:
-        """The program of that name, or a new one.
+    def open(self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float) -> Program:
+        """The program of that key, or a new one, which must get a request before anything else happens.
 
         Raises:
             Rejected: it was begun with another salt.
             QueueFull: it has a request, or there are too many programs and all have one.
         """
-        found = self._by_name.get(name) if name is not None else None
+        found = self._by_key.get(key) if key is not None else None
         if found is not None:
             if found.salt != salt:
-                raise Rejected(f"session {name!r} was begun with another cache salt; end it first, or use its salt")
+                raise Rejected("this session was begun with another cache salt; end it first, or use its salt")
             if found in self.live:
-                raise QueueFull(f"session {name!r} has a request in progress; try again when it has ended")
+                raise QueueFull("this session has a request in progress; try again when it has ended")
             return found
-        if len(self._by_name) >= self._limit:
+        if len(self) >= self._limit:
             if not self.idle:
-                raise QueueFull(f"{len(self._by_name)} programs are live; try again later")
+                raise QueueFull(f"{len(self)} programs are live; try again later")
             self.expired += 1
-            self._forget(next(iter(self.idle)))
+            self._forget(self.idle.of_largest_owner())
         self.created += 1
         self.io_intensive += 1
-        program = Program(name if name is not None else f"#{self.created}", now, salt)
-        self._by_name[program.id] = program
+        program = Program(self.created, now, key=key, owner=owner, salt=salt)
+        if key is not None:
+            self._by_key[key] = program
         return program
 
     def finish(self, program: Program, *, failed: bool = False) -> None:
@@ -68,7 +131,7 @@ class Registry:
 
     def expire(self, before: float) -> None:
         """Forget programs whose tool wait began earlier."""
-        while self.idle and (program := next(iter(self.idle))).wait_began <= before:
+        while self.idle and (program := self.idle.longest()).wait_began <= before:
             self.expired += 1
             self._forget(program)
 
@@ -79,13 +142,17 @@ class Registry:
 
     def check(self) -> None:
         """Raise AssertionError unless programs conserve (for tests; O(everything))."""
+        programs = self.programs()
         gone = self.finished + self.failed + self.expired
-        assert self.created == len(self._by_name) + gone, "programs do not add up"
-        assert len(self._by_name) == len(self.live) + len(self.idle), "a program is neither live nor in a tool wait"
-        assert self.io_intensive == sum(p.io_intensive for p in self._by_name.values()), "classes do not add up"
+        assert self.created == len(programs) + gone, "programs do not add up"
+        assert len(set(programs)) == len(programs), "a program is both live and in a tool wait"
+        assert self._by_key == {p.key: p for p in programs if p.key is not None}, "keys and programs differ"
+        assert self.io_intensive == sum(p.io_intensive for p in programs), "classes do not add up"
+        self.idle.check()
 
     def _forget(self, program: Program) -> None:
-        self.idle.pop(program, None)
-        del self._by_name[program.id]
+        self.idle.discard(program)
+        if program.key is not None:
+            del self._by_key[program.key]
         self.io_intensive -= program.io_intensive
         self._forgotten(program)

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
 from .program import Program, Request
 from .retained import Retained
-from .returns import Returns
 from .strategies import DISCARD, KEEP, LAST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Pages copied together at least, if a program has so many and staging has room."""
-MARGIN = 0.05
-"""Share of the pool that must stay free when KV is brought back ahead of need."""
 
 
 class Residency:
@@ -54,24 +51,23 @@ class Residency:
         self.failed = 0
         """Transfers that went wrong."""
         self.decisions: Counter[str] = Counter()
-        """How often pages were kept, copied, dropped or brought back, each with its reason."""
+        """How often pages were kept, copied or dropped, each with its reason."""
         self.transfers: list[Transfer] = []
         """Begun since they were last taken."""
+        self._under_way: dict[Transfer, None] = {}
         self.copies = HostCopies(host, self._idle_s)
         self._size = page_size
         self._strategy = strategy
         self._lost = lost
         self._retained = Retained()
         self._spilling = False
-        self._fetches: dict[Transfer, None] = {}  # restores ahead of need that are under way
-        self._returns = Returns()
 
     # -- programs ----------------------------------------------------------------------------------------------
 
     def retain(self, program: Program, request: Request, pages: list[int], tokens: int) -> None:
         """Take over the KV of the first ``tokens`` tokens of a request that stops running, on ``pages``."""
         program.last, program.kept, program.pages = request, tokens, pages
-        program.running, program.fetching = False, None
+        program.running = None
         self._strategy.stopped(request)
         self.copies.use(program)
         self._retained.add(program)
@@ -110,7 +106,7 @@ class Residency:
         """
         program = request.program
         self.trim(program, request.reusable)
-        pages, program.pages, program.running = program.pages + found, [], True
+        pages, program.pages, program.running = program.pages + found, [], request
         self._retained.discard(program)
         kept = -(-program.kept // self._size)
         parts = parts_of(program, len(pages), kept)
@@ -141,58 +137,68 @@ class Residency:
 
     def restore(self, request: Request, pages: list[int], parts: list[Part], now: float) -> Transfer:
         """Bring host pages of a request that has been admitted back to ``pages``."""
-        transfer = Transfer(request.program, tuple(pages), tuple(parts), False, now, request)
-        request.program.fetching = transfer
-        self.transfers.append(transfer)
-        return transfer
+        return self._begin(Transfer(request.program, tuple(pages), tuple(parts), False, now, request))
+
+    def lose_device(self, programs: Iterable[Program]) -> None:
+        """Every device page is lost, while no request runs: of each program only what the host holds from its first
+        token on is kept."""
+        for transfer in list(self._under_way):
+            self.cancel(transfer)
+        for program in programs:
+            keep = 0
+            for copy in program.copies:
+                if copy.first > keep:
+                    break
+                keep = copy.end
+            self._release(program, 0)
+            self._cut_to(program, keep)
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
-    def ended(self, transfer: Transfer, now: float) -> None:
-        """A transfer has ended."""
-        program, request, count = transfer.program, transfer.request, len(transfer.pages)
-        if request is not None and request.loading is not transfer:
-            return  # it was cancelled on its way
-        self._strategy.predict.transfers.observe(count, now - transfer.began)
-        self.moved[not transfer.to_host] += count
-        if transfer.to_host:
-            self.copies.arrived(transfer)
-        elif request is None:
-            self._fetched(transfer, count)
-        else:
-            request.loading = program.fetching = None
-            self._cut_copies(program, request.reused // self._size)
+    def _begin(self, transfer: Transfer) -> Transfer:
+        self.transfers.append(transfer)
+        self._under_way[transfer] = None
+        return transfer
 
-    def broken(self, transfer: Transfer) -> None:
-        """A transfer has failed: what it was to bring is lost, and will be computed again."""
-        program, request = transfer.program, transfer.request
-        self.failed += 1
-        start = transfer.parts[0].copy.first + transfer.parts[0].offset
+    def cancel(self, transfer: Transfer) -> None:
+        """Give up a transfer under way, and what it was to copy to the host; its end will have no effect."""
+        del self._under_way[transfer]
+        transfer.cancelled = True
         if transfer.to_host:
             copy = self.copies.arrived(transfer)
             if not copy.dropped:
+                self.copies.remove(transfer.program, copy)
+
+    def ended(self, transfer: Transfer, now: float) -> None:
+        """A transfer has ended well; one that was cancelled on its way has no effect."""
+        if transfer.cancelled:
+            return
+        del self._under_way[transfer]
+        request, count = transfer.request, len(transfer.pages)
+        self._strategy.predict.transfers.observe(count, now - transfer.began)
+        self.moved[not transfer.to_host] += count
+        if request is None:
+            self.copies.arrived(transfer)
+        else:
+            request.loading = None
+            self._cut_copies(transfer.program, request.reused // self._size)
+
+    def broken(self, transfer: Transfer) -> None:
+        """A transfer has failed: what it was to bring is lost, and will be computed again."""
+        if transfer.cancelled:
+            return
+        del self._under_way[transfer]
+        program, request = transfer.program, transfer.request
+        self.failed += 1
+        if request is None:
+            copy = self.copies.arrived(transfer)
+            if not copy.dropped:
                 self._lose(program, copy)
-        elif request is None:
-            self._fetched(transfer, 0)
-            self._cut_to(program, start)
-        elif request.loading is transfer:
-            request.loading = program.fetching = None
+        else:
+            start = transfer.parts[0].copy.first + transfer.parts[0].offset
+            request.loading = None
             request.computed = request.reused = start * self._size
             self._cut_copies(program, start)
-
-    def _fetched(self, transfer: Transfer, count: int) -> None:
-        """End a restore ahead of need whose first ``count`` pages have arrived."""
-        program = transfer.program
-        del self._fetches[transfer]
-        self.pool.unpin(transfer.pages)
-        first = transfer.parts[0].copy.first + transfer.parts[0].offset
-        if program.fetching is not transfer or len(program.pages) != first:
-            count = 0
-        program.fetching = None
-        count = min(count, max(0, -(-program.kept // self._size) - first))
-        self.pool.release(transfer.pages[count:])
-        program.pages += transfer.pages[:count]
-        self._retained.add(program)
 
     @property
     def _at_once(self) -> int:
@@ -214,7 +220,7 @@ class Residency:
             return True
         order = self._strategy.order(self._retained.all, now)
         if order is None:
-            self._take_clean(need, now, spare)
+            self._take_clean(need, spare)
         for program in self._retained.oldest(clean=False, spare=spare) if order is None else list(order):
             if self.pool.free >= need:
                 return True
@@ -244,26 +250,7 @@ class Residency:
             if self._strategy.releases:
                 self._release(program, len(program.pages) - self._retained.clean.get(program, 0))
 
-    def prefetch(self, now: float) -> None:
-        """Bring back the KV of programs that are about to return, where memory is free for it."""
-        for program in self._returns.due(now):
-            held, kept = len(program.pages), -(-program.kept // self._size)
-            if held == kept or program.fetching or not all(copy.ready for copy in program.copies):
-                continue
-            count = kept - held
-            if self.pool.free - count < MARGIN * self.pool.size:
-                self._note(program, "leave", "no room to bring it back early", count)
-                continue
-            self._note(program, "bring back", "it returns soon", count)
-            parts = parts_of(program, held, kept)
-            self._retained.discard(program)
-            pages = self.pool.allocate(count)
-            self.pool.pin(pages)
-            program.fetching = Transfer(program, tuple(pages), tuple(parts), False, now)
-            self._fetches[program.fetching] = None
-            self.transfers.append(program.fetching)
-
-    def _take_clean(self, need: int, now: float, spare: Program | None) -> None:
+    def _take_clean(self, need: int, spare: Program | None) -> None:
         """Free pages that have a host copy."""
         for program in self._retained.oldest(clean=True, spare=spare):
             count = min(need - self.pool.free, self._retained.clean[program])
@@ -271,7 +258,6 @@ class Residency:
                 return
             self._note(program, "free", "it has a host copy", count)
             self._release(program, len(program.pages) - count)
-            self._expect(program, now)
 
     def _evict(self, program: Program, need: int, now: float, wait: bool) -> bool:
         """Take pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
@@ -279,7 +265,6 @@ class Residency:
             want, held = need - self.pool.free, len(program.pages)
             if clean := self._retained.clean.get(program, 0):
                 self._release(program, held - min(want, clean))
-                self._expect(program, now)
                 continue
             first, end = copyable(program, self.pool)
             if end < held or first == end:
@@ -315,7 +300,7 @@ class Residency:
         """Copy pages ``first … first + count - 1`` of a program to the host."""
         self._note(program, "copy", why, count)
         pages, part = tuple(program.pages[first : first + count]), self.copies.add(program, first, count)
-        self.transfers.append(Transfer(program, pages, (part,), True, now))
+        self._begin(Transfer(program, pages, (part,), True, now))
         self._retained.recount(program)
 
     def _cut_copies(self, program: Program, keep: int) -> None:
@@ -326,7 +311,7 @@ class Residency:
     def _lose(self, program: Program, copy: HostCopy) -> None:
         """A copy is gone; what only it held is lost."""
         self.copies.remove(program, copy)
-        if not program.running and copy.end > len(program.pages):
+        if program.running is None and copy.end > len(program.pages):
             self._cut_to(program, max(copy.first, len(program.pages)))
         elif program in self._retained.all:
             self._retained.dirty[program] = None
@@ -345,7 +330,7 @@ class Residency:
             if victim is None:
                 return
             copy = victim.copies[-1]
-            lost = 0 if victim.running else max(0, copy.end - max(copy.first, len(victim.pages)))
+            lost = 0 if victim.running is not None else max(0, copy.end - max(copy.first, len(victim.pages)))
             self._note(victim, "drop copy", "the host is full", copy.used)
             self.reclaimed += lost
             self._lose(victim, copy)
@@ -375,31 +360,19 @@ class Residency:
             self._retained.discard(program)
         self._retained.recount(program)
 
-    def _expect(self, program: Program, now: float) -> None:
-        """Plan to bring KV that only the host has back in time."""
-        if self._strategy.prefetches and program.expected != program.wait_began:
-            program.expected = program.wait_began
-            idle_s = self._strategy.predict.returns_in(program, now - program.wait_began)
-            due = now + idle_s - self._strategy.predict.transfers.seconds(-(-program.kept // self._size))
-            self._returns.expect(program, due)
-
     def _note(self, program: Program, action: str, why: str, pages: int) -> None:
         self.decisions[f"{action}: {why}"] += 1
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %d pages of %s: %s", action, pages, program.id, why)
+            log.debug("%s %d pages of program %d: %s", action, pages, program.number, why)
 
     # -- checks ------------------------------------------------------------------------------------------------
-
-    def pinning(self) -> list[tuple[int, ...]]:
-        """Pages that restores ahead of need will fill."""
-        return [transfer.pages for transfer in self._fetches]
 
     def check(self, programs: list[Program]) -> None:
         """Raise AssertionError unless the books balance (for tests; O(everything))."""
         self.copies.check(programs)
         self._retained.check(programs)
         for program in programs:
-            if program.running:
+            if program.running is not None:
                 assert not program.pages
                 continue
             held, kept = len(program.pages), -(-program.kept // self._size)

@@ -27,7 +27,7 @@ class Retained:
     def add(self, program: Program) -> None:
         """A program's pages may be taken; now it counts as used last."""
         self.discard(program)
-        if program.pages and program.fetching is None:
+        if program.pages:
             self.all[program] = self.dirty[program] = None
             self.recount(program)
 
@@ -75,6 +75,6 @@ class Retained:
         """Raise AssertionError unless every page that may be taken can be found (for tests; O(everything))."""
         for program in programs:
             listed = program in self.all or program in self.bound
-            assert listed == bool(program.pages and program.fetching is None), "pages that nobody could take"
+            assert listed == bool(program.pages), "pages that nobody could take"
         assert self.clean_pages == sum(self.clean.values())
         assert self.clean.keys() <= self.all.keys() >= self.dirty.keys()

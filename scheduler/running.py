@@ -175,4 +175,4 @@ class Running:
         assert self._changed.keys() <= set(self.requests)
         for request in self.requests:
             assert request.computed <= request.room == len(request.pages) * self._size, "computed tokens without a page"
-            assert request.program.running
+            assert request.program.running is request

@@ -11,7 +11,7 @@ away at once, because the device runs steps in the order of dispatch: a late wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from .admission import Admission
@@ -57,15 +57,27 @@ class Scheduler:
         max_tokens: int,
         stops: frozenset[int] = frozenset(),
         *,
-        program: str | None = None,
+        program: Hashable | None = None,
+        owner: Hashable = "",
         final: bool = False,
         salt: bytes | None = None,
         now: float,
     ) -> Request:
-        """Queue a request; of a named program the next one, which ends its tool wait.
+        """Queue a request; of a program that waits for its tool the next one, which ends the wait.
 
-        Its program shares the KV of full pages with every program of equal ``salt`` (:func:`~.prefix.salted`) whose
-        tokens begin alike; None: with nobody.
+        Args:
+            prompt: token ids.
+            max_tokens: tokens to sample at most.
+            stops: tokens that end the request.
+            program: key of its program, which is opened if there is none. A caller that serves several tenants puts
+                the tenant into the key, so that equal session names do not meet. None: a program of this request
+                alone, which no key finds.
+            owner: of a program that is opened. When the table of programs is full, whoever holds the most idle
+                programs loses one.
+            final: the program ends with this request.
+            salt: the program shares the KV of full pages with every program of equal salt (:func:`~.prefix.salted`)
+                whose tokens begin alike; None: with nobody.
+            now: seconds.
 
         Raises:
             Rejected: it can never run, or its program has another salt.
@@ -74,11 +86,11 @@ class Scheduler:
         self._check_size(len(prompt), max_tokens)
         if len(self._queue) >= self.config.max_waiting:
             raise QueueFull(f"{len(self._queue)} requests are waiting; try again later")
-        owner = self._programs.open(program, salt, now)
+        opened = self._programs.open(program, owner, salt, now)
         self._submitted += 1
         request = Request(
             number=self._submitted,
-            program=owner,
+            program=opened,
             prompt=prompt,
             max_tokens=max_tokens,
             stops=stops,
@@ -86,15 +98,15 @@ class Scheduler:
             submitted=now,
             page_size=self.config.page_size,
         )
-        if owner.last is not None:
-            self._programs.idle.pop(owner, None)
-            owner.wait_s = now - owner.wait_began
-            self._policy.predict.returned(owner)
-            request.matched = owner.last.shared_with(prompt)
-            request.keys = owner.last.keys[: request.matched // self.config.page_size]
-            self._residency.trim(owner, request.reusable)
+        if opened.last is not None:
+            self._programs.idle.discard(opened)
+            opened.wait_s = now - opened.wait_began
+            self._policy.predict.returned(opened)
+            request.matched = opened.last.shared_with(prompt)
+            request.keys = opened.last.keys[: request.matched // self.config.page_size]
+            self._residency.trim(opened, request.reusable)
         request.extend_keys()
-        self._programs.live[owner] = request
+        self._programs.live[opened] = request
         self._enqueue(request, now)
         return request
 
@@ -122,19 +134,19 @@ class Scheduler:
             self._programs.finish(program, failed=reason == "error")
         else:
             program.last = program.last or request
-            self._programs.idle[program] = None
+            self._programs.idle.add(program)
             self._residency.waits(program, now)
 
-    def tool_called(self, program: str, tool: str, now: float) -> None:
-        """Say which tool a program waits for. Unknown programs are ignored."""
+    def tool_called(self, program: Hashable, tool: str, now: float) -> None:
+        """Say which tool the program of a key waits for. Unknown keys are ignored."""
         found = self._programs.find(program)
         if found is not None and found in self._programs.idle:
             found.tool = tool
             self._policy.tool_called(found, found.wait_began)
             self._residency.waits(found, now)
 
-    def end_program(self, program: str, now: float) -> Request | None:
-        """End a program; returns the live request that was cancelled with it, if any. Unknown ones are ignored."""
+    def end_program(self, program: Hashable, now: float) -> Request | None:
+        """End the program of a key; returns the live request that was cancelled with it. Unknown keys are ignored."""
         found = self._programs.find(program)
         if found is None:
             return None
@@ -156,6 +168,23 @@ class Scheduler:
             self._residency.broken(transfer)
         else:
             self._residency.ended(transfer, now)
+
+    def lose_device(self, now: float) -> list[Request]:
+        """The device has lost every page, because a step failed and its arrays were made anew.
+
+        Running requests end with reason "error" and are returned. Waiting ones stay queued and compute again whatever
+        no host copy has kept from their first token on. Every page is free afterwards, and every transfer under way is
+        cancelled. Plans that have not been committed must not be: what they sampled is lost.
+        """
+        failed = list(self._running.requests)
+        for request in failed:
+            self.finish(request, "error", now)
+        for request in self._programs.live.values():  # preempted ones may miss a token that nobody will read
+            request.reached = request.known
+            request.matched = min(request.matched, request.known)
+        self._residency.lose_device(self._programs.programs())
+        self._pool.withdraw_all()
+        return failed
 
     def stats(self) -> SchedulerStats:
         counts, residency, programs = self._counts, self._residency, self._programs
@@ -185,7 +214,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        used = [s.pages for s in self._running.requests] + self._residency.pinning()
+        used = [s.pages for s in self._running.requests]
         self._pool.check(used + [p.pages for p in self._programs.programs()], used)
         self._residency.check(self._programs.programs())
         self._programs.check()
@@ -215,8 +244,6 @@ class Scheduler:
                 chosen[request] = min(request.wanted, budget)
                 budget -= chosen[request]
         self._residency.spill(now)
-        if not len(self._queue):
-            self._residency.prefetch(now)
         self._fresh += admitted
         if not chosen and not self._running.steady:
             return None
@@ -340,6 +367,7 @@ class Scheduler:
         keep = self._pages_for(request.computed)
         if request.loading is not None:  # what it waits for stays in host memory
             keep -= len(request.loading.pages)
+            self._residency.cancel(request.loading)
             request.loading = None
         else:
             request.extend_keys()

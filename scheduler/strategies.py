@@ -37,8 +37,6 @@ class Strategy:
     """Pages go to the host tier, if there is one, when they are needed; otherwise they are lost."""
     releases = False
     """What has been copied ahead of need leaves the device at once."""
-    prefetches = False
-    """KV is brought back before the predicted return of its program."""
 
     def __init__(self, predictor: Predictor):
         self.predict = predictor
@@ -109,7 +107,6 @@ class Adaptive(Strategy):
 
     ahead = (0.30, 0.35)
     hosts = True
-    prefetches = True
     LONG = 20.0
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
@@ -146,7 +143,7 @@ class MinWaste(Strategy):
             keep = (now - program.wait_began) * program.kept
             return keep - again_s * (program.kept + self.batch)
 
-        return sorted(programs, key=lambda p: (-excess(p), p.id))
+        return sorted(programs, key=lambda p: (-excess(p), p.number))
 
 
 class TimeToLive(Strategy):

@@ -49,7 +49,7 @@ class Part(NamedTuple):
     pages: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Transfer:
     """A copy between device and host, for whoever runs the plan; report its end to ``Scheduler.transferred``."""
 
@@ -61,9 +61,6 @@ class Transfer:
     to_host: bool
     began: float
     request: Request | None = None
-    """That waits for this restore; None: an offload, or a restore ahead of need."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a restore's pages are still its own to write."""
-        return self.program.fetching is self
+    """That waits for this restore; None: an offload."""
+    cancelled: bool = False
+    """Set by the scheduler: a restore must write its pages no more, and the end of the transfer has no effect."""

@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Floors
-from astraea_jax.scheduler.policies import ABLATION, POLICIES
+from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
 from astraea_jax.scheduler.simulation.costs import MACHINES, CostModel
 from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,
@@ -74,9 +74,10 @@ def policies() -> list[str]:
     names: list[str] = []
     for name in FLAGS.policies:
         names += list(POLICIES) if name == "all" else list(ABLATION) if name == "ablation" else [name]
+    known = SERVING if FLAGS.backend == "engine" else [*POLICIES, *ABLATION]
     for name in names:
-        if name not in POLICIES and name not in ABLATION:
-            raise app.UsageError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}")
+        if name not in known:
+            raise app.UsageError(f"--backend={FLAGS.backend} has no policy {name!r}; there are {', '.join(known)}")
     return names
 
 

@@ -24,7 +24,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from astraea_jax.engine.config import STAGING_PAGES
+from astraea_jax.engine.layout import STAGING_PAGES
 from astraea_jax.engine.runner import Runner
 from astraea_jax.engine.step import Sizes
 from astraea_jax.frontends.flags import engine_flags
@@ -140,10 +140,9 @@ class Bench:
         return took
 
     def transfers(self, pages: int) -> tuple[Transfer, Transfer]:
-        program, copy = Program("bench", 0.0), HostCopy(0, pages, pages)
+        program, copy = Program(0, 0.0), HostCopy(0, pages, pages)
         ids, parts = tuple(self.spare[:pages]), (Part(copy, 0, pages),)
-        program.fetching = Transfer(program, ids, parts, False, 0.0)
-        return Transfer(program, ids, parts, True, 0.0), program.fetching
+        return Transfer(program, ids, parts, True, 0.0), Transfer(program, ids, parts, False, 0.0)
 
     def plain(self, pages: int) -> tuple[float, float]:
         """Shortest times of ``device_put`` of as many bytes in one array, to pinned memory and back."""

@@ -97,7 +97,7 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
         times[event].append(1e6 * (time.perf_counter() - began))
 
     def wait(number: int, now: float) -> Program:
-        program = Program(f"p{number}", now, wait_began=now)
+        program = Program(number, now, wait_began=now)
         request = Request(number, program, range(128), 1, frozenset(), False, now, page_size=16)
         residency.retain(program, request, pool.allocate(8), 128)
         return program

@@ -33,6 +33,7 @@ from rich.console import Console
 from serving_load import Latencies, Load, Slo, offline, online
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
 from astraea_jax.frontends.progress import StartupDisplay
@@ -113,10 +114,9 @@ def start_engine(device_s: float) -> tuple[Engine, dict[str, float]]:
     config = options(max_queued=max(1024, FLAGS.prompts), compile_cache=FLAGS.compile_cache)
     with StartupDisplay() as display:
         began = time.perf_counter()
-        if FLAGS.random_weights:
-            engine = Engine.with_random_weights(FLAGS.model, config)
-        else:
-            engine = Engine.from_folder(FLAGS.model, config, progress=display.loading)
+        (engine,) = load_engine(
+            FLAGS.model, config, random_weights=FLAGS.random_weights, progress=display.loading
+        ).replicas
         loaded = time.perf_counter()
         engine.start(display.compiling)
         compile_s = time.perf_counter() - loaded

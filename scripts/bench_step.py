@@ -23,6 +23,7 @@ from absl import app, flags
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.runner import StepTimes
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
@@ -76,12 +77,9 @@ def engine_config() -> EngineConfig:
     return options(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), compile_cache=FLAGS.compile_cache)
 
 
-def load_engine(config: EngineConfig, display: StartupDisplay) -> Engine:
+def loaded_engine(config: EngineConfig, display: StartupDisplay) -> Engine:
     span = max(max(context_lengths()) + output_tokens(), FLAGS.prefill + 1)
-    if FLAGS.random_weights:
-        engine = Engine.with_random_weights(FLAGS.model, config)
-    else:
-        engine = Engine.from_folder(FLAGS.model, config, progress=display.loading)
+    (engine,) = load_engine(FLAGS.model, config, random_weights=FLAGS.random_weights, progress=display.loading).replicas
     if span > engine.model_config.max_position:
         raise app.UsageError(f"{span} tokens are needed, the model has {engine.model_config.max_position} positions")
     return engine
@@ -235,7 +233,7 @@ def main(_: list[str]) -> None:
         try:
             config = engine_config()
             floors = Floors.measure(config.weight_dtype())
-            engine = load_engine(config, display)
+            engine = loaded_engine(config, display)
         except (CheckpointError, StartupError) as error:
             raise SystemExit(f"cannot measure: {error}") from None
         began = time.perf_counter()

@@ -163,13 +163,19 @@ class ServingProcess:
 
 @pytest.fixture(scope="session")
 def serve(random_folder: Path) -> Callable[..., AbstractContextManager[ServingProcess]]:
-    """``with serve(*flags) as server:`` runs scripts/serve.py with the random model on a free port."""
+    """``with serve(*flags) as server:`` runs scripts/serve.py with the random model on a free port, after the
+    Python code ``before``."""
 
     @contextmanager
-    def start(*arguments: str) -> Iterator[ServingProcess]:
+    def start(*arguments: str, before: str = "") -> Iterator[ServingProcess]:
         names = ("max_seqs", "max_step_tokens", "page_size", "kv_bytes", "dtype")
         sizes = [f"--{name}={getattr(SMALL, name)}" for name in names]  # so that its steps have been compiled already
-        command = [*SERVE, f"--model={random_folder}", "--port=0", *sizes, *arguments]
+        program = (
+            SERVE
+            if not before
+            else [sys.executable, "-c", f"{before}\nimport runpy\nrunpy.run_path({SERVE[1]!r}, run_name='__main__')"]
+        )
+        command = [*program, f"--model={random_folder}", "--port=0", *sizes, *arguments]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert process.stderr is not None
         try:

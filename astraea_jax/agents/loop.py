@@ -17,8 +17,9 @@ from typing import Any
 from astraea_jax.agents.tool_calls import ToolCall, assistant_message, parse
 from astraea_jax.agents.tools import Tool, error_text
 from astraea_jax.engine.encoding import encode_prompt
+from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Usage
-from astraea_jax.engine.interface import MAX_NAME, Model
+from astraea_jax.engine.interface import Model
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.chat import normalise_messages
 

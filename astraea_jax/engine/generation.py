@@ -55,20 +55,36 @@ class Usage:
         )
 
 
+class Mailbox:
+    """The engine's end of a request: carries what it produces into the event loop of its caller.
+
+    It does not know its :class:`Generation`, so that one that nobody holds any more is noticed.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.items: asyncio.Queue[Delta | Exception] = asyncio.Queue()  # bounded by the request's max_tokens
+        self.usage: Usage | None = None
+        """Set before the last item is delivered."""
+
+
 class Generation:
     """A running request: an async iterator of :class:`Delta`, bound to the event loop it was made in.
 
-    Iterating raises what went wrong with this request: ``RequestError``, ``Overloaded`` or ``EngineDead``.
-    Its buffer is bounded by ``max_tokens``. Leaving the iteration early should be followed by :meth:`cancel`.
+    Iterating raises what went wrong with this request: ``RequestError``, ``Overloaded``, ``StepFailed`` or
+    ``EngineDead``. Whoever gives up, by :meth:`cancel`, by a cancelled task, or by holding it no longer (``break``),
+    frees what it holds within a step.
     """
 
-    def __init__(self, cancel: Callable[[Generation], None]):
-        self.loop = asyncio.get_running_loop()
-        self.usage: Usage | None = None
-        """Complete once the last Delta is out."""
+    def __init__(self, mailbox: Mailbox, cancel: Callable[[Mailbox], None]):
+        self._mailbox = mailbox
         self._cancel = cancel
-        self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self._ended = False
+        self._cancelled = self._ended = False
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the request took; complete once the last Delta is out."""
+        return self._mailbox.usage
 
     def __aiter__(self) -> Generation:
         return self
@@ -76,7 +92,14 @@ class Generation:
     async def __anext__(self) -> Delta:
         if self._ended:
             raise StopAsyncIteration
-        item = await self._items.get()
+        if asyncio.get_running_loop() is not self._mailbox.loop:
+            raise RuntimeError("a generation can be read only in the event loop in which generate() was called")
+        try:
+            item = await self._mailbox.items.get()
+        except BaseException:  # the caller's task was cancelled or closed
+            self.cancel()
+            self._ended = True
+            raise
         self._ended = isinstance(item, Exception) or item.finish_reason is not None
         if isinstance(item, Exception):
             raise item
@@ -88,11 +111,16 @@ class Generation:
 
     def cancel(self) -> None:
         """Stop it, from any thread; its pages are free within one step. Does nothing once it has ended."""
-        self._cancel(self)
+        if not (self._ended or self._cancelled):
+            self._cancelled = True
+            self._cancel(self._mailbox)
 
-    def put(self, item: Delta | Exception) -> None:
-        """Deliver; called in the generation's own event loop."""
-        self._items.put_nowait(item)
+    async def aclose(self) -> None:
+        """Cancel it, as :func:`contextlib.aclosing` does."""
+        self.cancel()
+
+    def __del__(self) -> None:
+        self.cancel()
 
 
 class Output:
@@ -138,23 +166,24 @@ class Outbox:
     """What the loop has for callers, handed over with one wake-up per event loop."""
 
     def __init__(self) -> None:
-        self._items: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Delta | Exception]]] = {}
+        self._items: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, Delta | Exception]]] = {}
 
-    def put(self, generation: Generation, item: Delta | Exception) -> None:
-        self._items.setdefault(generation.loop, []).append((generation, item))
+    def put(self, mailbox: Mailbox, item: Delta | Exception) -> None:
+        """Add what the next :meth:`deliver` hands over."""
+        self._items.setdefault(mailbox.loop, []).append((mailbox, item))
 
-    def deliver(self) -> list[Generation]:
-        """Hand everything over; returns the generations whose event loop is closed, so that nobody will read them."""
+    def deliver(self) -> list[Mailbox]:
+        """Hand everything over; returns the mailboxes whose event loop is closed, so that nobody will read them."""
         items, self._items = self._items, {}
         lost = []
         for loop, of_loop in items.items():
             try:
                 loop.call_soon_threadsafe(_put_all, of_loop)
             except RuntimeError:
-                lost += [generation for generation, _ in of_loop]
+                lost += [mailbox for mailbox, _ in of_loop]
         return lost
 
 
-def _put_all(items: list[tuple[Generation, Delta | Exception]]) -> None:
-    for generation, item in items:
-        generation.put(item)
+def _put_all(items: list[tuple[Mailbox, Delta | Exception]]) -> None:
+    for mailbox, item in items:
+        mailbox.items.put_nowait(item)

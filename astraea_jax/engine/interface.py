@@ -1,49 +1,83 @@
-"""Describes what callers need of "something that generates": an engine here, several, or one on a server."""
+"""Whatever generates text, as its users see it: an engine, several replicas of it, or the client of a server."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from astraea_jax.engine.generation import Delta, Usage
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.generation import Delta, Generation, Usage
+from astraea_jax.engine.layout import Layout
+from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import RequestError
+from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.tokenizer import Tokenizer
-
-MAX_NAME = 256
-"""Characters of the name of a session or a tool."""
+from astraea_jax.scheduler.config import SchedulerStats
 
 
 class Stream(Protocol):
-    """A running request, such as :class:`astraea_jax.engine.generation.Generation`."""
+    """A request that runs: an async iterator of deltas."""
 
     @property
-    def usage(self) -> Usage | None: ...
+    def usage(self) -> Usage | None:
+        """Known after the last delta; None before, and from a server that does not report it."""
+
     def __aiter__(self) -> AsyncIterator[Delta]: ...
-    def cancel(self) -> None: ...
+
+    def cancel(self) -> None:
+        """Stop it and free what it holds."""
 
 
 class Model(Protocol):
-    """What an agent needs of an engine."""
+    """What an agent needs; the methods are documented at :class:`~astraea_jax.engine.engine.Engine`."""
 
-    @property
-    def tokenizer(self) -> Tokenizer: ...
+    tokenizer: Tokenizer
+
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, *, session: str | None, final: bool
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+        final: bool = False,
+        salt: str = "",
     ) -> Stream: ...
     def tool_called(self, session: str, tool: str) -> None: ...
     def end_session(self, session: str) -> None: ...
 
 
-def check_name(what: str, name: object) -> None:
-    """Check that ``name`` can name ``what``, a session or a tool.
+class Serving(Protocol):
+    """What a front door needs: one engine or several replicas, documented at the same place."""
 
-    Raises:
-        RequestError: it is not text of 1 to ``MAX_NAME`` printable characters.
-    """
-    if not isinstance(name, str):
-        raise RequestError(f"the name of a {what} must be text, not {type(name).__name__}")
-    if not 1 <= len(name) <= MAX_NAME:
-        raise RequestError(f"the name of a {what} has {len(name)} characters; it must have 1 to {MAX_NAME}")
-    if not name.isprintable():
-        raise RequestError(f"the name of a {what} has characters that cannot be printed: {name[:60]!r}")
+    tokenizer: Tokenizer
+    config: EngineConfig
+    model_config: ModelConfig
+    layout: Layout
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def live(self) -> bool: ...
+    @property
+    def in_progress(self) -> int: ...
+    @property
+    def replicas(self) -> Sequence[Engine]: ...
+
+    def start(self, progress: Callable[[int, int], None] = ...) -> None: ...
+    def shutdown(self, grace_s: float = ...) -> int: ...
+    def watch(self, changed: Callable[[], object]) -> None: ...
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+        final: bool = False,
+        salt: str = "",
+        owner: str = "",
+    ) -> Generation: ...
+    def tool_called(self, session: str, tool: str, *, owner: str = "") -> None: ...
+    def end_session(self, session: str, *, owner: str = "") -> None: ...
+    def stats(self) -> SchedulerStats: ...
+    def counts(self) -> dict[str, int]: ...

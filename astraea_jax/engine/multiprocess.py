@@ -26,7 +26,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.loading import ModelOnDevices
 from astraea_jax.engine.runner import InFlight, Progress, Runner
 from astraea_jax.engine.step import Sizes, StepShape
@@ -192,6 +193,14 @@ class LeadingRunner(Runner):
     def _check(self) -> None:
         for line in self._lines:
             line.check()
+
+    def reset(self) -> None:
+        """Refuse: the followers may have got further than this process.
+
+        Raises:
+            EngineDead: always.
+        """
+        raise EngineDead("a step failed on one of several processes; start all of them again")
 
     def close(self) -> None:
         lines, self._lines = self._lines, ()

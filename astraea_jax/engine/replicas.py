@@ -1,9 +1,9 @@
-"""Several copies of a model in one process, in the place of one engine: data parallelism.
+"""Several replicas of a model in one process behind the face of one engine: data parallelism.
 
-Every copy is an :class:`Engine` with devices, KV and a thread of its own. A program stays with the copy that has its
-KV; a new one goes to the copy with the fewest requests in progress (join the shortest queue), and among equals to the
-one that has been given the fewest programs. When a copy dies, its programs go to the others, which compute their KV
-again, because every request comes with its whole prompt.
+Every replica is an :class:`Engine` with devices, KV and a thread of its own. A program stays with the replica that has
+its KV; a new one goes to the replica with the fewest requests in progress (join the shortest queue), and among equals
+to the one that has been given the fewest programs. When a replica dies, its programs go to the others, which compute
+their KV again, because every request comes with its whole prompt.
 """
 
 from __future__ import annotations
@@ -11,43 +11,66 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from astraea_jax.engine.config import EngineConfig
-from astraea_jax.engine.engine import Engine, owned
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.events import Key
 from astraea_jax.engine.generation import Generation
-from astraea_jax.engine.loading import ModelOnDevices, load_model, random_model
+from astraea_jax.engine.interface import Serving
+from astraea_jax.engine.lifecycle import State
+from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import EngineDead
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.scheduler.config import SchedulerStats
 
 
 class Replicas:
-    """Engines of one model and one configuration behind the face of one; see :class:`Engine`."""
+    """Engines of one model and one configuration; the methods are documented at :class:`Engine`."""
 
     def __init__(self, engines: Sequence[Engine]):
-        self.engines = tuple(engines)
-        first = self.engines[0]
+        self.replicas = tuple(engines)
+        first = self.replicas[0]
         self.config, self.model_config, self.tokenizer = first.config, first.model_config, first.tokenizer
         self.layout = first.layout
-        """Of one copy."""
+        """Of one replica."""
         self._lock = threading.Lock()
-        self._homes: OrderedDict[str, Engine] = OrderedDict()
-        """Session -> who has its KV, the longest idle first; as many as all engines together remember."""
-        self._given = Counter(dict.fromkeys(self.engines, 0))
+        self._homes: OrderedDict[Key, Engine] = OrderedDict()
+        """Session -> who has its KV, the longest idle first; as many as all replicas together remember."""
+        self._given = Counter(dict.fromkeys(self.replicas, 0))
         """Sessions in ``_homes``."""
 
     @property
     def live(self) -> bool:
-        """Whether any copy serves."""
-        return any(engine.live for engine in self.engines)
+        """Whether any replica accepts requests."""
+        return any(engine.live for engine in self.replicas)
+
+    @property
+    def state(self) -> State:
+        """SERVING if any replica serves, else that of the replica which is least far in its life."""
+        states = [engine.state for engine in self.replicas]
+        return State.SERVING if State.SERVING in states else min(states, key=list(State).index)
+
+    @property
+    def in_progress(self) -> int:
+        """Requests accepted and not yet ended, of all replicas."""
+        return sum(engine.in_progress for engine in self.replicas)
+
+    def watch(self, changed: Callable[[], object]) -> None:
+        """Call ``changed`` after every change of any replica's state."""
+        for engine in self.replicas:
+            engine.watch(changed)
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compile and start every copy at the same time; ``progress(done, total)`` counts steps of all of them."""
-        seen = dict.fromkeys(self.engines, (0, 0))
+        """Start every replica at the same time; if one fails, the others are shut down.
+
+        ``progress(done, total)`` counts executables of all of them.
+        """
+        seen = dict.fromkeys(self.replicas, (0, 0))
 
         def of_one(engine: Engine, done: int, total: int) -> None:
             with self._lock:
@@ -56,7 +79,20 @@ class Replicas:
                 if all(total for _, total in seen.values()):
                     progress(compiled, wanted)
 
-        self._on_each(lambda engine: engine.start(partial(of_one, engine)))
+        with ThreadPoolExecutor(len(self.replicas)) as pool:
+            starts = [pool.submit(engine.start, partial(of_one, engine)) for engine in self.replicas]
+            try:
+                for start in as_completed(starts):
+                    start.result()
+            except BaseException:
+                for engine in self.replicas:
+                    engine.shutdown(0)
+                raise
+
+    def shutdown(self, grace_s: float = 30.0) -> int:
+        """Shut down every replica at the same time; returns how many requests were cut off."""
+        with ThreadPoolExecutor(len(self.replicas)) as pool:
+            return sum(pool.map(lambda engine: engine.shutdown(grace_s), self.replicas))
 
     def generate(
         self,
@@ -68,100 +104,94 @@ class Replicas:
         salt: str = "",
         owner: str = "",
     ) -> Generation:
-        """As :meth:`Engine.generate`, on the copy that has the session's KV, or else on the least busy one."""
-        session = owned(owner, session)
+        """Queue one request on the replica that has the session's KV, or else on the least busy one."""
         with self._lock:
-            home = self._homes.get(session) if session is not None else None
-            if home is None or not home.live:
-                home = min(self.engines, key=lambda e: (not e.live, e.in_progress, self._given[e]))
-            generation = home.generate(prompt, params, session=session, final=final, salt=salt)
+            home = self._homes.get((owner, session)) if session is not None else None
+            while True:
+                if home is None or not home.live:
+                    home = min(self.replicas, key=lambda e: (not e.live, e.in_progress, self._given[e]))
+                try:
+                    generation = home.generate(prompt, params, session=session, final=final, salt=salt, owner=owner)
+                    break
+                except EngineDead:  # between the look at it and the call
+                    if not self.live:
+                        raise
             if session is not None:
-                self._settle(session, home)
+                self._settle((owner, session), home)
         return generation
 
     def end_session(self, session: str, *, owner: str = "") -> None:
-        """As :meth:`Engine.end_session`."""
-        session = owned(owner, session) or session
+        """End a program, on the replica that has it."""
         with self._lock:
-            home = self._forget(session)
+            home = self._forget((owner, session))
         if home is not None:
-            home.end_session(session)
+            home.end_session(session, owner=owner)
 
     def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
-        """As :meth:`Engine.tool_called`."""
-        session = owned(owner, session) or session
+        """Say which tool a program waits for, to the replica that has it."""
         with self._lock:
-            home = self._homes.get(session)
+            home = self._homes.get((owner, session))
         if home is not None:
-            home.tool_called(session, tool)
-
-    def watch(self, callback: Callable[[], None]) -> None:
-        """As :meth:`Engine.watch`, of every copy."""
-        for engine in self.engines:
-            engine.watch(callback)
-
-    @property
-    def replicas(self) -> tuple[Engine, ...]:
-        """The engines behind this face."""
-        return self.engines
+            home.tool_called(session, tool, owner=owner)
 
     def stats(self) -> SchedulerStats:
-        """Counts of all copies together."""
+        """Sums over all replicas."""
         fields: dict[str, int] = Counter()
         decisions: dict[str, int] = Counter()
-        for engine in self.engines:
+        for engine in self.replicas:
             of_one = asdict(engine.stats())
             decisions.update(of_one.pop("decisions"))
             fields.update(of_one)
         return SchedulerStats(**fields, decisions=dict(decisions))
 
     def counts(self) -> dict[str, int]:
-        """As :meth:`Engine.counts`, of all copies together."""
+        """Sums over all replicas."""
         counts: Counter[str] = Counter()
-        for engine in self.engines:
+        for engine in self.replicas:
             counts.update(engine.counts())
         return dict(counts)
 
-    def shutdown(self, grace_s: float = 30.0) -> None:
-        """As :meth:`Engine.shutdown`, of all copies at the same time."""
-        self._on_each(lambda engine: engine.shutdown(grace_s))
+    def check(self) -> None:
+        """Check every replica that serves."""
+        for engine in self.replicas:
+            if engine.live:
+                engine.check()
 
-    def _settle(self, session: str, home: Engine) -> None:
+    def _settle(self, session: Key, home: Engine) -> None:
         self._forget(session)
         self._homes[session] = home
         self._given[home] += 1
-        if len(self._homes) > self.config.max_programs * len(self.engines):
+        if len(self._homes) > self.config.max_programs * len(self.replicas):
             self._forget(next(iter(self._homes)))
 
-    def _forget(self, session: str) -> Engine | None:
+    def _forget(self, session: Key) -> Engine | None:
         home = self._homes.pop(session, None)
         if home is not None:
             self._given[home] -= 1
         return home
 
-    def _on_each(self, act: Callable[[Engine], None]) -> None:
-        with ThreadPoolExecutor(len(self.engines)) as pool:
-            for done in [pool.submit(act, engine) for engine in self.engines]:
-                done.result()
 
+def load_engine(
+    model: str | Path,
+    config: EngineConfig | None = None,
+    *,
+    random_weights: bool = False,
+    progress: Progress | None = None,
+) -> Serving:
+    """Load a model and make what serves it, without starting it.
 
-Serving = Engine | Replicas
-"""What front doors serve."""
+    Weights are read once and copied from the devices of the first replica to the others.
 
+    Args:
+        model: a checkpoint folder, the bundled ``"astraea-tiny"``, or with ``random_weights`` a published shape.
+        config: sizes and policy; with ``data_parallel`` above 1 there are several replicas.
+        random_weights: measure a shape without its weights; it speaks the tokens of astraea-tiny.
+        progress: of reading the weights.
 
-def from_folder(model: str | Path, config: EngineConfig | None = None, *, progress: Progress | None = None) -> Serving:
-    """Load a checkpoint folder, or the bundled ``"astraea-tiny"``, as often as the configuration says."""
+    Raises:
+        CheckpointError, StartupError: it cannot be served here; the message says why.
+    """
     config = config or EngineConfig()
-    return _copies(load_model(model, config, progress), config)
-
-
-def with_random_weights(shape: str, config: EngineConfig | None = None) -> Serving:
-    """As :meth:`Engine.with_random_weights`, as often as the configuration says."""
-    config = config or EngineConfig()
-    return _copies(random_model(shape, config), config)
-
-
-def _copies(model: ModelOnDevices, config: EngineConfig) -> Serving:
-    """One engine, or several: the weights are read once and copied from the devices of the first to the others."""
-    engines = [Engine(model.decoder, model.tokenizer, config, mesh) for mesh in model.meshes]
+    loaded = random_model(str(model), config) if random_weights else load_model(model, config, progress)
+    engines = [Engine(loaded.decoder, loaded.tokenizer, config, mesh) for mesh in loaded.meshes]
     return Replicas(engines) if len(engines) > 1 else engines[0]

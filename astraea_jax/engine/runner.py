@@ -87,9 +87,7 @@ class Runner:
     ):
         self._step = Step(decoder, backend, sizes, mesh or default_mesh())
         self._leaves = self._step.pack(decoder)
-        self._pages: PagedKV = make_pages(self._step.pages)
-        self._last = jnp.zeros(sizes.max_seqs, jnp.int32, device=self._step.whole)
-        self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.whole)
+        self._make_arrays(sizes.max_seqs)
         self.shapes = self._step.shapes
         """Of the steps."""
         self._compiled: dict[tuple[str, Any], Any] = {}
@@ -97,6 +95,22 @@ class Runner:
         self.block_sharding = block_sharding(self._pages[0])
         """Of a block of pages on the device."""
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
+
+    def _make_arrays(self, slots: int) -> None:
+        """Make what steps read and write: pages, the last token of each slot, and the page table."""
+        self._pages: PagedKV = make_pages(self._step.pages)
+        self._last = jnp.zeros(slots, jnp.int32, device=self._step.whole)
+        self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.whole)
+
+    def reset(self) -> None:
+        """Make the arrays anew after a step has raised, which may have used them up; all pages are empty then.
+
+        Raises:
+            Exception: the device cannot hold them any more.
+        """
+        del self._pages, self._last, self._table  # or else there would have to be room for both
+        self._make_arrays(len(self._sampling))
+        jax.block_until_ready((self._pages, self._last, self._table))
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and size of transfer, and run each once on scrap: nothing is left to set up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from astraea_jax.engine.generation import Delta, Usage
@@ -55,9 +56,11 @@ class PatientModel:
         *,
         session: str | None = None,
         final: bool = False,
+        salt: str = "",
     ) -> PatientStream:
-        """As :meth:`Model.generate`, but everything, errors included, comes while iterating."""
-        return PatientStream(lambda: self._model.generate(prompt, params, session=session, final=final), self._entry)
+        """Do as :meth:`Model.generate`, but raise every error while iterating."""
+        generate = partial(self._model.generate, prompt, params, session=session, final=final, salt=salt)
+        return PatientStream(generate, self._entry)
 
 
 class PatientStream:
@@ -90,8 +93,6 @@ class PatientStream:
             except Overloaded:  # too many programs: found out only after the queue
                 if begun:
                     raise
-            finally:
-                self._stream.cancel()  # if the caller has given up
             await asyncio.sleep(RETRY_S)
 
     async def _enter(self) -> Stream:

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from astraea_jax.agents.loop import ProgramResult, check_tools, run_program
 from astraea_jax.agents.tools import Tool
-from astraea_jax.engine import replicas
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.generation import Usage
+from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.feeding import PatientModel, map_in_order
 from astraea_jax.frontends.loop_thread import LoopThread
@@ -60,7 +60,7 @@ class LLM:
         progress: bool = False,
     ):
         with StartupDisplay(enabled=progress) as display:
-            self.engine = replicas.from_folder(model, config, progress=display.loading)
+            self.engine = load_engine(model, config, progress=display.loading)
             try:
                 self.engine.start(display.compiling)
                 self._thread = LoopThread("astraea-llm")

@@ -1,13 +1,15 @@
 """Serves a model over gRPC: JetStream's Orchestrator service, health and reflection.
 
-  python scripts/serve.py                                        astraea-tiny, the bundled model, on port 9000
-  python scripts/serve.py --model=/models/Qwen3-4B --port=9000   a Hugging Face or Orbax folder
-  python scripts/serve.py --model=llama-3.1-8b --random_weights  a published shape without weights, for benchmarks
-  python scripts/serve.py --model=/models/Qwen3-32B --tensor_parallel=4 --data_parallel=2   two copies on eight devices
+  astraea-jax serve                                   astraea-tiny, the bundled model, on port 9000
+  astraea-jax serve /models/Qwen3-4B --port=9000      a Hugging Face or Orbax folder
+  astraea-jax serve llama-3.1-8b --random_weights     a published shape without its weights, for benchmarks
+  astraea-jax serve /models/Qwen3-32B --tensor_parallel=4 --data_parallel=2     two replicas on eight devices
+
+(python scripts/serve.py does the same in a checkout, with --model=FOLDER.)
 
 Several processes serve one model together, each started with the same flags and its own --process:
 
-  python scripts/serve.py --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
+  astraea-jax serve --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
 
 Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
 its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
@@ -17,21 +19,23 @@ x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the se
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import gc
+import logging as python_logging
 import os
 import signal
 import sys
+import threading
 import time
 
 import jax
 from absl import app, flags, logging
 
-from astraea_jax.engine import multiprocess as hosts
-from astraea_jax.engine import replicas
+from astraea_jax.engine import multiprocess
 from astraea_jax.engine.compilation import default_cache, use_cache
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
-from astraea_jax.engine.replicas import Serving
+from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import EngineDead, StartupError
 from astraea_jax.frontends.flags import OPTIONS, engine_flags
 from astraea_jax.frontends.progress import StartupDisplay
@@ -79,10 +83,8 @@ def compile_cache() -> str | None:
     return default_cache()
 
 
-def load_engine(display: StartupDisplay) -> Serving:
-    if FLAGS.random_weights:
-        return replicas.with_random_weights(FLAGS.model, engine_config())
-    return replicas.from_folder(FLAGS.model, engine_config(), progress=display.loading)
+def loaded_engine(display: StartupDisplay) -> Serving:
+    return load_engine(FLAGS.model, engine_config(), random_weights=FLAGS.random_weights, progress=display.loading)
 
 
 def follow(display: StartupDisplay) -> None:
@@ -93,7 +95,7 @@ def follow(display: StartupDisplay) -> None:
         model = random_model(FLAGS.model, engine_config())
     else:
         model = load_model(FLAGS.model, engine_config(), display.loading)
-    hosts.follow(model, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
+    multiprocess.follow(model, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
 def say(line: str) -> None:
@@ -101,40 +103,64 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def stop_on_signals(engine: Serving, display: StartupDisplay) -> asyncio.Event:
-    """The event that the first signal sets; the second one, or one before the engine serves, ends the process."""
-    stop = asyncio.Event()
+class Shutdown:
+    """What signals do: the first one begins an orderly end, the second one, or one before the engine serves, ends the
+    process at once. Whatever hangs, the process has ended when its grace is over."""
 
-    def on_signal() -> None:
-        if stop.is_set() or not engine.live:
-            display.close()
-            say("stopped at once")
-            os._exit(1)
+    def __init__(self, engine: Serving, display: StartupDisplay):
+        self.begun = asyncio.Event()
+        self._engine, self._display = engine, display
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self.begun.is_set() or not self._engine.live:
+            self._end_now("stopped at once")
         say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; once more to stop at once")
-        stop.set()
+        self.begun.set()
+        timer = threading.Timer(FLAGS.grace_s, self._end_now, ["the grace is over and something hangs: stopped"])
+        timer.daemon = True
+        timer.start()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stop
+    def _end_now(self, why: str) -> None:
+        self._display.close()
+        say(f"{why}; requests in progress: {self._engine.in_progress}")
+        os._exit(1)
 
 
-async def serve(engine: Serving, display: StartupDisplay, began: float) -> None:
+async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
+    """Serve until a signal comes; returns how many requests the end has cut off.
+
+    Raises:
+        EngineDead: the engine has ended by itself.
+    """
     server = Server(engine, FLAGS.host, FLAGS.port)
     port = await server.start()  # before the compilation: a taken port shows at once, health says "not serving"
-    stop = stop_on_signals(engine, display)
+    shutdown = Shutdown(engine, display)
+    cut = 0
     try:
         await asyncio.to_thread(engine.start, display.compiling)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: collections while serving need not look through it
         display.close()
-        await server.report_state()
         announce(engine, port, began)
-        while not stop.is_set():
-            if not engine.live:
-                raise EngineDead("the engine has failed; its log is above")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), timeout=1.0)
+        await shutdown_or_death(shutdown, engine)
+        if not engine.live:
+            raise EngineDead("the engine has failed; its log is above")
     finally:
-        await server.stop(FLAGS.grace_s if engine.live else 0)
-        await asyncio.to_thread(engine.shutdown, 0)
+        requests_s = FLAGS.grace_s - min(2.0, FLAGS.grace_s / 2)  # what is left is for hanging up
+        cut = await server.stop(requests_s)
+        cut = max(cut, await asyncio.to_thread(engine.shutdown, 0))
+    return cut
+
+
+async def shutdown_or_death(shutdown: Shutdown, engine: Serving) -> None:
+    """Wait until a signal has come, or no replica serves any more."""
+    loop = asyncio.get_running_loop()
+    over = shutdown.begun
+    engine.watch(lambda: engine.live or loop.call_soon_threadsafe(over.set))
+    if engine.live:
+        await over.wait()
 
 
 def announce(engine: Serving, port: int, began: float) -> None:
@@ -154,26 +180,39 @@ def announce(engine: Serving, port: int, began: float) -> None:
 
 def fail(cause: str) -> None:
     say(f"cannot serve: {cause}")
-    if FLAGS.processes > 1:
-        os._exit(1)  # an orderly end would wait for the other processes
-    raise SystemExit(1)
+    end(1)
 
 
-def main(_: list[str]) -> None:
+def end(status: int) -> None:
+    """End the process without waiting for other processes, or for a device that hangs."""
+    python_logging.shutdown()
+    os._exit(status)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 2:
+        raise app.UsageError(f"one model is served, not {arguments[1:]}")
+    if arguments[1:]:
+        FLAGS.model = arguments[1]
     logging.use_absl_handler()
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
     try:
         if FLAGS.processes > 1:
-            hosts.join(FLAGS.coordinator or "", FLAGS.processes, FLAGS.process)
+            multiprocess.join(FLAGS.coordinator or "", FLAGS.processes, FLAGS.process)
         with StartupDisplay() as display:
             if FLAGS.process > 0:
                 follow(display)
                 return
-            engine = load_engine(display)
-            asyncio.run(serve(engine, display, began))
-    except (CheckpointError, EngineDead, StartupError, OSError) as error:
+            engine = loaded_engine(display)
+            if cut := asyncio.run(serve(engine, display, began)):
+                say(f"requests cut off: {cut}")
+                end(1)
+    except EngineDead as error:
+        say(f"cannot serve: {error}")
+        end(1)
+    except (CheckpointError, StartupError, OSError) as error:
         fail(str(error))
     except MemoryError:
         fail("out of memory; give a smaller --kv_bytes or --max_seqs")
@@ -185,4 +224,7 @@ def main(_: list[str]) -> None:
 
 def run() -> None:
     """Serve until a signal or a failure ends it."""
+    sys.modules["__main__"].__doc__ = __doc__  # absl prints it above the flags, and those of the program only
+    for flag in FLAGS.get_key_flags_for_module(__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main)

@@ -136,6 +136,12 @@ class HostStore:
         self._moving = still
         return ended
 
+    def abandon(self, dropped: Sequence[HostCopy]) -> None:
+        """Forget everything on its way, and these copies: the device's arrays are made anew."""
+        self._moving, self._staged = [], 0
+        for copy in dropped:
+            self._copies.pop(copy, None)
+
     def _offload(self, moving: _Moving) -> None:
         (part,) = moving.transfer.parts
         blocks = self._copies[part.copy] = []
@@ -166,7 +172,7 @@ class HostStore:
         back = not moving.transfer.to_host
         if moving.failed is None and time.monotonic() - moving.began > LIMIT_S:
             moving.failed = f"it took longer than {LIMIT_S:.0f} s"
-        if moving.failed is not None or (back and not moving.transfer.wanted):
+        if moving.failed is not None or moving.transfer.cancelled:
             return True
         try:
             while moving.arriving and moving.arriving[0][0].is_ready():  # type: ignore[attr-defined]

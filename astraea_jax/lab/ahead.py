@@ -22,7 +22,8 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from astraea_jax.engine.config import DEVICE_KV_SHARE, EngineConfig
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import DEVICE_KV_SHARE
 from astraea_jax.engine.step import Sizes, Step
 from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from astraea_jax.engine.config import EngineConfig, staging_pages
+from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.layout import staging_pages
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation.costs import CostModel

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.models.config import ModelConfig
 
 QUEUED = 4

@@ -74,14 +74,14 @@ class ThunderAgent(Policy):
 
     def _tick(self, now: float) -> None:
         used = self._used(now)
-        order = sorted(self._context, key=lambda p: (p not in self._acting, self._context[p], p.id))
+        order = sorted(self._context, key=lambda p: (p not in self._acting, self._context[p], p.number))
         for program in order:
             if used <= self._capacity:
                 break
             if program not in self._paused and (program in self._acting or program in self._waiting):
                 used -= self._weight(program, self._context[program], now)
                 self._pause(program, True)
-        for program in sorted(self._paused, key=lambda p: (p in self._acting, self._context[p], p.id)):
+        for program in sorted(self._paused, key=lambda p: (p in self._acting, self._context[p], p.number)):
             used += self._weight(program, self._context[program], now)
             if used > self._capacity and len(self._paused) < len(self._context):
                 break

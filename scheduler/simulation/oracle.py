@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from ..prediction import Predictor
 from ..program import Program, Request
@@ -14,31 +14,31 @@ class Oracle(Predictor):
     """Knows the programs of a trace, exactly or with noise; for studies only.
 
     Args:
-        truth: programs by name.
+        truth: programs, found by their names as keys.
         noise: relative standard deviation of every answer; each question about a request has one wrong answer.
         seed: of the noise.
     """
 
     def __init__(self, truth: Iterable[TraceProgram], noise: float = 0.0, seed: int = 0):
         super().__init__()
-        self._truth: Mapping[str, TraceProgram] = {p.id: p for p in truth}
+        self._truth: Mapping[Hashable, TraceProgram] = {p.id: p for p in truth}
         self._noise, self._seed = noise, seed
 
     def _wrong(self, program: Program, question: str) -> float:
         if self._noise == 0:
             return 1.0
-        rng = random.Random(f"{self._seed} {program.id} {program.turns} {question}")
+        rng = random.Random(f"{self._seed} {program.key} {program.turns} {question}")
         return max(0.05, 1.0 + self._noise * rng.gauss(0.0, 1.0))
 
     def _left(self, program: Program) -> tuple[TraceRequest, ...]:
-        return self._truth[program.id].requests[program.turns :]
+        return self._truth[program.key].requests[program.turns :]
 
     def output_tokens(self, request: Request) -> float:
         total = self._left(request.program)[0].output * self._wrong(request.program, "output")
         return max(1.0, total - len(request.output))
 
     def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
-        requests = self._truth[program.id].requests
+        requests = self._truth[program.key].requests
         at = program.turns - 1 if program.tool is not None else min(program.turns, len(requests) - 1)
         return max(0.0, requests[at].tool_s * self._wrong(program, "tool") - elapsed_s)
 

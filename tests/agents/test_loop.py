@@ -16,8 +16,8 @@ from support.engines import held, settled
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Delta, Usage
-from astraea_jax.engine.interface import MAX_NAME
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer

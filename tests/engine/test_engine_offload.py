@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.engines import settled
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
-from astraea_jax.engine.config import EngineConfig, Layout
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError, StartupError
 from astraea_jax.models.sharding import default_mesh
@@ -184,19 +184,6 @@ def test_a_soak_of_ten_thousand_programs_leaks_nothing(make_engine):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"host_kv_bytes": -1}, "host_kv_bytes is -1; it must be 0, for no host tier, or more"),
-        ({"residency": "belady"}, "residency 'belady' is unknown; choose one of adaptive"),
-        ({"page_size": 0}, "page_size is 0"),
-    ],
-)
-def test_host_settings_that_make_no_sense_are_refused(changes, words):
-    with pytest.raises(StartupError, match=words):
-        EngineConfig(**changes)
-
-
-@pytest.mark.parametrize(
     ("budget", "words"),
     [(2**60, "exceeds the [0-9]+ bytes of this machine's memory"), (100, "holds no page of 2048 bytes")],
 )
@@ -212,7 +199,7 @@ def test_without_a_budget_there_is_no_host_tier_on_a_cpu(engine):
 
 
 def test_a_backend_that_cannot_pin_memory_says_so(engine, monkeypatch, caplog):
-    monkeypatch.setattr("astraea_jax.engine.config.has_pinned_host", lambda: False)
+    monkeypatch.setattr("astraea_jax.engine.layout.has_pinned_host", lambda: False)
     with pytest.raises(StartupError, match="cannot pin host memory; start with host_kv_bytes 0"):
         Layout.plan(dataclasses.replace(SMALL, host_kv_bytes=2**20), engine.model_config, default_mesh())
     monkeypatch.setattr("jax.default_backend", lambda: "other")

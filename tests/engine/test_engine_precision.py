@@ -15,7 +15,8 @@ from support.engines import settled
 from support.sizes import NARROW, PAGE_BYTES
 
 from astraea_jax.engine import config as config_module
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.models.checkpoint import load_hf
@@ -88,15 +89,6 @@ def test_pages_of_a_byte_are_so_in_memory_and_in_the_sums(make_engine):
     wide = make_engine(NARROW)
     assert engine.layout.num_pages == wide.layout.num_pages
     assert sum(x.nbytes for x in wide._runner._pages) == 4 * pages
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [({"quantize": "int4"}, "quantize 'int4' is not served; choose one of int8, fp8"), ({"kv_dtype": "int8"}, "fp8")],
-)
-def test_what_is_not_served_is_refused(wrong, words):
-    with pytest.raises(StartupError, match=words):
-        EngineConfig(**wrong)
 
 
 def test_a_device_without_such_numbers_is_named(engine, monkeypatch):

@@ -13,7 +13,7 @@ from support.wide import PAGE_BYTES, PROMPTS, TIGHT, WIDE, run_programs, tokens,
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.replicas import from_folder
+from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.models.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def test_draws_are_those_of_one_device(shared, wide_engine):
 )
 def test_what_cannot_be_shared_is_told_at_once(parallel, said, random_folder):
     with pytest.raises(StartupError, match=said):
-        from_folder(random_folder, dataclasses.replace(SMALL, **parallel))
+        load_engine(random_folder, dataclasses.replace(SMALL, **parallel))
 
 
 def test_an_engine_is_one_copy(random_folder):

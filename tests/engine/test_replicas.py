@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
+from support.engines import break_loop
 from support.wide import PROMPTS, TIGHT, run_programs, tokens
 
-from astraea_jax.engine.replicas import Replicas, from_folder
+from astraea_jax.engine.replicas import Replicas, load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, RequestError
 
@@ -23,7 +24,7 @@ PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 @pytest.fixture
 def replicas(wide_folder) -> Iterator[Replicas]:
     """Two copies of the model, each with forty pages."""
-    made = from_folder(wide_folder, dataclasses.replace(TIGHT, data_parallel=2))
+    made = load_engine(wide_folder, dataclasses.replace(TIGHT, data_parallel=2))
     assert isinstance(made, Replicas)
     seen = []
     made.start(lambda done, total: seen.append((done, total)))
@@ -36,10 +37,10 @@ def replicas(wide_folder) -> Iterator[Replicas]:
 @pytest.mark.serves("reference", "tested", "copies of the model")
 def test_two_copies_say_what_one_says(replicas, wide_engine):
     """Each under pressure; and together they count what they did."""
-    devices = [{d for page in e._runner._pages for d in page.sharding.device_set} for e in replicas.engines]
+    devices = [{d for page in e._runner._pages for d in page.sharding.device_set} for e in replicas.replicas]
     assert devices == [{jax.devices()[0]}, {jax.devices()[1]}]
     assert run_programs(replicas) == run_programs(wide_engine, alone=True)
-    each = [engine.stats() for engine in replicas.engines]
+    each = [engine.stats() for engine in replicas.replicas]
     assert min(one.computed_tokens for one in each) > 0, "both were meant to work"
     assert sum(one.preemptions + one.reclaimed_pages for one in each) > 0, "the pools were meant to be small"
     stats, counts = replicas.stats(), replicas.counts()
@@ -52,15 +53,15 @@ def test_programs_spread_and_stay(replicas):
     async def work() -> None:
         for i in range(6):  # nobody is busy: the one with fewer programs gets the next
             await tokens(replicas.generate(PROMPTS[i][:20], PARAMS, session=f"s{i}"))
-        assert [engine.stats().programs for engine in replicas.engines] == [3, 3]
+        assert [engine.stats().programs for engine in replicas.replicas] == [3, 3]
         for i in reversed(range(6)):
             replicas.tool_called(f"s{i}", "search")
             again = replicas.generate([*PROMPTS[i][:20], 5, 6], PARAMS, session=f"s{i}")
             await tokens(again)
             assert again.usage.cached_tokens > 0, "its KV is where it went"
-        assert [engine.stats().created for engine in replicas.engines] == [3, 3]
+        assert [engine.stats().created for engine in replicas.replicas] == [3, 3]
         busy = [replicas.generate(PROMPTS[0], PARAMS) for _ in range(4)]  # programs of one request
-        assert sorted(engine.in_progress for engine in replicas.engines) == [2, 2]
+        assert sorted(engine.in_progress for engine in replicas.replicas) == [2, 2]
         for generation in busy:
             await tokens(generation)
         with pytest.raises(RequestError):
@@ -85,7 +86,7 @@ def test_a_compilation_elsewhere_is_no_fault(replicas):
         other.start()
         other.join()
         assert len(await tokens(running)) == 39
-        assert all(engine.live for engine in replicas.engines)
+        assert all(engine.live for engine in replicas.replicas)
 
     asyncio.run(work())
 
@@ -93,9 +94,9 @@ def test_a_compilation_elsewhere_is_no_fault(replicas):
 def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
     async def work() -> None:
         first = await tokens(replicas.generate(PROMPTS[0], PARAMS, session="s"))
-        home = replicas._homes["s"]
+        home = replicas._homes["", "s"]
         lost = replicas.generate(PROMPTS[0] + first, PARAMS, session="s")
-        home._post(lambda: 1 / 0)
+        break_loop(home, ZeroDivisionError())
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
             await tokens(lost)
         assert replicas.live
@@ -113,5 +114,5 @@ def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
 
 def test_they_share_the_memory_of_the_host(wide_folder):
     config = dataclasses.replace(TIGHT, data_parallel=2, host_kv_bytes=20 * 4096)
-    made = from_folder(wide_folder, config)
-    assert [engine.layout.host.pages for engine in made.engines] == [10, 10]
+    made = load_engine(wide_folder, config)
+    assert [engine.layout.host.pages for engine in made.replicas] == [10, 10]

@@ -11,9 +11,9 @@ from astraea_jax.frontends.flags import MODEL, OPTIONS
 
 
 def test_every_field_that_an_operator_chooses_is_a_flag():
-    """The rest is for whoever embeds an engine; the compile cache has a default of serve.py's own."""
+    """The compile cache has a default of serve.py's own."""
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    assert fields - {*OPTIONS} == {"compile_cache", "max_programs", "session_ttl_s"}
+    assert fields - {*OPTIONS} == {"compile_cache"}
     assert {*MODEL} <= {*OPTIONS} <= fields
 
 

@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -53,6 +54,68 @@ def test_a_second_signal_stops_at_once(serve):
         assert server.process.wait(300) == 1
 
 
+HANGS = """
+import time
+from astraea_jax.engine.runner import Runner
+read, seen = Runner.read, []
+def hang(self, step):
+    seen.append(step)
+    time.sleep(0 if len(seen) < 5 else 1000)
+    return read(self, step)
+Runner.read = hang
+"""
+"""The fifth step never ends."""
+
+
+SLOW = HANGS.replace("0 if len(seen) < 5 else 1000", "0.05")
+"""Two hundred tokens take ten seconds."""
+
+
+async def outcome(server, tokenizer) -> Exception | None:
+    """What a request for many tokens ends with."""
+    async with Client(server.address, tokenizer) as client:
+        try:
+            async for _ in client.generate([1, 2, 3], LONG):
+                pass
+        except Exception as error:
+            return error
+    return None
+
+
+def test_a_step_that_hangs_ends_the_process(serve, random_folder):
+    with serve("--step_timeout_s=1", before=HANGS) as server:
+        error = asyncio.run(outcome(server, Tokenizer.from_folder(random_folder)))
+        assert isinstance(error, EngineDead)
+        assert "step_timeout_s" in str(error)
+        assert server.process.wait(60) == 1
+        said = server.process.stderr.read()
+    assert "in hang" in said, "the stack of the thread that hangs"
+    assert "cannot serve: the engine has failed" in said
+
+
+@pytest.mark.parametrize("before", ["", HANGS], ids=["busy", "hung"])
+def test_sigterm_ends_the_process_within_its_grace_and_tells_what_it_cut(before, serve, random_folder):
+    async def work() -> Exception | None:
+        async with Client(server.address, tokenizer) as client:
+            stream = aiter(client.generate([1, 2, 3], LONG))
+            await anext(stream)
+            server.process.send_signal(signal.SIGTERM)
+            try:
+                async for _ in stream:
+                    pass
+            except Exception as error:
+                return error
+            return None
+
+    tokenizer = Tokenizer.from_folder(random_folder)
+    with serve("--grace_s=0.2" if not before else "--grace_s=2", before=before or SLOW) as server:
+        error = asyncio.run(work())
+        assert server.process.wait(60) == 1
+        said = server.process.stderr.read()
+    assert error is None or isinstance(error, EngineDead)
+    assert "requests cut off: 1" in said or "requests in progress: 1" in said
+
+
 def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = serve_fails(f"--model={random_folder}", f"--port={taken.getsockname()[1]}")
@@ -77,6 +140,7 @@ def test_a_default_cache_that_cannot_be_used_is_done_without(serve_fails, monkey
         (["--model=/no/such/folder"], "'/no/such/folder' is neither a folder"),
         (["--model=no-such-shape", "--random_weights"], "llama-3.1-8b"),
         (["--compile_cache=/dev/null"], "the compile cache /dev/null cannot be used"),
+        (["--session_ttl_s=nan"], "session_ttl_s is nan; it must be a finite number of seconds above 0"),
         (["--max_seqs=64", "--max_step_tokens=8"], "max_step_tokens 8 is below max_seqs 64"),
     ],
 )

@@ -53,8 +53,7 @@ def offload(program: Program, pages) -> Transfer:
 
 
 def restore(program: Program, pages, parts) -> Transfer:
-    program.fetching = Transfer(program, tuple(pages), tuple(parts), False, 0.0)
-    return program.fetching
+    return Transfer(program, tuple(pages), tuple(parts), False, 0.0)
 
 
 def finish(store: HostStore) -> list[tuple[Transfer, bool]]:
@@ -76,7 +75,7 @@ def test_blocks_are_powers_of_two():
 @given(st.data())
 def test_restored_bytes_are_the_offloaded_bytes(data):
     """Any pages, any part of several copies, to any other pages, through any staging."""
-    pools, program = Pools(), Program("p", 0.0)
+    pools, program = Pools(), Program(1, 0.0)
     store = store_of(pools, staging=data.draw(st.sampled_from([1, 4, 16])))
     order = data.draw(st.permutations(range(1, PAGES)))
     first = data.draw(st.integers(1, 20))
@@ -90,8 +89,9 @@ def test_restored_bytes_are_the_offloaded_bytes(data):
     high = data.draw(st.integers(1, 7))
     parts = [Part(outs[0].parts[0].copy, low, first - low), Part(outs[1].parts[0].copy, 0, high)]
     to = order[30 : 30 + first - low + high]
-    store.start([restore(program, to, parts)], [])
-    assert finish(store) == [(program.fetching, False)]
+    back = restore(program, to, parts)
+    store.start([back], [])
+    assert finish(store) == [(back, False)]
     np.testing.assert_array_equal(pools.content(to), expected[low : first + high])
     untouched = [page for page in range(PAGES) if page not in to]
     assert np.isnan(pools.content(untouched)).all()
@@ -101,7 +101,7 @@ def test_restored_bytes_are_the_offloaded_bytes(data):
 
 def test_the_comparison_of_bytes_can_fail():
     """A canary: one wrong bit on the host shows."""
-    pools, program = Pools(), Program("p", 0.0)
+    pools, program = Pools(), Program(1, 0.0)
     store = store_of(pools)
     out = offload(program, [3, 4])
     expected = pools.content([3, 4])
@@ -118,7 +118,7 @@ def test_the_comparison_of_bytes_can_fail():
 
 
 def test_a_copy_that_cannot_be_made_fails_alone():
-    pools, program = Pools(), Program("p", 0.0)
+    pools, program = Pools(), Program(1, 0.0)
     calls = []
 
     def put(block, sharding):
@@ -148,7 +148,7 @@ def test_a_copy_that_fails_on_its_way_is_told():
             raise RuntimeError("DATA_LOSS")
 
     store = store_of(Pools(), put=lambda block, _: Broken(block))
-    store.start([offload(Program("p", 0.0), [1, 2])], [])
+    store.start([offload(Program(1, 0.0), [1, 2])], [])
     assert [failed for _, failed in finish(store)] == [True]
 
 
@@ -161,29 +161,31 @@ def test_a_transfer_that_never_ends_is_given_up(monkeypatch):
             return False
 
     store = store_of(Pools(), put=lambda *_: Late())
-    store.start([offload(Program("p", 0.0), [1])], [])
+    store.start([offload(Program(1, 0.0), [1])], [])
     assert store.poll() == []
     monkeypatch.setattr("astraea_jax.kv_cache.offload.LIMIT_S", 0.0)
     assert [failed for _, failed in store.poll()] == [True]
 
 
 def test_a_lost_copy_fails_the_restore():
-    program = Program("p", 0.0)
+    program = Program(1, 0.0)
     store = store_of(Pools())
-    store.start([restore(program, [1], [Part(HostCopy(0, 1, 1), 0, 1)])], [])
-    assert finish(store) == [(program.fetching, True)]
+    back = restore(program, [1], [Part(HostCopy(0, 1, 1), 0, 1)])
+    store.start([back], [])
+    assert finish(store) == [(back, True)]
 
 
 def test_what_nobody_wants_any_more_is_not_written():
-    pools, program = Pools(), Program("p", 0.0)
+    pools, program = Pools(), Program(1, 0.0)
     store = store_of(pools)
     out = offload(program, [1, 2])
     store.start([out], [])
     finish(store)
     before = pools.content(range(PAGES))
-    store.start([restore(program, [5, 6], out.parts)], [])
-    program.fetching = None  # cancelled: the pages are somebody else's by now
-    finish(store)
+    back = restore(program, [5, 6], out.parts)
+    store.start([back], [])
+    back.cancelled = True  # the pages are somebody else's by now
+    assert finish(store) == [(back, False)]
     np.testing.assert_array_equal(pools.content(range(PAGES)), before)
 
 
@@ -193,10 +195,10 @@ def test_pages_sharded_by_heads_keep_their_shards():
         import jax, jax.numpy as jnp, numpy as np, sys
         from jax.sharding import NamedSharding, PartitionSpec as P
         from astraea_jax.kv_cache.offload import block_sharding
-        sys.path.insert(0, "tests/cache")
+        sys.path.insert(0, "tests/kv_cache")
         import test_offload as t
         mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-        pools, program = t.Pools(), t.Program("p", 0.0)
+        pools, program = t.Pools(), t.Program(1, 0.0)
         wide = jnp.concatenate([layer for layer in pools.pages for _ in range(2)], axis=2)  # eight heads
         sharding = NamedSharding(mesh, P(None, None, "model"))
         pools.pages = tuple(jax.device_put(wide + i, sharding) for i in range(2))
@@ -209,8 +211,9 @@ def test_pages_sharded_by_heads_keep_their_shards():
         assert {b.sharding.memory_kind for b in blocks} == {"pinned_host"}
         assert {len(b.sharding.device_set) for b in blocks} == {8}
         assert {b.addressable_shards[0].data.shape[3] for b in blocks} == {1}
-        store.start([t.restore(program, [7, 8, 9], out.parts)], [])
-        assert t.finish(store) == [(program.fetching, False)]
+        back = t.restore(program, [7, 8, 9], out.parts)
+        store.start([back], [])
+        assert t.finish(store) == [(back, False)]
         assert pools.pages[0].sharding.is_equivalent_to(sharding, 5)
         np.testing.assert_array_equal(pools.content([7, 8, 9]), expected)
     """

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from astraea_jax.engine.config import EngineConfig, Layout
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.layout import Layout
 from astraea_jax.lab.roofline import Floors, Work, best_seconds
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.decoder import Decoder

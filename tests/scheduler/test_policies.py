@@ -25,7 +25,7 @@ ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host
 
 
 def request(number, program=None, prompt=100, submitted=0.0, **history) -> Request:
-    program = program or Program(f"p{number}", submitted)
+    program = program or Program(number, submitted, key=f"p{number}")
     for name, value in history.items():
         setattr(program, name, value)
     return Request(number, program, range(prompt), 1000, frozenset(), False, submitted, page_size=16)
@@ -101,10 +101,10 @@ def test_lamps_orders_by_memory_time_area():
 
 def test_continuum_serves_pinned_programs_first():
     policy = make_policy("continuum", told({}))
-    old, young = Program("old", 1.0), Program("young", 2.0)
+    old, young = Program(1, 1.0), Program(2, 2.0)
     policy.strategy._until.update({old: 10.0, young: 10.0})
-    back, fresh = request(1, young, submitted=5.0), request(2, Program("fresh", 0.0), submitted=0.0)
-    preempted = request(3, Program("last", 4.0), submitted=4.0)
+    back, fresh = request(1, young, submitted=5.0), request(2, Program(3, 0.0), submitted=0.0)
+    preempted = request(3, Program(4, 4.0), submitted=4.0)
     preempted.preemptions = 1
     assert order(policy, [fresh, back, preempted], now=6.0) == [3, 1, 2]
 
@@ -145,14 +145,14 @@ def test_thunderagent_pauses_acting_programs_first_and_shortest_first():
 
 def test_algorithm_1_of_astraea_on_a_small_case():
     policy = make_policy("astraea-paper", told({"a": [500, 1], "b": [10, 1], "c": [20, 1]}))
-    a, b, c = (Program(name, 0.0) for name in "abc")
+    a, b, c = (Program(n, 0.0, key=name) for n, name in enumerate("abc"))
     first = [request(n, p, prompt=10) for n, p in ((1, a), (2, b), (3, c))]
     # All in queue 0 with no wait: ratio 1 each; then by wait, b has the shortest time and rises fastest.
     assert order(policy, first, now=5.0) == [2, 3, 1]
     for s in first:
         assert policy.admits(s, 5.0, ROOM)
         policy.admitted(s, 5.0)
-    late = request(4, Program("late", 6.0))
+    late = request(4, Program(4, 6.0, key="late"))
     assert not policy.admits(late, 6.0, ROOM)  # the batch runs to completion
     a.service, b.service, c.service = 510.0, 20.0, 30.0
     for s in first:
@@ -180,7 +180,7 @@ def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it
             predictor.hazards.observe(turn, last=turn == 4)
         predictor.turns.add(5)
     policy = make_policy("astraea", predictor)
-    assert predictor.turns_index(Program("x", 0, turns=4)) < predictor.turns_index(Program("x", 0, turns=0)) - 1
+    assert predictor.turns_index(Program(0, 0, turns=4)) < predictor.turns_index(Program(0, 0, turns=0)) - 1
     small, large = request(1, prompt=100), request(2, prompt=1000)
     assert order(policy, [large, small], now=1.0) == [1, 2]
     begun, done = request(3, turns=0), request(4, turns=4)

@@ -84,9 +84,9 @@ def test_programs_that_live_on_count():
 
 def test_programs_that_output_much_are_told_from_those_that_output_little():
     predictor, rng = Predictor(), random.Random(0)
-    programs = [(f"p{i}", *rng.choice([(10, 12), (50, 6), (200, 3)])) for i in range(300)]
-    for name, output, turns in programs:
-        program = Program(name, 0.0)
+    programs = [(i, *rng.choice([(10, 12), (50, 6), (200, 3)])) for i in range(300)]
+    for number, output, turns in programs:
+        program = Program(number, 0.0)
         for turn in range(turns):
             request = Request(1, program, range(5), 500, frozenset(), turn == turns - 1, 0.0, page_size=16)
             request.output, request.finish_reason = [0] * output, "stop"
@@ -94,12 +94,12 @@ def test_programs_that_output_much_are_told_from_those_that_output_little():
             program.output_tokens += output
             predictor.ended(request)
     little, middling, much = (
-        predictor.remaining_turns(Program("x", 0.0, turns=2, output_tokens=2 * output)) for output in (10, 50, 200)
+        predictor.remaining_turns(Program(0, 0.0, turns=2, output_tokens=2 * output)) for output in (10, 50, 200)
     )
     assert little == pytest.approx(10, rel=0.3)
     assert middling == pytest.approx(4, rel=0.3)
     assert much < 2  # 1, and what smoothing over turns adds
-    new = predictor.remaining_turns(Program("x", 0.0))
+    new = predictor.remaining_turns(Program(0, 0.0))
     assert new == pytest.approx(7, rel=0.3)  # nothing is known of it yet: as everybody
 
 
@@ -109,7 +109,7 @@ def test_eta_by_kind_of_length():
     def eta(lengths):
         predictor = Predictor()
         for n in lengths:
-            predictor.forgotten(Program("p", 0.0, turns=int(n)))
+            predictor.forgotten(Program(0, 0.0, turns=int(n)))
         return predictor.eta()
 
     assert eta([10] * 100) == pytest.approx(1.0)
@@ -118,7 +118,7 @@ def test_eta_by_kind_of_length():
 
 
 def test_tools_are_known_apart_once_there_is_enough():
-    predictor, program = Predictor(), Program("p", 0.0)
+    predictor, program = Predictor(), Program(1, 0.0)
     for i in range(100):
         program.tool, program.wait_s = ("slow", 10.0) if i % 2 else ("fast", 0.1)
         predictor.returned(program)
@@ -131,7 +131,7 @@ def test_tools_are_known_apart_once_there_is_enough():
 
 def test_the_oracle_knows_and_its_noise_is_steady():
     truth = TraceProgram("p", (TraceRequest(0, 5, 40, "t", 3.0), TraceRequest(45, 5, 60)))
-    request = Request(1, Program("p", 0.0), range(5), 100, frozenset(), False, 0.0, page_size=16)
+    request = Request(1, Program(1, 0.0, key="p"), range(5), 100, frozenset(), False, 0.0, page_size=16)
     exact = Oracle([truth])
     assert exact.output_tokens(request) == 40
     assert exact.tool_s(request.program) == 3.0

@@ -6,6 +6,7 @@ import pytest
 from support.device import complete
 from support.loop import Loop, make
 
+from astraea_jax.scheduler.prediction import Distribution
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.transfer import HostTier
 
@@ -96,8 +97,8 @@ def test_a_full_host_drops_what_is_idle_longest_to_come():
     loop = loop_of(host=HostTier(pages=6, staging=6))
     predict = loop.scheduler._policy.predict
     for _ in range(40):
-        predict.tools[None].add(10.0)
-        predict.tools.setdefault("slow", type(predict.tools[None])()).add(1000.0)
+        predict.tool_waits.add(10.0)
+        predict.tools.setdefault("slow", Distribution()).add(1000.0)
     serve(loop, "slow", [1] * 21, 3)
     loop.scheduler.tool_called("slow", "slow", loop.now)
     serve(loop, None, [2] * 40, 1)  # moves "slow" to the host and fills it
@@ -159,23 +160,42 @@ def test_failed_transfers_are_computed_again(delay):
     assert loop.scheduler.stats().failed_transfers > 1
 
 
-def test_kv_comes_back_before_its_program_does():
-    loop = loop_of("adaptive", pages=20)
-    predict = loop.scheduler._policy.predict
-    predict.costs.per_token = 1.0
-    for _ in range(40):
-        predict.tools[None].add(20.0)
-    serve(loop, "a", [1] * 40, 2)
-    serve(loop, "short", [2] * 40, 4)  # takes a's pages
-    loop.scheduler.end_program("short", loop.now)
-    while loop.now < loop.scheduler._programs.find("a").wait_began + 25:
+@pytest.mark.parametrize("transfers_end", [False, True])
+def test_a_lost_device_leaves_what_the_host_holds_from_the_first_token_on(transfers_end):
+    loop = loop_of("always-offload", pages=40)
+    kept = serve(loop, "kept", [1] * 21, 3)  # six pages, copied
+    loop.delay = 50
+    serve_more = loop.scheduler.submit([2] * 21, 3, program="under way", now=loop.now)
+    while serve_more.finish_reason is None:
         loop.turn()
-    assert loop.scheduler.stats().decisions["bring back: it returns soon"] == 1
-    restored = loop.scheduler.stats().restored_pages
-    assert restored > 0
-    back = serve(loop, "a", [1] * 40 + complete([1] * 40, 2), 1)
-    assert back.cached_tokens == 41
-    assert loop.scheduler.stats().restored_pages == restored
+    running = loop.scheduler.submit([3] * 9, 9, program="running", now=loop.now)
+    loop.turn()
+    assert loop.lose_device(transfers_end=transfers_end) == [running]
+    loop.scheduler.check()
+    stats = loop.scheduler.stats()
+    assert (stats.free_pages, stats.running, stats.programs) == (40, 0, 3)
+    loop.delay = 0
+    loop.now += 100
+    back = serve(loop, "kept", [*kept.prompt, *kept.output, 5], 2)
+    assert back.cached_tokens == 23
+    assert serve(loop, "under way", [2] * 21, 3).cached_tokens == 0
+    assert serve(loop, "running", [3] * 9, 9).cached_tokens == 0
+
+
+def test_a_preempted_request_goes_on_after_the_device_was_lost():
+    """Its last token was sampled by a step that nobody will read."""
+    loop = Loop(make(num_pages=13))
+    requests = [loop.scheduler.submit([i] * 8, 30, now=0) for i in range(4)]
+    launched = loop.launch()
+    while not any(s.pending for s in requests if s.preemptions and s.slot < 0):
+        loop.commit(launched)
+        launched = loop.launch()
+    failed = loop.lose_device(transfers_end=True)
+    loop.drain()
+    for request in requests:
+        if request not in failed:
+            assert request.output == complete(list(request.prompt), 30)
+    assert 0 < len(failed) < 4
 
 
 @pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "continuum"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy as np
@@ -14,7 +15,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
-from astraea_jax.scheduler.program import QueueFull, Rejected
+from astraea_jax.scheduler.program import Program, QueueFull, Rejected
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 
@@ -34,15 +35,27 @@ class Machine(RuleBasedStateMachine):
     def start(self, policy, strategy, page_size, pages, budget, host, delay):
         pages = pages * 4 // page_size
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
+        sizes["max_programs"] = 12
         self.scheduler = make(policy, strategy, **sizes, host=host)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
 
     def submit(self, prompt, max_tokens, stops, name, final, salt):
-        request = self.scheduler.submit(
-            prompt, max_tokens, stops, program=name, final=final, salt=salt, now=self.loop.now
-        )
+        try:
+            request = self.scheduler.submit(
+                prompt,
+                max_tokens,
+                stops,
+                program=name,
+                owner=name and name[0],
+                final=final,
+                salt=salt,
+                now=self.loop.now,
+            )
+        except QueueFull:
+            assert self.scheduler.stats().in_tool_wait == 0
+            return None
         self.live.append(request)
         return request
 
@@ -51,15 +64,15 @@ class Machine(RuleBasedStateMachine):
         system=st.integers(0, 20),
         max_tokens=st.integers(1, 16),
         stops=st.frozensets(st.integers(0, 49), max_size=4),
-        named=st.booleans(),
+        owner=st.sampled_from([None, "a", "b", "b", "b"]),
         salt=st.sampled_from([None, salted(""), salted("a")]),
     )
-    def arrive(self, prompt, system, max_tokens, stops, named, salt):
+    def arrive(self, prompt, system, max_tokens, stops, owner, salt):
         self.names += 1
-        name = f"p{self.names}" if named else None
+        name = (owner, f"p{self.names}") if owner else None
         prompt = [*range(system), *prompt][:32]
         request = self.submit(prompt, max_tokens, stops, name, False, salt)
-        if name:
+        if name and request:
             self.history[name] = request
 
     @precondition(lambda self: self.idle())
@@ -73,7 +86,9 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
         prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
-        self.history[name] = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        if request:
+            self.history[name] = request
 
     def idle(self):
         return sorted(name for name, s in self.history.items() if s.finish_reason is not None and not s.final)
@@ -108,6 +123,20 @@ class Machine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def break_transfers(self, count):
         self.loop.faults = count
+
+    @rule(launched=st.booleans(), transfers_end=st.booleans())
+    def lose_device(self, launched, transfers_end):
+        if launched:
+            self.loop.launch()
+        running = [s for s in self.live if s.slot >= 0]
+        waiting = [s for s in self.live if s.slot < 0]
+        failed = self.loop.lose_device(transfers_end=transfers_end)
+        assert sorted(s.number for s in failed) == sorted(s.number for s in running)
+        assert {s.finish_reason for s in failed} <= {"error"}
+        assert {s.finish_reason for s in waiting} <= {None}
+        stats = self.scheduler.stats()
+        assert stats.free_pages == self.scheduler.config.num_pages - 1
+        assert (stats.running, stats.waiting, stats.cached_pages) == (0, len(waiting), 0)
 
     @rule(turns=st.integers(1, 6))
     def work(self, turns):
@@ -258,7 +287,7 @@ def test_a_request_larger_than_the_whole_pool_is_refused():
 def test_a_program_has_one_request_at_a_time():
     scheduler = make()
     scheduler.submit([1], 1, program="p", now=0)
-    with pytest.raises(QueueFull, match="'p' has a request"):
+    with pytest.raises(QueueFull, match="this session has a request"):
         scheduler.submit([1], 1, program="p", now=0)
 
 
@@ -331,3 +360,19 @@ def test_programs_are_classed_by_what_their_requests_cost():
     loop.drain()
     stats = loop.scheduler.stats()
     assert (stats.programs, stats.io_intensive) == (4, 3)
+
+
+@pytest.mark.parametrize("policy", SERVING)
+@pytest.mark.parametrize("strategy", [None, "adaptive"])
+def test_programs_that_have_ended_are_forgotten(policy, strategy):
+    """However long it serves under pressure, a scheduler holds what lives, and nothing else."""
+    loop = Loop(make(policy, strategy, host=HostTier(pages=12, staging=3)))
+    for i in range(60):
+        for turn in range(2):
+            loop.scheduler.submit([i] * (20 + turn), 6, program=i, owner=loop, final=turn == 1, now=loop.now)
+            loop.drain()
+    loop.scheduler.submit([1], 40, now=loop.now)  # takes the place of everybody in what looks at the last steps
+    loop.drain()
+    loop.slots.clear()
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is Program and x.owner is loop]

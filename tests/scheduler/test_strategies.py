@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from astraea_jax.scheduler.prediction import Predictor
+from astraea_jax.scheduler.prediction import Distribution, Predictor
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.strategies import DISCARD, KEEP, LAST, STRATEGIES, make_strategy, time_to_live
 
@@ -12,10 +12,10 @@ from astraea_jax.scheduler.strategies import DISCARD, KEEP, LAST, STRATEGIES, ma
 def test_infercept_gives_up_what_wastes_most():
     strategy = make_strategy("infercept", Predictor())
     strategy.predict.costs.per_token = 1e-3
-    small_long = Program("a", 0.0, wait_began=0.0, kept=100)
-    large_short = Program("b", 0.0, wait_began=9.0, kept=500)
+    small_long = Program(1, 0.0, wait_began=0.0, kept=100)
+    large_short = Program(2, 0.0, wait_began=9.0, kept=500)
     # At 10 s, keeping wastes 10 * 100 = 1000 and 1 * 500; dropping 0.1 * 100 = 10 and 0.5 * 500 = 250.
-    assert [p.id for p in strategy.order([large_short, small_long], now=10.0)] == ["a", "b"]
+    assert list(strategy.order([large_short, small_long], now=10.0)) == [small_long, large_short]
 
 
 def test_a_time_to_live_weighs_the_chance_to_return_against_the_time():
@@ -27,22 +27,22 @@ def test_a_time_to_live_weighs_the_chance_to_return_against_the_time():
 
 def test_continuum_gives_pinned_programs_last_and_of_those_the_youngest_first():
     strategy = make_strategy("continuum", Predictor())
-    old, young, free = (Program(name, arrival) for name, arrival in (("old", 1.0), ("young", 2.0), ("free", 3.0)))
+    old, young, free = (Program(number, float(number)) for number in (1, 2, 3))
     strategy._until.update({old: 10.0, young: 10.0})
-    assert [p.id for p in strategy.order([old, young, free], now=5.0)] == ["free", "young", "old"]
+    assert list(strategy.order([old, young, free], now=5.0)) == [free, young, old]
 
 
 def test_adaptive_keeps_without_pressure_and_gives_long_tools_first():
     predict = Predictor()
     strategy = make_strategy("adaptive", predict)
     for _ in range(50):
-        predict.tools[None].add(0.1)
-    program = Program("p", 0.0, pages=list(range(1, 101)))
+        predict.tool_waits.add(0.1)
+    program = Program(1, 0.0, pages=list(range(1, 101)))
     predict.transfers.observe(10_000, 10.0)  # a millisecond a page: 0.2 s there and back
     assert strategy.waits(program, slack=0.9, now=0.0) == (KEEP, "no pressure")
     assert strategy.waits(program, slack=0.1, now=0.0) == (KEEP, "it returns soon")
     program.tool = "sub-agent"
-    predict.tools["sub-agent"] = type(predict.tools[None])()
+    predict.tools["sub-agent"] = Distribution()
     for _ in range(50):
         predict.tools["sub-agent"].add(100.0)
     assert strategy.waits(program, slack=0.1, now=0.0) == (LAST, "its tool takes long")
@@ -51,7 +51,7 @@ def test_adaptive_keeps_without_pressure_and_gives_long_tools_first():
 def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
     predict = Predictor()
     strategy = make_strategy("adaptive", predict)
-    program = Program("p", 0.0, pages=list(range(1, 101)), kept=1600)
+    program = Program(1, 0.0, pages=list(range(1, 101)), kept=1600)
     predict.costs.per_token, predict.costs.per_prefill = 1e-4, 0.0  # 0.16 s
     predict.transfers.observe(10_000, 10.0)  # 0.1 s
     assert strategy.moves(program)
@@ -63,7 +63,7 @@ def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
 
 
 def test_the_fixed_strategies_are_fixed():
-    program = Program("p", 0.0)
+    program = Program(1, 0.0)
     decisions = {name: make_strategy(name, Predictor()).waits(program, 0.0, 0.0).action for name in STRATEGIES}
     assert decisions["always-keep"] == KEEP
     assert decisions["always-discard"] == DISCARD

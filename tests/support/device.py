@@ -60,11 +60,17 @@ class Device:
         """A transfer has arrived: a restore writes its pages, if they are still wanted."""
         if not transfer.to_host:
             contents = self.restoring.pop(transfer)
-            if transfer.wanted and not failed:
+            if not (transfer.cancelled or failed):
                 for page, content in zip(transfer.pages, contents, strict=True):
                     for offset, token in enumerate(content):
                         self.kv[page * self.page_size + offset] = -1 if token is None else token
         self.scheduler.transferred(transfer, now, failed=failed)
+
+    def lose(self) -> None:
+        """The arrays are made anew: every page, the page table and what was sampled are gone; the host's part stays."""
+        self.kv.clear()
+        self.last.clear()
+        self.table[:] = 0
 
     def _read(self, page: int) -> list[int | None]:
         return [self.kv.get(page * self.page_size + offset) for offset in range(self.page_size)]

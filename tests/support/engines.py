@@ -1,4 +1,4 @@
-"""An engine under a test's control: standing still where the test wants it, and at rest."""
+"""An engine under a test's control: standing still where the test wants it, broken, and at rest."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.interface import Serving
 
 
 class Held:
-    """Of an engine that stands still after some steps."""
+    """Controls an engine that stands still after some steps."""
 
     def __init__(self, steps: int):
         self._allowed, self._still = threading.Semaphore(steps), threading.Event()
@@ -23,7 +23,7 @@ class Held:
         self._allowed.release(steps)
 
     async def still(self) -> None:
-        """Until it stands still, after which it takes no event."""
+        """Wait until it stands still, after which it takes no event."""
         while not self._still.is_set():
             await asyncio.sleep(0.002)
 
@@ -36,8 +36,8 @@ class Held:
 
 @contextmanager
 def held(engine: Engine, steps: int) -> Iterator[Held]:
-    """The engine commits so many steps, then stands still until the block is left. So what must happen while a request
-    runs does, however slow the machine.
+    """Let the engine commit so many steps, then stand still until the block is left. So what must happen while a
+    request runs does, however slow the machine.
     """
     read, state = engine._runner.read, Held(steps)
 
@@ -54,20 +54,28 @@ def held(engine: Engine, steps: int) -> Iterator[Held]:
 
 
 async def posted(engine: Engine) -> None:
-    """Until an event waits for an engine that stands still."""
-    while not engine._events:
+    """Wait until an event waits for an engine that stands still."""
+    while not engine._loop.events.qsize():
         await asyncio.sleep(0.002)
 
 
-async def settled(engine: Engine, *, programs: bool = False) -> None:
-    """Until no request is left and nothing moves, with ``programs`` no program either; and a turn of the loop more."""
-    while engine.in_progress or (programs and engine.stats().programs) or _moving(engine):
-        await asyncio.sleep(0.005)
-    loop = asyncio.get_running_loop()
-    for _ in range(2):
-        turned = loop.create_future()
-        engine._post(partial(loop.call_soon_threadsafe, turned.set_result, None))
-        await turned
+def break_loop(engine: Engine, error: BaseException) -> None:
+    """Let the engine's next plan raise ``error``: a fault of its own, outside of any step."""
+
+    def plan(now: float) -> None:
+        raise error
+
+    engine._scheduler.plan = plan
+    engine.tool_called("nobody", "nothing")  # so that an idle loop plans
+
+
+async def settled(engine: Serving, *, programs: bool = False) -> None:
+    """Wait until no request is left and nothing moves, with ``programs`` no program either; check all accounts."""
+    for replica in engine.replicas:
+        while replica.in_progress or (programs and replica.stats().programs) or _moving(replica):
+            await asyncio.sleep(0.005)
+        for _ in range(2):
+            await asyncio.to_thread(replica.check)
 
 
 def _moving(engine: Engine) -> bool:

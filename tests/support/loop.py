@@ -6,6 +6,7 @@ from support.device import Device
 
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.program import Request
 from astraea_jax.scheduler.scheduler import Scheduler
 
 
@@ -30,6 +31,22 @@ class Loop:
         self.log = []
 
     def turn(self) -> bool:
+        return self.commit(self.launch())
+
+    def commit(self, launched) -> bool:
+        """Commit the step before the one launched; whether anything is left to do."""
+        if self.in_flight is not None:
+            before, tokens = self.in_flight
+            requests = before.requests[: before.samples]
+            tokens = [-1 if request in self.broken else t for request, t in zip(requests, tokens, strict=True)]
+            self.scheduler.commit(before, tokens, self.now)
+        busy = launched is not None or self.in_flight is not None or bool(self.transfers)
+        busy = busy or self.scheduler.stats().waiting > 0
+        self.in_flight = launched
+        return busy
+
+    def launch(self):
+        """Plan, begin transfers and dispatch; returns the plan and what it samples."""
         self.now += 1.0
         while self.transfers and self.transfers[0][0] <= self.now:
             self.device.end(self.transfers.pop(0)[1], self.now, failed=self.faults > 0)
@@ -48,15 +65,18 @@ class Loop:
             numbers = [request.number for request in plan.requests]
             self.log.append(sorted(zip(numbers, plan.starts.tolist(), plan.counts.tolist(), samples, strict=True)))
             launched = (plan, self.device.run(plan))
-        if self.in_flight is not None:
-            before, tokens = self.in_flight
-            requests = before.requests[: before.samples]
-            tokens = [-1 if request in self.broken else t for request, t in zip(requests, tokens, strict=True)]
-            self.scheduler.commit(before, tokens, self.now)
-        busy = launched is not None or self.in_flight is not None or bool(self.transfers)
-        busy = busy or self.scheduler.stats().waiting > 0
-        self.in_flight = launched
-        return busy
+        return launched
+
+    def lose_device(self, *, transfers_end: bool) -> list[Request]:
+        """A step has failed; those under way will never be read. The transfers that were cancelled by it may still be
+        reported."""
+        self.in_flight = None
+        self.device.lose()
+        failed = self.scheduler.lose_device(self.now)
+        if not transfers_end:
+            self.transfers.clear()
+            self.device.restoring.clear()
+        return failed
 
     def drain(self, limit: int = 5000) -> None:
         while self.turn():

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from astraea_jax.engine.config import EngineConfig
-from astraea_jax.engine.replicas import Serving
+from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.models.config import ModelConfig

@@ -27,7 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from astraea_jax.engine.generation import Delta, Generation
-from astraea_jax.engine.replicas import Serving
+from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_salt, read_sampling, read_session, write_usage
@@ -99,6 +99,8 @@ class Server:
                 f"cannot listen on {self._address}: the port is taken or the host is not this machine; "
                 "choose another --port or --host"
             ) from error
+        loop = asyncio.get_running_loop()
+        self._engine.watch(lambda: loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self.report_state())))
         await self.report_state()
         await self._server.start()
         return int(port)
@@ -109,8 +111,9 @@ class Server:
         for name in ("", wire.ORCHESTRATOR):
             await self._health.set(name, status.SERVING if self._engine.live else status.NOT_SERVING)
 
-    async def stop(self, grace_s: float = 30.0) -> None:
-        """Report not serving, refuse new requests, let running ones finish for ``grace_s`` seconds, then hang up.
+    async def stop(self, grace_s: float = 30.0) -> int:
+        """Report not serving, refuse new requests, let running ones finish for ``grace_s`` seconds, then hang up;
+        returns how many were cut off.
 
         The port stays open meanwhile, so that balancers see the state; streams that watch it do not delay the end.
         """
@@ -119,7 +122,9 @@ class Server:
         deadline = time.monotonic() + grace_s
         while self._decoding and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        cut = len(self._decoding)
         await self._server.stop(None)
+        return cut
 
     async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         """One request, streamed. The end of the call, by cancel or deadline too, cancels the generation."""

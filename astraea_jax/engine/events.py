@@ -1,0 +1,112 @@
+"""What crosses from callers to the serving loop: typed values, checked on the caller's side.
+
+The loop trusts them, so everything that a caller passes is looked at here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from astraea_jax.engine.generation import Mailbox
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import RequestError
+
+MAX_NAME = 256
+"""Characters of the name of a session, an owner, a cache salt or a tool."""
+
+Key = tuple[str, str]
+"""A session: its owner and its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Queue a request."""
+
+    mailbox: Mailbox
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    session: Key | None
+    final: bool
+    salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the request of a mailbox."""
+
+    mailbox: Mailbox
+
+
+@dataclass(frozen=True, slots=True)
+class EndSession:
+    """End a program."""
+
+    session: Key
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCalled:
+    """Name the tool that a program waits for."""
+
+    session: Key
+    tool: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Answer once everything before has been taken in; with an AssertionError if the accounts do not balance."""
+
+    answer: Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the loop."""
+
+
+Event = Submit | Cancel | EndSession | ToolCalled | Check | Stop
+
+
+def checked_prompt(prompt: Sequence[int], max_tokens: int, max_context: int, vocab_size: int) -> tuple[int, ...]:
+    """``prompt`` as plain integers.
+
+    Raises:
+        RequestError: it is no sequence of token ids, empty, too long with ``max_tokens`` more, or holds ids outside of
+            ``[0, vocab_size)``.
+    """
+    try:
+        size, ids = len(prompt), np.asarray(prompt)
+    except (TypeError, ValueError, OverflowError):
+        size, ids = 1, np.empty(1, object)
+    if size == 0:
+        raise RequestError("the prompt is empty; give at least one token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or bool in map(type, prompt):
+        raise RequestError("the prompt must be a sequence of token ids, that is of integers")
+    if len(ids) + max_tokens > max_context:
+        raise RequestError(
+            f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed the context of {max_context} tokens"
+        )
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise RequestError(f"prompt holds a token id outside the vocabulary [0, {vocab_size})")
+    return tuple(ids.tolist())
+
+
+def checked_name(what: str, name: str, *, empty: bool = False) -> str:
+    """``name``, if it can be one.
+
+    Raises:
+        RequestError: it is no text, too long, cannot be encoded, or is empty although it must not be.
+    """
+    if not isinstance(name, str):
+        raise RequestError(f"the {what} is of type {type(name).__name__}; it must be text")
+    if len(name) > MAX_NAME:
+        raise RequestError(f"the {what} has {len(name)} characters; at most {MAX_NAME} are allowed")
+    if not (name or empty):
+        raise RequestError(f"the {what} is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise RequestError(f"the {what} holds half of a surrogate pair, which is no character")
+    return name

@@ -1,0 +1,127 @@
+"""The sizes that follow from a configuration, a model and the memory of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.devices import free_bytes
+from astraea_jax.errors import StartupError
+from astraea_jax.kernels import Backend
+from astraea_jax.kv_cache.arrays import page_bytes, pages_within
+from astraea_jax.kv_cache.offload import LARGEST_BLOCK, has_pinned_host
+from astraea_jax.models.config import ModelConfig
+from astraea_jax.scheduler.transfer import HostTier
+
+log = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 512 * 2**20
+STAGING_PAGES = 4 * LARGEST_BLOCK
+"""Device memory for KV on its way to the host, and as much for KV on its way back; at most half of a small pool."""
+DEVICE_KV_SHARE = 0.85
+"""Share of the accelerator memory left after loading that KV pages take; the rest is for activations."""
+HOST_SHARE = 0.5
+"""Default share of the host's memory for an accelerator's host tier."""
+GPU_PINNED_BYTES = 60 * 2**30
+"""XLA pins at most 64 GiB on a GPU's host unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes that follow from an :class:`EngineConfig` and a model."""
+
+    dtype: Any
+    """Dtype of activations."""
+    kv_dtype: Any
+    backend: Backend
+    """Attention backend."""
+    num_pages: int
+    """Pages per replica, null page included."""
+    page_bytes: int
+    """Bytes of a page, summed over the devices that share it."""
+    max_context: int
+    pages_per_seq: int
+    host: HostTier
+
+    @classmethod
+    def plan(cls, config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Layout:
+        """Fit the pages into the memory that loaded weights have left; every process gets the same result.
+
+        Raises:
+            StartupError: ``max_context`` exceeds the model's limit or the pages, or the attention backend or the host
+                tier is not available; the message gives the numbers.
+        """
+        kv_dtype, backend = config.page_dtype(), config.backend(model)
+        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
+        one = page_bytes(model, backend, config.page_size, kv_dtype, mesh.size)
+        num_pages = pages_within(budget, one // mesh.size)
+        held = (num_pages - 1) * config.page_size
+        wanted = config.max_context or min(model.max_position, held)
+        if wanted > model.max_position:
+            raise StartupError(f"max_context {wanted} exceeds the model's {model.max_position} positions")
+        if wanted > held:
+            raise StartupError(f"max_context {wanted} exceeds the {held} tokens that the KV pages hold; raise kv_bytes")
+        return cls(
+            dtype=config.weight_dtype(),
+            kv_dtype=kv_dtype,
+            backend=backend,
+            num_pages=num_pages,
+            page_bytes=one,
+            host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),
+            max_context=wanted,
+            pages_per_seq=-(-wanted // config.page_size),
+        )
+
+
+def _host_tier(budget: int | None, page: int, pool: int, replicas: int) -> HostTier:
+    """Host tier of one of ``replicas`` replicas that split ``budget`` bytes.
+
+    Args:
+        budget: bytes of this machine's memory; None: the default for this backend.
+        page: bytes of a page in this machine's memory.
+        pool: pages of a replica on the device.
+        replicas: how many split the budget.
+    """
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pinned = has_pinned_host()
+    if budget is None:
+        if jax.default_backend() == "cpu":
+            return HostTier()
+        if not pinned:
+            log.warning("this backend cannot pin host memory: KV under pressure is computed again, not moved")
+            return HostTier()
+        budget = min(int(HOST_SHARE * installed), GPU_PINNED_BYTES)
+    if budget == 0:
+        return HostTier()
+    if budget > installed:
+        raise StartupError(f"host_kv_bytes {budget} exceeds the {installed} bytes of this machine's memory")
+    if not pinned:
+        raise StartupError("this backend cannot pin host memory; start with host_kv_bytes 0, without a host tier")
+    if budget < replicas * page:
+        each = f" for each of {replicas} replicas" if replicas > 1 else ""
+        raise StartupError(
+            f"host_kv_bytes {budget} holds no page of {page} bytes{each}; raise it, or give 0 for no host tier"
+        )
+    return HostTier(budget // replicas // page, staging_pages(pool))
+
+
+def staging_pages(pool: int) -> int:
+    """Pages that may be on their way to the host at once, from a pool of ``pool`` pages."""
+    return max(1, min(STAGING_PAGES, pool // 2))
+
+
+def _free_memory(mesh: Mesh) -> int:
+    """Bytes for pages on the device of the mesh that has the least."""
+    here = free_bytes(mesh)
+    free = CPU_KV_BYTES if here is None else int(DEVICE_KV_SHARE * here)
+    if jax.process_count() > 1:
+        free = int(multihost_utils.process_allgather(np.int32(free // 2**20)).min()) * 2**20
+    return free

@@ -1,0 +1,326 @@
+"""The serving loop: take in events, plan, dispatch the step, commit the previous step's tokens.
+
+One thread runs it and is the only one that touches the scheduler and the device. The host's work on step n, text
+included, happens while the device runs step n + 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Stop, Submit, ToolCalled
+from astraea_jax.engine.generation import Delta, Mailbox, Outbox, Output, Usage
+from astraea_jax.engine.lifecycle import Lifecycle, State
+from astraea_jax.engine.runner import CompileGuard, InFlight, StepTimes
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
+from astraea_jax.kv_cache.offload import HostStore, Pools
+from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.scheduler.plan import Plan
+from astraea_jax.scheduler.prefix import salted
+from astraea_jax.scheduler.program import QueueFull, Rejected, Request
+from astraea_jax.scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 1.0
+"""Seconds after which an idle loop looks for expired sessions."""
+POLL_S = 2e-4
+"""Seconds after which an idle loop looks for transfers that have ended, if any are under way."""
+MAX_FAILURES = 3
+"""Steps that may fail in a row, before the device is taken for broken."""
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+class StepRunner(Pools, Protocol):
+    """What the loop needs of the device; :class:`~.runner.Runner` has it. Only the loop's thread calls it, but for
+    :meth:`compile`, which comes before."""
+
+    block_sharding: Any
+    """Of a block of pages on the device."""
+
+    @property
+    def executables(self) -> int: ...
+    def compile(self, progress: Callable[[int, int], None]) -> None: ...
+    def set_sampling(self, slot: int, params: SamplingParams) -> None: ...
+    def dispatch(self, plan: Plan) -> InFlight: ...
+    def read(self, step: InFlight) -> list[int]: ...
+    def put(self, block: Any, sharding: Any) -> Any: ...
+    def reset(self) -> None:
+        """Make the arrays anew, all pages empty, after a step has raised; raises if the device is gone."""
+
+    def close(self) -> None: ...
+
+
+class _DeviceError(Exception):
+    """Something that the loop asked of the device raised; the cause says what."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that the scheduler knows."""
+
+    request: Request
+    mailbox: Mailbox
+    params: SamplingParams
+    output: Output
+
+
+class ServingLoop:
+    """Everything that the serving thread owns; :meth:`run` is that thread.
+
+    Args:
+        scheduler: decides what every step computes.
+        runner: computes it.
+        store: the host tier; None: there is none.
+        tokenizer: turns tokens into text.
+        lifecycle: says whether to go on, and who still waits for an answer.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        store: HostStore | None,
+        tokenizer: Tokenizer,
+        lifecycle: Lifecycle,
+    ):
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        """From any thread. A SimpleQueue, because a destructor may post while another post is under way."""
+        self.times = StepTimes()
+        self.turn_began: float | None = None
+        """When the present turn began, by ``time.monotonic``; None while the loop waits for events."""
+        self._scheduler, self._runner, self._store = scheduler, runner, store
+        self._tokenizer, self._life = tokenizer, lifecycle
+        self._guard = CompileGuard()
+        self._requests: dict[Request, _Live] = {}
+        self._by_mailbox: dict[Mailbox, _Live] = {}
+        self._outbox = Outbox()
+        self._step_ended = 0.0
+        self._failures = 0
+        self._stopping = False
+
+    def run(self) -> str:
+        """Serve until :class:`Stop` comes or the engine has died; returns why it ended.
+
+        Raises:
+            BaseException: the loop itself, or the device, is broken.
+        """
+        self._guard.arm()
+        try:
+            in_flight: InFlight | None = None
+            idle = True
+            while not (self._stopping or self._life.state is State.DEAD):
+                self._take_events(idle)
+                self.turn_began = time.monotonic()
+                launched = self._turn(in_flight)
+                idle = launched is None and in_flight is None
+                in_flight = launched
+                self.turn_began = None
+            self._runner.close()
+        finally:
+            self._guard.disarm()
+        return "the engine was shut down"
+
+    def _turn(self, in_flight: InFlight | None) -> InFlight | None:
+        """Launch a step and commit the one before it; returns the step launched."""
+        launched = None
+        try:
+            began = time.thread_time()
+            self._end_transfers()
+            launched = self._launch(in_flight)
+            if in_flight is not None:
+                self._commit(in_flight)
+            self._guard.check()
+            self.times.cpu_s += time.thread_time() - began
+        except _DeviceError as error:
+            self._start_over(error)
+            launched = None
+        for mailbox in self._outbox.deliver():
+            self._cancel(mailbox)
+        return launched
+
+    # -- events ----------------------------------------------------------------------------------------------
+
+    def _take_events(self, idle: bool) -> None:
+        moving = self._store is not None and self._store.busy
+        try:
+            if idle:
+                self._handle(self.events.get(timeout=POLL_S if moving else IDLE_S))
+            while True:
+                self._handle(self.events.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _handle(self, event: Event) -> None:
+        now = time.monotonic()
+        match event:
+            case Submit():
+                self._submit(event, now)
+            case Cancel(mailbox):
+                self._cancel(mailbox)
+            case EndSession(session):
+                if (request := self._scheduler.end_program(session, now)) is not None:
+                    self._end_cancelled(self._requests[request])
+            case ToolCalled(session, tool):
+                self._scheduler.tool_called(session, tool, now)
+            case Check(answer):
+                self._check(answer)
+            case Stop():
+                self._stopping = True
+
+    def _submit(self, event: Submit, now: float) -> None:
+        params, mailbox = event.params, event.mailbox
+        eos = frozenset() if params.ignore_eos else self._tokenizer.eos_ids
+        stops = eos.union(params.stop_token_ids)
+        try:
+            request = self._scheduler.submit(
+                event.prompt,
+                params.max_tokens,
+                stops,
+                program=event.session,
+                final=event.final,
+                salt=salted(event.salt),
+                now=now,
+            )
+        except Rejected as error:
+            self._release(mailbox, RequestError(str(error)))
+        except QueueFull as error:
+            self._release(mailbox, Overloaded(str(error)))
+        else:
+            live = _Live(request, mailbox, params, Output(self._tokenizer.stream(), params, stops))
+            self._requests[request] = self._by_mailbox[mailbox] = live
+
+    def _cancel(self, mailbox: Mailbox) -> None:
+        live = self._by_mailbox.get(mailbox)
+        if live is not None:
+            self._scheduler.finish(live.request, "cancelled", time.monotonic())
+            self._end_cancelled(live)
+
+    def _check(self, answer: Future[None]) -> None:
+        try:
+            self._scheduler.check()
+            assert {live.mailbox for live in self._requests.values()} == self._by_mailbox.keys()
+            assert len(self._requests) == len(self._by_mailbox) <= self._life.in_progress
+        except AssertionError as error:
+            answer.set_exception(error)
+        else:
+            answer.set_result(None)
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def _launch(self, running: InFlight | None) -> InFlight | None:
+        began = time.perf_counter()
+        plan = self._scheduler.plan(time.monotonic())
+        planned = time.perf_counter()
+        transfers, dropped = self._scheduler.take_transfers()
+        if self._store is not None:  # before the step: it may write on the pages that an offload reads
+            self._store.start(transfers, dropped)
+        if plan is None:
+            return None
+        for request in plan.admitted:
+            live = self._requests[request]
+            self._runner.set_sampling(request.slot, live.params)
+            self._life.started(live.mailbox)
+        self.times.starved += running is None or running.done
+        step = _on_device(self._runner.dispatch, plan)
+        self.times.steps += 1
+        self.times.tokens += plan.tokens
+        self.times.plan_s += planned - began
+        self.times.dispatch_s += time.perf_counter() - planned
+        return step
+
+    def _end_transfers(self) -> None:
+        if self._store is not None and self._store.busy:
+            now = time.monotonic()
+            for transfer, failed in self._store.poll():
+                self._scheduler.transferred(transfer, now, failed=failed)
+
+    def _commit(self, step: InFlight) -> None:
+        began = time.perf_counter()
+        tokens = _on_device(self._runner.read, step)
+        self._failures = 0
+        arrived, now = time.perf_counter(), time.monotonic()
+        for request, token in self._scheduler.commit(step.plan, tokens, now):
+            self._push(self._requests[request], token, now)
+        self._scheduler.observe(step.plan, arrived - max(step.dispatched, self._step_ended))
+        self._step_ended = arrived
+        self.times.wait_s += arrived - began
+        self.times.commit_s += time.perf_counter() - arrived
+
+    def _push(self, live: _Live, token: int, now: float) -> None:
+        """Hand the caller a token that has been committed."""
+        request, output = live.request, live.output
+        if token < 0:
+            self._end(live, StepFailed("the model gave logits that are not finite; its weights may be damaged"))
+            return
+        try:
+            text = output.push(token)
+            if output.stopped:
+                self._scheduler.finish(request, "stop", now)
+            if request.finish_reason is None:
+                self._outbox.put(live.mailbox, Delta(text, (token,)))
+                return
+            text += output.flush()
+        except Exception as error:  # the tokenizer's, so it is this request's alone
+            log.exception("tokens cannot be turned into text")
+            self._scheduler.finish(request, "error", now)
+            self._end(live, StepFailed(f"the tokens cannot be turned into text: {error!r}"))
+            return
+        self._end(live, Delta(text, (token,), "stop" if output.stopped else request.finish_reason))
+
+    def _start_over(self, error: _DeviceError) -> None:
+        """After a step has raised: end what was running, and begin again with empty pages.
+
+        What a failed computation was to write is unusable, the KV of all programs among it, so this holds on to
+        nothing that is on the device. Waiting requests, programs and host copies stay.
+
+        Raises:
+            Exception: it has happened too often in a row, or the device is gone.
+        """
+        self._failures += 1
+        if self._failures >= MAX_FAILURES or isinstance(error.__cause__, EngineDead):
+            raise error.__cause__ or error
+        log.error("a step failed; what was running ends with an error", exc_info=error.__cause__)
+        for request in self._scheduler.lose_device(time.monotonic()):
+            self._end(self._requests[request], StepFailed(f"the step failed: {error.__cause__!r}; try again"))
+        transfers, dropped = self._scheduler.take_transfers()
+        if self._store is not None:
+            self._store.abandon(dropped)
+        del transfers  # those begun by the plan that failed: the scheduler has given them up
+        self._runner.reset()
+        self._guard.compiled.clear()  # filling the arrays may have compiled something
+
+    # -- ends ------------------------------------------------------------------------------------------------
+
+    def _end_cancelled(self, live: _Live) -> None:
+        try:
+            text = live.output.flush()
+        except Exception:
+            log.exception("tokens cannot be turned into text")
+            text = ""
+        self._end(live, Delta(text, (), "cancelled"))
+
+    def _end(self, live: _Live, last: Delta | Exception) -> None:
+        del self._requests[live.request], self._by_mailbox[live.mailbox]
+        live.mailbox.usage = Usage.of(live.request, time.monotonic())
+        self._release(live.mailbox, last)
+
+    def _release(self, mailbox: Mailbox, last: Delta | Exception) -> None:
+        if self._life.end(mailbox):
+            self._outbox.put(mailbox, last)
+
+
+def _on_device(act: Callable[[A], T], argument: A) -> T:
+    try:
+        return act(argument)
+    except Exception as error:
+        raise _DeviceError from error

@@ -1,0 +1,91 @@
+"""Every option of an engine is checked when it is given: its type, its range, and what may be chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from astraea_jax.engine.config import EngineConfig, Seconds, Whole
+from astraea_jax.errors import StartupError
+from astraea_jax.scheduler.policies import SERVING, make_policy
+from astraea_jax.scheduler.strategies import STRATEGIES
+
+FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig)}
+WRONG_TYPES = ([], {}, b"int8", object(), np.dtype("float32"), np.ones(2), "sixteen", 512.5, 1 + 2j, "")
+COUNTS = [name for name, field in FIELDS.items() if isinstance(field.metadata["allowed"], Whole)]
+TIMES = [name for name, field in FIELDS.items() if isinstance(field.metadata["allowed"], Seconds)]
+
+
+def refused(name: str, value: object) -> str:
+    with pytest.raises(StartupError) as caught:
+        EngineConfig(**{name: value})
+    said = str(caught.value)
+    assert said.startswith(f"{name} is {value!r}; it must be ")
+    return said.partition("it must be ")[2]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_of_another_type_is_refused(name):
+    for value in WRONG_TYPES:
+        fine = isinstance(value, str) if name == "compile_cache" else name in TIMES and isinstance(value, float)
+        assert fine or refused(name, value)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "scan_layers"])
+def test_truth_is_no_number_and_no_name(name):
+    assert refused(name, True)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 16.0, 2**63, "1", np.int64(16)], ids=repr)
+def test_counts_are_whole_and_in_range(name, value):
+    assert refused(name, value).startswith("an integer of at least ")
+
+
+def test_counts_fit_the_device():
+    assert refused("max_seqs", 0) == "an integer of at least 1 and at most 2147483647"
+    assert refused("max_step_tokens", 2**31) == "an integer of at least 1 and at most 2147483647"
+    assert refused("host_kv_bytes", -1) == "an integer of at least 0, or None"
+    assert EngineConfig(kv_bytes=2**40, host_kv_bytes=0).kv_bytes == 2**40
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_times_are_finite_and_above_zero(name):
+    for value in (0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf, "600", None):
+        assert refused(name, value) == "a finite number of seconds above 0"
+    for value in (1, 0.5, 1e9, np.float64(3)):
+        assert getattr(EngineConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dtype", "int3", "one of float32, bfloat16, float16, or None"),
+        ("quantize", "int4", "one of int8, fp8, or None"),
+        ("kv_dtype", "int8", "one of fp8, or None"),
+        ("residency", "belady", f"one of {', '.join(STRATEGIES)}, or None"),
+        ("policy", "luck", f"one of {', '.join(SERVING)}"),
+        ("policy", "srpt-clairvoyant", f"one of {', '.join(SERVING)}"),  # it needs to know what is to come
+        ("policy", None, f"one of {', '.join(SERVING)}"),
+        ("scan_layers", 1, "True or False, or None"),
+        ("compile_cache", 3, "the name of a folder, or None"),
+    ],
+)
+def test_names_are_chosen_from_what_there_is(name, value, allowed):
+    assert refused(name, value) == allowed
+
+
+def test_sizes_must_fit_together():
+    with pytest.raises(StartupError, match="max_step_tokens 4 is below max_seqs 64"):
+        EngineConfig(max_step_tokens=4)
+
+
+@pytest.mark.parametrize("policy", SERVING)
+def test_every_policy_serves_with_its_own_residency_and_with_any_other(policy):
+    for residency in (None, *STRATEGIES):
+        config = EngineConfig(policy=policy, residency=residency)
+        strategy = make_policy(config.policy, strategy=config.residency).strategy
+        assert residency is None or isinstance(strategy, STRATEGIES[residency])
