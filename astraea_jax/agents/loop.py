@@ -1,7 +1,7 @@
-"""The agent's loop: model, tools, model, …, within one program.
+"""Runs an agent: model, tools, model, …, until it answers without calling a tool.
 
-The model is anything with an engine's ``generate``, ``tool_called`` and ``end_session``: the engine in this process,
-or the client of a server. One loop serves both.
+The loop is the same for an engine in this process and for the client of a server: both are a
+:class:`astraea_jax.engine.interface.Model`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from astraea_jax.agents.tool_calls import ToolCall, assistant_message, parse
 from astraea_jax.agents.tools import Tool, error_text
+from astraea_jax.engine.encoding import encode_prompt
+from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.interface import Model
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.models.chat import normalise_messages
 
 Message = dict[str, Any]
-"""An OpenAI-shaped chat message."""
+"""A chat message in OpenAI's shape."""
 
 
 @dataclass(frozen=True)
@@ -48,70 +52,122 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """A program that has run to its end."""
+    """A program that has ended."""
 
     session: str
     text: str
-    """What the model said last, tool calls taken out."""
+    """The model's last words without tool calls; empty after an error."""
     messages: list[Message]
-    """The conversation, from the first message given to the last answer."""
+    """The conversation, from the first message given to the last that was said."""
     finish_reason: str
-    """``"max_steps"`` if it still called tools in its last request, else that of the last request."""
+    """``"error"``; ``"max_steps"`` if the last request allowed still called tools; else that of the last request,
+    ``"cancelled"`` among them if somebody else ended the session."""
     requests: tuple[RequestRecord, ...]
+    error: Exception | None = None
+    """Why the program ended early."""
 
 
 async def run_program(
     model: Model,
-    messages: Sequence[Message],
+    messages: Sequence[Any],
     tools: Sequence[Tool] = (),
     *,
     params: SamplingParams | None = None,
     max_steps: int = 16,
     session: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    return_error: bool = False,
 ) -> ProgramResult:
     """Run one agent until it answers without calling a tool. The calls of one turn run at the same time.
 
+    Cancelling it cancels its request and its tools; a sync tool that runs already cannot be stopped, but no other one
+    begins. Neither does one after a request that somebody else has cancelled by ending the session.
+
     Args:
         model: serves the requests.
-        messages: the conversation so far.
+        messages: the conversation so far, dicts or an SDK's message objects.
         tools: what the agent may call.
         params: sampling of every request.
-        max_steps: requests at most; calls made in the last one are not run.
-        session: names the program; a fresh name by default. It is ended here, whatever happens.
+        max_steps: bound on requests; calls made in the last one are not run.
+        session: names the program; a fresh name by default. The session is ended here, whatever happens.
+        template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
+        return_error: put an error that ends the program into its result, beside the conversation up to there, instead
+            of raising it.
 
     Raises:
-        ValueError: two tools of one name, or ``max_steps`` below 1.
+        TypeError, ValueError: the arguments cannot be used, or the chat template refuses them.
         RequestError, Overloaded, EngineDead: from the model; the first when its context is outgrown.
     """
-    by_name = {tool.name: tool for tool in tools}
-    if len(by_name) < len(tools):
-        raise ValueError(f"two tools have the same name among {[tool.name for tool in tools]}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    session = session or uuid.uuid4().hex
-    conversation = list(messages)
+    by_name = check_tools(tools, max_steps)
+    session = uuid.uuid4().hex if session is None else session
+    conversation: list[Message] = []
     schemas = [tool.schema() for tool in tools] or None
     records: list[RequestRecord] = []
     calls_made = 0
     try:
+        conversation += normalise_messages(messages)
         while True:
-            prompt = model.tokenizer.encode_chat(conversation, schemas)
+            prompt = await _prompt(model, conversation, schemas, template_arguments or {})
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
             content, calls = parse(text, calls_made, by_name)
             conversation.append(assistant_message(text, content, calls))
-            if final or not calls:
+            cut = record.finish_reason == "cancelled"
+            if final or cut or not calls:
                 records.append(record)
-                reason = "max_steps" if calls else record.finish_reason
+                reason = "max_steps" if calls and not cut else record.finish_reason
                 return ProgramResult(session, content, conversation, reason, tuple(records))
             calls_made += len(calls)
-            if names := sorted({call.name for call in calls if call.name in by_name}):
-                model.tool_called(session, "+".join(names))
-            done = await asyncio.gather(*(_call(call, by_name) for call in calls))
+            if names := _joined({call.name for call in calls if call.name in by_name}):
+                model.tool_called(session, names)
+            done = await _run_tools(calls, by_name)
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))
+    except Exception as error:
+        if not return_error:
+            raise
+        return ProgramResult(session, "", conversation, "error", tuple(records), error)
     finally:
         model.end_session(session)
+
+
+def check_tools(tools: Sequence[Tool], max_steps: int) -> dict[str, Tool]:
+    """Check the arguments of an agent that need no model; returns the tools by name.
+
+    Raises:
+        TypeError: something is no tool, or ``max_steps`` is no integer.
+        ValueError: two tools of one name, or ``max_steps`` below 1.
+    """
+    for tool in tools:
+        if not isinstance(tool, Tool):
+            raise TypeError(f"tools must be made with @tool; this is a {type(tool).__name__}: {str(tool)[:80]}")
+    by_name = {tool.name: tool for tool in tools}
+    if len(by_name) < len(tools):
+        raise ValueError(f"two tools have the same name among {[tool.name for tool in tools]}")
+    if not isinstance(max_steps, int):
+        raise TypeError(f"max_steps must be an integer, not {max_steps!r}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, not {max_steps}")
+    return by_name
+
+
+async def _prompt(
+    model: Model, conversation: Sequence[Message], schemas: Any, template_arguments: Mapping[str, Any]
+) -> list[int]:
+    characters = len(str(schemas)) + sum(len(str(value)) for message in conversation for value in message.values())
+    encode = partial(model.tokenizer.encode_chat, conversation, schemas, **template_arguments)
+    return await encode_prompt(characters, encode)
+
+
+def _joined(names: Iterable[str]) -> str:
+    """As many of ``names`` as one name may hold, joined by "+"."""
+    joined = ""
+    for name in sorted(names):
+        longer = f"{joined}+{name}" if joined else name
+        if len(longer) > MAX_NAME:
+            break
+        joined = longer
+    return joined
 
 
 async def _request(
@@ -135,6 +191,12 @@ async def _request(
     return "".join(text), RequestRecord(
         submitted, first_token or ended, ended, tokens, reason or "cancelled", stream.usage, ()
     )
+
+
+async def _run_tools(calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> list[tuple[Message, ToolRun]]:
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(_call(call, tools)) for call in calls]
+    return [task.result() for task in running]
 
 
 async def _call(call: ToolCall, tools: Mapping[str, Tool]) -> tuple[Message, ToolRun]:

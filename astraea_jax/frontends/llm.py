@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from astraea_jax.agents.loop import ProgramResult, run_program
+from astraea_jax.agents.loop import ProgramResult, check_tools, run_program
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.frontends.feeding import PatientModel, map_in_order
+from astraea_jax.frontends.loop_thread import LoopThread
 from astraea_jax.frontends.progress import StartupDisplay
 
-Message = dict[str, Any]
-"""An OpenAI-shaped chat message."""
-
-T = TypeVar("T")
+A = TypeVar("A")
+R = TypeVar("R", "Completion", ProgramResult)
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,18 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
-    usage: Usage
+    """``"error"`` if there is no output; else as in :class:`astraea_jax.engine.generation.Delta`."""
+    usage: Usage | None
+    error: Exception | None = None
 
 
 class LLM:
     """A model ready to use from ordinary Python; a context manager, since it owns the threads of its engines.
+
+    Its methods may be called from any thread, plain tools among them, and wait for their result. Ctrl-C cancels what
+    the interrupted call has begun: no tool is started any more. A coroutine of yours that calls them holds up its event
+    loop; ``await llm.engine.generate(…)`` does not. An async tool must do that, too: here it gets a ``RuntimeError``,
+    because it would hold up all agents.
 
     Args:
         model: a checkpoint folder, or the bundled ``"astraea-tiny"``.
@@ -54,59 +61,126 @@ class LLM:
     ):
         with StartupDisplay(enabled=progress) as display:
             self.engine = load_engine(model, config, progress=display.loading)
-            self.engine.start(display.compiling)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="astraea-llm", daemon=True)
-        self._thread.start()
+            try:
+                self.engine.start(display.compiling)
+                self._thread = LoopThread("astraea-llm")
+            except BaseException:
+                self.engine.shutdown(grace_s=0)
+                raise
+        self._model = PatientModel(self.engine)
+        c = self.engine.config
+        self._at_once = c.data_parallel * min(c.max_queued + c.max_seqs, c.max_programs)
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete one prompt or many at once, in order. Text is used as it is; for chats see :meth:`chat`."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._wait(_gather([self._complete(prompt, params) for prompt in prompts]))
+        """Complete one prompt or many, in order. Text is used as it is; for chats see :meth:`chat`.
+
+        Of several prompts each has its completion or its ``error``; of a single one the error is raised. There may be
+        more than the engine's queue holds.
+
+        Raises:
+            TypeError: something is no prompt, or ``params`` are no ``SamplingParams``.
+            EngineDead: the LLM has been closed.
+        """
+        single = isinstance(prompts, str)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"prompts must be text, not {type(text).__name__}; engine.generate takes token ids")
+        _check(params)
+        return self._run(partial(self._complete, params=params), texts, single)
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Sequence[Any] | Sequence[Sequence[Any]],
         tools: Sequence[Tool] = (),
         params: SamplingParams | None = None,
         *,
         max_steps: int = 16,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> list[ProgramResult]:
-        """Run one conversation or many at once, calling ``tools`` until each has its answer; results in order."""
-        runs = [
-            run_program(self.engine, one, tools, params=params, max_steps=max_steps) for one in _conversations(messages)
-        ]
-        return self._wait(_gather(runs))
+        """Run one conversation or many as agents, calling ``tools`` until each has its answer; results in order.
+
+        Of several conversations each has its answer or its ``error``; of a single one the error is raised. There may
+        be more than the engine's queue holds.
+
+        Args:
+            messages: a conversation, which is a list of messages (dicts, or an SDK's message objects), or a list of
+                conversations.
+            tools: what the agents may call.
+            params: sampling of every request.
+            max_steps: bound on the requests of each agent.
+            template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
+
+        Raises:
+            TypeError: messages and conversations are mixed, or an argument is of another type than it must be.
+            ValueError: two tools of one name, or ``max_steps`` below 1.
+            EngineDead: the LLM has been closed.
+        """
+        conversations = _conversations(messages)
+        check_tools(tools, max_steps)
+        _check(params)
+        converse = partial(
+            run_program,
+            self._model,
+            tools=tuple(tools),
+            params=params,
+            max_steps=max_steps,
+            template_arguments=template_arguments,
+            return_error=True,
+        )
+        return self._run(converse, conversations, single=bool(messages) and not _is_conversation(messages[0]))
 
     def close(self) -> None:
-        """Stop the engine; running requests are cancelled."""
+        """Stop the engine. Calls that wait in other threads end with ``EngineDead``. Closing twice does nothing.
+
+        Raises:
+            RuntimeError: an async tool calls it, which would wait for its own end.
+        """
+        self._thread.check_caller()
+        self._thread.stop()
         self.engine.shutdown(grace_s=0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def __enter__(self) -> LLM:
+        self._thread.check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _run(self, work: Callable[[A], Coroutine[Any, Any, R]], items: Sequence[A], single: bool) -> list[R]:
+        results = self._thread.wait_for(partial(map_in_order, work, items, self._at_once))
+        if single and results[0].error is not None:
+            raise results[0].error
+        return results
+
     async def _complete(self, prompt: str, params: SamplingParams | None) -> Completion:
-        generation = self.engine.generate(self.engine.tokenizer.encode(prompt, add_bos=True), params)
-        deltas = [delta async for delta in generation]
+        try:
+            encode = partial(self._model.tokenizer.encode, prompt, add_bos=True)
+            stream = self._model.generate(await encode_prompt(len(prompt), encode), params)
+            deltas = [delta async for delta in stream]
+        except Exception as error:
+            return Completion("", (), "error", None, error)
         ids = tuple(token for delta in deltas for token in delta.token_ids)
-        assert generation.usage is not None
-        return Completion("".join(d.text for d in deltas), ids, deltas[-1].finish_reason or "stop", generation.usage)
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return Completion("".join(d.text for d in deltas), ids, deltas[-1].finish_reason or "stop", stream.usage)
 
 
-def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
-    if any(isinstance(message, dict) for message in messages):
-        return [[message for message in messages if isinstance(message, dict)]]
-    return [list(one) for one in messages if not isinstance(one, dict)]
+def _conversations(messages: Sequence[Any]) -> list[list[Any]]:
+    """The conversations in what :meth:`LLM.chat` was given: one, or several."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise TypeError(f"messages must be a list of messages, or of conversations, not {type(messages).__name__}")
+    several = {_is_conversation(entry) for entry in messages}
+    if len(several) > 1:
+        raise TypeError(
+            "messages and conversations are mixed: give one conversation, which is a list of messages, or a list of "
+            "conversations, each of them a list"
+        )
+    return [list(entry) for entry in messages] if several == {True} else [list(messages)] if messages else []
 
 
-async def _gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    return list(await asyncio.gather(*work))
+def _is_conversation(entry: object) -> bool:
+    return isinstance(entry, Sequence) and not isinstance(entry, str | bytes)
+
+
+def _check(params: object) -> None:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams, not {type(params).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.engines import held, settled
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
@@ -236,6 +238,47 @@ async def test_cancelling_a_program_ends_its_session(where: str) -> None:
     assert model.requests[-1].cancelled == (where == "request")
 
 
+async def test_a_cancelled_request_runs_no_tool() -> None:
+    """As when somebody else has ended its session: what it had said by then is not acted on."""
+    model = Script(call("price", item="lamp"), finish_reason="cancelled")
+    program = await run_program(model, QUESTION, [price])
+    assert (program.finish_reason, results(program), model.waits) == ("cancelled", [], [])
+    assert [request.tools for request in program.requests] == [()]
+
+
+async def test_an_error_can_be_part_of_the_result() -> None:
+    model = Script(call("price", item="lamp"), RequestError("the prompt is too long"))
+    program = await run_program(model, QUESTION, [price], return_error=True)
+    assert (program.text, program.finish_reason) == ("", "error")
+    assert isinstance(program.error, RequestError)
+    assert results(program) == ["14"]
+    assert len(program.requests) == 1
+    assert model.live == set()
+
+
+async def test_names_of_many_tools_are_told_as_far_as_they_fit() -> None:
+    tools = [tool(name=letter * 64)(hang.function) for letter in "fedcba"]
+    model = Script("".join(call(one.name) for one in tools), "done")
+    await run_program(model, QUESTION, [one.wrapped(price.function) for one in tools])
+    assert model.waits == ["+".join(letter * 64 for letter in "abc")]
+    assert len(model.waits[0]) <= MAX_NAME
+
+
+async def test_long_conversations_are_tokenised_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Script("fine")
+    encode, threads = model.tokenizer.encode_chat, []
+
+    def noting(*arguments: Any, **more: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return encode(*arguments, **more)
+
+    monkeypatch.setattr(model.tokenizer, "encode_chat", noting)
+    for text in ("How much?", "How much? " * 1000):
+        await run_program(model, [{"role": "user", "content": text}])
+    assert [thread is threading.current_thread() for thread in threads] == [True, False]
+    assert "How much? How much?" in model.prompts[1]
+
+
 async def test_a_bad_program_hurts_no_other() -> None:
     bad = [Script(call("hang"), "no"), Script(RequestError("no")), Script(call("price", item="desk"), "no")]
     good = Script(call("price", item="lamp"), "It is 14.")
@@ -250,6 +293,10 @@ async def test_bad_parameters() -> None:
         await run_program(Script("x"), QUESTION, [price, price])
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
         await run_program(Script("x"), QUESTION, max_steps=0)
+    with pytest.raises(TypeError, match="max_steps must be an integer"):
+        await run_program(Script("x"), QUESTION, max_steps=1.5)
+    with pytest.raises(TypeError, match="@tool"):
+        await run_program(Script("x"), QUESTION, [len])
 
 
 async def test_a_real_engine_serves_programs_side_by_side(engine: Engine) -> None:

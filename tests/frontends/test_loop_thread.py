@@ -1,0 +1,127 @@
+"""An event loop that blocking callers share: nobody is left waiting, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from astraea_jax.errors import EngineDead
+from astraea_jax.frontends import loop_thread
+from astraea_jax.frontends.loop_thread import LoopThread
+
+
+@pytest.fixture
+def loop() -> Iterator[LoopThread]:
+    thread = LoopThread("test-loop")
+    yield thread
+    thread.stop()
+    assert not thread.is_alive()
+
+
+async def forever() -> None:
+    await asyncio.sleep(3600)
+
+
+def waiting(loop: LoopThread, work=forever) -> tuple[threading.Thread, list[BaseException]]:
+    """A thread that waits for ``work``, and where its error will be."""
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            loop.wait_for(work)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    while not loop._calls:
+        time.sleep(0.002)
+    return thread, errors
+
+
+async def answer() -> int:
+    return 42
+
+
+async def fail() -> None:
+    raise LookupError("no")
+
+
+def test_results_and_errors_come_back(loop):
+    assert loop.wait_for(answer) == 42
+    with pytest.raises(LookupError, match="no"):
+        loop.wait_for(fail)
+    assert not loop._calls
+
+
+def test_it_refuses_to_wait_for_itself_or_another_of_its_kind(loop):
+    other = LoopThread("other")
+
+    async def wait_for_other() -> int:
+        return other.wait_for(answer)
+
+    with pytest.raises(RuntimeError, match="plain function"):
+        loop.wait_for(wait_for_other)
+    other.stop()
+
+
+def test_stopping_lets_every_caller_go(loop):
+    callers = [waiting(loop) for _ in range(5)]
+    loop.stop()
+    loop.stop()
+    for thread, errors in callers:
+        thread.join(30)
+        assert [type(error) for error in errors] == [EngineDead]
+    with pytest.raises(EngineDead, match="closed"):
+        loop.wait_for(answer)
+
+
+def test_stopping_waits_until_what_was_cancelled_has_ended(loop):
+    ended = []
+
+    async def slow_to_end() -> None:
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(0.05)
+            ended.append(True)
+
+    waiting(loop, slow_to_end)
+    loop.stop()
+    assert ended
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_breaks_the_event_loop_lets_every_caller_go(loop, kind):
+    async def breaks() -> None:
+        raise kind
+
+    thread, errors = waiting(loop)
+    with pytest.raises(kind):
+        loop.wait_for(breaks)
+    thread.join(30)
+    assert [type(error) for error in errors] == [EngineDead]
+    with pytest.raises(EngineDead, match="closed"):
+        loop.wait_for(answer)
+
+
+def test_a_blocked_event_loop_holds_nobody(monkeypatch, caplog):
+    monkeypatch.setattr(loop_thread, "STOP_S", 0.05)
+    loop, let_go = LoopThread("blocked"), threading.Event()
+
+    async def blocks() -> None:
+        let_go.wait()
+
+    thread, errors = waiting(loop, blocks)
+    loop.stop()
+    thread.join(30)
+    assert [type(error) for error in errors] == [EngineDead]
+    assert "left behind" in caplog.text
+    let_go.set()
+    loop.join(30)
+    assert not loop.is_alive()
