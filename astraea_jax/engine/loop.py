@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, assert_never
 
 from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Stop, Submit, ToolCalled
 from astraea_jax.engine.generation import Delta, Mailbox, Outbox, Usage
@@ -178,6 +178,8 @@ class ServingLoop:
                 self._check(answer)
             case Stop():
                 self._stopping = True
+            case _:
+                assert_never(event)
 
     def _submit(self, event: Submit, now: float) -> None:
         params, mailbox = event.params, event.mailbox

@@ -102,8 +102,8 @@ def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
         assert replicas.live
         again = replicas.generate(PROMPTS[0], PARAMS, session="s")
         assert await tokens(again) == first
-        assert replicas._homes["s"] is not home
-        replicas._homes["s"]._post(lambda: 1 / 0)
+        assert replicas._homes["", "s"] is not home
+        break_loop(replicas._homes["", "s"], ZeroDivisionError())
         while replicas.live:
             await asyncio.sleep(0.005)
         with pytest.raises(EngineDead, match="ZeroDivisionError"):

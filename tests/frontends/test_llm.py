@@ -141,7 +141,7 @@ def test_template_arguments_reach_the_template(shop):
 def test_more_prompts_than_the_queue_holds(random_folder, greedy):
     """Another user of the engine fills its queue meanwhile."""
     prompts = [f"number {i}" for i in range(40)]
-    with LLM(random_folder, dataclasses.replace(SMALL, max_queued=1, max_programs=12)) as llm:
+    with LLM(random_folder, dataclasses.replace(SMALL, max_queued=9, max_programs=12)) as llm:
 
         async def others() -> None:
             await asyncio.gather(*[llm.engine.generate([1], LONG).text() for _ in range(9)])

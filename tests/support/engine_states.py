@@ -246,7 +246,12 @@ class Machine(RuleBasedStateMachine):
     @rule(error=st.sampled_from([ZeroDivisionError, SystemExit, MemoryError]))
     def break_the_loop(self, error) -> None:
         self.may_die = True
+        was_live = self.engine.live
         break_loop(self.engine, error("the test"))
+        if was_live and self.runner.go.is_set():
+            died = threading.Event()
+            self.engine.watch(died.set)
+            assert self.engine.state is State.DEAD or died.wait(LIMIT_S), "it is broken, and says that it serves"
 
     @rule()
     def hold_the_device(self) -> None:
