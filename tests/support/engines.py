@@ -22,6 +22,11 @@ class Held:
         self._still.clear()
         self._allowed.release(steps)
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether the engine stands still now."""
+        return self._still.is_set()
+
     async def still(self) -> None:
         """Wait until it stands still, after which it takes no event."""
         while not self._still.is_set():

@@ -1,8 +1,9 @@
-"""A client for a serving process; agents run against it as they do against an engine in the same process."""
+"""Asks a server as if it were an engine in this process: agents run against either."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,16 +12,27 @@ import grpc
 from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.frontends.rpc import wire
-from astraea_jax.frontends.rpc.metadata import SALT, read_usage, write_sampling
+from astraea_jax.frontends.rpc.metadata import read_usage, write_sampling, write_session
 from astraea_jax.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 ERRORS: dict[grpc.StatusCode, type[Exception]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.ABORTED: StepFailed,
     grpc.StatusCode.UNAVAILABLE: EngineDead,
 }
+OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
+"""A connection of its own for each client, since the server tells tenants apart by connection."""
+NOT_TOLD = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE)
+"""A plain JetStream server has no sessions, and one that is gone has none left."""
+MAX_TELLS = 1024
+"""Calls that nobody waits for at once; beyond that they are dropped."""
+TELL_S = 10.0
+"""Seconds after which such a call is given up."""
 
 
 class Client:
@@ -29,11 +41,15 @@ class Client:
     Args:
         address: of the server.
         tokenizer: of the model served there; prompts travel as tokens, and text is made here.
+        salt: names the tenant (see :meth:`astraea_jax.engine.engine.Engine.generate`); sessions belong to it. Without
+            one they belong to this client's connection.
     """
 
-    def __init__(self, address: str, tokenizer: Tokenizer):
+    def __init__(self, address: str, tokenizer: Tokenizer, *, salt: str = ""):
         self.tokenizer = tokenizer
-        self._channel = grpc.aio.insecure_channel(address)
+        self._salt = salt
+        self._closed = False
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._decode = self._channel.unary_stream(
             f"/{wire.ORCHESTRATOR}/Decode",
             request_serializer=wire.DecodeRequest.SerializeToString,
@@ -58,11 +74,15 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*self._telling)
-        await self._channel.close()
+        """Wait for what the server is being told, and close the connection; requests that run are cancelled."""
+        self._closed = True
+        try:
+            await asyncio.gather(*self._telling)
+        finally:
+            await self._channel.close()
 
     async def is_live(self) -> bool:
-        """What the server's ``HealthCheck`` says."""
+        """Ask the server's ``HealthCheck``."""
         return bool((await self._health(wire.HealthCheckRequest())).is_live)
 
     def generate(
@@ -74,53 +94,68 @@ class Client:
         final: bool = False,
         salt: str = "",
     ) -> RemoteGeneration:
-        """As :meth:`astraea_jax.engine.engine.Engine.generate`, but what the server refuses is raised while iterating.
+        """Do as :meth:`astraea_jax.engine.engine.Engine.generate`, but raise what the server says while iterating.
+
+        Args:
+            salt: another tenant than the client's own.
 
         Raises:
-            RequestError: ``stop_token_ids`` are given; the protocol cannot carry them.
+            RequestError: ``stop_token_ids`` are given, which the protocol cannot carry, or something else cannot be
+                sent.
+            EngineDead: the client has been closed.
         """
         params = params or SamplingParams()
         if params.stop_token_ids:
             raise RequestError("stop_token_ids cannot be sent over this protocol; use stop strings")
-        metadata = write_sampling(params)
-        if session is not None:
-            metadata += [("x-session-id", session), ("x-session-final", str(final).lower())]
-        if salt:
-            metadata.append((SALT, salt))
+        if self._closed:
+            raise EngineDead("this client is closed")
+        metadata = write_sampling(params) + write_session(session, final, salt or self._salt)
         request = wire.DecodeRequest(max_tokens=params.max_tokens, has_bos=True)
-        request.token_content.token_ids.extend(prompt)
+        try:
+            request.token_content.token_ids.extend(prompt)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"the prompt holds something that is no token id: {error}") from None
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         call = self._decode(request, metadata=metadata, wait_for_ready=False)
         return RemoteGeneration(call, Output(self.tokenizer.stream(), params, eos))
 
-    def end_session(self, session: str) -> None:
+    def end_session(self, session: str, *, salt: str = "") -> None:
         """Tell the server, without waiting, that a program has ended."""
-        self._tell(self._end, wire.EndRequest(session=session))
+        self._tell(self._end, wire.EndRequest(session=session), salt)
 
-    def tool_called(self, session: str, tool: str) -> None:
+    def tool_called(self, session: str, tool: str, *, salt: str = "") -> None:
         """Tell the server, without waiting, which tool a program waits for."""
-        self._tell(self._tool, wire.ToolCalledRequest(session=session, tool=tool))
+        self._tell(self._tool, wire.ToolCalledRequest(session=session, tool=tool), salt)
 
     async def counts(self) -> dict[str, int]:
-        """As :meth:`astraea_jax.engine.engine.Engine.counts`."""
+        """Ask for the server's :meth:`astraea_jax.engine.engine.Engine.counts`."""
         return {count.name: count.value for count in (await self._stats(wire.StatsRequest())).counts}
 
-    def _tell(self, method: Any, request: Any) -> None:
-        task = asyncio.get_running_loop().create_task(self._told(method, request))
+    def _tell(self, method: Any, request: Any, salt: str) -> None:
+        metadata = write_session(None, False, salt or self._salt)
+        if self._closed or len(self._telling) >= MAX_TELLS:
+            log.warning(
+                "the server is not told of %s: %s", type(request).__name__, "closed" if self._closed else "busy"
+            )
+            return
+        task = asyncio.get_running_loop().create_task(self._told(method, request, metadata))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
     @staticmethod
-    async def _told(method: Any, request: Any) -> None:
+    async def _told(method: Any, request: Any, metadata: Any) -> None:
         try:
-            await method(request)
+            await method(request, metadata=metadata, timeout=TELL_S)
         except grpc.aio.AioRpcError as error:
-            if error.code() not in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE):
-                raise  # a plain JetStream server has no sessions, and one that is gone has none left
+            if error.code() not in NOT_TOLD:
+                log.warning("the server could not be told of %s: %s", type(request).__name__, error.details())
 
 
 class RemoteGeneration:
-    """A request that runs on the server: an async iterator of Deltas, like ``Generation``."""
+    """A request that runs on the server: an async iterator of Deltas, like ``Generation``.
+
+    Whoever stops iterating, or lets go of it, cancels it.
+    """
 
     def __init__(self, call: Any, output: Output):
         self.usage: Usage | None = None
@@ -129,13 +164,14 @@ class RemoteGeneration:
         self._output = output
 
     def cancel(self) -> None:
+        """Stop it; does nothing once it has ended."""
         self._call.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         reason: str | None = None
         try:
             async for response in self._call:
-                sample = response.stream_content.samples[0]
+                [sample] = response.stream_content.samples
                 if sample.token_ids and not self._output.stopped:
                     text = "".join([self._output.push(token) for token in sample.token_ids])
                     yield Delta(text, tuple(sample.token_ids))
@@ -149,4 +185,6 @@ class RemoteGeneration:
             if error.code() != grpc.StatusCode.CANCELLED:
                 raise ERRORS.get(error.code(), RuntimeError)(f"{error.details()}") from error
             reason = "cancelled"
+        finally:
+            self._call.cancel()
         yield Delta(self._output.flush(), (), reason or "stop")

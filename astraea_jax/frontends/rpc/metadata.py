@@ -1,14 +1,16 @@
-"""What travels beside the messages, in gRPC metadata: sampling, the session, and how a request went.
+"""Reads and writes the gRPC metadata beside JetStream's messages: sampling, session, tenant, and how a request went.
 
-JetStream's messages have no fields for these; its servers ignore the keys, and its clients need not send them.
+JetStream's messages have no fields for these; its servers ignore the keys, and its clients need not send them. A key
+that counts once and comes twice with different values is refused: what one hop has set, the next cannot replace.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
@@ -16,10 +18,11 @@ from astraea_jax.errors import RequestError
 Metadata = Sequence[tuple[str, str | bytes]]
 
 SESSION_KEYS = ("x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "thread-id", "session-id")
-"""Names under which clients already send a session; the first that is there counts."""
+"""Names under which clients already send a session; the first that is there and not empty counts."""
 FINAL_KEYS = ("x-session-final", "x-dynamo-session-final")
-MAX_SESSION = 256
 SALT = "x-cache-salt"
+MAX_SALT = MAX_NAME - len("salt:")
+"""Characters of a cache salt, which is part of an owner's name."""
 
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
 STOPS = ("x-stop", "x-stop-bin")
@@ -40,7 +43,7 @@ def read_sampling(metadata: Metadata, max_tokens: int) -> SamplingParams:
     Raises:
         RequestError: a value cannot be read or is out of bounds; names its key.
     """
-    values = {key: _text(key, value) for key, value in metadata if key in NUMBERS_AND_FLAGS}
+    values = _single_values(metadata, NUMBERS_AND_FLAGS)
     given: dict[str, Any] = {}
     for field, kind in SAMPLING.items():
         text = values.get(key_of(field))
@@ -66,18 +69,40 @@ def read_session(metadata: Metadata) -> tuple[str | None, bool]:
     """The program a request belongs to, if it says so, and whether it ends with this request.
 
     Raises:
-        RequestError: the session's name is too long, or the flag neither true nor false.
+        RequestError: a key comes twice, or the flag is neither true nor false.
     """
-    values = {key: _text(key, value) for key, value in metadata if key in SESSION_KEYS + FINAL_KEYS}
+    values = _single_values(metadata, SESSION_KEYS + FINAL_KEYS)
     session = next((values[key] for key in SESSION_KEYS if values.get(key)), None)
-    if session is not None and len(session) > MAX_SESSION:
-        raise RequestError(f"the session's name has {len(session)} characters; at most {MAX_SESSION} are allowed")
     return session, any(_flag(values, key) for key in FINAL_KEYS)
 
 
-def read_salt(metadata: Metadata) -> str:
-    """Programs share KV of equal beginnings with those of equal salt only."""
-    return next((_text(key, value) for key, value in metadata if key == SALT), "")
+def write_session(session: str | None, final: bool, salt: str) -> list[tuple[str, str | bytes]]:
+    """The metadata that :func:`read_session` and :func:`read_tenant` read.
+
+    Raises:
+        RequestError: a name cannot travel as metadata.
+    """
+    pairs = [] if session is None else [(SESSION_KEYS[0], session), (FINAL_KEYS[0], str(final).lower())]
+    if salt:
+        pairs.append((SALT, salt))
+    for key, value in pairs:
+        if not (value.isascii() and value.isprintable() and value == value.strip()):
+            raise RequestError(f"{key} is {value[:60]!r}; it must be printable ASCII without spaces around it")
+    return [*pairs]
+
+
+def read_tenant(metadata: Metadata, peer: str) -> tuple[str, str]:
+    """The cache salt of a call, and the owner of the sessions that it names.
+
+    A tenant is a cache salt, over whatever connections it comes, or else a connection: ``peer``.
+
+    Raises:
+        RequestError: there are two salts, or one that is too long.
+    """
+    salt = _single_values(metadata, (SALT,)).get(SALT, "")
+    if len(salt) > MAX_SALT:
+        raise RequestError(f"metadata {SALT} has {len(salt)} characters; at most {MAX_SALT} are allowed")
+    return salt, f"salt:{salt}" if salt else f"peer:{peer}"
 
 
 def write_usage(usage: Usage, finish_reason: str) -> list[tuple[str, str]]:
@@ -94,6 +119,14 @@ def read_usage(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[Usage | Non
     except (KeyError, ValueError):
         usage = None
     return usage, values.get(FINISH)
+
+
+def _single_values(metadata: Metadata, keys: Collection[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for key, value in metadata:
+        if key in keys and values.setdefault(key, text := _text(key, value)) != text:
+            raise RequestError(f"metadata {key} is given twice with different values")
+    return values
 
 
 def _text(key: str, value: str | bytes) -> str:

@@ -1,16 +1,24 @@
-"""The gRPC endpoint: JetStream's ``Orchestrator``, standard health and reflection, and what JetStream has no words for:
-the tools and the end of sessions, and the engine's counts.
+"""Serves an engine over gRPC: JetStream's ``Orchestrator``, standard health and reflection, and ``astraea.Sessions``.
+
+The last has what JetStream lacks: the tools that sessions wait for, their end, and the engine's counts.
 
 A Decode answers as JetStream does: one sample per message, text only to a request in text, the end-of-sequence token
 among the tokens, an empty sample after a stop by length, and a beginning-of-sequence token unless ``has_bos`` is set
 or the prompt begins with one. Where JetStream truncates, ignores or dies, the request gets one clear status:
 
     INVALID_ARGUMENT     no or malformed content, ``max_tokens`` below 1, more than one sample, a prompt beyond the
-                         context or the vocabulary, sampling that cannot be; the message names it
+                         context or the vocabulary, sampling or a name that cannot be; the message says which
     NOT_FOUND            an adapter, as none are served
     RESOURCE_EXHAUSTED   too many requests; ``grpc-retry-pushback-ms`` says when to try again
+    ABORTED              a step of the engine has failed; the request may be sent again
     UNAVAILABLE          compiling, shutting down, or failed
+    CANCELLED            the session was ended while the request ran
     INTERNAL             a fault of ours; the server's log says which
+
+A session belongs to the tenant that opens it: to the cache salt that its requests carry, or without one to the
+connection. Nobody else can resume it, end it or say what it waits for; the same name means another session to them. A
+client that comes back over another connection, without a salt, begins anew; its tokens are still found by their prefix.
+Sessions of a connection that has closed expire like all that are not resumed.
 """
 
 from __future__ import annotations
@@ -18,19 +26,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.generation import Delta, Generation
 from astraea_jax.engine.interface import Serving
-from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.frontends.rpc import wire
-from astraea_jax.frontends.rpc.metadata import read_salt, read_sampling, read_session, write_usage
+from astraea_jax.frontends.rpc.health import Health, Status
+from astraea_jax.frontends.rpc.metadata import read_sampling, read_session, read_tenant, write_usage
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +56,9 @@ OPTIONS = [
 ]
 MAX_DETAILS = 1024
 """Characters of a status message; gRPC drops what does not fit into its trailers, status and all."""
-LONG_TEXT = 4096
-"""Characters from which a text is tokenised in a thread, so as not to hold up the other streams."""
 RETRY_AFTER_MS = "1000"
-MAX_TOOL = 256
-"""Characters of a tool's name."""
+HANG_UP_S = 0.5
+"""Seconds that clients get to hang up when the server stops; their connections are cut then."""
 
 
 class UnknownAdapter(LookupError):
@@ -57,14 +66,14 @@ class UnknownAdapter(LookupError):
 
 
 class Cancelled(RuntimeError):
-    """A request was ended by somebody other than its caller."""
+    """A session was ended while its request ran."""
 
 
 class Server:
     """Serves an engine. :meth:`start` and :meth:`stop` run in the event loop that answers.
 
     Args:
-        engine: one or several; started or about to be; until then requests get ``UNAVAILABLE``.
+        engine: serves the requests; until it has started they get ``UNAVAILABLE``.
         host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
     """
@@ -72,9 +81,9 @@ class Server:
     def __init__(self, engine: Serving, host: str = "127.0.0.1", port: int = 0):
         self._engine = engine
         self._address = f"{host}:{port}"
-        self._health = health.aio.HealthServicer()
-        self._draining = False
-        self._decoding: set[grpc.aio.ServicerContext] = set()
+        self._health = Health(engine)
+        self._draining = self._cutting = False
+        self._decoding: dict[grpc.aio.ServicerContext, asyncio.Task[Any] | None] = {}
         limit = engine.config.data_parallel * (engine.config.max_queued + engine.config.max_seqs)
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=2 * limit,  # beyond it gRPC itself answers RESOURCE_EXHAUSTED
@@ -86,7 +95,7 @@ class Server:
         reflection.enable_server_reflection(names, self._server, pool=wire.POOL)
 
     async def start(self) -> int:
-        """Listen, and report the engine's state; returns the port.
+        """Listen, and let health follow the engine from now on; returns the port.
 
         Raises:
             OSError: the address cannot be used.
@@ -99,37 +108,33 @@ class Server:
                 f"cannot listen on {self._address}: the port is taken or the host is not this machine; "
                 "choose another --port or --host"
             ) from error
-        loop = asyncio.get_running_loop()
-        self._engine.watch(lambda: loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self.report_state())))
-        await self.report_state()
+        self._health.start()
         await self._server.start()
         return int(port)
 
-    async def report_state(self) -> None:
-        """Let the health service say what holds now; call it when the engine has started."""
-        status = health_pb2.HealthCheckResponse
-        for name in ("", wire.ORCHESTRATOR):
-            await self._health.set(name, status.SERVING if self._engine.live else status.NOT_SERVING)
-
     async def stop(self, grace_s: float = 30.0) -> int:
-        """Report not serving, refuse new requests, let running ones finish for ``grace_s`` seconds, then hang up;
-        returns how many were cut off.
+        """Report not serving, refuse new requests, let running ones finish for ``grace_s`` seconds, then hang up.
 
         The port stays open meanwhile, so that balancers see the state; streams that watch it do not delay the end.
+        Returns how many requests were cut off; they get ``UNAVAILABLE``, even if the engine hangs.
         """
         self._draining = True
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         deadline = time.monotonic() + grace_s
         while self._decoding and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        cut = len(self._decoding)
-        await self._server.stop(None)
-        return cut
+        self._cutting = True
+        cut = [task for task in self._decoding.values() if task is not None]
+        for task in cut:
+            task.cancel()
+        self._health.close()
+        await self._server.stop(HANG_UP_S)
+        return len(cut)
 
     async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """One request, streamed. The end of the call, by cancel or deadline too, cancels the generation."""
-        self._decoding.add(context)
-        context.add_done_callback(self._decoding.discard)
+        """Stream one request. The end of the call, by cancel or deadline too, cancels the generation."""
+        self._decoding[context] = asyncio.current_task()
+        context.add_done_callback(lambda _: self._decoding.pop(context, None))
         try:
             request = _parse(wire.DecodeRequest, data)
             generation = await self._generate(request, context)
@@ -143,6 +148,10 @@ class Server:
                 yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
             if generation.usage is not None and delta.finish_reason is not None:
                 context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            await _abort(context, EngineDead("the server was shut down before the request had ended"))
         except Exception as error:
             await _abort(context, error)
 
@@ -152,12 +161,13 @@ class Server:
         metadata = tuple(context.invocation_metadata() or ())
         params = read_sampling(metadata, request.max_tokens)
         session, final = read_session(metadata)
+        salt, owner = read_tenant(metadata, context.peer())
         if request.num_samples not in (0, 1):
             raise RequestError(f"num_samples is {request.num_samples}; one sample per request is served")
         if request.lora_adapter_id:
             raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
         prompt = await self._prompt(request)
-        return self._engine.generate(prompt, params, session=session, final=final, salt=read_salt(metadata))
+        return self._engine.generate(prompt, params, session=session, final=final, salt=salt, owner=owner)
 
     async def _prompt(self, request: Any) -> list[int]:
         tokenizer = self._engine.tokenizer
@@ -168,55 +178,56 @@ class Server:
                 return ids if ids[:1] == bos else bos + ids
             case "text_content":
                 text = request.text_content.text
-                if len(text) < LONG_TEXT:
-                    return tokenizer.encode(text, add_bos=not request.has_bos)
-                return await asyncio.to_thread(tokenizer.encode, text, add_bos=not request.has_bos)
+                return await encode_prompt(len(text), partial(tokenizer.encode, text, add_bos=not request.has_bos))
         raise RequestError("the request has no content; set text_content or token_content")
 
-    async def health_check(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        return wire.HealthCheckResponse(is_live=self._engine.live and not self._draining)
+    def health_check(self, request: Any, owner: str) -> Any:
+        """Whether the server accepts requests."""
+        return wire.HealthCheckResponse(is_live=self._health.status(wire.ORCHESTRATOR) == Status.SERVING)
 
-    async def end(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            self._engine.end_session(_parse(wire.EndRequest, data).session)
-        except RequestError as error:
-            await _abort(context, error)
+    def end(self, request: Any, owner: str) -> Any:
+        """End a session of the caller's; what is not one is ignored."""
+        self._engine.end_session(request.session, owner=owner)
         return wire.EndResponse()
 
-    async def tool_called(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            request = _parse(wire.ToolCalledRequest, data)
-            if len(request.tool) > MAX_TOOL:
-                raise RequestError(
-                    f"the tool's name has {len(request.tool)} characters; at most {MAX_TOOL} are allowed"
-                )
-            self._engine.tool_called(request.session, request.tool)
-        except RequestError as error:
-            await _abort(context, error)
+    def tool_called(self, request: Any, owner: str) -> Any:
+        """Take note of what a session of the caller's waits for."""
+        self._engine.tool_called(request.session, request.tool, owner=owner)
         return wire.ToolCalledResponse()
 
-    async def stats(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+    def stats(self, request: Any, owner: str) -> Any:
+        """The engine's counts; they name no session and no tenant."""
         response = wire.StatsResponse()
         for name, value in self._engine.counts().items():
             response.counts.add(name=name, value=value)
         return response
 
 
+def _unary(message: Any, answer: Callable[[Any, str], Any], response: Any) -> grpc.RpcMethodHandler:
+    """Handle a method with one response, which ``answer`` makes of the request and its caller's name as an owner."""
+
+    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            _, owner = read_tenant(tuple(context.invocation_metadata() or ()), context.peer())
+            return answer(_parse(message, data), owner)
+        except Exception as error:
+            await _abort(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(handle, response_serializer=response.SerializeToString)
+
+
 def _handlers(server: Server) -> grpc.GenericRpcHandler:
-    """Requests come as bytes: where gRPC parses them, malformed ones get ``UNKNOWN`` and a traceback."""
-    unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+    """Handle requests as bytes: where gRPC parses them, malformed ones get ``UNKNOWN`` and a traceback."""
     methods = {
-        f"/{wire.ORCHESTRATOR}/Decode": stream(
+        f"/{wire.ORCHESTRATOR}/Decode": grpc.unary_stream_rpc_method_handler(
             server.decode, response_serializer=wire.DecodeResponse.SerializeToString
         ),
-        f"/{wire.ORCHESTRATOR}/HealthCheck": unary(
-            server.health_check, response_serializer=wire.HealthCheckResponse.SerializeToString
+        f"/{wire.ORCHESTRATOR}/HealthCheck": _unary(
+            wire.HealthCheckRequest, server.health_check, wire.HealthCheckResponse
         ),
-        f"/{wire.SESSIONS}/End": unary(server.end, response_serializer=wire.EndResponse.SerializeToString),
-        f"/{wire.SESSIONS}/ToolCalled": unary(
-            server.tool_called, response_serializer=wire.ToolCalledResponse.SerializeToString
-        ),
-        f"/{wire.SESSIONS}/Stats": unary(server.stats, response_serializer=wire.StatsResponse.SerializeToString),
+        f"/{wire.SESSIONS}/End": _unary(wire.EndRequest, server.end, wire.EndResponse),
+        f"/{wire.SESSIONS}/ToolCalled": _unary(wire.ToolCalledRequest, server.tool_called, wire.ToolCalledResponse),
+        f"/{wire.SESSIONS}/Stats": _unary(wire.StatsRequest, server.stats, wire.StatsResponse),
     }
 
     class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
@@ -252,6 +263,8 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
             status = grpc.StatusCode.CANCELLED
         case Overloaded():
             status, retry = grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", RETRY_AFTER_MS),)
+        case StepFailed():
+            status = grpc.StatusCode.ABORTED
         case EngineDead():
             status = grpc.StatusCode.UNAVAILABLE
         case _:
