@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from astraea_jax.engine.engine import Engine
+
+WAIT_S = 120.0
+"""No wait of a test takes as long, unless it hangs."""
+
+
+async def until(happened: Callable[[], object]) -> None:
+    """Wait until something has happened in another thread."""
+    limit = time.monotonic() + WAIT_S
+    while not happened():
+        assert time.monotonic() < limit, "it never happens"
+        await asyncio.sleep(0.002)
 
 
 class Held:
@@ -24,8 +36,7 @@ class Held:
 
     async def still(self) -> None:
         """Until it stands still, after which it takes no event."""
-        while not self._still.is_set():
-            await asyncio.sleep(0.002)
+        await until(self._still.is_set)
 
     def wait(self) -> None:
         """Called by the engine before every commit."""
@@ -55,14 +66,12 @@ def held(engine: Engine, steps: int) -> Iterator[Held]:
 
 async def posted(engine: Engine) -> None:
     """Until an event waits for an engine that stands still."""
-    while not engine._events:
-        await asyncio.sleep(0.002)
+    await until(lambda: engine._events)
 
 
 async def settled(engine: Engine, *, programs: bool = False) -> None:
     """Until no request is left and nothing moves, with ``programs`` no program either; and a turn of the loop more."""
-    while engine.in_progress or (programs and engine.stats().programs) or _moving(engine):
-        await asyncio.sleep(0.005)
+    await until(lambda: not (engine.in_progress or (programs and engine.stats().programs) or _moving(engine)))
     loop = asyncio.get_running_loop()
     for _ in range(2):
         turned = loop.create_future()
