@@ -10,16 +10,13 @@ PIP_INSTALL = python -m pip install --disable-pip-version-check --no-input --no-
 INSTALL = $(BIN)/$(PIP_INSTALL)
 SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 
-.PHONY: help demo test lint parity ahead
+.PHONY: help demo test lint parity ahead lock
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## 64 agents against a real server on this machine: a table and a timeline picture
 	$(BIN)/python scripts/demo.py
-
-# Tests compile much and compute little.
-test parity: export XLA_FLAGS += --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true
 
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
 	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not parity and not gpu and not ahead"
@@ -34,6 +31,12 @@ parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 
 ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not here (installs libtpu)
 	.venv-ahead/bin/python -m pytest -m ahead tests/ahead
+
+# The one file with exact versions; users get the ranges of pyproject.toml.
+lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in requirements/ci.lock
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report - '.[dev,demo,parity,tpu]' \
+	  | $(BIN)/python scripts/lock.py > requirements/ci.lock.new
+	mv requirements/ci.lock.new requirements/ci.lock
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

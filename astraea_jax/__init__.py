@@ -11,6 +11,8 @@ from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupErro
 from astraea_jax.frontends.llm import LLM, Completion
 from astraea_jax.models.config import CheckpointError
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LLM",
     "CheckpointError",

@@ -272,12 +272,12 @@ def measure(name: str, case: Case, batch: Batch, truth: tuple[np.ndarray, np.nda
 
     @partial(jax.jit, donate_argnums=0)
     def step(pools: list[Pool], q: jax.Array) -> tuple[list[Pool], jax.Array, jax.Array]:
-        first, after = None, []
-        for pool in pools:  # one layer's output is the next one's queries, so that they come one after the other
+        outputs, after = [], []
+        for pool in pools:  # one layer's output is the next one's queries, so that they run one after the other
             q, pool = attend(q, k, v, pool, batch)
-            first = q if first is None else first
+            outputs.append(q)
             after.append(pool)
-        return after, q, first
+        return after, q, outputs[0]
 
     pools, _, out = step(pools, q)
     tokens, exact = truth
@@ -306,9 +306,10 @@ def table(figures: Sequence[Figure]) -> Section:
 
 def main(_: list[str]) -> None:
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    FLAGS.dtype = FLAGS.dtype or default
-    FLAGS.kv_dtype = FLAGS.kv_dtype or FLAGS.dtype
-    itemsize, kv_itemsize = np.dtype(FLAGS.dtype).itemsize, np.dtype(FLAGS.kv_dtype).itemsize
+    dtype: str = FLAGS.dtype or default
+    kv_dtype: str = FLAGS.kv_dtype or dtype
+    FLAGS["dtype"].value, FLAGS["kv_dtype"].value = dtype, kv_dtype
+    itemsize, kv_itemsize = jnp.dtype(dtype).itemsize, jnp.dtype(kv_dtype).itemsize
     roofline = Roofline.measure(FLAGS.dtype)
     figures: list[Figure] = []
     for case in cases():

@@ -82,10 +82,11 @@ def policies() -> list[str]:
 
 
 def one_of(flag: str, allowed: Iterable[str]) -> list[str]:
-    for value in FLAGS[flag].value:
+    values: list[str] = FLAGS[flag].value or []
+    for value in values:
         if value not in allowed:
             raise app.UsageError(f"--{flag}: {value!r} is none of {', '.join(allowed)}")
-    return list(FLAGS[flag].value)
+    return values
 
 
 def cells() -> list[Cell]:

@@ -155,8 +155,10 @@ class Bench:
         )
 
     def decode_ms(self, progress: Callable[[], None]) -> tuple[float, float]:
-        """Median milliseconds of a decode step, alone and while KV is moved there and back all the time; measured in
-        turns, since the machine's speed drifts."""
+        """Median milliseconds of a decode step, alone and while KV is offloaded and restored all the time.
+
+        Both are measured in turns, since the machine's speed drifts.
+        """
         tokens = FLAGS.steps * (2 * FLAGS.repeats + 2)
         for i in range(FLAGS.batch):
             self.scheduler.submit([i % self.config.vocab_size] * FLAGS.context, tokens, now=0.0)

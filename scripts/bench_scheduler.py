@@ -115,7 +115,7 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
         residency.spill(waiting)
     for step in range(FLAGS.steps):
         now = waiting + 0.02 * step
-        timed("32 pages are needed", lambda now=now: residency.reclaim(32, now, wait=True))
+        timed("32 pages are needed", partial(residency.reclaim, 32, now, wait=True))
         settle(now)
         if pool.free >= 8:
             timed("a wait begins", partial(residency.wait_begins, wait(waiting + step, now), now))

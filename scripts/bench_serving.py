@@ -1,4 +1,4 @@
-"""Serving through the engine: throughput of many prompts at once, latencies under arrivals, and the time to start.
+r"""Serving through the engine: throughput of many prompts at once, latencies under arrivals, and the time to start.
 
 Prompts are random tokens, so that no prefix is shared, and outputs have the length asked for. Everything is printed
 against a roofline measured in the same run (`astraea_jax/lab/roofline.py`). The first start compiles everything, the
@@ -7,7 +7,7 @@ prefill and decode share steps, what one reads and the other computes may overla
 
   python scripts/bench_serving.py                                    astraea-tiny, 64 prompts of 128 tokens, 64 out
   python scripts/bench_serving.py --peers=transformers,torch         and the same load for others ([parity] extra)
-  python scripts/bench_serving.py --model=llama-3.1-8b --random_weights --input=1024 --output=128 --prompts=256 \\
+  python scripts/bench_serving.py --model=llama-3.1-8b --random_weights --input=1024 --output=128 --prompts=256 \
       --max_seqs=128 --max_step_tokens=2048 --load=0.5,0.8           a published shape, on an accelerator
 """
 
@@ -87,7 +87,7 @@ def longest() -> int:
 def numbers(name: str) -> list[float]:
     """Of a flag that is a list of numbers above 0."""
     try:
-        found = [float(x) for x in FLAGS[name].value]
+        found = [float(x) for x in FLAGS[name].value or ()]
     except ValueError:
         raise app.UsageError(f"--{name}: {FLAGS[name].value} are not all numbers") from None
     if not all(0 < x < float("inf") for x in found):
@@ -283,7 +283,7 @@ def online_section(found: dict[str, Any], rates: int) -> Section:
 
 
 def start_section(starts: dict[str, dict[str, Any] | str]) -> Section:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, found in starts.items():
         if isinstance(found, str):
             rows.append((name, found, "", "", "", "", ""))

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,7 +28,7 @@ os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "l
 
 from absl import app, flags
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from astraea_jax.engine.config import KV_DTYPES
@@ -123,9 +124,8 @@ def compile_all(console: Console) -> tuple[list[Figures], dict[str, str]]:
         for case in todo:
             name = f"{case.target} {case.model} tp={case.tp}"
             try:
-                for figures in compile_case(
-                    case, FLAGS.program, lambda program, name=name: bars.update(task, description=f"{name} {program}")
-                ):
+                show = partial(_show, bars, task, name)
+                for figures in compile_case(case, FLAGS.program, show):
                     done.append(figures)
                     book.add(figures)
                     bars.advance(task)
@@ -142,7 +142,7 @@ def compile_all(console: Console) -> tuple[list[Figures], dict[str, str]]:
 
 @contextlib.contextmanager
 def cross_compiling() -> Iterator[None]:
-    """tokamax asks the devices of this process what they can do, unless told not to."""
+    """Keep tokamax from asking the devices of this process for their features."""
     try:
         from tokamax._src import config
     except ImportError:
@@ -150,6 +150,10 @@ def cross_compiling() -> Iterator[None]:
         return
     with config.cross_compile(True):
         yield
+
+
+def _show(bars: Progress, task: TaskID, case: str, program: str) -> None:
+    bars.update(task, description=f"{case} {program}")
 
 
 def main(_: list[str]) -> None:

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from astraea_jax.engine.config import DTYPES
 from astraea_jax.frontends.progress import StartupDisplay
-from astraea_jax.models import CheckpointError, resolve
+from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import copy_beside, load, save_hf, save_orbax
+from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.quantize import EIGHT_BITS
 
 FLAGS = flags.FLAGS

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,11 @@ def relay(line: str) -> None:
     console.print(f"[dim]server: {line.rstrip()}", highlight=False)
 
 
+def relay_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        relay(line)
+
+
 @contextmanager
 def server(residency: str, cache: str) -> Iterator[str]:
     """A serving process; yields its address once it is ready. What it compiles, the next one finds in ``cache``."""
@@ -107,7 +112,7 @@ def server(residency: str, cache: str) -> Iterator[str]:
                 break
         else:
             raise SystemExit(f"the server ended with status {process.wait()} before it was ready")
-        threading.Thread(target=lambda: [relay(line) for line in process.stderr], daemon=True).start()
+        threading.Thread(target=relay_all, args=(process.stderr,), daemon=True).start()
         yield found[1]
     finally:
         process.terminate()

@@ -81,8 +81,10 @@ def _blocks(load: Load, size: int) -> int:
 
 
 def torch(load: Load) -> Result:
-    """Full batches of ``max_seqs`` prompts of mean length: prefill in passes, then decode in lock step, every step at
-    the mean context."""
+    """Run full batches of ``max_seqs`` prompts of mean length.
+
+    Prefill runs in passes, then all decode in lock step, every step at the mean context.
+    """
     import torch as library
 
     began = time.perf_counter()

@@ -14,10 +14,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Two devices of one thread each, with half a batch, are a third faster here than one device with two threads.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
@@ -165,11 +166,11 @@ class Examples:
         return tokens, learned
 
 
-def scores(decoder: Decoder, tokens: jax.Array) -> jax.Array:
-    """Scores of every next token, ``[B, L] -> [B, L, V]``, with plain causal attention."""
+def logits_of(decoder: Decoder, tokens: jax.Array) -> jax.Array:
+    """Logits of every next token, ``[B, L] -> [B, L, V]``, with plain causal attention."""
     b, length = tokens.shape
 
-    def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
+    def attend(_: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         q, k, v = (x.reshape(b, length, *x.shape[1:]) for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b * length, *q.shape[2:]), cache
 
@@ -178,29 +179,31 @@ def scores(decoder: Decoder, tokens: jax.Array) -> jax.Array:
     return decoder.logits(hidden).reshape(b, length, -1)
 
 
-def make_steps(graph: nnx.GraphDef, optimizer: optax.GradientTransformation):
+def make_steps(
+    graph: nnx.GraphDef[Decoder], optimizer: optax.GradientTransformation
+) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
     """The jitted training step and the evaluation of a batch."""
 
-    def loss(state, tokens, learned):
-        logits = scores(nnx.merge(graph, state), tokens)[:, :-1]
+    def loss(state: Any, tokens: jax.Array, learned: jax.Array) -> jax.Array:
+        logits = logits_of(nnx.merge(graph, state), tokens)[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.sum(losses * learned[:, 1:]) / jnp.sum(learned[:, 1:])
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def train(state, moments, tokens, learned):
+    def train(state: Any, moments: Any, tokens: jax.Array, learned: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(state, tokens, learned)
         update, moments = optimizer.update(gradient, moments, state)
         return optax.apply_updates(state, update), moments, value
 
     @jax.jit
-    def solved(state, tokens, learned):
-        right = scores(nnx.merge(graph, state), tokens)[:, :-1].argmax(-1) == tokens[:, 1:]
+    def solved(state: Any, tokens: jax.Array, learned: jax.Array) -> jax.Array:
+        right = logits_of(nnx.merge(graph, state), tokens)[:, :-1].argmax(-1) == tokens[:, 1:]
         return jnp.all(right | ~learned[:, 1:], axis=1)
 
     return train, solved
 
 
-def evaluate(solved, state, held_out: Examples) -> float:
+def evaluate(solved: Callable[..., jax.Array], state: Any, held_out: Examples) -> float:
     tokens, learned = held_out.padded()
     parts = [solved(state, tokens[i : i + 50], learned[i : i + 50]) for i in range(0, len(tokens), 50)]
     return float(np.concatenate(parts).mean())

@@ -18,6 +18,8 @@ from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import astraea_jax
+
 ROOT = Path(__file__).parents[1]
 
 STRANGERS = {"jetstream-pt", "google-jetstream", "jetstream"}
@@ -57,7 +59,7 @@ def contents(wheel: Path) -> dict[str, int]:
 
 def test_wheel_holds_one_top_level_package(wheel: Path) -> None:
     names = contents(wheel).keys()
-    assert {name.split("/")[0] for name in names} == {"astraea_jax", "astraea_jax-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"astraea_jax", f"astraea_jax-{astraea_jax.__version__}.dist-info"}
     for room in ("models", "scheduler"):
         files = {path for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix != ".pyc"}
         assert files
@@ -108,7 +110,7 @@ def named(lock: str) -> set[str]:
 
 def test_no_stranger_is_required() -> None:
     assert STRANGERS.isdisjoint(requirements((ROOT / "pyproject.toml").read_text()))
-    patterns = ("*.lock", "pylock*.toml", "*requirements*.txt", "constraints*.txt")
+    patterns = ("*.lock", "requirements/*", "pylock*.toml", "*requirements*.txt", "constraints*.txt")
     for lock in (path for pattern in patterns for path in ROOT.glob(pattern)):
         assert STRANGERS.isdisjoint(named(lock.read_text())), f"{lock.name} names one of {STRANGERS}"
 

@@ -146,8 +146,7 @@ class Lifecycle:
                 self._queued -= 1
 
     def end(self, mailbox: Mailbox) -> bool:
-        """Take a request off the accounts, at the moment at which it is answered; False if that has been done before,
-        so that nobody is answered twice."""
+        """Take a request off the accounts when it is answered; False if it was off already: answer nobody twice."""
         with self._changed:
             started = self._open.pop(mailbox, None)
             if started is None:

@@ -42,8 +42,10 @@ T = TypeVar("T")
 
 
 class StepRunner(Pools, Protocol):
-    """What the loop needs of the device; :class:`~.runner.Runner` has it. Only the loop's thread calls it, but for
-    :meth:`compile`, which comes before."""
+    """What the loop needs of the device, as :class:`~.runner.Runner` has it.
+
+    Only the loop's thread calls it, but for :meth:`compile`, which comes before.
+    """
 
     block_sharding: Any
     """Of a block of pages on the device."""

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """``[T]`` int32, where each token's keys and values go: page * S + offset, and the null page 0 for padding."""
 
     def shifted(self, pages: int | jax.Array, page_size: int) -> Batch:
-        """This batch with page ids and slot mapping offset by ``pages``."""
+        """The batch with page ids and slot mapping offset by ``pages``."""
         slot_mapping = self.slot_mapping + pages * page_size
         return self._replace(page_table=self.page_table + pages, slot_mapping=slot_mapping)
 

@@ -52,7 +52,7 @@ class TokamaxRPA:
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
     ) -> tuple[jax.Array, jax.Array]:
         """Call the kernel, which uses its decode path for leading rows of one token."""
-        from tokamax import ops  # type: ignore[import-not-found]
+        from tokamax import ops
 
         check_page_table(batch)
         q_lens = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]

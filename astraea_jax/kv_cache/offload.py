@@ -31,7 +31,7 @@ LARGEST_BLOCK = 64
 NOWHERE = 2**30
 """Page ids from here on are beyond every pool; writes to them are dropped."""
 LIMIT_S = 30.0
-"""A transfer that takes longer fails, and its KV is recomputed."""
+"""A transfer of which no block arrives for so long fails, and its KV is recomputed."""
 
 Block = Any
 """Pages in one array ``[n, L, …]``, on the device or the host; in multi-process serving a wrapper of that array."""
@@ -72,7 +72,8 @@ class _Moving:
     """A transfer in flight."""
 
     transfer: Transfer
-    began: float
+    since: float
+    """When its last block arrived, or when it became the first of its direction: waiting for others does not count."""
     waiting: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
     """Blocks on the host still to be restored, and the pages to write them to."""
     arriving: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
@@ -120,15 +121,20 @@ class HostStore:
 
     def poll(self) -> list[tuple[Transfer, bool]]:
         """Transfers that have ended since the last call, and whether each failed."""
-        ended, still = [], []
+        ended: list[tuple[Transfer, bool]] = []
+        still: list[_Moving] = []
+        now, ahead = time.monotonic(), set[bool]()
         for moving in self._moving:
-            if self._over(moving):
+            if moving.transfer.to_host in ahead:
+                moving.since = now
+            if self._over(moving, now):
                 self._staged -= 0 if moving.transfer.to_host else sum(len(pages) for _, pages in moving.arriving)
                 ended.append((moving.transfer, moving.failed is not None))
                 if moving.failed is not None:
                     log.warning("a KV transfer failed, its KV is recomputed: %s", moving.failed)
             else:
                 still.append(moving)
+                ahead.add(moving.transfer.to_host)
         self._moving = still
         return ended
 
@@ -163,16 +169,15 @@ class HostStore:
                     at += high - low
                 first += len(block)
 
-    def _over(self, moving: _Moving) -> bool:
+    def _over(self, moving: _Moving, now: float) -> bool:
         """Take blocks that have arrived, begin those that have room, and return whether the transfer has ended."""
         restores = not moving.transfer.to_host
-        if moving.failed is None and time.monotonic() - moving.began > LIMIT_S:
-            moving.failed = f"it took longer than {LIMIT_S:.0f} s"
         if moving.failed is not None or moving.transfer.cancelled:
             return True
         try:
             while moving.arriving and moving.arriving[0][0].is_ready():
                 block, pages = moving.arriving.popleft()
+                moving.since = now
                 self._staged -= len(pages)
                 block.block_until_ready()  # raises if the copy failed
                 if restores:
@@ -183,6 +188,8 @@ class HostStore:
                 self._staged += len(pages)
         except Exception as error:
             moving.failed = str(error) or type(error).__name__
+        if moving.arriving and now - moving.since > LIMIT_S:
+            moving.failed = f"nothing of it has arrived for {LIMIT_S:.0f} s"
         return moving.failed is not None or not (moving.arriving or moving.waiting)
 
     def _cut(self, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -31,11 +32,19 @@ def test_all_are_compiled_and_counted():
     assert set(total) == {7}
 
 
+def test_as_many_compile_at_once_as_this_process_has_processors(monkeypatch):
+    for processors in (1, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=processors: set(range(n)), raising=False)
+        with _pool() as pool:
+            assert pool._max_workers == processors
+
+
 def test_what_cannot_be_lowered_is_told():
     with pytest.raises(TypeError, match="incompatible"):
         compile_all({0: partial(jax.jit(lambda x: x + jnp.ones(3)).lower, jnp.ones(2))})
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "pthread_getattr_np"), reason="only glibc tells the size of a stack")
 def test_threads_have_large_stacks_and_nobody_else_does():
     """The kernel says how large the piece of memory is that a thread's own variables lie in."""
     before = threading.stack_size()
@@ -52,8 +61,6 @@ def test_threads_have_large_stacks_and_nobody_else_does():
 
 def _stack_bytes() -> int:
     """Of this thread, as glibc knows it."""
-    import ctypes
-
     libc = ctypes.CDLL(None)
     attributes = ctypes.create_string_buffer(64)
     libc.pthread_self.restype = ctypes.c_void_p

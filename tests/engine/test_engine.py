@@ -10,7 +10,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
-from support.engines import break_loop, held, settled
+from support.engines import break_loop, held, settled, until
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
 from astraea_jax.engine import runner
@@ -147,8 +147,7 @@ async def test_a_session_serves_one_request_at_a_time(engine):
 async def test_cancel_frees_everything(engine):
     with held(engine, 2):
         running = [engine.generate(p, no_eos(150)) for p in prompts(16, longest=3)]
-        while not engine.stats().running:
-            await asyncio.sleep(0.002)
+        await until(lambda: engine.stats().running)
         for generation in running:
             generation.cancel()
             generation.cancel()

@@ -12,7 +12,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.engines import settled
+from support.engines import settled, until
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
 from astraea_jax.engine.engine import Engine
@@ -82,10 +82,12 @@ async def test_greedy_tokens_do_not_depend_on_residency(strategy, make_engine, g
 @given(seed=st.integers(0, 10**6), faults=st.sampled_from([0.0, 0.3]), cancels=st.sampled_from([0.0, 0.3]))
 def test_disturbances_change_no_token(seed, faults, cancels, make_engine, greedy):
     engine = make_engine(TIGHT)
-    rng = random.Random(seed)
+    rng, injected = random.Random(seed), 0
 
     def put(block, sharding):
+        nonlocal injected
         if rng.random() < faults:
+            injected += 1
             raise RuntimeError("an injected fault")
         return jax.device_put(block, sharding)
 
@@ -98,7 +100,7 @@ def test_disturbances_change_no_token(seed, faults, cancels, make_engine, greedy
         asyncio.run(crowd())
     finally:
         engine._store._put = jax.device_put
-    assert faults == 0 or engine.stats().failed_transfers >= before
+    assert (engine.stats().failed_transfers > before) == (injected > 0)
 
 
 async def test_a_lost_slot_is_computed_again(make_engine, greedy):
@@ -106,8 +108,7 @@ async def test_a_lost_slot_is_computed_again(make_engine, greedy):
     rng = random.Random(7)
     text = [rng.randrange(256) for _ in range(40)]
     output = await tokens(engine.generate(text, params(5), session="lost"))
-    while engine.stats().offloaded_pages == 0 or engine._store.busy:
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.stats().offloaded_pages > 0 and not engine._store.busy)
     for _ in range(4):  # others write on the pages, which can be found by their content until then
         await tokens(engine.generate([rng.randrange(256) for _ in range(60)], params(5)))
     engine._store._copies.clear()

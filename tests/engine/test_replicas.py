@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
-from support.engines import break_loop
+from support.engines import break_loop, until
 from support.wide import PROMPTS, TIGHT, run_programs, tokens
 
 from astraea_jax.engine.replicas import Replicas, load_engine
@@ -69,8 +69,7 @@ def test_programs_spread_and_stay(replicas):
         assert "never" not in replicas._homes
         for i in range(6):
             replicas.end_session(f"s{i}")
-        while replicas.stats().programs:
-            await asyncio.sleep(0.005)
+        await until(lambda: not replicas.stats().programs)
         assert replicas._given == Counter()
 
     asyncio.run(work())
@@ -104,8 +103,7 @@ def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
         assert await tokens(again) == first
         assert replicas._homes["", "s"] is not home
         break_loop(replicas._homes["", "s"], ZeroDivisionError())
-        while replicas.live:
-            await asyncio.sleep(0.005)
+        await until(lambda: not replicas.live)
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
             replicas.generate(PROMPTS[0], PARAMS)
 

@@ -156,19 +156,47 @@ def test_a_copy_that_fails_on_its_way_is_told():
     assert [failed for _, failed in finish(store)] == [True]
 
 
+class Slow:
+    """A block on its way to the host until it is told to have arrived."""
+
+    arrived = False
+
+    def __len__(self):
+        return 1
+
+    def is_ready(self):
+        return self.arrived
+
+    def block_until_ready(self):
+        assert self.arrived
+
+
 def test_a_transfer_that_never_ends_is_given_up(monkeypatch):
-    class Late:
-        def __len__(self):
-            return 1
-
-        def is_ready(self):
-            return False
-
-    store = store_of(Pools(), put=lambda *_: Late())
+    store = store_of(Pools(), put=lambda *_: Slow())
     store.start([offload(Program(1, 0.0), [1])], [])
     assert store.poll() == []
     monkeypatch.setattr("astraea_jax.kv_cache.offload.LIMIT_S", 0.0)
     assert [failed for _, failed in store.poll()] == [True]
+
+
+def test_a_transfer_behind_others_has_all_its_time(monkeypatch):
+    """Only what stands still fails: not what waits its turn, and not what arrives bit by bit."""
+    now, blocks = [0.0], []
+    monkeypatch.setattr("astraea_jax.kv_cache.offload.time.monotonic", lambda: now[0])
+
+    def put(*_):
+        blocks.append(Slow())
+        return blocks[-1]
+
+    store = store_of(Pools(), put=put)
+    store.start([offload(Program(i, 0.0), [1, 2, 4]) for i in range(2)], [])  # two blocks each
+    for block in blocks:
+        now[0] += 20.0
+        assert store.poll() == []
+        block.arrived = True
+        ended = store.poll()
+        assert [failed for _, failed in ended] == [False] * len(ended)
+    assert not store.busy
 
 
 def test_a_lost_copy_fails_the_restore():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_tool_calls_of_objects():
 )
 def test_arguments_are_decoded_from_json(written, read):
     call = {"function": {"name": "f", "arguments": written}}
-    given = {"role": "assistant", "tool_calls": [call]}
+    given: dict[str, Any] = {"role": "assistant", "tool_calls": [call]}
     [message] = normalise_messages([given])
     assert message["tool_calls"][0]["function"]["arguments"] == read
     assert given["tool_calls"][0]["function"]["arguments"] == written  # the caller's stays as it is
@@ -134,7 +135,7 @@ def test_what_is_no_message(messages, words):
 def test_none_at_all_and_too_deep():
     with pytest.raises(ValueError, match="no messages"):
         normalise_messages([])
-    circle = {"role": "user"}
+    circle: dict[str, Any] = {"role": "user"}
     circle["content"] = circle
     with pytest.raises(ValueError, match="nested too deeply"):
         normalise_messages([circle])

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,7 +80,7 @@ class Asked:
     key: tuple[str, str] | None
     tokens: list[int] = field(default_factory=list)
     ends: list[str | Exception] = field(default_factory=list)
-    reader: Future | None = None
+    reader: asyncio.Task[None] | None = None
     mailbox: Mailbox | None = None
     may_be_cancelled: bool = False
     may_be_busy: bool = False
@@ -97,6 +98,7 @@ class Asked:
 
     async def over(self) -> None:
         """Wait for the end."""
+        assert self.reader is not None
         done, _ = await asyncio.wait({self.reader}, timeout=LIMIT_S)
         assert done, "an answer never came"
         if self.reader.cancelled():
@@ -146,7 +148,7 @@ class Machine(RuleBasedStateMachine):
         async def ask() -> None:
             generation = self.engine.generate(asked.prompt, asked.params, session=name, owner=owner, final=final)
             asked.mailbox = generation._mailbox
-            asked.reader = asyncio.ensure_future(asked.read(generation))
+            asked.reader = asyncio.create_task(asked.read(generation))
 
         serving = self.engine.live
         try:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.interface import Serving
+
+WAIT_S = 120.0
+"""No wait of a test takes as long, unless it hangs."""
+
+
+async def until(happened: Callable[[], object]) -> None:
+    """Wait until something has happened in another thread."""
+    limit = time.monotonic() + WAIT_S
+    while not happened():
+        assert time.monotonic() < limit, "it never happens"
+        await asyncio.sleep(0.002)
 
 
 class Held:
@@ -29,8 +41,7 @@ class Held:
 
     async def still(self) -> None:
         """Wait until it stands still, after which it takes no event."""
-        while not self._still.is_set():
-            await asyncio.sleep(0.002)
+        await until(self._still.is_set)
 
     def wait(self) -> None:
         """Called by the engine before every commit."""
@@ -60,8 +71,7 @@ def held(engine: Engine, steps: int) -> Iterator[Held]:
 
 async def posted(engine: Engine) -> None:
     """Wait until an event waits for an engine that stands still."""
-    while not engine._loop.events.qsize():
-        await asyncio.sleep(0.002)
+    await until(engine._loop.events.qsize)
 
 
 def break_loop(engine: Engine, error: BaseException) -> None:
@@ -76,12 +86,11 @@ def break_loop(engine: Engine, error: BaseException) -> None:
 
 async def settled(engine: Serving, *, programs: bool = False) -> None:
     """Wait until no request is left and nothing moves, with ``programs`` no program either; check all accounts."""
+    await until(lambda: not (engine.in_progress or (programs and engine.stats().programs) or _moving(engine)))
     for replica in engine.replicas:
-        while replica.in_progress or (programs and replica.stats().programs) or _moving(replica):
-            await asyncio.sleep(0.005)
         for _ in range(2):
             await asyncio.to_thread(replica.check)
 
 
-def _moving(engine: Engine) -> bool:
-    return engine._store is not None and engine._store.busy
+def _moving(engine: Serving) -> bool:
+    return any(replica._store is not None and replica._store.busy for replica in engine.replicas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from support.device import Device
 
 from astraea_jax.scheduler.config import SchedulerConfig
+from astraea_jax.scheduler.plan import Plan
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Request
 from astraea_jax.scheduler.scheduler import Scheduler
@@ -21,7 +22,7 @@ class Loop:
     def __init__(self, scheduler: Scheduler):
         self.scheduler, self.device = scheduler, Device(scheduler)
         self.now = 0.0
-        self.in_flight = None
+        self.in_flight: tuple[Plan, list[int]] | None = None
         self.transfers = []  # on their way, in order
         self.delay = 0
         self.faults = 0

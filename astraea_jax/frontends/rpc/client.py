@@ -97,6 +97,10 @@ class Client:
         """Do as :meth:`astraea_jax.engine.engine.Engine.generate`, but raise what the server says while iterating.
 
         Args:
+            prompt: token ids.
+            params: sampling; greedy by default.
+            session: names the program.
+            final: the program ends with this request.
             salt: another tenant than the client's own.
 
         Raises:

@@ -107,7 +107,7 @@ async def send(channel: grpc.aio.Channel, method: str, data: bytes, metadata: An
 async def test_anything_gets_one_clear_status(engine, endpoint, caplog, call, metadata):
     good = wire.DecodeRequest(max_tokens=2, text_content={"text": "hello"}).SerializeToString()
     async with grpc.aio.insecure_channel(endpoint) as channel:
-        status = await send(channel, *call, metadata)
+        status = await send(channel, *call, metadata)  # type: ignore[call-arg]
         event(f"{call[0].rpartition('/')[2]}: {status}")
         assert status in ANSWERS
         assert await send(channel, DECODE, good) == "OK"
