@@ -10,6 +10,7 @@ Nothing that a model writes is an exception here. A call that cannot be read, or
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -110,24 +111,26 @@ def _tagged_calls(text: str) -> tuple[str, list[ToolCall]]:
     said: list[str] = []
     calls: list[ToolCall] = []
     kept = at = 0  # text before `kept` is in `said` or was a call
+    tried = 0
     while tag := TAGS.search(text, at):
         if tag[0] in THOUGHT_TAGS:
             at = _end(text, THOUGHT_TAGS[tag[0]], tag.end())
         elif tag[0] not in CALL_TAGS:  # the prompt has opened this thought: nothing so far was a call
             said, calls = [], []
             kept, at = 0, tag.end()
-        elif len(calls) > MAX_CALLS:  # more would take quadratic time; but they may all turn out to be thought of
+        elif tried > MAX_CALLS:  # more would take quadratic time; but they may all turn out to be drafts
             ends = [found.end() for found in THOUGHT_END.finditer(text, at)]
             if not ends:
                 return "".join(said), calls
-            said, calls = [], []
+            said, calls, tried = [], [], 0
             kept, at = 0, ends[-1]
-        elif found := _calls_at(text, tag.end(), CALL_TAGS[tag[0]]):
-            said.append(text[kept : tag.start()])
-            calls += found[0]
-            kept = at = found[1]
         else:
+            tried += 1
             at = tag.end()
+            if found := _calls_at(text, at, CALL_TAGS[tag[0]]):
+                said.append(text[kept : tag.start()])
+                calls += found[0]
+                kept = at = found[1]
     return "".join([*said, text[kept:]]), calls
 
 
@@ -148,28 +151,28 @@ def _end(text: str, tag: str, start: int) -> int:
 
 def _calls_at(text: str, start: int, close: str | None) -> tuple[list[ToolCall], int] | None:
     """The calls that begin at ``start``, and where the text goes on after them; None: a thought ends within them."""
-    first = len(text) if close is None else text.find(close, start)
-    quoting = [found.end() if (found := pattern.match(text, start)) else -1 for pattern in _up_to(close)]
-    ends = sorted({end for end in (first, *quoting) if end >= 0}) or [len(text)]
-    reasons = []
-    for end in ends:
-        try:
+    first = text.find(close, start) if close else -1
+    ends = [first if first >= 0 else len(text)]
+    try:
+        return _calls(text[start : ends[0]]), ends[0] + len(close or "")
+    except (ValueError, RecursionError) as error:
+        refused = _refused(_reason(error))
+    limit = start + MAX_CALL_CHARS + len(close or "")
+    quoting = [pattern.match(text, start, limit) for pattern in _up_to(close)] if close else []
+    for end in sorted({found.end() for found in quoting if found and found.end() > first}):
+        ends.append(end)
+        with contextlib.suppress(ValueError, RecursionError):
             return _calls(text[start:end]), end + len(close or "")
-        except (ValueError, RecursionError) as error:
-            reasons.append(_reason(error))
-    body = text[start : ends[-1]]
-    whole_strings = max(quoting[:1], default=-1) >= 0  # then an end of a thought in one of them is a part of it
-    thought_ends = (STRING_OR_THOUGHT_END if whole_strings else THOUGHT_END).finditer(body)
-    if any(found["thought_end"] for found in thought_ends):
+    # In a body with whole strings, the end of a thought may be a part of a string.
+    thought_end = STRING_OR_THOUGHT_END if quoting and quoting[0] else THOUGHT_END
+    if any(found["thought_end"] for found in thought_end.finditer(text, start, ends[-1])):
         return None
-    return [_refused(reasons[0])], ends[-1] + len(close or "")
+    return [refused], ends[-1] + len(close or "")
 
 
 @functools.cache
-def _up_to(close: str | None) -> tuple[re.Pattern[str], ...]:
+def _up_to(close: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Patterns that match up to a closing tag outside of strings: of JSON's, and also of Python's. Both are linear."""
-    if close is None:
-        return ()
     double = rf'(?:(?!{re.escape(close)})[^"]|{STRING})*+(?={re.escape(close)})'
     both = rf"""(?:(?!{re.escape(close)})[^"']|{STRING}|{STRING.replace('"', "'")})*+(?={re.escape(close)})"""
     return re.compile(double, re.DOTALL), re.compile(both, re.DOTALL)

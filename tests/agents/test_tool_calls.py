@@ -317,5 +317,7 @@ def test_a_damaged_call_does_not_let_out_what_it_quotes() -> None:
 )
 def test_long_texts_are_read_in_linear_time(piece: str) -> None:
     parse("<tool_call>" + piece * 60_000, 0, ["f"])
+    parse(f"<tool_call>{piece}</think>" * 20_000, 0, ["f"])
+    parse(f"<tool_call>{piece}</tool_call>" * 20_000, 0, ["f"])
     parse(("<tool_call>{" + piece * 1000 + "</tool_call>") * 60, 0, ["f"])
     parse('{"name": "f"' + piece * 10_000, 0, ["f"])
