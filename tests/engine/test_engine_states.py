@@ -129,4 +129,4 @@ def test_the_machine_finds_what_was_wrong_once(fault, monkeypatch):
     monkeypatch.setattr(engine_states, "LIMIT_S", 1.0)
     fault(monkeypatch)
     with pytest.raises(Exception):  # noqa: B017 # an assertion, an error of the engine, or a group of several
-        run(200, phases=[Phase.generate], report_multiple_bugs=False, database=None)
+        run(1000, phases=[Phase.generate], report_multiple_bugs=False, database=None)
