@@ -213,10 +213,10 @@ class Runner:
 
 def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
     tokens[:] = -1  # the usual decode: the device has its token
-    at = plan.steady
-    for i in range(plan.steady, len(plan.requests)):
+    at = plan.num_decodes
+    for i in range(plan.num_decodes, len(plan.requests)):
         request, start, count = plan.requests[i], int(plan.starts[i]), int(plan.counts[i])
-        if start < request.known:
+        if start < request.num_tokens:
             request.copy_tokens(start, tokens[at : at + count])
         at += count
 
