@@ -1,4 +1,4 @@
-"""Host-side scheduling of whole agent programs: pure Python and NumPy, no JAX, no I/O.
+"""Scheduling of whole agent programs: pure Python and NumPy, no JAX, no I/O.
 
 Imported as ``astraea_jax.scheduler``; deterministic given its inputs and a clock.
 """

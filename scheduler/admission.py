@@ -13,16 +13,19 @@ from .program import Request
 from .residency import Offer, Residency
 from .running import Running
 
+RUNNING_PER_RESERVED_PAGE = 2
+"""One page stays free for so many running requests, so that they can grow a while before one is preempted: a guess."""
+
 
 class Admission:
-    """The requests that wait, and the choice among them."""
+    """Holds the requests that wait, and chooses among them."""
 
     def __init__(self, config: SchedulerConfig, policy: Policy, pool: PagePool, running: Running, residency: Residency):
         self.unstarted = 0
         """Waiting requests that have not run yet; the others were preempted."""
         self._policy, self._pool, self._running, self._residency = policy, pool, running, residency
         self._size = config.page_size
-        self._hosts = config.host.pages > 0 and policy.strategy.hosts
+        self._has_host = config.host.pages > 0 and policy.strategy.uses_host
         self._queue = WaitingQueue(policy.columns)
         self._outdated: dict[Request, None] = {}
         policy.outdate = self.outdate
@@ -36,7 +39,7 @@ class Admission:
         self._queue.push(request, self._policy.features(request))
 
     def remove(self, request: Request) -> None:
-        """It waits no more."""
+        """A request waits no more."""
         self.unstarted -= request.preemptions == 0
         self._queue.remove(request)
         self._outdated.pop(request, None)
@@ -68,18 +71,18 @@ class Admission:
         return None
 
     def _fitting(self, request: Request, now: float) -> Offer | None:
-        """What a waiting request starts from, if it fits now; enough pages are free then."""
+        """Return what a waiting request starts from if it fits now; enough pages are free then."""
         offer = self._residency.offer(request)
         if offer is None:
             return None
         program = request.program
-        reserve = len(self._running) // 2  # so that those who run can grow
+        reserve = len(self._running) // RUNNING_PER_RESERVED_PAGE
         left = self._pool.obtainable - offer.need - reserve
         own = len(program.pages) + len(offer.found)  # they are no longer to be had if it starts
         if left < 0 or (left < own and left < self._pool.unpinned({*program.pages, *offer.found})):
             return None
         self._pool.share(offer.found)
-        if self._residency.reclaim(offer.need, now, wait=True, keep=program):
+        if self._residency.evict(offer.need, now, wait=True, keep=program):
             return offer
         self._pool.release(offer.found)
         return None
@@ -92,7 +95,9 @@ class Admission:
 
     def _pressure(self) -> Pressure:
         pool = self._pool
-        return Pressure(self._size, pool.size, pool.free, pool.obtainable - pool.free, len(self._running), self._hosts)
+        return Pressure(
+            self._size, pool.size, pool.free, pool.obtainable - pool.free, len(self._running), self._has_host
+        )
 
     def check(self) -> None:
         """Raise AssertionError unless the counts agree with the queue (for tests; O(everything))."""

@@ -1,4 +1,4 @@
-"""Sizes of a scheduler, and its counts."""
+"""Sizes of a scheduler, and its counters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_HOST = HostTier()
 @dataclass(frozen=True)
 class SchedulerConfig:
     num_pages: int
-    """Scrap page included."""
+    """The null page included."""
     page_size: int
     max_seqs: int
     max_step_tokens: int
@@ -20,6 +20,7 @@ class SchedulerConfig:
     max_waiting: int = 1024
     """Requests that wait for their first start, at most; preempted ones come back beyond it."""
     max_programs: int = 8192
+    """Programs remembered at once, at most; see :class:`~.registry.Registry`."""
     session_ttl_s: float = 600.0
     host: HostTier = NO_HOST
 
@@ -30,14 +31,18 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Programs conserve: created = live + finished + failed + expired."""
+    """Counts of requests, programs and pages. Programs conserve: created = programs + finished + failed + expired."""
 
     running: int
+    """Requests with a slot."""
     waiting: int
+    """Requests without: those that have not started, and those that were preempted."""
     programs: int
+    """Programs that have not ended."""
     in_tool_wait: int
+    """Programs without a request."""
     io_intensive: int
-    """Live programs of that class; the others are compute-intensive."""
+    """Programs whose requests cost less than the average; the others are compute-intensive."""
     created: int
     finished: int
     failed: int
@@ -45,24 +50,24 @@ class SchedulerStats:
     preemptions: int
     free_pages: int
     retained_pages: int
-    """Held by programs without a running request; can be had at any time."""
+    """Pages that only programs without a running request hold; they can be evicted at any time."""
     cached_pages: int
-    """Free, and still found by programs whose tokens begin alike."""
+    """Free pages that programs whose tokens begin alike still find."""
     computed_tokens: int
     reused_tokens: int
     """Tokens of admitted requests whose KV was still there, on the device or the host."""
     recomputed_tokens: int
-    """Tokens computed again because their KV had been dropped."""
-    reclaimed_pages: int
-    """Dropped under pressure."""
+    """Tokens of admitted requests that are computed again because their KV was dropped."""
+    dropped_pages: int
+    """Pages of KV dropped under pressure: neither the device nor the host holds them any more."""
     offloaded_pages: int
     restored_pages: int
     failed_transfers: int
     decisions: dict[str, int]
-    """Of the residency manager: "what: why", and how often."""
+    """How often the residency manager did what, and why: "what: why" -> count."""
 
     def flat(self, page_bytes: int) -> dict[str, int]:
-        """Each field as a number; ``decisions`` by what and why, and of pages that were moved the bytes, too."""
+        """Every field as a number: ``decisions`` as one "kv what: why" each, and pages moved in bytes as well."""
         fields = asdict(self)
         decisions: dict[str, int] = fields.pop("decisions")
         moved = {name: fields[f"{name}_pages"] * page_bytes for name in ("offloaded", "restored")}

@@ -1,4 +1,4 @@
-"""Who has copies of KV in host memory, and how much of it is in use."""
+"""Accounting of the host tier: which programs have copies there, and which transfers are under way."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from collections.abc import Callable
 from itertools import islice
 
 from .pages import PagePool
-from .program import Program
+from .program import Program, Request
 from .transfer import HostCopy, HostTier, Part, Transfer
 
 CANDIDATES = 8
-"""Programs that are compared when the host is full."""
+"""Programs that are compared when the host is full: a guess, to keep the choice O(1)."""
 
 
 class HostCopies:
-    """The books of the host tier: which programs have copies, and what memory and staging they take.
+    """Copies of KV in host memory, and the transfers that make and read them.
 
     Args:
         host: sizes of the tier.
-        idle_s: seconds that a program is expected not to run, from a time on.
+        idle_s: seconds from a time on that a program is expected not to run.
     """
 
     def __init__(self, host: HostTier, idle_s: Callable[[Program, float], float]):
         self.host = host
-        self.dropped: list[HostCopy] = []
-        """Copies that nobody wants any more, since they were last taken."""
         self._idle_s = idle_s
         self._used = 0  # pages of host memory
-        self._staged = 0
+        self._staged = 0  # pages on their way to the host
         self._holders: OrderedDict[Program, None] = OrderedDict()  # least recently used first
+        self._under_way: dict[Transfer, None] = {}
+        self._begun: list[Transfer] = []  # since they were last taken
+        self._dropped: list[HostCopy] = []  # since they were last taken
 
     @property
     def room(self) -> int:
-        """Pages that a copy begun now may have."""
+        """Pages that an offload begun now may have."""
         return min(self.free, self.host.staging - self._staged)
 
     @property
@@ -41,31 +42,65 @@ class HostCopies:
         """Pages of host memory that are not in use."""
         return self.host.pages - self._used
 
-    def add(self, program: Program, first: int, count: int) -> Part:
-        """A copy of the pages ``first … first + count - 1`` of a program, which is about to be made."""
+    # -- transfers ---------------------------------------------------------------------------------------------
+
+    def offload(self, program: Program, first: int, count: int, now: float) -> None:
+        """Begin to copy the device pages ``first … first + count - 1`` of a program to the host."""
         copy = HostCopy(first, count, count)
         program.copies = sorted([*program.copies, copy], key=lambda c: c.first)
         self._holders[program] = None
         self._used += count
         self._staged += count
-        return Part(copy, 0, count)
+        pages = tuple(program.pages[first : first + count])
+        self._begin(Transfer(program, pages, (Part(copy, 0, count),), True, now))
 
-    def arrived(self, transfer: Transfer) -> HostCopy:
-        """A transfer to the host is over, well or not."""
+    def restore(self, request: Request, pages: list[int], parts: list[Part], now: float) -> None:
+        """Begin to copy ``parts`` back to ``pages``; the request computes nothing until that has ended."""
+        request.loading = Transfer(request.program, tuple(pages), tuple(parts), False, now, request)
+        self._begin(request.loading)
+
+    def end(self, transfer: Transfer) -> None:
+        """A transfer is over, well or not."""
+        del self._under_way[transfer]
+        if transfer.request is not None:
+            transfer.request.loading = None
+            return
         self._staged -= len(transfer.pages)
         copy = transfer.parts[0].copy
         copy.ready = True
         if copy.dropped:  # while it was on its way
             self._used -= copy.pages
-        return copy
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Give up a transfer under way, and the copy it was to make; its end will have no effect."""
+        transfer.cancelled = True
+        self.end(transfer)
+        if transfer.to_host and not transfer.parts[0].copy.dropped:
+            self.remove(transfer.program, transfer.parts[0].copy)
+
+    def cancel_all(self) -> None:
+        for transfer in list(self._under_way):
+            self.cancel(transfer)
+
+    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
+        """Transfers begun, and copies dropped, since the last call."""
+        begun, self._begun = self._begun, []
+        dropped, self._dropped = self._dropped, []
+        return begun, dropped
+
+    def _begin(self, transfer: Transfer) -> None:
+        self._under_way[transfer] = None
+        self._begun.append(transfer)
+
+    # -- copies ------------------------------------------------------------------------------------------------
 
     def use(self, program: Program) -> None:
-        """A program's copies have been of use."""
+        """A program's copies count as used just now."""
         if program in self._holders:
             self._holders.move_to_end(program)
 
     def cut(self, program: Program, keep: int) -> None:
-        """Drop the copies of all but the first ``keep`` pages."""
+        """Drop the copies of all but a program's first ``keep`` pages."""
         while program.copies and program.copies[-1].end > keep:
             copy = program.copies[-1]
             if copy.first < keep:
@@ -77,15 +112,15 @@ class HostCopies:
         """Drop one copy."""
         program.copies.remove(copy)
         copy.dropped = True
-        self.dropped.append(copy)
+        self._dropped.append(copy)
         if copy.ready:
             self._used -= copy.pages
         if not program.copies:
             del self._holders[program]
 
     def least_worth(self, program: Program, now: float, keep: Program | None) -> Program | None:
-        """Whose copies are worth less than those of ``program`` would be: of the holders used least recently, one that
-        needs none, or else the one that is idle longest to come; never ``keep``."""
+        """The program whose copies are to make room for some of ``program``, if any is worth less: of the holders used
+        least recently one that needs none, or else the one expected to be idle longest; never ``keep``."""
         best, longest_s = None, self._idle_s(program, now)
         for other in islice(self._holders, CANDIDATES):
             if other in (program, keep) or other.restoring or not all(copy.ready for copy in other.copies):
@@ -97,16 +132,19 @@ class HostCopies:
         return best
 
     def check(self, programs: list[Program]) -> None:
-        """Raise AssertionError unless the books balance (for tests; O(everything))."""
+        """Raise AssertionError unless memory and holders add up (for tests; O(everything))."""
         copies = [copy for program in programs for copy in program.copies]
         assert not any(copy.dropped for copy in copies)
         assert self._holders.keys() == {program for program in programs if program.copies}
-        assert sum(copy.pages for copy in copies) <= self._used <= self.host.pages
+        assert self._staged == sum(len(transfer.pages) for transfer in self._under_way if transfer.to_host)
+        arriving = [t.parts[0].copy for t in self._under_way if t.to_host]
+        assert self._used == sum(copy.pages for copy in {*copies, *arriving}) <= self.host.pages
         assert 0 <= self._staged <= max(self.host.staging, 0)
+        assert not any(transfer.cancelled for transfer in self._under_way)
 
 
 def copyable(program: Program, pool: PagePool) -> tuple[int, int]:
-    """The last run of a program's device pages without copies, as (first, end), that nobody shares."""
+    """The last run of a program's device pages that nobody shares and no copy holds, as (first, end)."""
     end = len(program.pages)
     first = 0
     for copy in reversed(program.copies):
@@ -121,7 +159,7 @@ def copyable(program: Program, pool: PagePool) -> tuple[int, int]:
 
 
 def parts_of(program: Program, first: int, end: int) -> list[Part]:
-    """Host pages for the pages ``first … end - 1`` of a program."""
+    """The host pages that hold pages ``first … end - 1`` of a program."""
     parts = []
     for copy in program.copies:
         low, high = max(first, copy.first), min(end, copy.end)

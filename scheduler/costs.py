@@ -1,4 +1,4 @@
-"""What steps and transfers cost, and how that is learned from those that have run."""
+"""Costs of steps and transfers, and how they are learned from those that have run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class StepCosts:
     per_prefill_s: float
     """More if any row prefills: other compiled shapes, padded."""
     per_token_s: float
-    """Of each new token."""
+    """For each new token."""
     per_context_s: float
-    """Of each token attended to."""
+    """For each token attended to."""
 
     def step_s(self, rows: int, tokens: int, context: int) -> float:
         """Seconds of a step with so many rows, new tokens and tokens attended to."""
@@ -42,9 +42,9 @@ class StepFit:
         self.forget = 0.998
         """Weight of a step against the one after it; 1: all count alike."""
         self.costs = StepCosts(base_s=5e-3, per_prefill_s=0.0, per_token_s=5e-5, per_context_s=5e-8)
-        """As fitted last; at first a guess of the size that small models have."""
+        """The latest fit; at first a guess of the size that small models have."""
         self.mean_step_s = self.costs.base_s
-        """Of the last 50 steps or so: how long one decoded token takes at the present load."""
+        """Mean over the last 50 steps or so: how long one decoded token takes at the present load."""
         self._steps = 0
         self._recent: list[tuple[float, ...]] = []  # steps that are not in the sums yet
         self._gram = np.zeros((4, 4))

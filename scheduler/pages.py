@@ -1,4 +1,4 @@
-"""Reference-counted page ids, found again by what is written on them."""
+"""Reference-counted page ids; a full page can be found again by the hash of its content."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 
 
 class PagePool:
-    """Hands out the page ids ``1 … num_pages - 1``; page 0 is scrap, where padding is written.
+    """Hands out the page ids ``1 … num_pages - 1``; page 0 is the null page, where padding is written.
 
-    A full page may be published under a key that names its content and everything before it. Freed, it keeps its key
-    until it is handed out again, so that it can be shared as long as nobody needs the memory.
+    A full page may be *cached* under a block hash, which names its content and everything before it. Once freed it
+    keeps that hash until it is handed out again, so it can be shared as long as nobody needs the memory.
 
-    Pages that nobody can ask for go out first, last in, first out: the same few pages stay in use, and in cache, under
-    light load. Then go published ones, first in, first out; of pages released together the last ones first.
+    Free pages without a hash go out first, last in, first out: under light load the same few pages stay in use, and in
+    the processor's caches. Cached ones follow, first in, first out; of pages released together the last ones first.
     """
 
     def __init__(self, num_pages: int):
         if num_pages < 2:
-            raise ValueError(f"a pool of {num_pages} pages has none to give: page 0 is scrap")
+            raise ValueError(f"a pool of {num_pages} pages has none to give: page 0 is the null page")
         self.size = num_pages - 1
         self._free = list(range(num_pages - 1, 0, -1))
-        self._cached: dict[int, None] = {}  # free but published, oldest first
+        self._cached: dict[int, None] = {}  # free, but with a hash; oldest first
         self._references = [0] * num_pages
         self._pins = [0] * num_pages
         self._pinned = 0
         self._page_of: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
+        self._hash_of: dict[int, bytes] = {}
 
     @property
     def free(self) -> int:
@@ -34,12 +34,12 @@ class PagePool:
 
     @property
     def cached(self) -> int:
-        """Free pages that can still be found by their key."""
+        """Free pages that can still be found by their hash."""
         return len(self._cached)
 
     @property
     def obtainable(self) -> int:
-        """Pages that no pin holds."""
+        """Pages that no running request uses."""
         return self.size - self._pinned
 
     def allocate(self, count: int) -> list[int]:
@@ -57,14 +57,14 @@ class PagePool:
         while len(taken) < count:
             page = next(iter(self._cached))
             del self._cached[page]
-            self.withdraw(page)
+            self.uncache(page)
             taken.append(page)
         for page in taken:
             self._references[page] = 1
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more reference to pages that are held, or free but published."""
+        """Add a reference to each of ``pages``, which are held, or free but cached."""
         for page in pages:
             if self._references[page] == 0:
                 if page not in self._cached:
@@ -73,7 +73,7 @@ class PagePool:
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One reference less; pages without any are free.
+        """Remove a reference from each of ``pages``; without any a page is free.
 
         Raises:
             ValueError: a page is free already.
@@ -83,16 +83,16 @@ class PagePool:
                 raise ValueError(f"page {page} is released twice")
             self._references[page] -= 1
             if self._references[page] == 0:
-                if page in self._key_of:
+                if page in self._hash_of:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
 
     def shared(self, page: int) -> bool:
-        """Whether it has more than one reference."""
+        """Whether a page has more than one reference."""
         return self._references[page] > 1
 
-    # -- pins: what running requests and transfers use ----------------------------------------------------------
+    # -- pins: pages that running requests use --------------------------------------------------------------------
 
     def pin(self, pages: Iterable[int]) -> None:
         for page in pages:
@@ -105,36 +105,36 @@ class PagePool:
             self._pinned -= self._pins[page] == 0
 
     def unpinned(self, pages: Iterable[int]) -> int:
-        """How many of ``pages`` have no pin."""
+        """How many of ``pages`` no running request uses."""
         return sum(self._pins[page] == 0 for page in pages)
 
-    # -- keys --------------------------------------------------------------------------------------------------
+    # -- the prefix cache ------------------------------------------------------------------------------------------
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Let a held page be found by ``key``; the first page of a key stays the one that is found."""
-        if page not in self._key_of and key not in self._page_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+    def cache(self, page: int, block_hash: bytes) -> None:
+        """Let a held page be found by its hash; of several pages with equal hashes the first stays the one found."""
+        if page not in self._hash_of and block_hash not in self._page_of:
+            self._page_of[block_hash] = page
+            self._hash_of[page] = block_hash
 
-    def withdraw(self, page: int) -> None:
-        """Let it be found no more, because something else will be written on it."""
-        key = self._key_of.pop(page, None)
-        if key is not None:
-            del self._page_of[key]
+    def uncache(self, page: int) -> None:
+        """Let a page be found no more, because something else will be written there."""
+        block_hash = self._hash_of.pop(page, None)
+        if block_hash is not None:
+            del self._page_of[block_hash]
         if page in self._cached:
             del self._cached[page]
             self._free.append(page)
 
-    def withdraw_all(self) -> None:
+    def uncache_all(self) -> None:
         """Let no page be found any more."""
-        for page in list(self._key_of):
-            self.withdraw(page)
+        for page in list(self._hash_of):
+            self.uncache(page)
 
-    def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The pages of the first keys that are known; not yet shared."""
+    def find(self, block_hashes: Iterable[bytes]) -> list[int]:
+        """Pages of the longest prefix of ``block_hashes`` that is cached; no reference is taken."""
         found = []
-        for key in keys:
-            page = self._page_of.get(key)
+        for block_hash in block_hashes:
+            page = self._page_of.get(block_hash)
             if page is None:
                 break
             found.append(page)
@@ -152,5 +152,5 @@ class PagePool:
         pins = {page: count for page, count in enumerate(self._pins) if count}
         assert pins == dict(Counter(page for pages in pinning for page in pages)), "pins and their owners differ"
         assert self._pinned == len(pins)
-        assert self._page_of == {key: page for page, key in self._key_of.items()}, "keys and pages differ"
-        assert self._cached.keys() <= self._key_of.keys()
+        assert self._page_of == {block_hash: page for page, block_hash in self._hash_of.items()}, "hashes differ"
+        assert self._cached.keys() <= self._hash_of.keys()

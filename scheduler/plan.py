@@ -1,4 +1,4 @@
-"""What a step computes, as the scheduler hands it to whoever runs it."""
+"""A step, as the scheduler hands it to whoever runs it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from .program import Request
 
 
 class Plan(NamedTuple):
-    """One step of R rows, as columns."""
+    """One step of R rows, as columns: rows that decode come first, then others that sample, then the rest."""
 
     requests: list[Request]
     """R."""
     slots: np.ndarray
-    """``[R]`` int32, each one's row of the page table on the device."""
+    """``[R]`` int32: each request's row of the page table on the device."""
     starts: np.ndarray
-    """``[R]`` int32: its tokens ``start … start + count - 1`` are computed."""
+    """``[R]`` int32: tokens ``start … start + count - 1`` of each request are computed."""
     counts: np.ndarray
     """``[R]`` int32."""
-    steady: int
-    """The first so many rows feed back the one token that they sampled last."""
+    num_decodes: int
+    """Leading rows that feed back the one token that they sampled last."""
     samples: int
-    """The first so many rows, the steady ones among them, sample the token after."""
+    """Leading rows that sample the token after theirs, those that decode among them."""
     admitted: list[Request]
     """Requests that have got their slot since the last plan."""
     changes: list[tuple[int, int, list[int]]]
-    """What the page table has got since the last plan: a slot, and from which place on it has which pages."""
+    """Page-table updates since the last plan: (slot, index of the first page, page ids)."""
     tokens: int
-    """All counts together."""
+    """Sum of all counts."""
     context: int
-    """Tokens that its rows attend to, all together."""
+    """Tokens that all rows together attend to."""

@@ -1,7 +1,7 @@
 """The interface of a policy: in which order requests are served, and which may start.
 
-A policy never looks at all waiting programs one by one. When a request is queued the policy writes down a few numbers
-about it (``features``); when there is room, it scores all waiting requests at once from those columns and the time.
+A policy never looks at all waiting programs one by one. When a request is queued it writes down a few numbers about it
+(``features``); when there is room, it scores all waiting requests at once from those columns and the time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from .prediction import Predictor
 from .program import Program, Request
 from .strategies import make_strategy
 
+CLASS = 1e12
+"""Difference of the scores of two classes, where all of one go before all of the other. Beside it a score, which must
+stay far below it, is exact to 1e-4."""
+
 
 @dataclass(frozen=True)
 class Pressure:
@@ -24,27 +28,27 @@ class Pressure:
     pages: int
     free: int
     retained: int
-    """Held by programs that do not run; free for the taking."""
+    """Pages that only programs without a running request hold; they can be evicted."""
     running: int
+    """Running requests."""
     host: bool
-    """There is a host tier, so that KV under pressure moves instead of being lost."""
+    """Whether there is a host tier, so that KV under pressure moves instead of being lost."""
 
 
 class Policy:
-    """First come, first served, by the request's own arrival: what engines do that know no programs.
+    """Orders waiting requests, decides which may start, and which of the running ones are preempted.
 
     What becomes of the KV of programs that wait is the choice of its ``strategy``.
     """
 
     columns = 1
-    """Numbers that :meth:`features` gives."""
+    """How many numbers :meth:`features` gives."""
     backfill = 0
     """How many later requests are tried if the first in order does not fit; 0: it blocks them."""
     max_skips = 10**9
     """How often later requests may start before the first in order so, before it blocks them."""
-
     residency: str | None = None
-    """The strategy that belongs to the policy, by name; None: any."""
+    """Name of the strategy that belongs to the policy; None: any."""
 
     def __init__(self, predictor: Predictor):
         self.predict = predictor
@@ -53,15 +57,17 @@ class Policy:
         """To be called when the features of a waiting request have changed; the scheduler sets it."""
 
     def features(self, request: Request) -> Sequence[float]:
-        """About a request that is queued; fixed until something about its KV changes."""
-        return (request.submitted,)
+        """Numbers about a request that is queued. They are asked for again only if its program loses KV, or after
+        ``outdate``."""
+        raise NotImplementedError
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        """Of all waiting requests, ``[n]`` from ``features [n, columns]``; lowest is first, ties by submission."""
+        """Scores ``[n]`` of all waiting requests from ``features [n, columns]``; the lowest is first, equal ones go by
+        submission."""
         return features[:, 0]
 
     def rank(self, request: Request) -> tuple[float, ...]:
-        """Place among the running; the highest is preempted first, and the lowest never."""
+        """Place among the running requests; the highest is preempted first, and the lowest never."""
         return (request.submitted, request.number)
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
@@ -71,7 +77,7 @@ class Policy:
     # -- events ------------------------------------------------------------------------------------------------
 
     def queued(self, request: Request, now: float) -> None:
-        """A request has arrived, returned from a tool, or has been preempted."""
+        """A request has arrived, with a new program or from a tool, or has been preempted."""
 
     def admitted(self, request: Request, now: float) -> None:
         """A request has got its pages."""
@@ -123,7 +129,7 @@ class WaitingQueue:
             self._features[at], self._numbers[at] = self._features[n], self._numbers[n]
 
     def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> Iterator[Request]:
-        """The first ``count`` requests in the order of the policy, each found when it is asked for."""
+        """Yield the first ``count`` requests in the order of the policy, each found when it is asked for."""
         n = len(self._requests)
         if n == 0:
             return

@@ -1,4 +1,4 @@
-"""What policies may know about the future, learned online.
+"""Predictions that policies may use, learned online.
 
 No decision waits for a prediction; with nothing learned yet the answers are rough and positive.
 """
@@ -15,9 +15,12 @@ from .costs import StepCosts, StepFit, TransferFit
 from .program import Program, Request
 
 WINDOW = 1024
-"""Recent observations that a distribution keeps."""
+"""Recent observations that a distribution keeps: a guess."""
 ENOUGH = 30
-"""Observations below which a narrower distribution gives way to a wider one."""
+"""Observations below which a narrower distribution gives way to a wider one: the usual rule of thumb."""
+FEW_TOKENS, FEW_TURNS, FEW_SECONDS = 100.0, 8.0, 1.0
+"""Output tokens per request, requests per program and seconds per tool wait, before anything is known: guesses, which
+only order the first few programs."""
 
 
 class Distribution:
@@ -52,35 +55,41 @@ class Distribution:
         return self._sorted[min(len(self._sorted) - 1, int(q * len(self._sorted)))] if self._sorted else default
 
     def mean_beyond(self, elapsed: float, default: float) -> float:
-        """Expected remainder of a quantity that has reached ``elapsed``."""
+        """Expected remainder of a quantity that has reached ``elapsed``; at least as much again if nothing seen went
+        further."""
         beyond = self._sorted[bisect.bisect_right(self._sorted, elapsed) :]
         return sum(beyond) / len(beyond) - elapsed if beyond else max(elapsed, default)
 
     def median_beyond(self, elapsed: float, default: float) -> float:
-        """Median remainder of a quantity that has reached ``elapsed``."""
+        """Median remainder of a quantity that has reached ``elapsed``; the same if nothing seen went further."""
         beyond = self._sorted[bisect.bisect_right(self._sorted, elapsed) :]
         return beyond[len(beyond) // 2] - elapsed if beyond else max(elapsed, default)
 
 
 class TurnHazards:
-    """Chance that a program ends at its k-th request, given that it gets there (Kaplan and Meier 1958).
+    """Learns the chance that a program ends at its k-th request, given that it gets there (Kaplan and Meier 1958).
 
     Programs that still live count among those at risk, so that the estimate is not drawn to short programs. Hazards
     are smoothed over neighbouring turns and towards their overall mean; those of one kind of programs towards those of
-    all. Kind 0 is all programs, and those of which nothing is known.
+    all. Kind 0 is all programs, and stands for those of which nothing is known.
     """
 
     KINDS = 4
-
     LONGEST = 256
+    """Turns that are told apart; later ones count as the last of these."""
+    HORIZON = 64
+    """Turns that the Gittins index looks ahead: beyond it the chance to be alive is small on every workload here."""
     EVERY = 64
-    """Requests after which the tables are made anew."""
+    """Requests after which the tables are made anew, which takes about a millisecond."""
     PRIOR = 6.0
-    """Weight of the overall mean, in observations."""
+    """Weight of the overall mean, in observations: a guess, small against what a busy server sees in a minute."""
     KIN = 20.0
-    """Weight of all programs in the estimate for a kind, in observations."""
+    """Weight of all programs in the estimate for a kind, in observations: a guess; benchmarks/RESULTS.md says when
+    kinds gain."""
     WIDTH = 2.0
-    """Of the smoothing, in turns."""
+    """Scale of the smoothing, in turns: a guess."""
+    FEWEST_ENDS, FEWEST_TURNS = 1.0, 8.0
+    """Counted beside what was seen, so that programs last eight turns before anything is known: a guess."""
 
     def __init__(self) -> None:
         n, shape = self.LONGEST, (self.KINDS, self.LONGEST)
@@ -92,7 +101,7 @@ class TurnHazards:
         self._make_tables()
 
     def observe(self, turn: int, last: bool, kind: int = 0) -> None:
-        """Request number ``turn``, from 0, of a program of that kind has ended, and was its last or not."""
+        """Learn that request number ``turn``, from 0, of a program of that kind has ended, and was its last or not."""
         at = min(turn, self.LONGEST - 1)
         for row in {0, kind}:
             self._risk[row, at] += 1
@@ -111,7 +120,7 @@ class TurnHazards:
 
     def _make_tables(self) -> None:
         n = self.LONGEST
-        mean = (self._ends[0].sum() + 1) / (self._risk[0].sum() + 8)
+        mean = (self._ends[0].sum() + self.FEWEST_ENDS) / (self._risk[0].sum() + self.FEWEST_TURNS)
         ends, risk = self._ends @ self._kernel, self._risk @ self._kernel
         everybody = (ends[0] + self.PRIOR * mean) / (risk[0] + self.PRIOR)
         hazard = (ends + self.KIN * everybody) / (risk + self.KIN)
@@ -120,8 +129,8 @@ class TurnHazards:
         after: float | np.ndarray = 1 / mean
         for turn in range(n - 1, -1, -1):
             self._remaining[:, turn] = after = 1 + (1 - hazard[:, turn]) * after
-        padded = np.concatenate([hazard, np.full((self.KINDS, 64), mean)], axis=1)
-        windows = np.lib.stride_tricks.sliding_window_view(padded, 64, axis=1)[:, :n]
+        padded = np.concatenate([hazard, np.full((self.KINDS, self.HORIZON), mean)], axis=1)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, self.HORIZON, axis=1)[:, :n]
         alive = np.cumprod(1 - windows, axis=2)  # after each turn of the horizon
         run = 1 + np.concatenate([np.zeros((self.KINDS, n, 1)), np.cumsum(alive[..., :-1], axis=2)], axis=2)
         self._index = 1 / ((1 - alive) / run).max(axis=2)
@@ -134,80 +143,83 @@ class Predictor:
         self.steps = StepFit()
         self.transfers = TransferFit()
         self.outputs = Distribution()
-        """Tokens per request."""
+        """Output tokens per request."""
         self.service = Distribution()
-        """Tokens computed per request, as each program's mean."""
+        """Tokens computed per request, as the mean of its program so far."""
         self.tool_waits = Distribution()
         """Seconds per tool wait, of all tools."""
         self.tools: OrderedDict[str, Distribution] = OrderedDict()
         """The same by tool: the ``WINDOW`` named last, since names come from clients. The oldest is first."""
         self.talk = Distribution()
-        """Output tokens per request, as each program's mean so far."""
+        """Output tokens per request, as the mean of its program so far."""
         self.turns = Distribution()
         """Requests per program."""
         self.hazards = TurnHazards()
-        self._progress = [0.0] * 6  # decaying sums over ended programs' moments k: n, k, r, kk, rr, kr
+        self._progress = [0.0] * 6  # decaying sums over the turns of ended programs: 1, k, r, k², r², k r (see eta)
 
     # -- questions ---------------------------------------------------------------------------------------------
 
     @property
     def costs(self) -> StepCosts:
-        """What steps cost, as fitted last."""
+        """The latest fit of step costs."""
         return self.steps.costs
 
     def output_tokens(self, request: Request) -> float:
-        """Tokens it will still output."""
+        """Tokens that a request will still output: the mean of its program, drawn to that of all as if two more had
+        output that."""
         program = request.program
-        prior = self.outputs.mean(100.0)
-        own = (program.output_tokens + 2 * prior) / (program.turns + 2)  # its own mean, drawn to everybody's
+        prior = self.outputs.mean(FEW_TOKENS)
+        own = (program.output_tokens + 2 * prior) / (program.turns + 2)
         return max(own - len(request.output), 0.1 * own)
 
     def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
-        """Seconds that its present or next tool wait goes on after ``elapsed_s``."""
-        return self.tool_times(program.tool).mean_beyond(elapsed_s, 1.0)
+        """Seconds that a program's present or next tool wait goes on after ``elapsed_s``."""
+        return self.tool_times(program.tool).mean_beyond(elapsed_s, FEW_SECONDS)
 
     def returns_in(self, program: Program, elapsed_s: float) -> float:
-        """Seconds until its tool wait is as likely over as not."""
-        return self.tool_times(program.tool).median_beyond(elapsed_s, 1.0)
+        """Seconds until a program's tool wait is as likely over as not."""
+        return self.tool_times(program.tool).median_beyond(elapsed_s, FEW_SECONDS)
 
     def tool_times(self, tool: str | None) -> Distribution:
-        """Of that tool if enough is known about it, or of all."""
+        """Seconds per wait for that tool if enough is known of it, or else for all tools."""
         own = self.tools.get(tool) if tool is not None else None
         return own if own is not None and len(own) >= ENOUGH else self.tool_waits
 
     def remaining_turns(self, program: Program) -> float:
-        """Requests it will still run, the present or next one included."""
+        """Requests that a program will still run, the present or next one included."""
         return self.hazards.remaining(program.turns, self._kind(program.turns, program.output_tokens))
 
     def turns_index(self, program: Program) -> float:
-        """Requests that it is worth to wait for its end; see :meth:`TurnHazards.index`."""
+        """Expected requests per chance that a program ends; see :meth:`TurnHazards.index`."""
         return self.hazards.index(program.turns, self._kind(program.turns, program.output_tokens))
 
     def _kind(self, turns: int, outputs: int) -> int:
-        """Of a program's hazards of ending: in which third its mean output per request lies; 0 before the first."""
+        """The kind of a program by its hazard of ending: the third in which its mean output per request lies; 0 while
+        that is unknown."""
         if turns == 0 or len(self.talk) < ENOUGH:
             return 0
         return 1 + sum(outputs / turns > self.talk.quantile(q, 0.0) for q in (1 / 3, 2 / 3))
 
     def program_s(self) -> float:
         """Seconds that a typical program runs in all."""
-        return self.steps.decode_s(self.outputs.mean(100.0) * self.turns.mean(8.0))
+        return self.steps.decode_s(self.outputs.mean(FEW_TOKENS) * self.turns.mean(FEW_TURNS))
 
     def remaining_s(self, request: Request) -> float:
-        """Seconds of model time until its program ends, were it alone: this request and those after it."""
+        """Seconds of model time that a request and those that its program runs after it would take alone."""
         own = self.steps.decode_s(self.output_tokens(request))
-        later = self.steps.decode_s(self.outputs.mean(100.0))
-        fresh = self.costs.prefill_s(max(1, request.known - request.reusable))
+        later = self.steps.decode_s(self.outputs.mean(FEW_TOKENS))
+        fresh = self.costs.prefill_s(max(1, request.num_tokens - request.reusable))
         return fresh + own + (self.remaining_turns(request.program) - 1) * later
 
     def request_s(self, request: Request) -> float:
-        """Seconds of model time of this request, were it alone."""
-        fresh = self.costs.prefill_s(max(1, request.known - request.reusable))
+        """Seconds of model time that a request would take alone."""
+        fresh = self.costs.prefill_s(max(1, request.num_tokens - request.reusable))
         return fresh + self.steps.decode_s(self.output_tokens(request))
 
     def eta(self) -> float:
-        """Whether progress predicts completion: ``-Corr(k, N - k)`` of served against remaining turns over programs
-        that have ended (Continuum, arXiv 2511.02230): 1 for a fixed number, 0 for a geometric one, below for more."""
+        """How far progress predicts completion (Continuum, arXiv 2511.02230): ``-Corr(k, r)`` of the turns k that ended
+        programs had behind them and the r ahead; 1 for a fixed number of turns, 0 for a geometric one, below 0 for
+        heavier tails."""
         n, k, r, kk, rr, kr = self._progress
         if n < ENOUGH:
             return 1.0

@@ -1,4 +1,7 @@
-"""Programs and their requests: what the scheduler knows about the work."""
+"""Programs and their requests: what the scheduler knows about the work.
+
+Every field says who writes it. All of them run in the one thread that drives the scheduler; others only read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .prefix import page_keys
+from .prefix import hash_blocks
 
 if TYPE_CHECKING:
     from .transfer import HostCopy, Transfer
@@ -26,46 +29,52 @@ class QueueFull(RuntimeError):
 class Program:
     """One agent session, and its history as policies see it."""
 
+    # Written once, by Registry.open.
     number: int
     """Order of opening. It names the program in logs, whatever its caller calls it."""
     arrival: float
+    """Seconds."""
     key: Hashable | None = None
-    """What its caller finds it by; None: nobody finds it."""
+    """The caller's name for it; None: nobody can find it."""
     owner: Hashable = ""
-    """Whose idle programs it is counted among when the table of programs is full."""
+    """The owner among whose idle programs it is counted when the table of programs is full."""
     salt: bytes | None = None
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
+
+    # Written by Scheduler, as its requests start and stop.
     turns: int = 0
     """Requests that have ended."""
     service: float = 0.0
     """Tokens computed for it so far: prefill that was not cached, and decode."""
     output_tokens: int = 0
-    """Sampled by the requests that have ended."""
+    """Tokens sampled by the requests that have ended."""
     waited_s: float = 0.0
-    """In the queue, over all requests so far."""
+    """Seconds in the queue, over all requests so far."""
     ran_s: float = 0.0
-    """On a slot, over all requests so far."""
-    io_intensive: bool = True
-    """Its requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3); new ones count
-    so."""
-    level: int = 0
-    """Of policies that have levels; 0 is served first."""
+    """Seconds on a slot, over all requests so far."""
     tool: str | None = None
     """The tool it waits for, if the client has said so."""
     wait_began: float = 0.0
     """When its present tool wait began."""
     wait_s: float = 0.0
     """How long its last tool wait took."""
+    io_intensive: bool = True
+    """Whether its requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3); new
+    programs count so. Written by Registry.classify."""
+    level: int = 0
+    """Its level, in policies that have levels; 0 is served first. Written by the policy."""
 
+    # Written by Residency and its parts (RetainedKV, HostCopies).
     last: Request | None = None
-    """The request whose KV is retained while none of its requests runs."""
+    """The request whose KV is retained while none of its requests runs. Also written by Scheduler, for a request that
+    ended before it ran."""
     kept: int = 0
     """Tokens of that request whose KV is retained, from the first on."""
     pages: list[int] = field(default_factory=list)
     """Device pages of the first of these tokens."""
     copies: list[HostCopy] = field(default_factory=list)
-    """Host copies of pages, by rising index and apart from each other. Every page of the tokens kept is on the device,
-    in a copy, or both."""
+    """Host copies of pages, by rising index, without overlap. Every page of the tokens kept is on the device, in a
+    copy, or both."""
     running: Request | None = None
     """The request of it that runs, and owns the device pages."""
 
@@ -79,10 +88,12 @@ class Program:
 class Request:
     """One model call of a program.
 
-    ``computed`` tokens chase ``length`` tokens. Of those, ``pending`` have been sampled by a dispatched step whose
-    result the host has not read. A step that computes all of them samples one more, so ``computed`` stays below.
+    Its computed tokens chase its known ones. Of those, *pending* ones have been sampled by a dispatched step whose
+    result the host has not read. A step that computes all of them samples one more, so ``num_computed`` stays below
+    ``num_with_pending``.
     """
 
+    # Written once, by Scheduler.submit.
     number: int
     """Order of submission."""
     program: Program
@@ -91,70 +102,82 @@ class Request:
     stops: frozenset[int]
     """Tokens that end it."""
     final: bool
-    """Its program ends with it."""
+    """Its program ends with it. Scheduler.end_program sets it, too."""
     submitted: float
     page_size: int
+    max_computed: int = field(init=False)
+    """Tokens that are ever computed: the last one it may generate is not fed back."""
+
+    # Written by Scheduler.
     matched: int = 0
-    """Tokens it shares with what its program retained when it was submitted."""
+    """Tokens that it shares with what its program retained when it was last queued."""
     queued: float = 0.0
     """When it last entered the queue."""
     started: float = 0.0
     """When it last got a slot."""
     output: list[int] = field(default_factory=list)
-    computed: int = 0
-    """Tokens whose KV is written, or will be by a dispatched step."""
+    """Tokens sampled so far that the host has read."""
+    num_at_start: int = field(init=False)
+    """Its ``num_with_pending`` when it last entered the queue."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hashes of its first full pages; none if its program shares with nobody."""
+    finish_reason: str | None = None
+    """"stop", "length", "error", or whatever reason Scheduler.finish was given."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was still there when it was first admitted."""
+    preemptions: int = 0
+    first_token: float | None = None
+    """When its first token was read."""
+    skipped: int = 0
+    """Times that a later request has started because this one, first in order, did not fit. Written by Admission."""
+
+    # Written by Running.
     slot: int = -1
     """Its row in the page table while it runs; -1 otherwise."""
-    keys: list[bytes] = field(default_factory=list)
-    """Of its first full pages, by content; none if its program shares with nobody."""
     pages: list[int] = field(default_factory=list)
-    room: int = 0
+    """Device pages of its first tokens while it runs."""
+    capacity: int = 0
     """Tokens that these pages hold."""
+    first_scheduled: float | None = None
+    """When it was first part of a step."""
+
+    # Written by Residency and HostCopies when it is admitted, and when a restore ends.
+    num_computed: int = 0
+    """Tokens whose KV is written, or will be by a dispatched step. Running and DecodeBatch advance it; Scheduler sets
+    it back to 0 when it leaves its slot."""
     reused: int = 0
     """Tokens that it had not to compute when it last got a slot."""
     loading: Transfer | None = None
-    """Brings back what the host holds of it; it computes nothing until that has ended."""
-    finish_reason: str | None = None
-    cached_tokens: int = 0
-    """Prompt tokens whose KV its program still held when it was first admitted."""
-    preemptions: int = 0
-    skipped: int = 0
-    """Times that a later one has started because this one, first in order, did not fit."""
-    first_scheduled: float | None = None
-    first_token: float | None = None
-    reached: int = field(init=False)
-    """Its length when it last began to compute."""
-    limit: int = field(init=False)
-    """Tokens that are ever computed; the last one it may generate is not fed back."""
+    """The restore that brings back what the host holds of it; it computes nothing until that has ended."""
 
     def __post_init__(self) -> None:
-        self.reached = len(self.prompt)
-        self.limit = self.reached + self.max_tokens - 1
+        self.num_at_start = len(self.prompt)
+        self.max_computed = self.num_at_start + self.max_tokens - 1
         self.queued = self.submitted
 
     @property
-    def length(self) -> int:
-        """Tokens the device knows: prompt, output and pending ones."""
-        return max(self.reached, self.computed + 1)
-
-    @property
-    def known(self) -> int:
-        """Tokens the host knows."""
+    def num_tokens(self) -> int:
+        """Tokens that the host knows: prompt and output."""
         return len(self.prompt) + len(self.output)
 
     @property
-    def pending(self) -> int:
-        return self.length - self.known
+    def num_with_pending(self) -> int:
+        """Tokens that the device knows: prompt, output and pending ones."""
+        return max(self.num_at_start, self.num_computed + 1)
 
     @property
-    def wanted(self) -> int:
-        """Tokens it could compute now."""
-        return min(self.length, self.limit) - self.computed
+    def num_pending(self) -> int:
+        return self.num_with_pending - self.num_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that it could compute now."""
+        return min(self.num_with_pending, self.max_computed) - self.num_computed
 
     @property
     def reusable(self) -> int:
-        """Tokens whose KV its program retains; while it waits. One is always left to compute."""
-        return min(self.matched, self.program.kept, self.known - 1)
+        """Tokens whose KV its program retains, while it waits. One is always left to compute."""
+        return min(self.matched, self.program.kept, self.num_tokens - 1)
 
     def shared_with(self, prompt: Sequence[int]) -> int:
         """Length of the common prefix of its tokens and ``prompt``."""
@@ -163,13 +186,14 @@ class Request:
             shared += _common(self.output, list(prompt[shared : shared + len(self.output)]))
         return shared
 
-    def extend_keys(self) -> None:
-        """Give every full page of known tokens its key."""
-        salt, start, stop = self.program.salt, len(self.keys) * self.page_size, self.known
+    def extend_block_hashes(self) -> None:
+        """Hash every full page of known tokens that has no hash yet."""
+        salt, start, stop = self.program.salt, len(self.block_hashes) * self.page_size, self.num_tokens
         if salt is not None and stop - start >= self.page_size:
             tokens = np.empty(stop - start, np.int32)
             self.copy_tokens(start, tokens)
-            self.keys += page_keys(tokens, self.page_size, self.keys[-1] if self.keys else salt)
+            before = self.block_hashes[-1] if self.block_hashes else salt
+            self.block_hashes += hash_blocks(tokens, self.page_size, before)
 
     def copy_tokens(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with its tokens from ``start``; -1 where only the device knows them."""

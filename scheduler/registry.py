@@ -42,7 +42,7 @@ class IdlePrograms:
         return next(iter(self._all))
 
     def of_largest_owner(self) -> Program:
-        """Of the owner with the most idle programs, the one that has been idle longest."""
+        """The longest idle program of the owner with the most idle ones."""
         return next(iter(self._of[next(iter(self._owners[self._most]))]))
 
     def _recount(self, owner: Hashable, before: int, after: int) -> None:

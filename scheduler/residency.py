@@ -1,19 +1,17 @@
-"""Where the KV of programs lies that are not running: on the device, in host memory, both, or nowhere any more.
+"""The residency manager: where the KV of programs that do not run lies, on the device, the host, both or nowhere.
 
-A program keeps its KV on the device when its request ends, and when it is preempted. It can always be taken: pages
-are taken from the end of a program's tokens, so that what is left is a prefix. With a host tier, pages are copied
-there, ahead of need or when they are needed: gathered into a staging buffer, after which the device pages are free at
-once, and copied while steps go on. Without one, or if it is full of what is worth more, they are lost and computed
-again. A *clean* page has a host copy, so it can be had at once. Pages that several programs share stay until nothing
-else is left, because taking them from one program frees nothing.
+A program keeps its KV on the device when its request ends, and when it is preempted, but any of its pages can be
+*evicted*, last ones first, so that what is left is a prefix. With a host tier, pages are *offloaded* there, ahead of
+need or when they are needed: they are gathered into a staging buffer, after which the device pages are free at once,
+and copied while steps go on. Without one, or if it is full of what is worth more, KV is *dropped* and computed again.
+What only the host holds is *restored* when the program's next request is admitted. A *clean* page has a host copy, so
+it can be evicted at once. Pages that programs share are evicted last, because taking them from one frees nothing.
 
-What is copied, kept or lost is the choice of a :class:`~.strategies.Strategy`; the mechanism is here.
+What is kept, offloaded or dropped is the choice of a :class:`~.strategies.Strategy`; the mechanism is here.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
@@ -21,18 +19,16 @@ from typing import NamedTuple
 from .copies import HostCopies, copyable, parts_of
 from .pages import PagePool
 from .program import Program, Request
-from .retained import Retained
-from .strategies import DISCARD, LAST, Strategy
+from .retained import RetainedKV
+from .strategies import DISCARD, EVICT_FIRST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
-log = logging.getLogger(__name__)
-
 CHUNK = 32
-"""Pages copied together at least, if a program has so many and staging has room."""
+"""Pages offloaded together at least, if a program has so many and staging has room: a guess."""
 
 
 class Offer(NamedTuple):
-    """What a waiting request can start from: pages on the device, and after those pages on the host."""
+    """Pages that a waiting request can start from: some on the device, and after those some on the host."""
 
     request: Request
     own: int
@@ -44,7 +40,7 @@ class Offer(NamedTuple):
     tokens: int
     """Tokens on all these pages, which need not be computed."""
     need: int
-    """Device pages that it needs beside, for all its known tokens; those that are restored come first."""
+    """Further device pages, for all its known tokens; those that are restored come first."""
 
 
 class Residency:
@@ -54,30 +50,22 @@ class Residency:
         pool: device pages.
         page_size: tokens per page.
         host: sizes of the host tier.
-        strategy: what to keep, copy and lose.
+        strategy: what to keep, offload and drop.
         lost: told of every program that loses KV.
     """
 
     def __init__(
         self, pool: PagePool, page_size: int, host: HostTier, strategy: Strategy, lost: Callable[[Program], None]
     ):
-        self.pool = pool
-        self.reclaimed = 0
-        """Pages lost under pressure, in all."""
         self.moved = [0, 0]
-        """Pages copied to the host and back, in all."""
+        """Pages offloaded and restored so far."""
         self.failed = 0
-        """Transfers that went wrong."""
-        self.decisions: Counter[str] = Counter()
-        """How often pages were kept, copied or dropped, each with its reason."""
-        self._begun: list[Transfer] = []  # since they were last taken
-        self._under_way: dict[Transfer, None] = {}
-        self.copies = HostCopies(host, self._idle_s)
-        self._size = page_size
-        self._strategy = strategy
-        self._lost = lost
-        self._retained = Retained()
-        self._spilling = False
+        """Transfers that failed so far."""
+        self._copies = HostCopies(host, self._idle_s)
+        self.kv = RetainedKV(pool, page_size, self._copies, lost)
+        self._order = self.kv.order
+        self._pool, self._size, self._strategy = pool, page_size, strategy
+        self._offloading = False
 
     # -- programs ----------------------------------------------------------------------------------------------
 
@@ -86,337 +74,227 @@ class Residency:
         program.last, program.kept, program.pages = request, tokens, pages
         program.running = None
         self._strategy.stopped(request)
-        self.copies.use(program)
-        self._retained.add(program)
+        self._copies.use(program)
+        self._order.add(program)
 
     def wait_begins(self, program: Program, now: float) -> None:
         """A program begins to wait for a tool: decide what becomes of its KV."""
         action, why = self._strategy.waits(program, self._slack, now)
-        self._note(program, action, why, len(program.pages))
+        self.kv.note(program, action, why, len(program.pages))
         if action == DISCARD and program.kept:
-            self.reclaimed += -(-program.kept // self._size)
-            self.trim(program, 0)
-        elif action == LAST:
-            self._retained.give_first(program)
+            self.kv.drop_all(program)
+        elif action == EVICT_FIRST:
+            self._order.put_first(program)
 
     def tool_named(self, program: Program, now: float) -> None:
-        """A program that waits has named its tool, which may change when its pages go, but nothing else."""
-        if self._strategy.waits(program, self._slack, now).action == LAST:
-            self._retained.give_first(program)
-
-    def trim(self, program: Program, tokens: int) -> None:
-        """Drop the KV of all but the first ``tokens`` tokens."""
-        if tokens >= program.kept:
-            return
-        program.kept = tokens
-        keep = -(-tokens // self._size)
-        self._cut_copies(program, keep)
-        self._release(program, keep)
-
-    def offer(self, request: Request) -> Offer | None:
-        """What a waiting request can start from, as long as its program's KV stays as it is; None: part of it is still
-        on its way, or the last token sampled for it has not been read yet.
-
-        Of what it reuses, only a last page that is not full is ever written again. If others read that page, too, it
-        is left to them, so no copy-on-write is needed.
-        """
-        if request.pending:
-            return None
-        program, tokens, size = request.program, request.reusable, self._size
-        kept = -(-tokens // size)
-        own = min(len(program.pages), kept)
-        found: list[int] = []
-        if own * size <= tokens:
-            last = (request.known - 1) // size  # one token is always left to compute
-            found = self.pool.find(islice(request.keys, own, last))
-            tokens = max(tokens, (own + len(found)) * size)
-        elif self.pool.shared(program.pages[own - 1]):
-            own -= 1
-            kept, tokens = own, own * size
-        parts = parts_of(program, own + len(found), kept)
-        if not all(part.copy.ready for part in parts):
-            return None
-        return Offer(request, own, found, parts, tokens, -(-request.known // size) - own - len(found))
-
-    def take(self, offer: Offer, now: float) -> list[int]:
-        """Hand a request that is admitted its pages, and begin to restore what the host holds of it. Enough pages are
-        free, and one more reference to those found has been taken."""
-        request, program, whole = offer.request, offer.request.program, offer.tokens // self._size
-        self.trim(program, request.reusable)
-        self._release(program, offer.own)
-        pages, program.pages, program.running = program.pages + offer.found, [], request
-        self._retained.discard(program)
-        if not offer.parts:
-            if whole < len(pages):  # its next token is written there
-                self.pool.withdraw(pages[whole])
-            self._cut_copies(program, whole)
-        request.computed = request.reused = offer.tokens
-        self._strategy.started(request, now)
-        new = self.pool.allocate(offer.need)
-        if offer.parts:
-            restored = tuple(new[: sum(part.pages for part in offer.parts)])
-            request.loading = self._begin(Transfer(program, restored, tuple(offer.parts), False, now, request))
-        return pages + new
+        """A program that waits has named its tool, which may change when it is evicted, but nothing else."""
+        if self._strategy.waits(program, self._slack, now).action == EVICT_FIRST:
+            self._order.put_first(program)
 
     def forgotten(self, program: Program) -> None:
-        """A program has ended; full pages of it can still be found as long as nobody needs the memory."""
-        self.trim(program, 0)
+        """A program has ended. Its full pages can still be found as long as nobody needs the memory."""
+        self.kv.trim(program, 0)
         self._strategy.forgotten(program)
 
-    def spoil(self, program: Program) -> None:
-        """What a program has computed cannot be trusted: drop it, and let nobody find it."""
+    def invalidate(self, program: Program) -> None:
+        """Drop what a program has computed, and let nobody find it, because it cannot be trusted."""
         for page in program.pages:
-            self.pool.withdraw(page)
-        self.trim(program, 0)
+            self._pool.uncache(page)
+        self.kv.trim(program, 0)
 
     def lose_device(self, programs: Iterable[Program]) -> None:
-        """Every device page is lost, while no request runs: of each program only what the host holds from its first
+        """Give up every device page, while no request runs: of each program only what the host holds from its first
         token on is kept."""
-        for transfer in list(self._under_way):
-            self.cancel(transfer)
+        self._copies.cancel_all()
         for program in programs:
             keep = 0
             for copy in program.copies:
                 if copy.first > keep:
                     break
                 keep = copy.end
-            self._release(program, 0)
-            self._cut_to(program, keep)
+            self.kv.release(program, 0)
+            self.kv.cut_to(program, keep)
+
+    # -- admission ---------------------------------------------------------------------------------------------
+
+    def offer(self, request: Request) -> Offer | None:
+        """Find what a waiting request can start from; the offer holds as long as its program's KV stays as it is.
+
+        None: part of that KV is still on its way, or the last token sampled for the request has not been read yet.
+
+        Of what it reuses, only a last page that is not full is ever written again. If others read that page, too, it
+        is left to them, so no copy-on-write is needed.
+        """
+        if request.num_pending:
+            return None
+        program, tokens, size = request.program, request.reusable, self._size
+        kept = -(-tokens // size)
+        own = min(len(program.pages), kept)
+        found: list[int] = []
+        if own * size <= tokens:
+            last = (request.num_tokens - 1) // size  # one token is always left to compute
+            found = self._pool.find(islice(request.block_hashes, own, last))
+            tokens = max(tokens, (own + len(found)) * size)
+        elif self._pool.shared(program.pages[own - 1]):
+            own -= 1
+            kept, tokens = own, own * size
+        parts = parts_of(program, own + len(found), kept)
+        if not all(part.copy.ready for part in parts):
+            return None
+        return Offer(request, own, found, parts, tokens, -(-request.num_tokens // size) - own - len(found))
+
+    def take(self, offer: Offer, now: float) -> list[int]:
+        """Hand an admitted request its pages, and begin to restore what the host holds of it.
+
+        Enough pages must be free, and one more reference to those found must have been taken.
+        """
+        request, program, whole = offer.request, offer.request.program, offer.tokens // self._size
+        self.kv.trim(program, request.reusable)
+        self.kv.release(program, offer.own)
+        pages, program.pages, program.running = program.pages + offer.found, [], request
+        self._order.discard(program)
+        if not offer.parts:
+            if whole < len(pages):  # its next token is written there
+                self._pool.uncache(pages[whole])
+            self.kv.cut_copies(program, whole)
+        request.num_computed = request.reused = offer.tokens
+        self._strategy.started(request, now)
+        new = self._pool.allocate(offer.need)
+        if offer.parts:
+            self._copies.restore(request, new[: sum(part.pages for part in offer.parts)], offer.parts, now)
+        return pages + new
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
-    def _begin(self, transfer: Transfer) -> Transfer:
-        self._begun.append(transfer)
-        self._under_way[transfer] = None
-        return transfer
-
     def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
         """Transfers begun, and copies dropped, since the last call."""
-        begun, self._begun = self._begun, []
-        dropped, self.copies.dropped = self.copies.dropped, []
-        return begun, dropped
+        return self._copies.take_transfers()
 
     def cancel(self, transfer: Transfer) -> None:
-        """Give up a transfer under way, and what it was to copy to the host; its end will have no effect."""
-        del self._under_way[transfer]
-        transfer.cancelled = True
-        if transfer.to_host:
-            copy = self.copies.arrived(transfer)
-            if not copy.dropped:
-                self.copies.remove(transfer.program, copy)
+        """Give up a transfer under way, whose end will have no effect."""
+        self._copies.cancel(transfer)
 
-    def ended(self, transfer: Transfer, now: float) -> None:
-        """A transfer has ended well; one that was cancelled on its way has no effect."""
+    def transfer_ended(self, transfer: Transfer, now: float) -> None:
+        """A transfer has ended well; nothing happens if it was cancelled."""
         if transfer.cancelled:
             return
-        del self._under_way[transfer]
-        request, count = transfer.request, len(transfer.pages)
-        self._strategy.predict.transfers.observe(count, now - transfer.began)
-        self.moved[not transfer.to_host] += count
-        if request is None:
-            self.copies.arrived(transfer)
-        else:
-            request.loading = None
-            self._cut_copies(transfer.program, request.reused // self._size)
+        self._copies.end(transfer)
+        self._strategy.predict.transfers.observe(len(transfer.pages), now - transfer.began)
+        self.moved[not transfer.to_host] += len(transfer.pages)
+        if transfer.request is not None:
+            self.kv.cut_copies(transfer.program, transfer.request.reused // self._size)
 
-    def broken(self, transfer: Transfer) -> None:
-        """A transfer has failed: what it was to bring is lost, and will be computed again."""
+    def transfer_failed(self, transfer: Transfer) -> None:
+        """A transfer has failed, so what it was to bring is dropped; nothing happens if it was cancelled."""
         if transfer.cancelled:
             return
-        del self._under_way[transfer]
-        program, request = transfer.program, transfer.request
+        self._copies.end(transfer)
         self.failed += 1
-        if request is None:
-            copy = self.copies.arrived(transfer)
-            if not copy.dropped:
-                self._lose(program, copy)
-        else:
-            start = transfer.parts[0].copy.first + transfer.parts[0].offset
-            request.loading = None
-            request.computed = request.reused = start * self._size
-            self._cut_copies(program, start)
+        program, request, (copy, offset, _) = transfer.program, transfer.request, transfer.parts[0]
+        if request is not None:
+            start = copy.first + offset
+            request.num_computed = request.reused = start * self._size
+            self.kv.cut_copies(program, start)
+        elif not copy.dropped:
+            self.kv.lose_copy(program, copy)
 
-    @property
-    def _at_once(self) -> int:
-        """Pages that can be had without waiting for anything or losing anything."""
-        return self.pool.free + self._retained.clean_pages
+    # -- pressure ----------------------------------------------------------------------------------------------
 
     @property
     def _slack(self) -> float:
         """Share of the pool that can be had at once."""
-        return self._at_once / self.pool.size
+        return self.kv.at_once / self._pool.size
 
-    # -- pressure ----------------------------------------------------------------------------------------------
-
-    def reclaim(self, need: int, now: float, *, wait: bool, keep: Program | None = None) -> bool:
-        """Make ``need`` pages free if programs that do not run hold enough; whether they are free now.
+    def evict(self, need: int, now: float, *, wait: bool, keep: Program | None = None) -> bool:
+        """Evict programs that do not run until ``need`` pages are free; returns whether they are.
 
         Args:
             need: pages.
             now: seconds.
-            wait: rather have fewer pages now than lose KV for which the host only lacks staging.
-            keep: a program not to be taken from.
+            wait: rather have fewer pages now than drop KV for which the host only lacks staging.
+            keep: a program not to be evicted.
         """
-        if self.pool.free >= need:
+        if self._pool.free >= need:
             return True
-        order = self._strategy.order(self._retained.all, now)
+        order = self._strategy.order(self._order.all, now)
         if order is None:
-            self._take_clean(need, keep)
-        for program in self._retained.oldest(clean=False, keep=keep) if order is None else list(order):
-            if self.pool.free >= need:
+            self._evict_clean(need, keep)
+        for program in self._order.oldest(clean=False, keep=keep) if order is None else list(order):
+            if self._pool.free >= need:
                 return True
-            if program is not keep and not self._evict(program, need, now, wait, keep):
+            if program is not keep and not self._evict_from(program, need, now, wait, keep):
                 return False
-        if self.pool.free < min(need, self.pool.obtainable):
-            self._take_shared(need, keep)
-        return self.pool.free >= need
+        if self._pool.free < min(need, self._pool.obtainable):
+            self._evict_shared(need, keep)
+        return self._pool.free >= need
 
-    def spill(self, now: float) -> None:
-        """Copy the most idle programs' KV to the host ahead of need, if little of the pool is free or clean."""
-        dirty = self._retained.dirty
-        if not dirty or self.copies.host.pages == 0:
+    def offload_ahead(self, now: float) -> None:
+        """Offload the KV of programs idle longest ahead of need, if little of the pool is free or clean."""
+        dirty = self._order.dirty
+        if not dirty or self._copies.host.pages == 0:
             return
-        low, high = (int(share * self.pool.size) for share in self._strategy.ahead)
-        self._spilling = self._at_once < (high if self._spilling else low)
-        while self._spilling and dirty and (wanted := high - self._at_once) > 0:
+        low, high = (int(share * self._pool.size) for share in self._strategy.ahead)
+        self._offloading = self.kv.at_once < (high if self._offloading else low)
+        while self._offloading and dirty and (wanted := high - self.kv.at_once) > 0:
             program = next(iter(dirty))
-            first, end = copyable(program, self.pool)
-            if end > first and self._strategy.moves(program):
-                count = min(max(wanted, CHUNK), end - first, self.copies.room)
+            first, end = copyable(program, self._pool)
+            if end > first and self._strategy.offloads(program):
+                count = min(max(wanted, CHUNK), end - first, self._copies.room)
                 if count <= 0:
                     return
-                self._copy(program, end - count, count, "ahead of need", now)
+                self.kv.offload(program, end - count, count, "ahead of need", now)
             else:
                 del dirty[program]
-            if self._strategy.releases:
-                self._release(program, len(program.pages) - self._retained.clean.get(program, 0))
+            if self._strategy.evicts_clean:
+                self.kv.release(program, len(program.pages) - self._order.clean.get(program, 0))
 
-    def _take_clean(self, need: int, keep: Program | None) -> None:
-        """Free pages that have a host copy."""
-        for program in self._retained.oldest(clean=True, keep=keep):
-            count = min(need - self.pool.free, self._retained.clean[program])
+    def _evict_clean(self, need: int, keep: Program | None) -> None:
+        """Evict pages that have a host copy."""
+        for program in self._order.oldest(clean=True, keep=keep):
+            count = min(need - self._pool.free, self._order.clean[program])
             if count <= 0:
                 return
-            self._note(program, "free", "it has a host copy", count)
-            self._release(program, len(program.pages) - count)
+            self.kv.note(program, "free", "it has a host copy", count)
+            self.kv.release(program, len(program.pages) - count)
 
-    def _evict(self, program: Program, need: int, now: float, wait: bool, keep: Program | None) -> bool:
-        """Take pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
-        while self.pool.free < need and program.pages:
-            want, held = need - self.pool.free, len(program.pages)
-            if clean := self._retained.clean.get(program, 0):
-                self._release(program, held - min(want, clean))
+    def _evict_from(self, program: Program, need: int, now: float, wait: bool, keep: Program | None) -> bool:
+        """Evict pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
+        while self._pool.free < need and program.pages:
+            want, held = need - self._pool.free, len(program.pages)
+            if clean := self._order.clean.get(program, 0):
+                self.kv.release(program, held - min(want, clean))
                 continue
-            first, end = copyable(program, self.pool)
+            first, end = copyable(program, self._pool)
             if end < held or first == end:
-                self._retained.bind(program)
+                self._order.set_aside(program)
                 return True
             want = min(want, end - first)
-            if self.copies.host.pages and self._strategy.moves(program):
-                self._make_room(want, program, now, keep)
-                count = min(max(want, CHUNK), end - first, self.copies.room)
+            if self._copies.host.pages and self._strategy.offloads(program):
+                self.kv.make_room(want, program, now, keep)
+                count = min(max(want, CHUNK), end - first, self._copies.room)
                 if count > 0:
-                    self._copy(program, end - count, count, "its pages are needed", now)
+                    self.kv.offload(program, end - count, count, "its pages are needed", now)
                     continue
-                if wait and want <= self.copies.free:
+                if wait and want <= self._copies.free:
                     return False
-                self._drop(program, want, "the host has no room")
+                why = "the host has no room"
             else:
-                self._drop(
-                    program, want, "it is cheap to compute" if self.copies.host.pages else "there is no host tier"
-                )
+                why = "it is cheap to compute" if self._copies.host.pages else "there is no host tier"
+            self.kv.drop(program, want, why)
         return True
 
-    def _take_shared(self, need: int, keep: Program | None) -> None:
-        """Last resort: take pages from programs that share them among each other."""
-        for program in [p for p in self._retained.bound if p is not keep]:
-            if self.pool.unpinned(program.pages):
-                self._drop(program, len(program.pages), "nothing else is left")
-            if self.pool.free >= need:
+    def _evict_shared(self, need: int, keep: Program | None) -> None:
+        """Evict, as a last resort, programs that share pages with each other."""
+        for program in [p for p in self._order.shared if p is not keep]:
+            if self._pool.unpinned(program.pages):
+                self.kv.drop(program, len(program.pages), "nothing else is left")
+            if self._pool.free >= need:
                 return
-
-    # -- copies ------------------------------------------------------------------------------------------------
-
-    def _copy(self, program: Program, first: int, count: int, why: str, now: float) -> None:
-        """Copy pages ``first … first + count - 1`` of a program to the host."""
-        self._note(program, "copy", why, count)
-        pages, part = tuple(program.pages[first : first + count]), self.copies.add(program, first, count)
-        self._begin(Transfer(program, pages, (part,), True, now))
-        self._retained.recount(program)
-
-    def _cut_copies(self, program: Program, keep: int) -> None:
-        """Drop the copies of all but the first ``keep`` pages."""
-        self.copies.cut(program, keep)
-        self._retained.recount(program)
-
-    def _lose(self, program: Program, copy: HostCopy) -> None:
-        """A copy is gone; what only it held is lost."""
-        self.copies.remove(program, copy)
-        if program.running is None and copy.end > len(program.pages):
-            self._cut_to(program, max(copy.first, len(program.pages)))
-        elif program in self._retained.all:
-            self._retained.dirty[program] = None
-            self._retained.recount(program)
-
-    def _cut_to(self, program: Program, keep: int) -> None:
-        """Nothing is left of a program after its first ``keep`` pages."""
-        if program.kept > keep * self._size:
-            self.trim(program, keep * self._size)
-            self._lost(program)
-
-    def _make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
-        """Drop copies that are worth less than those of ``program`` would be, until ``count`` pages fit; none of
-        ``keep``."""
-        while self.copies.free < count:
-            victim = self.copies.least_worth(program, now, keep)
-            if victim is None:
-                return
-            copy = victim.copies[-1]
-            lost = 0 if victim.running is not None else max(0, copy.end - max(copy.first, len(victim.pages)))
-            self._note(victim, "drop copy", "the host is full", copy.used)
-            self.reclaimed += lost
-            self._lose(victim, copy)
 
     def _idle_s(self, program: Program, now: float) -> float:
         return self._strategy.predict.tool_s(program, max(0.0, now - program.wait_began))
 
-    # -- books -------------------------------------------------------------------------------------------------
-
-    def _drop(self, program: Program, count: int, why: str) -> None:
-        """Lose the last device pages of a program, and what the host holds after them."""
-        keep = len(program.pages) - count
-        self._note(program, "drop", why, count)
-        self.reclaimed += -(-program.kept // self._size) - keep
-        program.kept = min(program.kept, keep * self._size)
-        self._cut_copies(program, keep)
-        self._release(program, keep)
-        self._lost(program)
-
-    def _release(self, program: Program, keep: int) -> None:
-        """Give the device pages of a program back but for the first ``keep``."""
-        gone = program.pages[keep:]
-        if gone:
-            self.pool.release(gone)
-            del program.pages[keep:]
-        if not program.pages:
-            self._retained.discard(program)
-        self._retained.recount(program)
-
-    def _note(self, program: Program, action: str, why: str, pages: int) -> None:
-        self.decisions[f"{action}: {why}"] += 1
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %d pages of program %d: %s", action, pages, program.number, why)
-
-    # -- checks ------------------------------------------------------------------------------------------------
-
     def check(self, programs: list[Program]) -> None:
-        """Raise AssertionError unless the books balance (for tests; O(everything))."""
-        self.copies.check(programs)
-        self._retained.check(programs)
-        for program in programs:
-            if program.running is not None:
-                assert not program.pages
-                continue
-            held, kept = len(program.pages), -(-program.kept // self._size)
-            inside = sum(part.pages for part in parts_of(program, held, kept))
-            assert held + inside == kept, f"of {kept} pages kept, {held} are on the device and {inside} on the host"
+        """Raise AssertionError unless both tiers agree with the programs (for tests; O(everything))."""
+        self._copies.check(programs)
+        self.kv.check(programs)

@@ -1,80 +1,134 @@
-"""In which order programs that do not run give their device pages up."""
+"""The KV that programs keep while they do not run: what can be done with its pages, in either tier."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable
 
+from .copies import HostCopies, parts_of
+from .eviction import EvictionOrder
+from .pages import PagePool
 from .program import Program
+from .transfer import HostCopy
+
+log = logging.getLogger(__name__)
 
 
-class Retained:
-    """Programs with device pages that do not run, least recently used first; every change is O(its host copies).
+class RetainedKV:
+    """Pages that programs keep while they do not run. Every page that is kept is on the device, on the host, or both.
 
-    A page at the end of a program is *clean* if the host has a copy of it: it can be had at once.
+    Args:
+        pool: device pages.
+        page_size: tokens per page.
+        copies: the host tier.
+        lost: told of every program that loses KV.
     """
 
-    def __init__(self) -> None:
-        self.all: OrderedDict[Program, None] = OrderedDict()
-        self.dirty: OrderedDict[Program, None] = OrderedDict()
-        """Those that may have pages without a copy which nobody shares."""
-        self.clean: OrderedDict[Program, int] = OrderedDict()
-        """Those with clean pages at the end, and how many."""
-        self.bound: dict[Program, None] = {}
-        """Left out of the others: what is at their end is shared, so that taking it frees nothing."""
-        self.clean_pages = 0
+    def __init__(self, pool: PagePool, page_size: int, copies: HostCopies, lost: Callable[[Program], None]):
+        self.order = EvictionOrder()
+        self.dropped = 0
+        """Pages of KV dropped under pressure so far."""
+        self.decisions: Counter[str] = Counter()
+        """How often pages were kept, copied or dropped, each with its reason."""
+        self._pool, self._size, self._copies, self._lost = pool, page_size, copies, lost
 
-    def add(self, program: Program) -> None:
-        """A program's pages may be taken; now it counts as used last."""
-        self.discard(program)
-        if program.pages:
-            self.all[program] = self.dirty[program] = None
-            self.recount(program)
+    @property
+    def at_once(self) -> int:
+        """Pages that can be had without waiting for anything or dropping anything."""
+        return self._pool.free + self.order.clean_pages
 
-    def discard(self, program: Program) -> None:
-        for order in (self.all, self.dirty, self.bound):
-            order.pop(program, None)
-        self.clean_pages -= self.clean.pop(program, 0)
-
-    def bind(self, program: Program) -> None:
-        """What is at the end of a program turns out to be shared."""
-        self.discard(program)
-        self.bound[program] = None
-
-    def give_first(self, program: Program) -> None:
-        """It will not return for long."""
-        for order in (self.all, self.dirty, self.clean):
-            if program in order:
-                order.move_to_end(program, last=False)
-
-    def recount(self, program: Program) -> None:
-        """Its pages or copies have changed."""
-        if program not in self.all:
+    def trim(self, program: Program, tokens: int) -> None:
+        """Drop the KV of all but a program's first ``tokens`` tokens."""
+        if tokens >= program.kept:
             return
-        held = at = len(program.pages)
-        for copy in reversed(program.copies):
-            if copy.end < at:
-                break
-            at = min(at, copy.first)
-        self.clean_pages += held - at - self.clean.get(program, 0)
-        if held > at:
-            self.clean[program] = held - at
-        else:
-            self.clean.pop(program, None)
+        program.kept = tokens
+        keep = self._pages(tokens)
+        self.cut_copies(program, keep)
+        self.release(program, keep)
 
-    def oldest(self, *, clean: bool, keep: Program | None) -> Iterator[Program]:
-        """Programs, or those with clean pages, as they come, but ``keep``; each leaves the order before the next is
-        asked for, or the caller stops."""
-        order: OrderedDict[Program, None] | OrderedDict[Program, int] = self.clean if clean else self.all
-        if keep is not None and keep in order:  # it is used next, so it belongs at the end
-            order.move_to_end(keep)
-        while order and (first := next(iter(order))) is not keep:
-            yield first
+    def cut_to(self, program: Program, keep: int) -> None:
+        """Drop what a program has after its first ``keep`` pages."""
+        if program.kept > keep * self._size:
+            self.trim(program, keep * self._size)
+            self._lost(program)
+
+    def drop(self, program: Program, count: int, why: str) -> None:
+        """Drop the KV of a program's last ``count`` device pages, and what the host holds after them."""
+        keep = len(program.pages) - count
+        self.note(program, "drop", why, count)
+        self.dropped += self._pages(program.kept) - keep
+        self.cut_to(program, keep)
+
+    def drop_all(self, program: Program) -> None:
+        """Drop all the KV of a program that is about to wait."""
+        self.dropped += self._pages(program.kept)
+        self.trim(program, 0)
+
+    def release(self, program: Program, keep: int) -> None:
+        """Free all but the first ``keep`` device pages of a program; the host has copies of the others, or they are
+        kept no more."""
+        gone = program.pages[keep:]
+        if gone:
+            self._pool.release(gone)
+            del program.pages[keep:]
+        if not program.pages:
+            self.order.discard(program)
+        self.order.recount(program)
+
+    # -- the host's copies -------------------------------------------------------------------------------------
+
+    def offload(self, program: Program, first: int, count: int, why: str, now: float) -> None:
+        """Begin to copy pages ``first … first + count - 1`` of a program to the host."""
+        self.note(program, "copy", why, count)
+        self._copies.offload(program, first, count, now)
+        self.order.recount(program)
+
+    def cut_copies(self, program: Program, keep: int) -> None:
+        """Drop the copies of all but the first ``keep`` pages."""
+        self._copies.cut(program, keep)
+        self.order.recount(program)
+
+    def lose_copy(self, program: Program, copy: HostCopy) -> None:
+        """Drop a copy, and the KV that only it held."""
+        self._copies.remove(program, copy)
+        if program.running is None and copy.end > len(program.pages):
+            self.cut_to(program, max(copy.first, len(program.pages)))
+        elif program in self.order.all:
+            self.order.dirty[program] = None
+            self.order.recount(program)
+
+    def make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
+        """Drop copies, none of ``keep``, that are worth less than those of ``program`` would be, until the host has
+        room for ``count`` pages."""
+        while self._copies.free < count:
+            victim = self._copies.least_worth(program, now, keep)
+            if victim is None:
+                return
+            copy = victim.copies[-1]
+            self.note(victim, "drop copy", "the host is full", copy.used)
+            if victim.running is None:
+                self.dropped += max(0, copy.end - max(copy.first, len(victim.pages)))
+            self.lose_copy(victim, copy)
+
+    # -- accounting --------------------------------------------------------------------------------------------
+
+    def note(self, program: Program, action: str, why: str, pages: int) -> None:
+        """Count a decision."""
+        self.decisions[f"{action}: {why}"] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %d pages of program %d: %s", action, pages, program.number, why)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self._size)
 
     def check(self, programs: list[Program]) -> None:
-        """Raise AssertionError unless every page that may be taken can be found (for tests; O(everything))."""
+        """Raise AssertionError unless what programs keep is where they say (for tests; O(everything))."""
+        self.order.check(programs)
         for program in programs:
-            listed = program in self.all or program in self.bound
-            assert listed == bool(program.pages), "pages that nobody could take"
-        assert self.clean_pages == sum(self.clean.values())
-        assert self.clean.keys() <= self.all.keys() >= self.dirty.keys()
+            if program.running is not None:
+                assert not program.pages
+                continue
+            held, kept = len(program.pages), self._pages(program.kept)
+            inside = sum(part.pages for part in parts_of(program, held, kept))
+            assert held + inside == kept, f"of {kept} pages kept, {held} are on the device and {inside} on the host"

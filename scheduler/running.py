@@ -1,4 +1,4 @@
-"""Requests that have a slot and pages: the rows of a step, and what is new in the page table that they read."""
+"""Requests that have a slot and pages: the rows of a step, and the updates of the page table that they read."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .config import SchedulerConfig
-from .lockstep import Lockstep
+from .decode_batch import DecodeBatch
 from .pages import PagePool
 from .plan import Plan
 from .program import Request
 
 
 class Running:
-    """Owns the slots, and the pages of whoever has one.
+    """Owns the slots, and the pages of every request that has one.
+
+    A request is in the decode batch while it computes one token at every step. It is among the *others* while it
+    prefills, is being restored, or lacks a page. It is in neither while its last token is under way.
 
     Args:
         config: sizes.
         pool: device pages.
-        rank: the policy's order among the running; of a request it stays the same while it runs.
+        rank: the policy's order among running requests; that of a request stays the same while it runs.
     """
 
     def __init__(self, config: SchedulerConfig, pool: PagePool, rank: Callable[[Request], tuple[float, ...]]):
         self.requests: list[Request] = []
-        """By rank; the last is preempted first."""
+        """All of them by rank; the last is preempted first."""
         self._free = list(range(config.max_seqs - 1, -1, -1))
-        self._changed: dict[Request, int] = {}  # from which of its pages on the device does not know them
-        # Those that decode step by step, and those with anything else to do, by rank. Those whose last token is under
-        # way have nothing to do.
-        self._lockstep = Lockstep(config.max_seqs)
-        self._others: list[Request] = []
+        self._changed: dict[Request, int] = {}  # index of the first page that the device does not know yet
+        self._decodes = DecodeBatch(config.max_seqs)
+        self._others: list[Request] = []  # by rank
         self._pool, self._size, self._slots, self._rank = pool, config.page_size, config.max_seqs, rank
 
     def __len__(self) -> int:
@@ -39,24 +40,25 @@ class Running:
 
     @property
     def slots(self) -> int:
-        """That are free."""
+        """How many slots are free."""
         return len(self._free)
 
     @property
-    def steady(self) -> int:
-        """Requests that take the next step in any case."""
-        return len(self._lockstep)
+    def num_decodes(self) -> int:
+        """Size of the decode batch: its requests take the next step in any case."""
+        return len(self._decodes)
 
-    def busy(self) -> Iterator[Request]:
-        """The others that can compute, those that decode first; one may be removed on the way."""
-        for request in sorted(self._others, key=lambda s: s.wanted > 1):
+    def others(self) -> Iterator[Request]:
+        """Requests outside the decode batch that can compute, those with one token to compute first. Some may be
+        removed while the caller goes through them."""
+        for request in sorted(self._others, key=lambda r: r.num_to_compute > 1):
             if request.slot >= 0 and request.loading is None:
                 yield request
 
     def add(self, request: Request, pages: list[int]) -> None:
         """Give a request a free slot, and ``pages``."""
         self._pool.pin(pages)
-        request.pages, request.room, request.slot = pages, len(pages) * self._size, self._free.pop()
+        request.pages, request.capacity, request.slot = pages, len(pages) * self._size, self._free.pop()
         self._changed[request] = 0
         bisect.insort(self.requests, request, key=self._rank)
         bisect.insort(self._others, request, key=self._rank)
@@ -64,8 +66,8 @@ class Running:
     def remove(self, request: Request) -> list[int]:
         """Take a request off its slot; returns its pages."""
         self.requests.remove(request)
-        if request in self._lockstep:
-            self._lockstep.discard(request)
+        if request in self._decodes:
+            self._decodes.discard(request)
         elif request in self._others:
             self._others.remove(request)
         self._free.append(request.slot)
@@ -81,18 +83,19 @@ class Running:
         self._pool.pin(new)
         self._changed.setdefault(request, held)
         request.pages += new
-        request.room = len(request.pages) * self._size
+        request.capacity = len(request.pages) * self._size
 
-    def turn_pages(self) -> None:
-        """Give a page each to the steady ones whose pages are full; if there are too few, all of them have to ask."""
-        due = self._lockstep.due()
+    def grow_decodes(self) -> None:
+        """Allocate a page for every request of the decode batch whose pages are full; if too few pages are free, move
+        those requests to the others, where each has to ask for one."""
+        due = self._decodes.due()
         for request in due:
-            if request.computed == request.limit:
-                self._lockstep.discard(request)
-        full = [request for request in due if request in self._lockstep]
+            if request.num_computed == request.max_computed:
+                self._decodes.discard(request)
+        full = [request for request in due if request in self._decodes]
         if len(full) > self._pool.free:
             for request in full:
-                self._lockstep.discard(request)
+                self._decodes.discard(request)
                 bisect.insort(self._others, request, key=self._rank)
         elif full:
             pages = self._pool.allocate(len(full))
@@ -100,79 +103,83 @@ class Running:
             for request, page in zip(full, pages, strict=True):
                 self._changed.setdefault(request, len(request.pages))
                 request.pages.append(page)
-                request.room += self._size
-                self._lockstep.renew(request)
+                request.capacity += self._size
+                self._decodes.schedule(request)
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
-        """The plan of a step of the steady ones and ``chosen``, so many tokens each; from now on these count as
+        """Plan a step of the decode batch and of ``chosen``, so many tokens each; from now on they count as
         computed."""
-        requests, slots, starts = self._lockstep.advance()
-        steady, counts = len(requests), np.ones(len(requests), np.int32)
-        samples = steady
+        requests, slots, starts = self._decodes.advance()
+        num_decodes, counts = len(requests), np.ones(len(requests), np.int32)
+        samples = num_decodes
         if chosen:
-            ending: list[Request] = []
+            ending: list[Request] = []  # requests whose last known token is computed, so that they sample
             rest: list[Request] = []
             for request, count in chosen.items():
-                (ending if request.computed + count == request.length else rest).append(request)
+                (ending if request.num_computed + count == request.num_with_pending else rest).append(request)
             rows = ending + rest
-            more = np.array([(s.slot, s.computed, chosen[s]) for s in rows], np.int32)
+            columns = np.array([(r.slot, r.num_computed, chosen[r]) for r in rows], np.int32).T
             for request in rows:
                 self._compute(request, chosen[request], now)
             for request in ending:
                 self._others.remove(request)
-                if request.computed < request.limit:
-                    self._lockstep.add(request)
+                if request.num_computed < request.max_computed:
+                    self._decodes.add(request)
             requests += rows
             samples += len(ending)
-            slots, starts, counts = (np.concatenate(pair) for pair in zip((slots, starts, counts), more.T, strict=True))
-        changes = [(s.slot, first, s.pages[first:]) for s, first in self._changed.items()]
+            slots = np.concatenate((slots, columns[0]))
+            starts = np.concatenate((starts, columns[1]))
+            counts = np.concatenate((counts, columns[2]))
+        changes = [(r.slot, first, r.pages[first:]) for r, first in self._changed.items()]
         self._changed.clear()
-        tokens = steady + sum(chosen.values())
+        tokens = num_decodes + sum(chosen.values())
         context = int(starts.sum()) + tokens
-        return Plan(requests, slots, starts, counts, steady, samples, admitted, changes, tokens, context)
+        return Plan(requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context)
 
     def extend(self, plan: Plan, times: int) -> int:
-        """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now.
+        """Let a plan stand for up to ``times`` equal steps; returns for how many it stands now.
 
-        It can if every running request decodes, until the first has its last token or there are no free pages.
+        It can stand for several if every running request decodes, until the first has its last token or no pages are
+        free.
         """
         requests = plan.requests
         if not plan.samples == plan.tokens == len(self.requests):
             return 1
-        times = min(times, 1 + min(s.limit - s.computed for s in requests))
+        times = min(times, 1 + min(r.max_computed - r.num_computed for r in requests))
         while times > 1:
-            needs = [-(-(s.computed + times - 1) // self._size) - len(s.pages) for s in requests]
+            needs = [-(-(r.num_computed + times - 1) // self._size) - len(r.pages) for r in requests]
             if sum(n for n in needs if n > 0) <= self._pool.free:
                 break
             times //= 2
         if times <= 1:
             return 1
-        self._lockstep.advance(times - 1)
+        self._decodes.advance(times - 1)
         for request, need in zip(requests, needs, strict=True):
             if need > 0:
                 self.grow(request, need)
-                self._lockstep.renew(request)
+                self._decodes.schedule(request)
         return times
 
-    def publish(self, request: Request, start: int) -> None:
+    def cache_pages(self, request: Request, start: int) -> None:
         """Let others find the full pages from token ``start`` on that are computed, or will be by a dispatched step."""
-        for i in range(start // self._size, min(request.computed // self._size, len(request.keys))):
-            self._pool.publish(request.pages[i], request.keys[i])
+        full = min(request.num_computed // self._size, len(request.block_hashes))
+        for i in range(start // self._size, full):
+            self._pool.cache(request.pages[i], request.block_hashes[i])
 
     def _compute(self, request: Request, count: int, now: float) -> None:
-        start = request.computed
-        request.computed += count
+        start = request.num_computed
+        request.num_computed += count
         if request.first_scheduled is None:
             request.first_scheduled = now
-        if request.keys:
-            self.publish(request, start)
+        if request.block_hashes:
+            self.cache_pages(request, start)
 
     def check(self) -> None:
         """Raise AssertionError unless slots and pages agree with the requests (for tests; O(everything))."""
-        self._lockstep.check()
-        assert self._others == [s for s in self.requests if s.computed < s.limit and s not in self._lockstep]
-        assert sorted([s.slot for s in self.requests] + self._free) == list(range(self._slots)), "slots leak"
+        self._decodes.check()
+        assert self._others == [r for r in self.requests if r.num_computed < r.max_computed and r not in self._decodes]
+        assert sorted([r.slot for r in self.requests] + self._free) == list(range(self._slots)), "slots leak"
         assert self._changed.keys() <= set(self.requests)
         for request in self.requests:
-            assert request.computed <= request.room == len(request.pages) * self._size, "computed tokens without a page"
+            assert request.num_computed <= request.capacity == len(request.pages) * self._size, "a token has no page"
             assert request.program.running is request

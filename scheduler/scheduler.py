@@ -1,10 +1,10 @@
-"""What the next step computes.
+"""The scheduler: events in, plans out.
 
-There is no prefill phase and no decode phase (after vLLM v1): a request has ``computed`` tokens chasing ``length``
-tokens. Prefill in chunks, decode, the return from a tool and recomputation after preemption are this one case.
+There is no prefill phase and no decode phase (after vLLM v1): a request has *computed* tokens chasing *known* tokens.
+Prefill in chunks, decode, the return from a tool and recomputation after preemption are this one case.
 
 Steps overlap. A plan is made and dispatched before the tokens of the plan before it are known: the requests in it have
-a ``pending`` token that only the device knows, and the plan schedules it all the same. If that token turns out to end
+a *pending* token that only the device knows, and the plan schedules it all the same. If that token turns out to end
 the request, the row was computed for nothing and its token is dropped at commit. Pages freed meanwhile may be given
 away at once, because the device runs steps in the order of dispatch: a late write lands before the new owner's.
 """
@@ -43,7 +43,7 @@ class Scheduler:
         self._pool = PagePool(config.num_pages)
         self._running = Running(config, self._pool, policy.rank)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
-        self._queue = Admission(config, policy, self._pool, self._running, self._residency)
+        self._admission = Admission(config, policy, self._pool, self._running, self._residency)
         self._programs = Registry(config.max_programs, self._forget)
         self._counts = _Counts()
         self._submitted = 0
@@ -84,8 +84,8 @@ class Scheduler:
             QueueFull: too many requests wait, too many programs are live, or its program has a request already.
         """
         self._check_size(len(prompt), max_tokens)
-        if self._queue.unstarted >= self.config.max_waiting:
-            raise QueueFull(f"{self._queue.unstarted} requests are waiting; try again later")
+        if self._admission.unstarted >= self.config.max_waiting:
+            raise QueueFull(f"{self._admission.unstarted} requests are waiting; try again later")
         opened = self._programs.open(program, owner, salt, now)
         self._submitted += 1
         request = Request(
@@ -103,9 +103,9 @@ class Scheduler:
             opened.wait_s = now - opened.wait_began
             self._policy.predict.returned(opened)
             request.matched = opened.last.shared_with(prompt)
-            request.keys = opened.last.keys[: request.matched // self.config.page_size]
-            self._residency.trim(opened, request.reusable)
-        request.extend_keys()
+            request.block_hashes = opened.last.block_hashes[: request.matched // self.config.page_size]
+            self._residency.kv.trim(opened, request.reusable)
+        request.extend_block_hashes()
         self._programs.live[opened] = request
         self._enqueue(request, now)
         return request
@@ -120,7 +120,7 @@ class Scheduler:
         if request.slot >= 0:
             self._vacate(request, now)
         else:
-            self._queue.remove(request)
+            self._admission.remove(request)
         program.turns += 1
         program.output_tokens += len(request.output)
         program.wait_began, program.tool = now, None
@@ -129,7 +129,7 @@ class Scheduler:
         cost = program.service / program.turns
         self._programs.classify(program, self._policy.predict.service.mean(cost))
         if reason == "error":
-            self._residency.spoil(program)
+            self._residency.invalidate(program)
         if request.final:
             self._programs.finish(program, failed=reason == "error")
         else:
@@ -164,11 +164,11 @@ class Scheduler:
     def transferred(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
         """A transfer that a plan has begun has ended; what one that failed was to bring is computed again."""
         if not failed:
-            self._residency.ended(transfer, now)
+            self._residency.transfer_ended(transfer, now)
             return
         request = transfer.request
         expected = request.reused if request is not None else 0
-        self._residency.broken(transfer)
+        self._residency.transfer_failed(transfer)
         if request is not None and (missing := expected - request.reused):
             self._counts.reused_tokens -= missing
             self._counts.recomputed_tokens += missing
@@ -186,17 +186,17 @@ class Scheduler:
         for request in failed:
             self.finish(request, "error", now)
         for request in self._programs.live.values():  # preempted ones may miss a token that nobody will read
-            request.reached = request.known
-            request.matched = min(request.matched, request.known)
+            request.num_at_start = request.num_tokens
+            request.matched = min(request.matched, request.num_tokens)
         self._residency.lose_device(self._programs.programs())
-        self._pool.withdraw_all()
+        self._pool.uncache_all()
         return failed
 
     def stats(self) -> SchedulerStats:
         counts, residency, programs = self._counts, self._residency, self._programs
         return SchedulerStats(
             running=len(self._running),
-            waiting=len(self._queue),
+            waiting=len(self._admission),
             programs=len(programs),
             in_tool_wait=len(programs.idle),
             io_intensive=programs.io_intensive,
@@ -211,48 +211,48 @@ class Scheduler:
             computed_tokens=counts.computed_tokens,
             reused_tokens=counts.reused_tokens,
             recomputed_tokens=counts.recomputed_tokens,
-            reclaimed_pages=residency.reclaimed,
+            dropped_pages=residency.kv.dropped,
             offloaded_pages=residency.moved[0],
             restored_pages=residency.moved[1],
             failed_transfers=residency.failed,
-            decisions=dict(residency.decisions),
+            decisions=dict(residency.kv.decisions),
         )
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        used = [s.pages for s in self._running.requests]
+        used = [r.pages for r in self._running.requests]
         self._pool.check(used + [p.pages for p in self._programs.programs()], used)
         self._residency.check(self._programs.programs())
         self._programs.check()
-        self._queue.check()
-        started = {s for s in self._programs.live.values() if s.slot >= 0}
+        self._admission.check()
+        started = {r for r in self._programs.live.values() if r.slot >= 0}
         assert started == set(self._running.requests), "a running request is not live"
         self._running.check()
 
     # -- a step ----------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Plan | None:
-        """The next step, or None if nothing can run. It must be dispatched; its pages and tokens count as computed.
+        """Plan the next step; None: nothing can run. It must be dispatched: its pages and tokens count as computed.
 
         Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
         """
         self.expire(now)
-        self._running.turn_pages()
-        budget = self.config.max_step_tokens - self._running.steady
+        self._running.grow_decodes()
+        budget = self.config.max_step_tokens - self._running.num_decodes
         chosen: dict[Request, int] = {}
-        for request in self._running.busy():
-            count = self._hold(request, min(request.wanted, budget), chosen, now)
+        for request in self._running.others():
+            count = self._hold(request, min(request.num_to_compute, budget), chosen, now)
             if count > 0:
                 chosen[request] = count
                 budget -= count
         admitted = self._admit_waiting(budget, now)
         for request in admitted:
             if request.loading is None and budget > 0:
-                chosen[request] = min(request.wanted, budget)
+                chosen[request] = min(request.num_to_compute, budget)
                 budget -= chosen[request]
-        self._residency.spill(now)
+        self._residency.offload_ahead(now)
         self._fresh += admitted
-        if not chosen and not self._running.steady:
+        if not chosen and not self._running.num_decodes:
             return None
         fresh, self._fresh = [request for request in self._fresh if request.slot >= 0], []
         plan = self._running.step(chosen, fresh, now)
@@ -279,8 +279,8 @@ class Scheduler:
         """Take in what a dispatched plan sampled, ``tokens`` one per row that samples; returns the new token of each
         live request.
 
-        Requests that have ended since the plan are passed over. A request ends here if its token is a stop or its
-        last, or negative: that is, if the device could not choose one.
+        Requests that have ended since the plan are left out. A request ends here if its token is a stop or its last,
+        or negative: that is, if the device could not choose one.
         """
         rows = zip(plan.requests[: plan.samples], tokens, strict=True)
         new = [row for row in rows if row[0].finish_reason is None]
@@ -303,19 +303,19 @@ class Scheduler:
     def _admit_waiting(self, budget: int, now: float) -> list[Request]:
         """Give slots and pages to waiting requests, in the order of the policy, while both last."""
         admitted: list[Request] = []
-        while budget > 0 and self._running.slots and len(self._queue):
-            offer = self._queue.next(now)
+        while budget > 0 and self._running.slots and len(self._admission):
+            offer = self._admission.next(now)
             if offer is None:
                 break
             request = offer.request
             self._admit(offer, now)
             admitted.append(request)
-            budget -= 0 if request.loading else request.wanted
+            budget -= 0 if request.loading else request.num_to_compute
         return admitted
 
     def _admit(self, offer: Offer, now: float) -> None:
         request = offer.request
-        self._queue.remove(request)
+        self._admission.remove(request)
         self._running.add(request, self._residency.take(offer, now))
         if request.preemptions == 0:
             request.cached_tokens = request.reused
@@ -328,12 +328,12 @@ class Scheduler:
     def _enqueue(self, request: Request, now: float) -> None:
         request.queued = now
         self._policy.queued(request, now)
-        self._queue.push(request)
+        self._admission.push(request)
 
     def _on_loss(self, program: Program) -> None:
         request = self._programs.live.get(program)
         if request is not None:
-            self._queue.outdate(request)
+            self._admission.outdate(request)
 
     # -- pages -----------------------------------------------------------------------------------------------
 
@@ -343,19 +343,19 @@ class Scheduler:
         Pages come from the free ones, then from programs that do not run, then from running requests after it in the
         order of the policy. So the first in order always gets on, and nothing waits for ever.
         """
-        if request.computed + count <= request.room:
+        if request.num_computed + count <= request.capacity:
             return count
-        need = self._pages_for(request.computed + count) - len(request.pages)
-        while not self._residency.reclaim(need, now, wait=False) and self._running.requests[-1] is not request:
+        need = self._pages_for(request.num_computed + count) - len(request.pages)
+        while not self._residency.evict(need, now, wait=False) and self._running.requests[-1] is not request:
             victim = self._running.requests[-1]
             chosen.pop(victim, None)
             self._preempt(victim, now)
         self._running.grow(request, min(need, self._pool.free))
-        return min(count, request.room - request.computed)
+        return min(count, request.capacity - request.num_computed)
 
     def _preempt(self, victim: Request, now: float) -> None:
         """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
-        victim.matched = victim.reached = victim.length
+        victim.matched = victim.num_at_start = victim.num_with_pending
         self._vacate(victim, now)
         victim.preemptions += 1
         self._counts.preemptions += 1
@@ -364,19 +364,18 @@ class Scheduler:
     def _vacate(self, request: Request, now: float) -> None:
         """Take a request off its slot; its program retains the KV that has been computed."""
         request.program.ran_s += now - request.started
-        request.program.service += request.computed - request.reused
-        keep = self._pages_for(request.computed)
+        request.program.service += request.num_computed - request.reused
+        keep = self._pages_for(request.num_computed)
         if request.loading is not None:  # what it waits for stays in host memory
             keep -= len(request.loading.pages)
             self._residency.cancel(request.loading)
-            request.loading = None
         else:
-            request.extend_keys()
-            self._running.publish(request, 0)
+            request.extend_block_hashes()
+            self._running.cache_pages(request, 0)
         pages = self._running.remove(request)
         self._pool.release(pages[keep:])
-        self._residency.retain(request.program, request, pages[:keep], request.computed)
-        request.computed = 0
+        self._residency.retain(request.program, request, pages[:keep], request.num_computed)
+        request.num_computed = 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)

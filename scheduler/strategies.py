@@ -1,7 +1,7 @@
-"""What becomes of a program's KV while it does not run: the strategies of the residency manager.
+"""Strategies of the residency manager: what becomes of a program's KV while it does not run.
 
-A strategy decides; :class:`~.residency.Residency` carries out. Nothing that it keeps is safe: whatever a strategy says,
-pages that no running request uses are taken when somebody needs them, so a wish to keep can delay nobody for ever.
+A strategy decides; :class:`~.residency.Residency` carries out. Retention is best effort: whatever a strategy says,
+pages that no running request uses are evicted when somebody needs them, so a wish to keep KV can delay nobody for ever.
 """
 
 from __future__ import annotations
@@ -14,100 +14,109 @@ from typing import NamedTuple
 from .prediction import ENOUGH, Predictor
 from .program import Program, Request
 
-KEEP, OFFLOAD, DISCARD, LAST = "keep", "offload", "discard", "give first"
+KEEP, OFFLOAD, DISCARD, EVICT_FIRST = "keep", "offload", "discard", "evict first"
 
 
 class Decision(NamedTuple):
-    """What to do with the KV of a program that begins to wait, and why."""
+    """An action for the KV of a program that begins to wait, and the reason."""
 
     action: str
-    """``KEEP``; ``DISCARD`` now; ``OFFLOAD``, by copying ahead of need; or keep, but ``LAST`` to return: first to be
-    given up."""
+    """``KEEP``; ``DISCARD`` now; ``OFFLOAD``, by copying ahead of need; ``EVICT_FIRST``: keep it, but evict it before
+    that of other programs."""
     why: str
 
 
 class Strategy:
-    """``always-keep``: on the device until somebody needs the pages, then lost, least recently used first. What a
-    prefix cache without a host tier does (vLLM)."""
+    """Decides what becomes of KV."""
 
     ahead = (0.0, 0.0)
-    """Where there is a host tier: when free pages and pages with a host copy fall below the first share of the pool,
-    pages are copied until there are as many as the second."""
-    hosts = False
-    """Pages go to the host tier, if there is one, when they are needed; otherwise they are lost."""
-    releases = False
-    """What has been copied ahead of need leaves the device at once."""
+    """With a host tier: when free and clean pages fall below the first share of the pool, pages are offloaded until
+    they reach the second."""
+    uses_host = False
+    """Pages go to the host tier, if there is one, when they are needed; otherwise they are dropped."""
+    evicts_clean = False
+    """Pages offloaded ahead of need leave the device at once."""
 
     def __init__(self, predictor: Predictor):
         self.predict = predictor
-        self.batch = 0.0
-        """Tokens of context of those who run."""
+        self.running_tokens = 0.0
+        """Tokens of context of all running requests."""
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
-        """A program begins to wait for a tool, or has named the tool.
+        """Decide for a program that begins to wait for a tool, or that has just named the tool.
 
         Args:
             program: it.
-            slack: share of the pool that is free or has a host copy.
+            slack: share of the pool that is free or clean.
             now: seconds.
         """
-        return Decision(KEEP, "always")
+        raise NotImplementedError
 
-    def moves(self, program: Program) -> bool:
-        """Whether a program's pages are worth moving; if not, they are lost when they are needed."""
-        return self.hosts
+    def offloads(self, program: Program) -> bool:
+        """Whether a program's pages are offloaded when they are needed; if not, they are dropped."""
+        return self.uses_host
 
     def order(self, programs: Iterable[Program], now: float) -> Iterable[Program] | None:
-        """Whose pages go first, of programs that hold some, least recently used first; None: as they come."""
+        """Order in which ``programs``, least recently used first, are evicted; None: as they come."""
         return None
 
     def pinned(self, program: Program, now: float) -> bool:
-        """Whether its KV is to be kept; a preference, never a guarantee."""
+        """Whether a program's KV is to be kept: a preference, never a guarantee."""
         return False
 
     def started(self, request: Request, now: float) -> None:
-        """A request has got its pages; ``reused`` says how much it need not compute."""
-        self.batch += request.known
+        """A request has got its pages; ``reused`` says how many tokens it need not compute."""
+        self.running_tokens += request.num_tokens
 
     def stopped(self, request: Request) -> None:
         """A request has ended or is preempted."""
-        self.batch = max(0.0, self.batch - request.known)
+        self.running_tokens = max(0.0, self.running_tokens - request.num_tokens)
 
     def forgotten(self, program: Program) -> None:
         """A program has ended."""
 
 
+class AlwaysKeep(Strategy):
+    """``always-keep``: on the device until somebody needs the pages, then dropped, least recently used first. What a
+    prefix cache without a host tier does (vLLM)."""
+
+    def waits(self, program: Program, slack: float, now: float) -> Decision:
+        return Decision(KEEP, "always")
+
+
 class AlwaysOffload(Strategy):
-    """Every program that waits moves to the host at once."""
+    """``always-offload``: every program that waits moves to the host at once."""
 
     ahead = (1.0, 1.0)
-    hosts = True
-    releases = True
+    uses_host = True
+    evicts_clean = True
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         return Decision(OFFLOAD, "always")
 
 
 class AlwaysDiscard(Strategy):
-    """Every program that waits loses its KV at once and computes it again."""
+    """``always-discard``: every program that waits loses its KV at once and computes it again."""
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         return Decision(DISCARD, "always")
 
 
 class Adaptive(Strategy):
-    """Keep while there is room; under pressure, by cost.
+    """``adaptive``: keep KV while there is room; under pressure decide by cost.
 
-    With less than ``ahead`` of the pool free or copied, the KV that is idle longest is copied to the host *and stays on
-    the device*: pages can then be had at once, and a program that returns before anybody needed them has lost nothing.
-    A program whose tool usually takes ``LONG`` times its way to the host and back goes before those. Where computing
-    KV again wastes less memory than bringing it back, it is dropped instead: bringing back idles the program's own
-    pages, computing again those of everybody in the batch (InferCept's waste). No pressure: nothing ever moves.
+    Without pressure nothing ever moves. With less than ``ahead`` of the pool free or clean, the KV that is idle longest
+    is offloaded *and stays on the device*: its pages can then be had at once, and a program that returns before anybody
+    needed them has lost nothing. A program whose tool usually takes ``LONG`` times the way to the host and back is
+    evicted first. KV is dropped instead where computing it again wastes less memory than restoring it: restoring idles
+    the program's own pages, computing again delays everybody who runs (InferCept's waste).
     """
 
     ahead = (0.30, 0.35)
-    hosts = True
+    """A guess: early enough to copy while steps go on, late enough to do nothing without pressure."""
+    uses_host = True
     LONG = 20.0
+    """A guess: the decision matters little, since pages are evicted only when they are needed."""
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         if slack > self.ahead[1]:
@@ -116,32 +125,35 @@ class Adaptive(Strategy):
             return Decision(KEEP, "nothing is known of its tool")
         way_s = 2 * self.predict.transfers.seconds(len(program.pages))
         if self.predict.returns_in(program, now - program.wait_began) > self.LONG * way_s:
-            return Decision(LAST, "its tool takes long")
+            return Decision(EVICT_FIRST, "its tool takes long")
         return Decision(KEEP, "it returns soon")
 
-    def moves(self, program: Program) -> bool:
+    def offloads(self, program: Program) -> bool:
         back_s = self.predict.transfers.seconds(len(program.pages))
         again_s = self.predict.costs.per_token_s * program.kept  # its next request has something to prefill anyway
-        return back_s * program.kept < again_s * (program.kept + self.batch)
+        return back_s * program.kept < again_s * (program.kept + self.running_tokens)
 
 
 class MinWaste(Strategy):
-    """``infercept`` (arXiv 2402.01869): KV given up by least waste.
+    """``infercept`` (arXiv 2402.01869): evict by least waste.
 
     Keeping the KV of a program in a tool wait wastes ``T * C`` token-seconds, T estimated as the time already waited;
-    dropping it wastes the time to compute it again, for itself and for everybody in the batch. Those whose keeping
-    wastes most beyond that lose it first: to the host where there is a tier (the paper's swap, whose budget is what
-    hides behind a step; ours is the staging buffer), else for good. KV is given up on demand only, which dominates
-    giving it up early.
+    dropping it wastes the time to compute it again, for itself and for everybody who runs. Those whose keeping wastes
+    most beyond that are evicted first: to the host where there is a tier (the paper's swap, whose budget is what hides
+    behind a step; ours is the staging buffer), else for good. KV is evicted on demand only, which dominates evicting it
+    early.
     """
 
-    hosts = True
+    uses_host = True
+
+    def waits(self, program: Program, slack: float, now: float) -> Decision:
+        return Decision(KEEP, "until its pages are needed")
 
     def order(self, programs: Iterable[Program], now: float) -> Iterable[Program]:
         def excess(program: Program) -> float:
             again_s = self.predict.costs.prefill_s(program.kept)
             keep = (now - program.wait_began) * program.kept
-            return keep - again_s * (program.kept + self.batch)
+            return keep - again_s * (program.kept + self.running_tokens)
 
         return sorted(programs, key=lambda p: (-excess(p), p.number))
 
@@ -157,8 +169,9 @@ class TimeToLive(Strategy):
     deadlock guard).
     """
 
-    hosts = True
+    uses_host = True
     KNOWN = 100
+    """The paper's number."""
 
     def __init__(self, predictor: Predictor):
         super().__init__(predictor)
@@ -185,7 +198,7 @@ class TimeToLive(Strategy):
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         waits = self.predict.tool_times(program.tool)
-        reload_s = self.predict.costs.prefill_s(program.last.known if program.last else program.kept)
+        reload_s = self.predict.costs.prefill_s(program.last.num_tokens if program.last else program.kept)
         if len(waits) >= self.KNOWN:
             tau = time_to_live(waits.values, self._queue_s * max(0.0, self.predict.eta()) + reload_s)
         else:
@@ -199,7 +212,7 @@ class TimeToLive(Strategy):
 
 
 def time_to_live(durations: Sequence[float], benefit_s: float) -> float:
-    """``argmax P(tau) * benefit - tau`` over ``durations`` (rising) and 0."""
+    """``argmax P(tau) * benefit - tau`` over ``durations``, which rise, and 0."""
     best, best_tau = 0.0, 0.0
     step = max(1, len(durations) // 128)
     for i in range(step - 1, len(durations), step):
@@ -211,17 +224,17 @@ def time_to_live(durations: Sequence[float], benefit_s: float) -> float:
 
 STRATEGIES: dict[str, Callable[[Predictor], Strategy]] = {
     "adaptive": Adaptive,
-    "always-keep": Strategy,
+    "always-keep": AlwaysKeep,
     "always-offload": AlwaysOffload,
     "always-discard": AlwaysDiscard,
     "infercept": MinWaste,
     "continuum": TimeToLive,
 }
-"""By name."""
+"""Strategies by name."""
 
 
 def make_strategy(name: str, predictor: Predictor) -> Strategy:
-    """The strategy of that name.
+    """Make the strategy of that name.
 
     Raises:
         ValueError: there is none; the message lists them.

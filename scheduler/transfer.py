@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HostTier:
-    """Sizes of the host's part, in pages. The default is: there is none."""
+    """Sizes of the host tier, in pages. By default there is none."""
 
     pages: int = 0
     staging: int = 0
@@ -29,7 +29,7 @@ class HostCopy:
     first: int
     """Index of its first page among the program's."""
     pages: int
-    """Of host memory."""
+    """Pages of host memory that it takes."""
     used: int
     """Pages that still count, from the first on."""
     ready: bool = False
@@ -57,10 +57,10 @@ class Transfer:
     pages: tuple[int, ...]
     """Device pages: read by an offload before anything later is dispatched; written by a restore."""
     parts: tuple[Part, ...]
-    """Host pages, as many: one whole copy of an offload; what a restore reads, in order."""
+    """Host pages, as many: one whole copy that an offload makes, or the parts that a restore reads, in order."""
     to_host: bool
     began: float
     request: Request | None = None
-    """That waits for this restore; None: an offload."""
+    """The request that waits for this restore; None: an offload."""
     cancelled: bool = False
     """Set by the scheduler: a restore must write its pages no more, and the end of the transfer has no effect."""

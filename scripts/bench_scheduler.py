@@ -105,21 +105,21 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
     def settle(now: float) -> bool:
         begun, _ = residency.take_transfers()
         for transfer in begun:
-            timed("a transfer ends", partial(residency.ended, transfer, now))
+            timed("a transfer ends", partial(residency.transfer_ended, transfer, now))
         return bool(begun)
 
     for number in range(waiting):
         wait(number, number * 1e-3)
-    residency.spill(waiting)
+    residency.offload_ahead(waiting)
     while settle(waiting):  # until as much is copied as is to be copied ahead
-        residency.spill(waiting)
+        residency.offload_ahead(waiting)
     for step in range(FLAGS.steps):
         now = waiting + 0.02 * step
-        timed("32 pages are needed", partial(residency.reclaim, 32, now, wait=True))
+        timed("32 pages are needed", partial(residency.evict, 32, now, wait=True))
         settle(now)
         if pool.free >= 8:
             timed("a wait begins", partial(residency.wait_begins, wait(waiting + step, now), now))
-        timed("copies ahead", partial(residency.spill, now))
+        timed("copies ahead", partial(residency.offload_ahead, now))
         settle(now)
     return {event: float(np.median(found or [0.0])) for event, found in times.items()}
 

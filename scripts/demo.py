@@ -237,7 +237,7 @@ def compare(runs: list[Run]) -> None:
             f"{run.decided('keep'):,}",
             f"{counts['offloaded_pages']:,}",
             f"{counts['restored_pages']:,}",
-            f"{counts['reclaimed_pages']:,}",
+            f"{counts['dropped_pages']:,}",
             f"{(counts['offloaded_bytes'] + counts['restored_bytes']) / 2**20:,.0f} MiB",
             f"{counts['recomputed_tokens']:,}",
         )

@@ -23,7 +23,24 @@ FLOORS = (
 )
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
+SCHEDULER_FLOORS = (
+    {"prefix"},
+    {"program", "transfer"},
+    {"config", "decode_batch", "eviction", "pages", "plan"},
+    {"copies", "costs", "registry"},
+    {"prediction", "retained", "running"},
+    {"strategies"},
+    {"policy", "residency"},
+    {"admission", "policies"},
+    {"scheduler"},
+    {"simulation"},
+)
+"""Modules of ``scheduler/`` from the ground up; those of one floor may see each other."""
+MAY_SIMULATE = {"lab", "scheduler"}
+"""Rooms that may import the simulation. Nothing that serves does."""
+
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+SCHEDULER_HEIGHT = {module: height for height, floor in enumerate(SCHEDULER_FLOORS) for module in floor}
 SCHEDULER_MAY_USE = {*sys.stdlib_module_names, "numpy"}
 
 MODULES = sorted(
@@ -48,16 +65,21 @@ def misplaced(path: Path, source: str) -> list[str]:
     if parts[0] != "astraea_jax":
         parts = ("astraea_jax", *parts)
     room = parts[1]
+    if room == "scheduler" and parts[2] != "__init__":
+        assert parts[2] in SCHEDULER_HEIGHT, f"{path}: give the new module {parts[2]!r} its floor in SCHEDULER_FLOORS"
     assert room in HEIGHT, f"{path}: give the new room {room!r} its floor in FLOORS and in ARCHITECTURE.md"
     found = []
     for name in imports(source, ".".join(parts[:-1])):
         top, _, rest = name.partition(".")
-        other = rest.partition(".")[0]
+        other, _, inside = rest.partition(".")
+        module = inside.partition(".")[0]
+        if other == "scheduler" and module == "simulation" and room not in MAY_SIMULATE:
+            found.append(name)
         if top != "astraea_jax":
             if room == "scheduler" and top not in SCHEDULER_MAY_USE:
                 found.append(name)
         elif room in ("models", "scheduler"):
-            if other != room:
+            if other != room or (room == "scheduler" and SCHEDULER_HEIGHT[module] > SCHEDULER_HEIGHT[parts[2]]):
                 found.append(name)
         elif other != room and HEIGHT.get(other, len(FLOORS)) >= HEIGHT[room]:
             found.append(name)
@@ -75,6 +97,17 @@ def test_imports_run_downwards(path: Path) -> None:
         ("scheduler/pages.py", "import jax.numpy as jnp", ["jax.numpy"]),
         ("scheduler/pages.py", "import numpy as np\nfrom .program import Program", []),
         ("scheduler/pages.py", "from ..errors import Overloaded", ["astraea_jax.errors.Overloaded"]),
+        ("scheduler/running.py", "from .scheduler import Scheduler", ["astraea_jax.scheduler.scheduler.Scheduler"]),
+        ("scheduler/policies/plas.py", "from ..policy import Policy\nfrom .fcfs import FCFS", []),
+        ("scheduler/policy.py", "from .policies import POLICIES", ["astraea_jax.scheduler.policies.POLICIES"]),
+        ("scheduler/scheduler.py", "from .simulation import Oracle", ["astraea_jax.scheduler.simulation.Oracle"]),
+        ("scheduler/simulation/oracle.py", "from ..prediction import Predictor", []),
+        (
+            "astraea_jax/engine/engine.py",
+            "from astraea_jax.scheduler.simulation.oracle import Oracle",
+            ["astraea_jax.scheduler.simulation.oracle.Oracle"],
+        ),
+        ("astraea_jax/lab/replay.py", "from astraea_jax.scheduler.simulation.oracle import Oracle", []),
         ("models/decoder.py", "import jax\nfrom .config import ModelConfig", []),
         ("models/decoder.py", "from .. import kernels", ["astraea_jax.kernels"]),
         ("models/decoder.py", "from astraea_jax.scheduler import pages", ["astraea_jax.scheduler.pages"]),

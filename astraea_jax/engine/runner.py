@@ -247,10 +247,10 @@ def _empty_input(shape: StepShape) -> np.ndarray:
 
 def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
     tokens[:] = -1  # usual for decode: the device has the token
-    at = plan.steady
-    for i in range(plan.steady, len(plan.requests)):
+    at = plan.num_decodes
+    for i in range(plan.num_decodes, len(plan.requests)):
         request, start, count = plan.requests[i], int(plan.starts[i]), int(plan.counts[i])
-        if start < request.known:
+        if start < request.num_tokens:
             request.copy_tokens(start, tokens[at : at + count])
         at += count
 

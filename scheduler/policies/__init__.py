@@ -35,7 +35,7 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "srpt-clairvoyant": SRPT,
 }
 SERVING = [name for name in POLICIES if name != "srpt-clairvoyant"]
-"""Those that need no oracle."""
+"""Policies that need no oracle."""
 ABLATION: dict[str, Callable[[Predictor], Policy]] = {
     "astraea": Astraea,
     "astraea-turns": partial(Astraea, terms=Terms(turns=False)),

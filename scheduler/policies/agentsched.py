@@ -24,8 +24,8 @@ class AgentSched(Policy):
     columns = 3
 
     def features(self, request: Request) -> Sequence[float]:
-        fresh = request.known - request.reusable
-        return request.reusable / request.known, fresh + self.predict.output_tokens(request), request.queued
+        fresh = request.num_tokens - request.reusable
+        return request.reusable / request.num_tokens, fresh + self.predict.output_tokens(request), request.queued
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         hit, need, queued = features.T

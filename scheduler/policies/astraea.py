@@ -1,12 +1,12 @@
 """Astraea's idea, highest response ratio next over stateful programs, at the level of iterations and memory.
 
-What is kept of arXiv 2512.14142: the unit is the program with its history; the response ratio weighs the wait that it
-has accumulated over all its requests; short remaining work goes first, and waiting makes everybody rise. What differs,
-and why (each is a row of the ablation table, `python scripts/bench_jct.py --policies=fcfs,ablation`):
+Kept from arXiv 2512.14142: the unit is the program with its history; the response ratio weighs the wait that it has
+accumulated over all its requests; short remaining work goes first, and waiting makes everybody rise. What differs, and
+why (each is a row of the ablation table, `python scripts/bench_jct.py --policies=fcfs,ablation`):
 
 * Requests start as soon as memory allows, not in batches that run to completion.
-* The scarce good is memory, so a program's size is memory times time: the pages its request holds (those it would
-  newly take count in full, those it still has by half) times its expected remaining turns.
+* The scarce resource is memory, so a program's size is memory times time: the tokens of its request (those it would
+  newly need pages for count in full, those it still has pages for by half) times its expected remaining turns.
 * Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
@@ -14,9 +14,9 @@ and why (each is a row of the ablation table, `python scripts/bench_jct.py --pol
 * The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its requests,
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
   program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait first.
-* Where the first in order does not fit, smaller ones start in its place, up to four times; else large contexts leave
-  memory idle, and without that bound they would wait for each other.
-* Aging jumps the queue but never evicts a running request: preempting by priority was measured to cost a factor.
+* Where the first in order does not fit, smaller ones are backfilled, up to four times. Without backfill large contexts
+  leave memory idle; without the bound they would wait for each other.
+* Aging jumps the queue but never preempts: preempting by priority was measured to cost a factor.
 * Without a host tier a dropped context costs its whole prefill, so a gate holds new programs back while those that
   return lose their KV and queue for it; with a host tier such a gate only idles memory, and there is none.
 """
@@ -29,43 +29,46 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..policy import Policy, Pressure
+from ..policy import CLASS, Policy, Pressure
 from ..prediction import Predictor
 from ..program import Program, Request
 
 PATIENCE = 20.0
-"""Typical running times that a program waits in all before it jumps the queue."""
+"""Typical running times that a program waits in all before it jumps the queue. Swept over 7, 11 and 20: less patience
+buys P99 and costs the mean (benchmarks/RESULTS.md, "Scheduling")."""
 HALF_LIFE_S = 10.0
-"""In which the context of a program in a tool wait counts half as much for the gate."""
+"""Seconds in which the context of a program in a tool wait comes to count half as much for the gate: a guess, longer
+than most tools take."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of the score, so that studies can leave one out."""
+    """The terms of the score, so that studies can leave one out: what each is worth is in benchmarks/RESULTS.md."""
 
     exponent: float = 1.4
-    """Of the size, against the response."""
+    """Exponent of the size, against the response. Swept: larger ones gain nothing."""
     resident: float = 0.5
-    """How much less a page counts that the program still holds."""
+    """How much less a token counts whose page the program still holds: a guess, worth keeping without a host tier."""
     typical: float = 0.5
-    """Share of a typical program's running time in the response."""
+    """Share of a typical program's running time in the response; its size does not matter."""
     turns: bool = True
-    """Remaining turns by the hazard of ending."""
+    """Weigh remaining turns, by the hazard of ending."""
     kinds: bool = True
-    """Hazards apart for programs that output little, middling and much per request."""
+    """Learn hazards apart for programs that output little, middling and much per request."""
     memory: bool = True
-    """The pages that a request holds."""
+    """Weigh the pages that a request needs."""
     wait: bool = True
-    """Accumulated wait and running time."""
+    """Weigh accumulated wait and running time."""
     backfill: int = 8
-    """Later requests that may start in place of the first, if that does not fit."""
+    """Later requests that are tried if the first in order does not fit."""
     gate: bool = True
-    """For new programs where there is no host tier."""
+    """Hold new programs back, where there is no host tier."""
 
 
 class Astraea(Policy):
     columns = 3
     max_skips = 4
+    """A bound at all keeps P99; how large it is, is a guess."""
 
     def __init__(self, predictor: Predictor, terms: Terms | None = None):
         super().__init__(predictor)
@@ -80,7 +83,7 @@ class Astraea(Policy):
             size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.turns)
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
-            size *= request.known - terms.resident * held
+            size *= request.num_tokens - terms.resident * held
         return request.queued - program.waited_s, program.ran_s, size**terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
@@ -88,7 +91,7 @@ class Astraea(Policy):
         typical = self.predict.program_s()
         wait = now - since
         response = (wait + ran if self._terms.wait else 0.0) + self._terms.typical * typical
-        return np.where(wait > PATIENCE * typical, -1e12 - wait, -response / size)
+        return np.where(wait > PATIENCE * typical, -CLASS - wait, -response / size)
 
     def rank(self, request: Request) -> tuple[float, ...]:
         return (request.program.arrival, request.number)
@@ -112,25 +115,26 @@ class Gate:
     """Holds new programs back while the machine spends much of its time computing lost KV again.
 
     It shuts when that share of the time exceeds ``SHUT``, and opens below ``OPEN``. While shut, a new program starts
-    only if the contexts of those that have started fit into the pool with it; programs in a tool wait count with ``2 **
-    -(waited / HALF_LIFE_S)`` (after ThunderAgent). Every operation is O(1): contexts that fade alike fade as one sum.
+    only if the contexts of those that have started fit into the pool with it. The context of a program in a tool wait
+    fades: it counts ``2 ** -(waited / HALF_LIFE_S)`` times (after ThunderAgent). Every operation is O(1), because all
+    contexts that fade do so at the same rate, as one sum.
     """
 
     SHUT, OPEN = 0.25, 0.05
+    """Guesses, far apart so that the gate does not flutter."""
     WINDOW_S = 60.0
-    """Over which the share fades."""
+    """Seconds over which the share fades: a guess."""
 
     def __init__(self) -> None:
         self.shut = False
         self._again_s = 0.0
         self._active: dict[Program, float] = {}
         self._running = 0.0
-        self._fading: dict[Program, tuple[float, float]] = {}
-        """Context and time of those in a tool wait."""
+        self._fading: dict[Program, tuple[float, float]] = {}  # context of programs in a tool wait, and since when
         self._faded, self._at = 0.0, 0.0
 
     def recomputes(self, seconds: float, now: float) -> None:
-        """A request starts that computes lost KV again for so long."""
+        """A request starts that spends ``seconds`` on computing lost KV again."""
         self._fade(now)
         self._again_s += seconds
 
@@ -141,22 +145,22 @@ class Gate:
         self.shut = share > (self.OPEN if self.shut else self.SHUT)
         if not self.shut or request.program in self._active or request.program in self._fading or not self._active:
             return True
-        return self._running + self._faded + request.known <= pressure.pages * pressure.page_size
+        return self._running + self._faded + request.num_tokens <= pressure.pages * pressure.page_size
 
     def runs(self, request: Request, now: float) -> None:
         """A request has started."""
         self.forget(request.program, now)
-        self._active[request.program] = float(request.known)
-        self._running += request.known
+        self._active[request.program] = float(request.num_tokens)
+        self._running += request.num_tokens
 
     def waits(self, request: Request, now: float) -> None:
         """A request has ended, and its program waits for a tool."""
         self.forget(request.program, now)
-        self._fading[request.program] = float(request.known), now
-        self._faded += request.known
+        self._fading[request.program] = float(request.num_tokens), now
+        self._faded += request.num_tokens
 
     def forget(self, program: Program, now: float | None = None) -> None:
-        """A program has ended, or changes sides."""
+        """Count a program no more, neither as running nor as waiting for a tool."""
         self._fade(self._at if now is None else now)
         self._running -= self._active.pop(program, 0.0)
         context, since = self._fading.pop(program, (0.0, self._at))

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..policy import Policy, Pressure
+from ..policy import CLASS, Policy, Pressure
 from ..prediction import Predictor
 from ..program import Program, Request
 
 THRESHOLDS = (128.0, 256.0, 384.0, 512.0, 640.0)
-"""Token cost of a request above which queue k demotes; one queue more than thresholds."""
+"""Token cost of a request above which queue k demotes; the last queue has none."""
 ALPHA = 10.0
-"""Response ratio from which the lowest queue's programs go to the first."""
+"""Response ratio above which the lowest queue's programs go to the first."""
 EVERYBODY = 10**9
 
 
@@ -47,7 +47,7 @@ class AstraeaPaper(Policy):
         level, waiting_since, t = features.T
         ratio = (now - waiting_since + t) / t
         lowest = level == len(THRESHOLDS)
-        return np.where(lowest & (ratio > ALPHA), 0, level) * 1e9 - ratio
+        return np.where(lowest & (ratio > ALPHA), 0, level) * CLASS - ratio
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         if not self._batch:
@@ -67,8 +67,7 @@ class AstraeaPaper(Policy):
         return (request.program.waited_s + t) / t
 
     def queued(self, request: Request, now: float) -> None:
-        if request in self._batch:  # preempted: it still belongs to the batch
-            self._batch.discard(request)
+        self._batch.discard(request)  # if it was preempted
         self._cost.setdefault(request.program, request.program.service)
 
     def ended(self, request: Request, now: float) -> None:
@@ -85,7 +84,7 @@ class AstraeaPaper(Policy):
 
 
 class BatchedFCFS(AstraeaPaper):
-    """The same batches, run to completion, in order of arrival: what the paper's order gains by itself."""
+    """Runs the same batches to completion, in order of arrival: shows what the paper's order gains by itself."""
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         return features[:, 1]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..policy import Policy, Pressure
+from ..policy import CLASS, Policy, Pressure
 from ..program import Request
 
 
@@ -23,7 +23,7 @@ class Continuum(Policy):
         return 0 if request.preemptions else 1 if pinned else 2, request.program.arrival
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        scores: np.ndarray = features[:, 0] * 1e9 + features[:, 1]
+        scores: np.ndarray = features[:, 0] * CLASS + features[:, 1]
         return scores
 
     def rank(self, request: Request) -> tuple[float, ...]:

@@ -9,13 +9,16 @@ from ..program import Request
 
 
 class FCFS(Policy):
-    """By the request's own arrival, with a least-recently-used prefix cache per program (vLLM, SGLang)."""
+    """Serves requests by their own arrival, with a least-recently-used prefix cache (vLLM, SGLang)."""
+
+    def features(self, request: Request) -> Sequence[float]:
+        return (request.submitted,)
 
 
 class ProgramFCFS(Policy):
-    """By the program's arrival: a program that returns from a tool keeps its place.
+    """Serves requests by their program's arrival: a program that returns from a tool keeps its place.
 
-    InferCept (arXiv 2402.01869) and Continuum (arXiv 2511.02230) order so.
+    InferCept (arXiv 2402.01869) and Continuum (arXiv 2511.02230) use this order.
     """
 
     def features(self, request: Request) -> Sequence[float]:

@@ -1,4 +1,4 @@
-"""InferCept (arXiv 2402.01869): arrival order kept over interceptions, KV given up by least waste.
+"""InferCept (arXiv 2402.01869): arrival order kept over interceptions, evicted by least waste.
 
 The waste is weighed in :class:`~..strategies.MinWaste`.
 """

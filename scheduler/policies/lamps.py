@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..policy import Policy, Pressure
+from ..policy import CLASS, Policy, Pressure
 from ..program import Request
 
 PATIENCE = 100
-"""Iterations after which a request goes to the head."""
+"""Iterations after which a request goes to the head: the paper's number."""
 SWAP_TOKENS_S = 400_000.0
-"""Tokens per second over the host link, for the price of a swap."""
+"""Tokens per second over the host link, for the price of a swap: KV of an 8B model over PCIe 5."""
 
 
 class LAMPS(Policy):
@@ -26,8 +26,8 @@ class LAMPS(Policy):
 
     def features(self, request: Request) -> Sequence[float]:
         costs, output = self.predict.costs, self.predict.output_tokens(request)
-        context, end = float(request.known), request.known + output
-        prefill_s = costs.prefill_s(max(1, request.known - request.reusable))
+        context, end = float(request.num_tokens), request.num_tokens + output
+        prefill_s = costs.prefill_s(max(1, request.num_tokens - request.reusable))
         area = prefill_s * context / 2 + self.predict.steps.decode_s(output) * (context + end) / 2
         wait_s = self.predict.tool_s(request.program)
         area += end * min(wait_s, costs.prefill_s(round(end)), 2 * end / SWAP_TOKENS_S)
@@ -36,4 +36,4 @@ class LAMPS(Policy):
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         area, queued = features.T
         starving = now - queued >= PATIENCE * self.predict.steps.mean_step_s
-        return np.where(starving, queued - 1e12, area)
+        return np.where(starving, queued - CLASS, area)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..policy import Policy, Pressure
+from ..policy import CLASS, Policy, Pressure
 from ..program import Request
 
 QUEUES = 8
@@ -40,4 +40,4 @@ class PLAS(Policy):
         queue, submitted, waiting_since, ran = features.T
         step = self.predict.steps.mean_step_s
         starving = now - waiting_since >= (BETA - 1) * np.maximum(ran, step)
-        return np.where(starving, 0.0, queue) * 1e9 + submitted
+        return np.where(starving, 0.0, queue) * CLASS + submitted

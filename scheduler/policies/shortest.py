@@ -11,7 +11,7 @@ from ..program import Request
 
 
 class SJF(Policy):
-    """The request with the least predicted model time first; not preemptive."""
+    """Serves the request with the least predicted model time first; not preemptive."""
 
     def features(self, request: Request) -> Sequence[float]:
         return (self.predict.request_s(request),)
@@ -31,7 +31,7 @@ class HRRN(Policy):
 
 
 class SRPT(Policy):
-    """The program with the least model time left first: with an oracle, how far an order can get. For studies only."""
+    """Serves the program with the least model time left first; told by an oracle, it shows how far an order can get."""
 
     def features(self, request: Request) -> Sequence[float]:
         return (self.predict.remaining_s(request),)

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..policy import Policy, Pressure
+from ..policy import CLASS, Policy, Pressure
 from ..prediction import Predictor
 from ..program import Program, Request
 
 INTERVAL_S = 5.0
+"""The paper's number."""
 
 
 class ThunderAgent(Policy):
@@ -36,7 +37,7 @@ class ThunderAgent(Policy):
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         paused, submitted = features.T
-        return paused * 1e12 + submitted
+        return paused * CLASS + submitted
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         self._capacity = pressure.pages * pressure.page_size
@@ -47,9 +48,9 @@ class ThunderAgent(Policy):
 
     def queued(self, request: Request, now: float) -> None:
         program = request.program
-        if program not in self._context and (self._paused or self._used(now) + request.known > self._capacity):
+        if program not in self._context and (self._paused or self._used(now) + request.num_tokens > self._capacity):
             self._paused[program] = None
-        self._context[program] = request.known
+        self._context[program] = request.num_tokens
         self._acting.pop(program, None)
         self._waiting[program] = request
 
@@ -58,7 +59,7 @@ class ThunderAgent(Policy):
 
     def ended(self, request: Request, now: float) -> None:
         self._waiting.pop(request.program, None)
-        self._context[request.program] = request.known
+        self._context[request.program] = request.num_tokens
         self._acting[request.program] = now
 
     def forgotten(self, program: Program) -> None:

@@ -45,6 +45,8 @@ UNLIMITED = 2**40
 
 @dataclass(frozen=True)
 class Cell:
+    """One combination of a study."""
+
     workload: str
     """A name, or the path of a trace file."""
     policy: str
@@ -66,7 +68,7 @@ class Prepared:
 
 
 def draw(workload: str, count: int, seed: int) -> list[TraceProgram]:
-    """Programs of a workload by name, or of a trace file.
+    """Draw programs of a workload by name, or of a trace file.
 
     Raises:
         ValueError: there is no such workload.

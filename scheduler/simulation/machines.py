@@ -15,6 +15,8 @@ from ..costs import StepCosts
 
 @dataclass(frozen=True)
 class Machine:
+    """A model on a machine, as the simulator sees it."""
+
     steps: StepCosts
     kv_bytes: float
     """KV of one token over all layers."""
@@ -30,15 +32,15 @@ class Machine:
 def computed(
     *, parameters: float, kv_bytes: float, bandwidth: float, peak: float, link: float, chips: float = 1
 ) -> Machine:
-    """From hardware constants.
+    """Compute a machine from hardware constants.
 
     Args:
         parameters: weights of the model, two bytes each.
-        kv_bytes: of one token over all layers.
-        bandwidth: of one chip's memory, bytes per second.
-        peak: of one chip, operations per second in bfloat16.
-        link: between one chip and its host, bytes per second each way.
-        chips: that share the model.
+        kv_bytes: KV of one token over all layers.
+        bandwidth: bytes per second of one chip's memory.
+        peak: operations per second of one chip in bfloat16.
+        link: bytes per second between one chip and its host, each way.
+        chips: number of chips that share the model.
     """
     steps = StepCosts(
         base_s=1e-3 + 2 * parameters / (0.75 * bandwidth * chips),

@@ -53,7 +53,7 @@ class Oracle(Predictor):
 
     def remaining_s(self, request: Request) -> float:
         left = self._left(request.program)
-        fresh = max(1, request.known - request.reusable) + sum(s.new for s in left[1:])
+        fresh = max(1, request.num_tokens - request.reusable) + sum(s.new for s in left[1:])
         decoded = sum(s.output for s in left) - len(request.output)
         exact = self.costs.prefill_s(fresh) + self.steps.decode_s(decoded)
         return exact * self._wrong(request.program, "rest")

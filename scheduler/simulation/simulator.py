@@ -32,14 +32,14 @@ IDLE_S = 0.1
 
 @dataclass
 class ProgramRecord:
-    """What became of a program. Times in seconds since the beginning."""
+    """The history of a program. Times in seconds since the beginning."""
 
     program: TraceProgram
     arrival: float
     ended: float = -1.0
     queue_s: float = 0.0
     spans: list[tuple[float, float, float, float]] = field(default_factory=list)
-    """Of each request: submitted, first scheduled, first token, end."""
+    """Four times of each request: submitted, first scheduled, first token, end."""
 
     @property
     def jct_s(self) -> float:
@@ -63,19 +63,19 @@ class Outcome:
     refused: int
     """Programs larger than the whole pool."""
     plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = None
-    """Of each plan the time and (request, start, tokens) of its rows, if asked for."""
+    """Each plan as its time and (request, start, tokens) of its rows, if asked for."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the simulated engine."""
+    """Sizes of the simulated engine."""
 
     pool_tokens: int
     page_size: int = 64
     max_seqs: int = 256
     max_step_tokens: int = 2048
     host_tokens: int = 0
-    """Host tier; 0: none."""
+    """Tokens of the host tier; 0: none."""
     staging_tokens: int = 65536
 
     def config(self, longest: int) -> SchedulerConfig:
@@ -128,7 +128,7 @@ class Simulator:
             self._at(p.arrival_s or 0.0, partial(self._submit, self._records[p.id], 0))
 
     def run(self) -> Outcome:
-        """Until every program has ended."""
+        """Run until every program has ended."""
         now, end = 0.0, 0.0  # the time, and when the step in flight ends
         spent, steps = 0.0, 0
         running: tuple[Plan, int] | None = None
@@ -166,7 +166,7 @@ class Simulator:
         return self._outcome(now, steps, spent)
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
-        """Start a step: how many equal ones it stands for, when the last of them starts, and when it ends."""
+        """Start a step; returns how many equal ones it stands for, when the last of them starts, and when that ends."""
         costs = self._machine.steps
         step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context)
         self.scheduler.observe(plan, step_s)
@@ -208,9 +208,9 @@ class Simulator:
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:
         for _ in range(times - 1):  # nothing can end before the last
-            self.scheduler.commit(plan, [request.known for request in plan.requests[: plan.samples]], now)
+            self.scheduler.commit(plan, [request.num_tokens for request in plan.requests[: plan.samples]], now)
         # A sampled token is its position, as in the prompts: so the next prompt repeats it.
-        tokens = [request.known for request in plan.requests[: plan.samples]]
+        tokens = [request.num_tokens for request in plan.requests[: plan.samples]]
         for request, _token in self.scheduler.commit(plan, tokens, now):
             if request.finish_reason is not None:
                 self._finished(request, now)
@@ -250,8 +250,11 @@ class Simulator:
 
 
 def prompt_of(program: TraceProgram, index: int) -> Sequence[int]:
-    """Tokens of a request's prompt. A token is its position, so that a prompt repeats exactly what the trace says is
-    cached; what replaces earlier text, as after a compaction, gets tokens of its own."""
+    """Make the tokens of a request's prompt.
+
+    A token is its position, so that a prompt repeats exactly what the trace says is cached; what replaces earlier
+    text, as after a compaction, gets tokens of its own.
+    """
     requests = program.requests[: index + 1]
     if all(s.cached == before.context for before, s in pairwise(requests)):
         return range(requests[-1].prompt)

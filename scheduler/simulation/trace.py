@@ -1,8 +1,9 @@
 """Agent programs as recorded or generated: what they ask of the model and how long their tools take.
 
 One JSON object per line is one program: ``{"program", "arrival_s", "source", "segments": [{"new_prompt_tokens",
-"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds"} | null}]}``. A request's prompt is its cached plus
-its new tokens; cached is what a perfect cache of the program's own earlier tokens holds. The last request has no tool.
+"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds"} | null}]}``. A segment is a request. Its prompt is
+its cached plus its new tokens, where cached is what a perfect cache of the program's own earlier tokens holds. The last
+request has no tool.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class TraceProgram:
         return sum(s.tool_s for s in self.requests)
 
     def scaled(self, tokens: float, tool_s: float = 1.0) -> TraceProgram:
-        """The same program with all lengths, and all tool times, multiplied; for small models."""
+        """Multiply all lengths and all tool times, for small models."""
         requests: list[TraceRequest] = []
         for s in self.requests:
             held = requests[-1].context if requests else 0

@@ -30,7 +30,7 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Of log-normal distributions."""
+    """A mixture of log-normal distributions."""
 
     weights: tuple[float, ...]
     components: tuple[LogNormal, ...]
@@ -129,7 +129,7 @@ GENERATORS: dict[str, Callable[[random.Random], tuple[TraceRequest, ...]]] = {
 
 
 def generate(name: str, count: int, seed: int) -> list[TraceProgram]:
-    """``count`` programs without arrivals.
+    """Draw ``count`` programs without arrivals.
 
     Raises:
         ValueError: no such workload; the message lists them.
@@ -141,7 +141,7 @@ def generate(name: str, count: int, seed: int) -> list[TraceProgram]:
 
 
 def resample(programs: Sequence[TraceProgram], count: int, seed: int) -> list[TraceProgram]:
-    """``count`` programs drawn from recorded ones, each as often as the others, in random order."""
+    """Draw ``count`` programs from recorded ones, each as often as the others, in random order."""
     rng = random.Random(f"resample {seed}")
     drawn: list[TraceProgram] = []
     while len(drawn) < count:
@@ -150,7 +150,7 @@ def resample(programs: Sequence[TraceProgram], count: int, seed: int) -> list[Tr
 
 
 def with_arrivals(programs: Sequence[TraceProgram], rate: float, seed: int) -> list[TraceProgram]:
-    """Poisson arrivals, ``rate`` per second; programs that have an arrival keep it."""
+    """Let programs arrive as a Poisson process, ``rate`` per second; those that have an arrival keep it."""
     rng = random.Random(f"arrivals {seed}")
     now, arriving = 0.0, []
     for program in programs:
@@ -160,7 +160,7 @@ def with_arrivals(programs: Sequence[TraceProgram], rate: float, seed: int) -> l
 
 
 def _chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceRequest, ...]:
-    """Requests each of which continues the one before."""
+    """Make requests each of which continues the one before."""
     requests: list[TraceRequest] = []
     held = 0
     for i, (fresh, output) in enumerate(zip(new, outputs, strict=True)):
@@ -171,5 +171,5 @@ def _chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str
 
 
 def _with_tools(requests: tuple[TraceRequest, ...], times: Mixture, rng: random.Random) -> tuple[TraceRequest, ...]:
-    """The same requests with other tool times."""
+    """Replace the tool times of requests."""
     return tuple(s if s.tool is None else replace(s, tool="shell", tool_s=times.draw(rng)) for s in requests)

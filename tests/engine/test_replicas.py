@@ -42,7 +42,7 @@ def test_two_copies_say_what_one_says(replicas, wide_engine):
     assert run_programs(replicas) == run_programs(wide_engine, alone=True)
     each = [engine.stats() for engine in replicas.replicas]
     assert min(one.computed_tokens for one in each) > 0, "both were meant to work"
-    assert sum(one.preemptions + one.reclaimed_pages for one in each) > 0, "the pools were meant to be small"
+    assert sum(one.preemptions + one.dropped_pages for one in each) > 0, "the pools were meant to be small"
     stats, counts = replicas.stats(), replicas.counts()
     assert (stats.created, stats.finished, stats.programs) == (10, 10, 0)
     assert counts["computed_tokens"] == stats.computed_tokens == sum(one.computed_tokens for one in each)

@@ -40,11 +40,11 @@ def test_lost_and_double_pages_are_noticed():
         pool.release(held)
 
 
-def test_published_pages_are_found_until_they_are_handed_out_again():
+def test_cached_pages_are_found_until_they_are_handed_out_again():
     pool = PagePool(6)
     pages = pool.allocate(3)
-    for page, key in zip(pages, (b"a", b"b", b"c"), strict=True):
-        pool.publish(page, key)
+    for page, block_hash in zip(pages, (b"a", b"b", b"c"), strict=True):
+        pool.cache(page, block_hash)
     assert pool.find([b"a", b"b", b"c", b"d"]) == pages
     assert pool.find([b"x", b"a"]) == []
     pool.release(pages)
@@ -58,17 +58,17 @@ def test_published_pages_are_found_until_they_are_handed_out_again():
         pool.allocate(1)
 
 
-def test_the_first_page_of_a_key_is_the_one_that_is_found():
+def test_the_first_page_of_a_hash_is_the_one_that_is_found():
     pool = PagePool(4)
     first, second = pool.allocate(2)
-    pool.publish(first, b"k")
-    pool.publish(second, b"k")
-    pool.publish(first, b"other")
+    pool.cache(first, b"k")
+    pool.cache(second, b"k")
+    pool.cache(first, b"other")
     assert pool.find([b"k"]) == [first]
     assert pool.find([b"other"]) == []
     pool.release([first, second])
     assert pool.cached == 1
-    pool.withdraw(first)
+    pool.uncache(first)
     assert (pool.cached, pool.free) == (0, 3)
     assert pool.find([b"k"]) == []
     pool.check([])

@@ -34,7 +34,7 @@ def test_no_pressure_moves_nothing():
     for i in range(3):
         serve(loop, f"p{i}", [i] * 13, 3)
     stats = loop.scheduler.stats()
-    assert stats.offloaded_pages == stats.reclaimed_pages == 0
+    assert stats.offloaded_pages == stats.dropped_pages == 0
     assert stats.decisions == {"keep: no pressure": 3}
 
 
@@ -51,7 +51,7 @@ def test_every_wait_is_decided_once(strategy):
         text += [*serve(loop, "p", text, 2).output, turn]
         for tool in range(turn):
             loop.scheduler.tool_called("p", f"t{tool}", loop.now)
-    words = ("keep", "offload", "discard", "give first")
+    words = ("keep", "offload", "discard", "evict first")
     decided = {what: n for what, n in loop.scheduler.stats().decisions.items() if what.startswith(words)}
     assert sum(decided.values()) == 4
 
@@ -61,7 +61,7 @@ def test_what_is_needed_moves_and_comes_back():
     serve(loop, "a", [1] * 21, 3)  # 23 tokens on six pages
     serve(loop, "b", [2] * 40, 1)  # needs ten of twelve
     stats = loop.scheduler.stats()
-    assert (stats.offloaded_pages, stats.reclaimed_pages) == (6, 0)  # copied together; four of them given up
+    assert (stats.offloaded_pages, stats.dropped_pages) == (6, 0)  # copied together; four of them evicted
     back = serve(loop, "a", [1] * 21 + complete([1] * 21, 3) + [5], 2)
     assert back.cached_tokens == 23
     assert loop.scheduler.stats().restored_pages == 4
@@ -111,7 +111,7 @@ def test_staging_bounds_what_is_on_its_way():
     loop.delay = 3
     serve(loop, "a", [1] * 21, 3)
     serve(loop, "b", [2] * 40, 1)
-    assert loop.scheduler.stats().reclaimed_pages == 0  # it waited rather than lose KV
+    assert loop.scheduler.stats().dropped_pages == 0  # it waited rather than lose KV
     assert loop.scheduler.stats().offloaded_pages == 4
 
 
@@ -134,7 +134,7 @@ def test_a_full_host_drops_what_is_idle_longest_to_come():
     assert slow.cached_tokens < 23
 
 
-def test_shared_pages_are_held_once_and_given_up_last():
+def test_shared_pages_are_held_once_and_evicted_last():
     loop = loop_of(pages=16)
     system = list(range(20, 36))  # four full pages
     for i in range(3):
@@ -213,7 +213,7 @@ def test_a_preempted_request_goes_on_after_the_device_was_lost():
     loop = Loop(make(num_pages=13))
     requests = [loop.scheduler.submit([i] * 8, 30, now=0) for i in range(4)]
     launched = loop.launch()
-    while not any(s.pending for s in requests if s.preemptions and s.slot < 0):
+    while not any(s.num_pending for s in requests if s.preemptions and s.slot < 0):
         loop.commit(launched)
         launched = loop.launch()
     failed = loop.lose_device(transfers_end=True)

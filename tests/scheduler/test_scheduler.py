@@ -270,7 +270,7 @@ def test_under_pressure_the_longest_wait_gives_pages_first_and_from_the_end():
     assert loop.scheduler.stats().free_pages == 0
     loop.scheduler.submit([2] * 5, 3, now=loop.now)
     loop.drain()
-    assert loop.scheduler.stats().reclaimed_pages == 2
+    assert loop.scheduler.stats().dropped_pages == 2
     back = {name: loop.scheduler.submit([1] * 14, 1, program=name, now=loop.now) for name in ("b", "a")}
     loop.drain()
     assert back["b"].cached_tokens == 13
@@ -370,7 +370,7 @@ def test_ending_a_program_returns_its_live_request():
 def test_copied_tokens_mark_what_only_the_device_knows():
     request = make().submit([1, 2, 3], 5, now=0)
     request.output += [4, 5]
-    request.reached = 6
+    request.num_at_start = 6
     out = np.zeros(5, np.int32)
     request.copy_tokens(1, out)
     assert out.tolist() == [2, 3, 4, 5, -1]

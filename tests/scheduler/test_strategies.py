@@ -8,7 +8,7 @@ import pytest
 
 from astraea_jax.scheduler.prediction import Distribution, Predictor
 from astraea_jax.scheduler.program import Program
-from astraea_jax.scheduler.strategies import DISCARD, KEEP, LAST, STRATEGIES, make_strategy, time_to_live
+from astraea_jax.scheduler.strategies import DISCARD, EVICT_FIRST, KEEP, STRATEGIES, make_strategy, time_to_live
 
 
 def test_infercept_gives_up_what_wastes_most():
@@ -47,7 +47,7 @@ def test_adaptive_keeps_without_pressure_and_gives_long_tools_first():
     predict.tools["sub-agent"] = Distribution()
     for _ in range(50):
         predict.tools["sub-agent"].add(100.0)
-    assert strategy.waits(program, slack=0.1, now=0.0) == (LAST, "its tool takes long")
+    assert strategy.waits(program, slack=0.1, now=0.0) == (EVICT_FIRST, "its tool takes long")
 
 
 def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
@@ -56,12 +56,12 @@ def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
     program = Program(1, 0.0, pages=list(range(1, 101)), kept=1600)
     predict.steps.costs = replace(predict.costs, per_token_s=1e-4, per_prefill_s=0.0)  # 0.16 s
     predict.transfers.observe(10_000, 10.0)  # 0.1 s
-    assert strategy.moves(program)
+    assert strategy.offloads(program)
     for _ in range(100):
         predict.transfers.observe(10_000, 20.0)  # 0.2 s
-    assert not strategy.moves(program)
-    strategy.batch = 1600.0  # as many tokens wait in the batch while it is computed
-    assert strategy.moves(program)
+    assert not strategy.offloads(program)
+    strategy.running_tokens = 1600.0  # as many tokens wait in the batch while it is computed
+    assert strategy.offloads(program)
 
 
 def test_the_fixed_strategies_are_fixed():

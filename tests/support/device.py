@@ -81,7 +81,7 @@ class Device:
         assert slots == [request.slot for request in plan.requests]
         assert len(set(slots)) == len(slots) <= self.scheduler.config.max_seqs
         assert plan.tokens == sum(counts) <= self.scheduler.config.max_step_tokens
-        assert counts[: plan.steady] == [1] * plan.steady
+        assert counts[: plan.num_decodes] == [1] * plan.num_decodes
         assert plan.context == sum(starts) + sum(counts)
         for slot, first, pages in plan.changes:
             self.table[slot, first : first + len(pages)] = pages
@@ -90,7 +90,7 @@ class Device:
         tables = self.table[slots]
         for i, (request, table) in enumerate(zip(plan.requests, tables, strict=True)):
             tokens = np.full(counts[i], -1)
-            if i >= plan.steady:
+            if i >= plan.num_decodes:
                 request.copy_tokens(starts[i], tokens)
             for at, token in enumerate(tokens.tolist(), starts[i]):
                 place = self._slot(table, at)
@@ -105,5 +105,5 @@ class Device:
 
     def _slot(self, table: np.ndarray, position: int) -> int:
         page = int(table[position // self.page_size])
-        assert page > 0, "the scrap page belongs to nobody"
+        assert page > 0, "the null page belongs to nobody"
         return page * self.page_size + position % self.page_size
