@@ -34,7 +34,7 @@ ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not 
 
 # The one file with exact versions; users get the ranges of pyproject.toml.
 lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in requirements/ci.lock
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report - '.[dev,demo,parity,tpu]' \
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report - -e '.[dev,demo,parity,tpu]' \
 	  | $(BIN)/python scripts/lock.py > requirements/ci.lock.new
 	mv requirements/ci.lock.new requirements/ci.lock
 
