@@ -94,8 +94,8 @@ def test_a_process_that_dies_is_named(wide_folder):
 
         async def ask() -> None:
             async with Client(address, Tokenizer.from_folder(wide_folder)) as client:
-                stream = client.generate([1, 2, 3], LONG)
-                await anext(aiter(stream))
+                stream = aiter(client.generate([1, 2, 3], LONG))  # one iterator: a dropped one cancels its request
+                await anext(stream)
                 processes[1].kill()
                 with pytest.raises(EngineDead, match="process 1 has gone"):
                     await tokens(stream)
