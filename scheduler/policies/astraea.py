@@ -34,8 +34,8 @@ from ..prediction import Predictor
 from ..program import Program, Request
 
 PATIENCE = 20.0
-"""Typical running times that a program waits in all before it jumps the queue. Swept over 7, 11 and 20: less patience
-buys P99 and costs the mean (benchmarks/RESULTS.md, "Scheduling")."""
+"""Typical running times that a program waits in all before it jumps the queue. Swept over 7, 11 and 20 when running
+counted as waiting: less patience buys P99 and costs the mean (benchmarks/RESULTS.md, "Scheduling")."""
 HALF_LIFE_S = 10.0
 """Seconds in which the context of a program in a tool wait comes to count half as much for the gate: a guess, longer
 than most tools take."""
