@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints, overload
 
@@ -26,7 +26,7 @@ MAX_RESULT_CHARS = 16_384
 MAX_ERROR_CHARS = 1_000
 
 MAX_THREADS = 64
-"""Threads of one tool. Further calls of it wait for a free one; other tools are not affected."""
+"""Threads of one tool that do not wait for agents. Further calls of it wait for a free one; other tools do not."""
 
 SLOT_POLL_S = 0.01
 """Seconds between two looks for a free thread. Calls may come from several event loops, so they poll."""
@@ -118,6 +118,7 @@ class Tool:
         context = contextvars.copy_context()
 
         def work() -> None:
+            _own.slot = self._threads
             try:
                 returned = context.run(self.function, **values)
                 result = returned if inspect.isawaitable(returned) else result_text(returned)
@@ -134,6 +135,24 @@ class Tool:
             self._threads.release()
             raise
         return await outcome
+
+
+_own = threading.local()
+"""``slot``: what counts the present thread, if a tool runs in it."""
+
+
+@contextlib.contextmanager
+def thread_lent() -> Iterator[None]:
+    """Count the present thread as free, since it waits for agents, which may call the very tool that runs in it."""
+    slot: threading.Semaphore | None = getattr(_own, "slot", None)
+    if slot is None:
+        yield
+        return
+    slot.release()
+    try:
+        yield
+    finally:
+        slot.acquire()
 
 
 @overload

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from astraea_jax.agents.loop import ProgramResult, check_tools, run_program
-from astraea_jax.agents.tools import Tool
+from astraea_jax.agents.tools import Tool, thread_lent
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.generation import Usage
@@ -148,7 +148,8 @@ class LLM:
         self.close()
 
     def _run(self, work: Callable[[A], Coroutine[Any, Any, R]], items: Sequence[A], single: bool) -> list[R]:
-        results = self._thread.wait_for(partial(map_in_order, work, items, self._at_once))
+        with thread_lent():
+            results = self._thread.wait_for(partial(map_in_order, work, items, self._at_once))
         if single and results[0].error is not None:
             raise results[0].error
         return results

@@ -15,6 +15,7 @@ import pytest
 from support.sizes import SMALL
 
 from astraea_jax import LLM, EngineConfig, EngineDead, RequestError, SamplingParams, StartupError, tool
+from astraea_jax.agents import tools
 from astraea_jax.engine.engine import Engine
 from astraea_jax.frontends.llm import _conversations
 
@@ -268,6 +269,24 @@ def test_tools_may_ask_the_same_llm(shop):
     programs = shop.chat([SHOP] * 8, [price, engine], max_steps=3)
     results = {m["content"] for program in programs for m in program.messages if m["role"] == "tool"}
     assert results == {"length"}
+
+
+def test_a_tool_may_run_agents_that_call_it(shop, monkeypatch):
+    """Deeper than it has threads."""
+    monkeypatch.setattr(tools, "MAX_THREADS", 1)
+    depths = []
+
+    @tool(timeout_s=3600)
+    def price(article: int) -> str:
+        """Price of one piece."""
+        depths.append(len(depths))
+        if len(depths) < 4:
+            shop.chat(SHOP, [price], max_steps=2)
+        return "65"
+
+    [program] = shop.chat(SHOP, [price], max_steps=2)
+    assert depths == [0, 1, 2, 3]
+    assert "65" in [message["content"] for message in program.messages]
 
 
 async def test_from_a_running_event_loop_it_blocks_that_loop_only(llm, greedy):
