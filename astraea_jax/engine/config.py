@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Choice:
-    """An option that is one of some names."""
+    """An option that is one of some names, which may grow while the process runs (a backend of one's own)."""
 
-    names: tuple[str, ...]
+    names: Collection[str]
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, str) and value in self.names
@@ -112,14 +113,14 @@ class EngineConfig:
     host_kv_bytes: int | None = _option(None, Whole(0, LARGEST_SIZE))
     """Pinned memory of each host for the KV of waiting programs, used under memory pressure; 0 means no host tier.
     None: half of the host's memory (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
-    residency: str | None = _option(None, Choice(tuple(STRATEGIES)))
+    residency: str | None = _option(None, Choice(STRATEGIES))
     """Strategy for the KV of waiting programs. None: the policy's own, or else adaptive."""
     max_context: int | None = _option(None, Whole())
     """Prompt and output tokens of one request. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = _option(None, Choice(DTYPES))
     """Dtype of activations, and of weights and KV unless they have their own. None: float32 on a CPU, bfloat16
     elsewhere."""
-    quantize: str | None = _option(None, Choice(tuple(EIGHT_BITS)))
+    quantize: str | None = _option(None, Choice(EIGHT_BITS))
     """8-bit dtype of the layers' weight matrices, with a scale per output channel. None: as they are stored if that
     is 8-bit, else ``dtype``."""
     kv_dtype: str | None = _option(None, Choice(KV_DTYPES))
@@ -130,12 +131,12 @@ class EngineConfig:
     data_parallel: int = _option(1, Whole())
     """Replicas of the model in this process, each with its own devices, KV and running requests. The other sizes are
     per replica, except host_kv_bytes, which all replicas share."""
-    attention: str | None = _option(None, Choice(tuple(BACKENDS)))
+    attention: str | None = _option(None, Choice(BACKENDS))
     """Attention backend. None: the preferred one for this kind of device."""
     scan_layers: bool | None = _option(None, SWITCH)
     """Run the layers as one loop over stacked weights and pages, which compiles one layer instead of all. None: on a
     TPU only, where a layer is read out of the stack as it is used; a GPU would copy its weights first."""
-    policy: str = _option("astraea", Choice(tuple(SERVING)))
+    policy: str = _option("astraea", Choice(SERVING))
     """Order in which requests run."""
     compile_cache: str | None = _option(None, FOLDER)
     """Folder where compiled steps are kept for later starts. None: as JAX is configured, by default nowhere."""

@@ -70,7 +70,7 @@ def _define(name: str, default: Any) -> None:
         case Seconds():
             flags.DEFINE_float(name, default, OPTIONS[name])  # the range has an open end: EngineConfig checks it
         case Choice(names):
-            flags.DEFINE_enum(name, default, names, OPTIONS[name])
+            flags.DEFINE_enum(name, default, list(names), OPTIONS[name])
         case allowed:
             assert allowed is SWITCH
             flags.DEFINE_bool(name, default, OPTIONS[name])

@@ -10,6 +10,7 @@ import pytest
 
 from astraea_jax.engine.config import EngineConfig, Seconds, Whole
 from astraea_jax.errors import StartupError
+from astraea_jax.kernels import BACKENDS, Reference
 from astraea_jax.scheduler.policies import SERVING, make_policy
 from astraea_jax.scheduler.strategies import STRATEGIES
 
@@ -89,3 +90,9 @@ def test_every_policy_serves_with_its_own_residency_and_with_any_other(policy):
         config = EngineConfig(policy=policy, residency=residency)
         strategy = make_policy(config.policy, strategy=config.residency).strategy
         assert residency is None or isinstance(strategy, STRATEGIES[residency])
+
+
+def test_a_backend_of_ones_own_can_be_chosen(monkeypatch):
+    assert "mine" not in refused("attention", "mine")
+    monkeypatch.setitem(BACKENDS, "mine", Reference)
+    assert EngineConfig(attention="mine").attention == "mine"
