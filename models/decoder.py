@@ -46,8 +46,10 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Apply the rotary embedding ``cos, sin [T, 1, H / 2]`` to ``x [T, heads, H]``; halves are paired as in Hugging
-    Face's models."""
+    """Apply the rotary embedding ``cos, sin [T, 1, H / 2]`` to ``x [T, heads, H]``.
+
+    Halves are paired as in Hugging Face's models.
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

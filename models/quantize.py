@@ -59,6 +59,8 @@ def project(x: jax.Array, weight: nnx.Param[Any], scale: nnx.Param[Any] | None) 
 
 
 def _keep_layout(x: jax.Array) -> jax.Array:
-    """Stop XLA from moving a neighbouring reshape of ``x`` into the product, for which it would transpose the weights
-    on every step."""
+    """Stop XLA from moving a neighbouring reshape of ``x`` into the product.
+
+    It would transpose the weights on every step for that.
+    """
     return jax.lax.optimization_barrier(x)

@@ -11,6 +11,8 @@ NO_HOST = HostTier()
 
 @dataclass(frozen=True)
 class SchedulerConfig:
+    """Sizes and bounds of a scheduler."""
+
     num_pages: int
     """The null page included."""
     page_size: int

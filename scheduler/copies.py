@@ -119,8 +119,11 @@ class HostCopies:
             del self._holders[program]
 
     def least_worth(self, program: Program, now: float, keep: Program | None) -> Program | None:
-        """The program whose copies are to make room for some of ``program``, if any is worth less: of the holders used
-        least recently one that needs none, or else the one expected to be idle longest; never ``keep``."""
+        """Find the program whose copies are to make room for some of ``program``, if any is worth less.
+
+        It is, of the holders used least recently, one that needs none, or else the one expected to be idle longest;
+        never ``keep``.
+        """
         best, longest_s = None, self._idle_s(program, now)
         for other in islice(self._holders, CANDIDATES):
             if other in (program, keep) or other.restoring or not all(copy.ready for copy in other.copies):

@@ -74,8 +74,11 @@ class StepFit:
 
 
 class TransferFit:
-    """Learns what transfers between device and host cost: ``latency_s`` and ``per_page_s``, by least squares over the
-    transfers as they end, in a sliding exponential window."""
+    """Learns what transfers between device and host cost.
+
+    ``latency_s`` and ``per_page_s`` are fitted by least squares over the transfers as they end, in a sliding exponential
+    window.
+    """
 
     FORGET = 0.98
     """Weight of a transfer against the one after it: a guess, about the last fifty count."""

@@ -63,8 +63,10 @@ class EvictionOrder:
             self.clean.pop(program, None)
 
     def oldest(self, *, clean: bool, keep: Program | None) -> Iterator[Program]:
-        """All programs but ``keep``, or those with clean pages, in order; each must have left the order before the next
-        is asked for."""
+        """All programs but ``keep``, or those with clean pages, in order.
+
+        Each must have left the order before the next is asked for.
+        """
         order: OrderedDict[Program, None] | OrderedDict[Program, int] = self.clean if clean else self.all
         if keep is not None and keep in order:  # it is used next, so it belongs at the end
             order.move_to_end(keep)

@@ -57,13 +57,17 @@ class Policy:
         """To be called when the features of a waiting request have changed; the scheduler sets it."""
 
     def features(self, request: Request) -> Sequence[float]:
-        """Numbers about a request that is queued. They are asked for again only if its program loses KV, or after
-        ``outdate``."""
+        """Numbers about a request that is queued.
+
+        They are asked for again only if its program loses KV, or after ``outdate``.
+        """
         raise NotImplementedError
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        """Scores ``[n]`` of all waiting requests from ``features [n, columns]``; the lowest is first, equal ones go by
-        submission."""
+        """Scores ``[n]`` of all waiting requests from ``features [n, columns]``.
+
+        The lowest is first, equal ones go by submission.
+        """
         return features[:, 0]
 
     def rank(self, request: Request) -> tuple[float, ...]:

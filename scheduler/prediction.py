@@ -55,8 +55,10 @@ class Distribution:
         return self._sorted[min(len(self._sorted) - 1, int(q * len(self._sorted)))] if self._sorted else default
 
     def mean_beyond(self, elapsed: float, default: float) -> float:
-        """Expected remainder of a quantity that has reached ``elapsed``; at least as much again if nothing seen went
-        further."""
+        """Predict the remainder of a quantity that has reached ``elapsed``.
+
+        It is at least as much again if nothing seen went further.
+        """
         beyond = self._sorted[bisect.bisect_right(self._sorted, elapsed) :]
         return sum(beyond) / len(beyond) - elapsed if beyond else max(elapsed, default)
 
@@ -165,8 +167,10 @@ class Predictor:
         return self.steps.costs
 
     def output_tokens(self, request: Request) -> float:
-        """Tokens that a request will still output: the mean of its program, drawn to that of all as if two more had
-        output that."""
+        """Predict the tokens that a request will still output.
+
+        This is the mean of its program, drawn to that of all as if two more had output that.
+        """
         program = request.program
         prior = self.outputs.mean(FEW_TOKENS)
         own = (program.output_tokens + 2 * prior) / (program.turns + 2)
@@ -194,8 +198,10 @@ class Predictor:
         return self.hazards.index(program.turns, self._kind(program.turns, program.output_tokens))
 
     def _kind(self, turns: int, outputs: int) -> int:
-        """The kind of a program by its hazard of ending: the third in which its mean output per request lies; 0 while
-        that is unknown."""
+        """Tell the kind of a program by its hazard of ending.
+
+        It is the third in which its mean output per request lies; 0 while that is unknown.
+        """
         if turns == 0 or len(self.talk) < ENOUGH:
             return 0
         return 1 + sum(outputs / turns > self.talk.quantile(q, 0.0) for q in (1 / 3, 2 / 3))
@@ -217,9 +223,11 @@ class Predictor:
         return fresh + self.steps.decode_s(self.output_tokens(request))
 
     def eta(self) -> float:
-        """How far progress predicts completion (Continuum, arXiv 2511.02230): ``-Corr(k, r)`` of the turns k that ended
-        programs had behind them and the r ahead; 1 for a fixed number of turns, 0 for a geometric one, below 0 for
-        heavier tails."""
+        """Say how far progress predicts completion (Continuum, arXiv 2511.02230).
+
+        This is ``-Corr(k, r)`` of the turns k that ended programs had behind them and the r ahead; 1 for a fixed number
+        of turns, 0 for a geometric one, below 0 for heavier tails.
+        """
         n, k, r, kk, rr, kr = self._progress
         if n < ENOUGH:
             return 1.0

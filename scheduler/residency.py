@@ -103,8 +103,10 @@ class Residency:
         self.kv.trim(program, 0)
 
     def lose_device(self, programs: Iterable[Program]) -> None:
-        """Give up every device page, while no request runs: of each program only what the host holds from its first
-        token on is kept."""
+        """Give up every device page, while no request runs.
+
+        Only what the host holds of each program, from its first token on, is kept.
+        """
         self._copies.cancel_all()
         for program in programs:
             keep = 0

@@ -66,8 +66,10 @@ class RetainedKV:
         self.trim(program, 0)
 
     def release(self, program: Program, keep: int) -> None:
-        """Free all but the first ``keep`` device pages of a program; the host has copies of the others, or they are
-        kept no more."""
+        """Free all but the first ``keep`` device pages of a program.
+
+        The host has copies of the others, or they are kept no more.
+        """
         gone = program.pages[keep:]
         if gone:
             self._pool.release(gone)
@@ -99,8 +101,10 @@ class RetainedKV:
             self.order.recount(program)
 
     def make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
-        """Drop copies, none of ``keep``, that are worth less than those of ``program`` would be, until the host has
-        room for ``count`` pages."""
+        """Drop copies until the host has room for ``count`` pages.
+
+        Only those go, none of ``keep``, that are worth less than those of ``program`` would be.
+        """
         while self._copies.free < count:
             victim = self._copies.least_worth(program, now, keep)
             if victim is None:

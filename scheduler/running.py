@@ -49,8 +49,10 @@ class Running:
         return len(self._decodes)
 
     def others(self) -> Iterator[Request]:
-        """Requests outside the decode batch that can compute, those with one token to compute first. Some may be
-        removed while the caller goes through them."""
+        """Requests outside the decode batch that can compute, those with one token to compute first.
+
+        Some may be removed while the caller goes through them.
+        """
         for request in sorted(self._others, key=lambda r: r.num_to_compute > 1):
             if request.slot >= 0 and request.loading is None:
                 yield request
@@ -86,8 +88,10 @@ class Running:
         request.capacity = len(request.pages) * self._size
 
     def grow_decodes(self) -> None:
-        """Allocate a page for every request of the decode batch whose pages are full; if too few pages are free, move
-        those requests to the others, where each has to ask for one."""
+        """Allocate a page for every request of the decode batch whose pages are full.
+
+        If too few pages are free, move those requests to the others, where each has to ask for one.
+        """
         due = self._decodes.due()
         for request in due:
             if request.num_computed == request.max_computed:
@@ -107,8 +111,10 @@ class Running:
                 self._decodes.schedule(request)
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
-        """Plan a step of the decode batch and of ``chosen``, so many tokens each; from now on they count as
-        computed."""
+        """Plan a step of the decode batch and of ``chosen``, so many tokens each.
+
+        From now on they count as computed.
+        """
         requests, slots, starts = self._decodes.advance()
         num_decodes, counts = len(requests), np.ones(len(requests), np.int32)
         samples = num_decodes

@@ -264,20 +264,25 @@ class Scheduler:
         self._policy.predict.steps.observe(plan, seconds)
 
     def extend(self, plan: Plan, times: int) -> int:
-        """Let a plan stand for up to ``times`` equal steps, as far as it can; returns for how many it stands now; see
-        :meth:`.running.Running.extend`."""
+        """Let a plan stand for up to ``times`` equal steps, as far as it can; see :meth:`.running.Running.extend`.
+
+        Returns for how many it stands now.
+        """
         times = self._running.extend(plan, times)
         self._counts.computed_tokens += plan.tokens * (times - 1)
         return times
 
     def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
-        """Transfers begun since the last call, in order, whose offloads read their pages before the next step; and host
-        copies that may be forgotten once these have been started."""
+        """Return transfers begun since the last call, in order, and host copies that may be forgotten after them.
+
+        Offloads read their pages before the next step.
+        """
         return self._residency.take_transfers()
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Request, int]]:
-        """Take in what a dispatched plan sampled, ``tokens`` one per row that samples; returns the new token of each
-        live request.
+        """Take in what a dispatched plan sampled, ``tokens`` one per row that samples.
+
+        Returns the new token of each live request.
 
         Requests that have ended since the plan are left out. A request ends here if its token is a stop or its last,
         or negative: that is, if the device could not choose one.

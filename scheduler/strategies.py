@@ -77,8 +77,10 @@ class Strategy:
 
 
 class AlwaysKeep(Strategy):
-    """``always-keep``: on the device until somebody needs the pages, then dropped, least recently used first. What a
-    prefix cache without a host tier does (vLLM)."""
+    """``always-keep``: on the device until somebody needs the pages, then dropped, least recently used first.
+
+    What a prefix cache without a host tier does (vLLM).
+    """
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         return Decision(KEEP, "always")

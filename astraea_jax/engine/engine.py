@@ -233,8 +233,9 @@ class Engine:
         self._post_bounded(EndSession(self._key(session, owner)))
 
     def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
-        """Say which tool a waiting program waits for, so that the scheduler learns its times; unknown sessions are
-        ignored.
+        """Say which tool a waiting program waits for, so that the scheduler learns its times.
+
+        Unknown sessions are ignored.
 
         Raises:
             RequestError, Overloaded: a name cannot be one; too many events wait.
@@ -283,8 +284,11 @@ class Engine:
         return self._scheduler.stats()
 
     def counts(self) -> dict[str, int]:
-        """:meth:`stats` as flat numbers: each of its fields, ``decisions`` by what and why, bytes moved, and how many
-        ``replicas`` there are and serve (``live_replicas``)."""
+        """Return :meth:`stats` as flat numbers.
+
+        They are each of its fields, ``decisions`` by what and why, bytes moved, and how many ``replicas`` there are and
+        serve (``live_replicas``).
+        """
         return {**self.stats().flat(self.layout.page_bytes), "replicas": 1, "live_replicas": int(self.live)}
 
     def check(self, timeout_s: float = 60.0) -> None:

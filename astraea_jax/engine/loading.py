@@ -60,8 +60,10 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
 
 
 def _prepare(model: ModelConfig, config: EngineConfig, *, narrow: int | None = None) -> list[Mesh]:
-    """The devices of each copy, which have room for it; its layers' matrices have ``narrow`` bytes per weight if the
-    configuration does not say how many."""
+    """Find the devices of each replica, which have room for it.
+
+    Its layers' matrices have ``narrow`` bytes per weight if the configuration does not say how many.
+    """
     use_cache(config.compile_cache)
     if unused := overlooked():
         log.warning(unused)

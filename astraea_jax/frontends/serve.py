@@ -61,6 +61,7 @@ flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish
 
 
 def engine_config() -> EngineConfig:
+    """Return the configuration that the flags say."""
     return options(compile_cache=compile_cache())
 
 
@@ -84,6 +85,7 @@ def compile_cache() -> str | None:
 
 
 def loaded_engine(display: StartupDisplay) -> Serving:
+    """Load the model that the flags name."""
     return load_engine(FLAGS.model, engine_config(), random_weights=FLAGS.random_weights, progress=display.loading)
 
 
@@ -99,13 +101,17 @@ def follow(display: StartupDisplay) -> None:
 
 
 def say(line: str) -> None:
+    """Print a line for the operator."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 class Shutdown:
-    """What signals do: the first one begins an orderly end, the second one, or one before the engine serves, ends the
-    process at once. Whatever hangs, the process has ended when its grace is over."""
+    """Ends the process on signals.
+
+    The first one begins an orderly end; the second one, or one before the engine serves, ends the process at once.
+    Whatever hangs, the process has ended when its grace is over.
+    """
 
     def __init__(self, engine: Serving, display: StartupDisplay):
         self.begun = asyncio.Event()
@@ -164,6 +170,7 @@ async def shutdown_or_death(shutdown: Shutdown, engine: Serving) -> None:
 
 
 def announce(engine: Serving, port: int, began: float) -> None:
+    """Say what is served, and where."""
     layout = engine.layout
     pages = layout.num_pages - 1
     size = pages * layout.page_bytes / 2**20
@@ -179,6 +186,7 @@ def announce(engine: Serving, port: int, began: float) -> None:
 
 
 def fail(cause: str) -> None:
+    """Say in one line why nothing is served, and end."""
     say(f"cannot serve: {cause}")
     end(1)
 
@@ -190,6 +198,7 @@ def end(status: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    """Serve the model that the arguments name; what cannot be served gets one line."""
     if len(arguments) > 2:
         raise app.UsageError(f"one model is served, not {arguments[1:]}")
     if arguments[1:]:

@@ -129,6 +129,7 @@ def everything(programs: Sequence[TraceProgram]) -> int:
 
 
 def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
+    """Make the predictor of a cell, which knows its programs if it is an oracle."""
     noise = PREDICTORS[cell.predictor]
     if cell.policy == "srpt-clairvoyant":
         noise = 0.0

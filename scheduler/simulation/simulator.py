@@ -52,6 +52,8 @@ class ProgramRecord:
 
 @dataclass
 class Outcome:
+    """What became of the programs of a run."""
+
     records: list[ProgramRecord]
     stats: SchedulerStats
     makespan_s: float

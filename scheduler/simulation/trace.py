@@ -21,6 +21,8 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class TraceRequest:
+    """One request of a recorded program, and the tool it led to."""
+
     cached: int
     """Prompt tokens that repeat the program's earlier tokens."""
     new: int
@@ -41,6 +43,8 @@ class TraceRequest:
 
 @dataclass(frozen=True)
 class TraceProgram:
+    """A recorded program; its requests in order."""
+
     id: str
     requests: tuple[TraceRequest, ...]
     arrival_s: float | None = None

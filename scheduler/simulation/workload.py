@@ -82,8 +82,11 @@ def infercept_mix(rng: random.Random) -> tuple[TraceRequest, ...]:
 
 
 def swe_batch(rng: random.Random) -> tuple[TraceRequest, ...]:
-    """B: coding agents in a batch. Turns from Continuum (arXiv 2511.02230, Table 2), the rest fitted to recorded
-    sessions of yunwei37/agentcgroup: first context 14k tokens, growth log-normal."""
+    """B: coding agents in a batch.
+
+    Turns from Continuum (arXiv 2511.02230, Table 2), the rest fitted to recorded sessions of yunwei37/agentcgroup:
+    first context 14k tokens, growth log-normal.
+    """
     turns = max(2, round(rng.gauss(10.9, 2.1)))
     outputs = [min(4000, max(1, round(LogNormal(130, 1.2).draw(rng)))) for _ in range(turns)]
     growth = [min(40000.0, LogNormal(430, 1.55).draw(rng)) for _ in range(turns - 1)]
@@ -94,8 +97,9 @@ def swe_batch(rng: random.Random) -> tuple[TraceRequest, ...]:
 
 
 def interactive(rng: random.Random) -> tuple[TraceRequest, ...]:
-    """C: coding with a human in the loop, after TraceLab (arXiv 2606.30560): turns log-normal with median 16, every
-    ninth wait or so the human's.
+    """C: coding with a human in the loop, after TraceLab (arXiv 2606.30560): turns log-normal with median 16.
+
+    Every ninth wait or so is the human's.
 
     The source's tails are cut so that a run of some hundred programs reaches a steady state: 60 turns instead of 1,500,
     waits of ten minutes instead of an hour, outputs of 4,000 tokens. Contexts that reach 120k tokens are compacted to
