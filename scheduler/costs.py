@@ -76,8 +76,8 @@ class StepFit:
 class TransferFit:
     """Learns what transfers between device and host cost.
 
-    ``latency_s`` and ``per_page_s`` are fitted by least squares over the transfers as they end, in a sliding exponential
-    window.
+    ``latency_s`` and ``per_page_s`` are fitted by least squares over the transfers as they end, in a sliding
+    exponential window.
     """
 
     FORGET = 0.98

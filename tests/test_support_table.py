@@ -1,13 +1,13 @@
-"""The README claims for each backend what a test shows, and nothing else."""
+"""docs/hardware.md claims for each backend what a test shows, and nothing else."""
 
 from __future__ import annotations
 
 import pytest
-from support.table import README, marks, split, table
+from support.table import DOCUMENT, marks, split, table
 
 
 def test_the_readme_says_what_the_tests_cover():
-    assert split(README.read_text())[1] == table(), "run `python tests/support/table.py`"
+    assert split(DOCUMENT.read_text())[1] == table(), "run `python tests/support/table.py`"
 
 
 def test_marks_are_read_from_test_functions():

@@ -70,7 +70,7 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
             process.communicate()
 
 
-@pytest.mark.serves("reference", "tested", "several processes")
+@pytest.mark.serves("reference", "tested", "multi-process")
 def test_two_processes_say_what_one_device_says_and_end_together(wide_folder, wide_engine):
     """Preempted, and with KV that went to the memory of both and came back."""
     tokenizer = Tokenizer.from_folder(wide_folder)

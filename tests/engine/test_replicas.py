@@ -34,7 +34,7 @@ def replicas(wide_folder) -> Iterator[Replicas]:
     made.shutdown(grace_s=0)
 
 
-@pytest.mark.serves("reference", "tested", "copies of the model")
+@pytest.mark.serves("reference", "tested", "replicas")
 def test_two_copies_say_what_one_says(replicas, wide_engine):
     """Each under pressure; and together they count what they did."""
     devices = [{d for page in e._runner._pages for d in page.sharding.device_set} for e in replicas.replicas]

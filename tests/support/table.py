@@ -1,4 +1,4 @@
-"""The README's table of what serves where, made from the tests that say so: `python tests/support/table.py` writes it.
+"""The table in docs/hardware.md, made from the tests that say so: `python tests/support/table.py` writes it.
 
 A test says it with ``@pytest.mark.serves(backend, how, *features)``. Marks are read from the source, since what can be
 collected depends on what is installed.
@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-README = TESTS.parent / "README.md"
+DOCUMENT = TESTS.parent / "docs" / "hardware.md"
 BEGIN, END = "<!-- made by tests/support/table.py -->\n", "<!-- end -->\n"
 BACKENDS = {
     "reference": "`reference` (any device)",
@@ -57,5 +57,5 @@ def split(readme: str) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    before, _, after = split(README.read_text())
-    README.write_text(f"{before}{BEGIN}{table()}{END}{after}")
+    before, _, after = split(DOCUMENT.read_text())
+    DOCUMENT.write_text(f"{before}{BEGIN}{table()}{END}{after}")
