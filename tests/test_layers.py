@@ -121,6 +121,11 @@ def test_the_check_itself(path: str, source: str, bad: list[str]) -> None:
     assert misplaced(Path(path), source) == bad
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "policies"], ids=str)
+def test_architecture_names_every_module(path: Path) -> None:
+    assert path.name == "__init__.py" or f"{path.name}`" in (ROOT / "ARCHITECTURE.md").read_text()
+
+
 def test_links_are_relative() -> None:
     """An absolute link would work on one machine only."""
     for room in ("models", "scheduler"):
