@@ -144,9 +144,9 @@ def sample(
     ones, as argmax does. A row draws the same token whatever the other rows are. Its maximum must be finite.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    draws = temperature >= MIN_TEMPERATURE
 
     def draw() -> jax.Array:
+        draws = temperature >= MIN_TEMPERATURE  # not shared with `any` below, which devices would have to add up then
         # Differences to the maximum are divided, because logits themselves can overflow at a low temperature.
         scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(draws, temperature, 1.0)[:, None]
         logp = jax.nn.log_softmax(scaled)
@@ -158,7 +158,7 @@ def sample(
         noise = jax.vmap(lambda seed, at: _gumbel(seed, at, logits.shape[-1]))(seeds, positions)
         return jnp.where(draws, jnp.argmax(logp + noise, axis=-1).astype(jnp.int32), greedy)
 
-    return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
+    return jax.lax.cond(jnp.any(temperature >= MIN_TEMPERATURE), draw, lambda: greedy)
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
@@ -172,28 +172,18 @@ LOWEST = -100.0
 
 def _keep_most_probable(logp: jax.Array, mass: jax.Array, enough: jax.Array) -> jax.Array:
     """Mask ``logp [R, V]`` to the fewest most probable tokens whose ``mass [R, V]`` sums to at least ``enough [R]``."""
-    bound = _threshold(logp, mass, enough, LOWEST, logp.max(-1), steps=40)
+    bound = _threshold(logp, mass, enough, logp.max(-1))
     edge = jnp.where(logp >= bound[:, None], logp, jnp.inf).min(-1, keepdims=True)
     tied = logp == edge
     missing = enough - jnp.sum(jnp.where(logp > edge, mass, 0.0), axis=-1)
-    size = logp.shape[-1]
-    order = -jnp.arange(size, dtype=jnp.float32)[None]
-    last = _threshold(
-        order,
-        jnp.where(tied, mass, 0.0),
-        jnp.maximum(missing, jnp.finfo(jnp.float32).tiny),
-        -float(size),
-        jnp.zeros_like(missing),
-        steps=size.bit_length() + 1,
-    )
-    keep = (logp > edge) | (tied & (order >= last[:, None])) | (bound <= LOWEST)[:, None]
+    before = jnp.cumsum(jnp.where(tied, mass, 0.0), axis=-1) - mass  # the mass of equally probable tokens ahead
+    taken = before < jnp.maximum(missing, jnp.finfo(jnp.float32).tiny)[:, None]
+    keep = (logp > edge) | (tied & taken) | (bound <= LOWEST)[:, None]
     return jnp.where(keep, logp, -jnp.inf)
 
 
-def _threshold(
-    values: jax.Array, mass: jax.Array, enough: jax.Array, low: float, high: jax.Array, *, steps: int
-) -> jax.Array:
-    """Bisect for the highest bound ``[R]`` with enough ``mass [R, V]`` where ``values`` reach it; ``low`` if none has.
+def _threshold(logp: jax.Array, mass: jax.Array, enough: jax.Array, highest: jax.Array) -> jax.Array:
+    """Bisect for the highest bound ``[R]`` with enough ``mass [R, V]`` at or above it; ``LOWEST`` if none has.
 
     A search of some passes over V, because a sort takes longer.
     """
@@ -201,7 +191,7 @@ def _threshold(
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
-        ok = jnp.sum(jnp.where(values >= middle[:, None], mass, 0.0), axis=-1) >= enough
+        ok = jnp.sum(jnp.where(logp >= middle[:, None], mass, 0.0), axis=-1) >= enough
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-    return jax.lax.fori_loop(0, steps, halve, (jnp.full_like(high, low), high))[0]
+    return jax.lax.fori_loop(0, 40, halve, (jnp.full_like(highest, LOWEST), highest))[0]
