@@ -54,6 +54,6 @@ lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in r
 	$(PYTHON) -m venv .venv-ahead
 	there=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	here=$$(.venv-ahead/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
-	echo "import site; site.addsitedir('$$there')" > $$here/shared.pth
+	echo "import site; site.addsitedir('$$there')" > $$here/0-shared.pth  # sorts before that of the package, which needs what is there
 	.venv-ahead/bin/$(PIP_INSTALL) '.[tpu]' | $(SHOW)
 	@touch $@
