@@ -68,7 +68,7 @@ class RetainedKV:
     def release(self, program: Program, keep: int) -> None:
         """Free all but the first ``keep`` device pages of a program.
 
-        The host has copies of the others, or they are kept no more.
+        The others have copies on the host, or are no longer kept.
         """
         gone = program.pages[keep:]
         if gone:

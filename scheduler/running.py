@@ -167,7 +167,7 @@ class Running:
         return times
 
     def cache_pages(self, request: Request, start: int) -> None:
-        """Let others find the full pages from token ``start`` on that are computed, or will be by a dispatched step."""
+        """Add to the prefix cache the full pages from token ``start`` on that are computed by all dispatched steps."""
         full = min(request.num_computed // self._size, len(request.block_hashes))
         for i in range(start // self._size, full):
             self._pool.cache(request.pages[i], request.block_hashes[i])
