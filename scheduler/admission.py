@@ -14,7 +14,7 @@ from .residency import Offer, Residency
 from .running import Running
 
 RUNNING_PER_RESERVED_PAGE = 2
-"""One page stays free for so many running requests, so that they can grow a while before one is preempted: a guess."""
+"""Running requests per page that stays free, so that they can grow a while before one is preempted: a guess."""
 
 
 class Admission:

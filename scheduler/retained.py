@@ -22,7 +22,7 @@ class RetainedKV:
         pool: device pages.
         page_size: tokens per page.
         copies: the host tier.
-        lost: told of every program that loses KV.
+        lost: called with every program that loses KV.
     """
 
     def __init__(self, pool: PagePool, page_size: int, copies: HostCopies, lost: Callable[[Program], None]):
