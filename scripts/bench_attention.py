@@ -11,7 +11,7 @@ both measured here; and the largest error against the reference in float32.
 Backends: `triton` and `reference` are what `scripts/serve.py --attention` takes. The others are here to compare with:
 `gather` (XLA: copy the pages, then attend), `cudnn` (its paged attention, through JAX's private interface) and
 `flashinfer` (XQA through jax-tvm-ffi, on pools of its own layout; needs flashinfer-python, jax-tvm-ffi and nvcc). They
-decode only. A backend that fails says why in its line and stops nobody else.
+decode only. A backend that fails says why in its line; the others go on.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def is_last(item: Delta | Exception) -> bool:
 class Mailbox:
     """The engine's end of a request: carries what it produces into the event loop of its caller.
 
-    It does not know its :class:`Generation`, so that one that nobody holds any more is noticed.
+    It holds no reference to its :class:`Generation`, so that an abandoned one is collected and cancels its request.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):

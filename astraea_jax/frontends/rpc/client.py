@@ -30,7 +30,7 @@ OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 NOT_TOLD = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE)
 """A plain JetStream server has no sessions, and one that is gone has none left."""
 MAX_TELLS = 1024
-"""Calls that nobody waits for at once; beyond that they are dropped."""
+"""Calls in flight whose answer is not awaited; beyond that they are dropped."""
 TELL_S = 10.0
 """Seconds after which such a call times out."""
 
