@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -132,28 +133,33 @@ class Engine:
 
         Raises:
             EngineDead: it has ended or is being started by another thread, or was shut down meanwhile.
-            Exception: it cannot be compiled; the engine is dead then.
+            Exception: it cannot be compiled, or gets no thread; the engine is dead then.
         """
         if not self._life.compile():
             return
         try:
             self._runner.compile(progress)
             self._life.serve()
+            self._thread.start()
+            threading.Thread(target=self._watch_steps, name="astraea-watchdog", daemon=True).start()
         except BaseException as error:
             self._die(f"the engine did not start: {error!r}")
             raise
-        self._thread.start()
-        threading.Thread(target=self._watch_steps, name="astraea-watchdog", daemon=True).start()
 
     def shutdown(self, grace_s: float = 30.0) -> int:
         """Refuse new requests, let running ones finish for ``grace_s`` seconds, then stop and answer the rest.
 
         Returns how many requests were cut off by the end of this engine. It may be called again, from another thread
         too, with less grace; it returns within the grace and :data:`STOP_S` seconds, even if a step hangs.
+
+        Raises:
+            ValueError: ``grace_s`` is not a number; nothing has been shut down then.
         """
+        if math.isnan(grace_s):
+            raise ValueError("grace_s is nan; it must be a number of seconds")
         self._life.drain()
         if self._thread.is_alive():
-            self._life.wait_until_empty(grace_s)
+            self._life.wait_until_empty(min(grace_s, threading.TIMEOUT_MAX))
             self._post(Stop())
             self._thread.join(STOP_S)
             if self._thread.is_alive():
@@ -295,10 +301,18 @@ class Engine:
         """Raise AssertionError unless pages, programs and requests are all accounted for (for tests and debugging).
 
         Everything that this thread has posted before has been taken in when it returns.
+
+        Raises:
+            EngineDead: no loop runs that could answer.
+            TimeoutError: it has not answered.
         """
         answer: Future[None] = Future()
         self._post(Check(answer))
-        answer.result(timeout_s)
+        limit = time.monotonic() + timeout_s
+        while not wait((answer,), min(0.05, timeout_s)).done and time.monotonic() < limit:
+            if self.state not in (State.SERVING, State.DRAINING):
+                raise EngineDead(f"an engine that is {self.state.value} has nothing to check")
+        answer.result(0)
 
     # -- the loop's thread, and the one that watches it --------------------------------------------------------
 

@@ -96,13 +96,14 @@ def checked_prompt(prompt: Sequence[int], max_tokens: int, max_context: int, voc
 
 
 def checked_name(what: str, name: str, *, empty: bool = False) -> str:
-    """``name``, if it can be one.
+    """``name`` as plain text, if it can be one.
 
     Raises:
         RequestError: it is no text, too long, cannot be encoded, or is empty although it must not be.
     """
     if not isinstance(name, str):
         raise RequestError(f"the {what} is of type {type(name).__name__}; it must be text")
+    name = str.__str__(name)  # a subclass may bring methods of its own, which the loop would call
     if len(name) > MAX_NAME:
         raise RequestError(f"the {what} has {len(name)} characters; at most {MAX_NAME} are allowed")
     if not (name or empty):

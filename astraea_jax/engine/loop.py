@@ -6,6 +6,7 @@ included, happens while the device runs step n + 1.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import time
@@ -123,7 +124,6 @@ class ServingLoop:
             idle = True
             while not (self._stopping or self._life.state is State.DEAD):
                 self._take_events(idle)
-                self.turn_began = time.monotonic()
                 launched = self._turn(in_flight)
                 idle = launched is None and in_flight is None
                 in_flight = launched
@@ -155,14 +155,20 @@ class ServingLoop:
     # -- events ----------------------------------------------------------------------------------------------
 
     def _take_events(self, idle: bool) -> None:
+        """Take in what has been posted by now, and begin a turn.
+
+        What is posted meanwhile waits for the next turn, or else callers could keep the loop from its steps.
+        """
         moving = self._store is not None and self._store.busy
-        try:
-            if idle:
-                self._handle(self.events.get(timeout=POLL_S if moving else IDLE_S))
-            while True:
-                self._handle(self.events.get_nowait())
-        except queue.Empty:
-            pass
+        first = []
+        if idle:
+            with contextlib.suppress(queue.Empty):
+                first.append(self.events.get(timeout=POLL_S if moving else IDLE_S))
+        self.turn_began = time.monotonic()
+        for event in first:
+            self._handle(event)
+        for _ in range(self.events.qsize()):
+            self._handle(self.events.get_nowait())
 
     def _handle(self, event: Event) -> None:
         now = time.monotonic()
@@ -193,6 +199,7 @@ class ServingLoop:
                 params.max_tokens,
                 stops,
                 program=event.session,
+                owner=event.session[0] if event.session is not None else "",
                 final=event.final,
                 salt=salted(event.salt),
                 now=now,

@@ -81,7 +81,8 @@ class SamplingParams:
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    stops = (value,) if isinstance(value, str) else _several("stop", value)
+    given = (value,) if isinstance(value, str) else _several("stop", value)
+    stops = tuple(str.__str__(stop) if isinstance(stop, str) else stop for stop in given)
     for stop in stops:
         if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
             raise RequestError(f"stop holds {_shown(stop)}; stop strings must be 1 to {MAX_STOP_CHARS} characters long")

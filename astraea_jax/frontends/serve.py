@@ -62,7 +62,15 @@ flags.DEFINE_string(
     "Folder where compiled steps are kept for later starts; empty: none. By default the one that JAX is configured "
     "for, or else astraea_jax/compiled in the user's cache folder.",
 )
-flags.DEFINE_float("grace_s", 30.0, "Seconds that running requests get to finish at shutdown.", lower_bound=0)
+flags.DEFINE_float(
+    "grace_s",
+    30.0,
+    "Seconds until the process has ended after SIGTERM; running requests get all but two.",
+    lower_bound=0,
+)
+
+LEAST_GRACE_S = 1.0
+"""Seconds that hanging up may take, however little the grace."""
 
 
 def engine_config() -> EngineConfig:
@@ -129,7 +137,9 @@ class Shutdown:
             self._end_now("stopped at once")
         say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; a second signal stops at once")
         self.begun.set()
-        timer = threading.Timer(FLAGS.grace_s, self._end_now, ["stopped: the grace is over and something hangs"])
+        timer = threading.Timer(
+            max(FLAGS.grace_s, LEAST_GRACE_S), self._end_now, ["stopped: the grace is over and something hangs"]
+        )
         timer.daemon = True
         timer.start()
 
