@@ -1,4 +1,4 @@
-"""What can go wrong at the front doors, one class per answer a client gets."""
+"""Errors of the front doors, one class per answer that a client gets."""
 
 from __future__ import annotations
 

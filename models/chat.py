@@ -19,7 +19,7 @@ FIELDS = (
     *("role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id"),
     *("id", "type", "function", "arguments", "text"),
 )
-"""What is read of an object that is neither a mapping, nor a dataclass, nor has ``model_dump()``."""
+"""Attributes that are read of an object that is neither a mapping, nor a dataclass, nor has ``model_dump()``."""
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message's reasoning travels; templates read the first, or the second (gpt-oss)."""

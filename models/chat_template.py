@@ -22,7 +22,7 @@ FILE = "chat_template.jinja"
 NAMED_FILES = "additional_chat_templates"
 """Subfolder with one file for each further template."""
 LEGACY_FILE = "chat_template.json"
-"""Where processors of older releases kept the template."""
+"""File in which processors of older releases kept the template."""
 
 PROBES = ("first-part", "second-part")
 WRITTEN_AS_DATA = re.compile(r"""['"]text['"]\s*:""")

@@ -22,7 +22,7 @@ from .config import ModelConfig, RopeScaling
 from .quantize import matrix, project
 
 LayerCache = Any
-"""What ``attend`` keeps for one layer; opaque to the model."""
+"""State that ``attend`` keeps for one layer; opaque to the model."""
 
 Index = int | jax.Array
 

@@ -1,4 +1,4 @@
-"""Where a decoder's parameters lie in a Hugging Face checkpoint, and how they are put together from its tensors."""
+"""Layout of a decoder's parameters in a Hugging Face checkpoint, and how they are joined from its tensors."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class HfTensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """In the file: ``[out, in]`` for projections."""
+    """Shape in the file: ``[out, in]`` for projections."""
     transposed: bool
     part: tuple[int, ...]
-    """In the decoder. Outputs of parts that are joined are ``[blocks, w, size]``; the parts lie side by side in w."""
+    """Shape in the decoder. Parts that are joined have outputs ``[blocks, w, size]`` and lie side by side in w."""
 
 
 def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> list[HfTensor]:

@@ -32,7 +32,7 @@ class StoredTensor(NamedTuple):
     name: str
     path: Path
     dtype: str
-    """As safetensors calls it."""
+    """Dtype by the name that safetensors gives it."""
     shape: tuple[int, ...]
     data: np.ndarray
     """Its bytes."""

@@ -238,7 +238,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """Return the text still held back, at the end."""
         text: str = self._tokenizer.decode(self._held, skip_special_tokens=False) if self._held else ""
         self._held.clear()
         self._stream = DecodeStream(skip_special_tokens=False)

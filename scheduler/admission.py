@@ -1,4 +1,4 @@
-"""Which waiting request starts next: the first in the order of the policy that may start and fits.
+"""Admission: chooses the waiting request that starts next, the first in the order of the policy that may and fits.
 
 A request fits if all its known tokens can have pages now without preemption: those that its program has kept, those
 that others have computed for equal tokens, and pages that can be had.
@@ -14,7 +14,7 @@ from .residency import Offer, Residency
 from .running import Running
 
 RUNNING_PER_RESERVED_PAGE = 2
-"""One page stays free for so many running requests, so that they can grow a while before one is preempted: a guess."""
+"""Running requests per page that stays free, so that they can grow a while before one is preempted: a guess."""
 
 
 class Admission:

@@ -22,7 +22,7 @@ class StepCosts:
     """For each token attended to."""
 
     def step_s(self, rows: int, tokens: int, context: int) -> float:
-        """Seconds of a step with so many rows, new tokens and tokens attended to."""
+        """Seconds of a step of ``rows`` rows that computes ``tokens`` new tokens and attends to ``context`` tokens."""
         prefill = self.per_prefill_s if tokens > rows else 0.0
         return self.base_s + prefill + self.per_token_s * tokens + self.per_context_s * context
 
@@ -51,7 +51,7 @@ class StepFit:
         self._right = np.zeros(4)
 
     def observe(self, plan: Plan, seconds: float) -> None:
-        """A step took so long."""
+        """Learn how long a step took."""
         self._recent.append((1.0, plan.tokens > len(plan.requests), plan.tokens, plan.context, seconds))
         self._steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self._steps, 50)
@@ -88,7 +88,7 @@ class TransferFit:
         self._sums = [0.0] * 5
 
     def observe(self, pages: int, seconds: float) -> None:
-        """A transfer took so long, waiting for others and for the loop to notice included."""
+        """Learn how long a transfer took, waiting for others and for the loop to notice included."""
         new = (1.0, pages, seconds, pages * pages, pages * seconds)
         self._sums = [self.FORGET * old + more for old, more in zip(self._sums, new, strict=True)]
         n, x, y, xx, xy = self._sums
@@ -98,5 +98,5 @@ class TransferFit:
         self.latency_s = (y - self.per_page_s * x) / n
 
     def seconds(self, pages: int) -> float:
-        """Seconds of a transfer of so many pages."""
+        """Seconds of a transfer of ``pages`` pages."""
         return self.latency_s + self.per_page_s * pages

@@ -42,7 +42,7 @@ class EvictionOrder:
         self.shared[program] = None
 
     def put_first(self, program: Program) -> None:
-        """A program is to be evicted before all others."""
+        """Move a program to the front of the order."""
         for order in (self.all, self.dirty, self.clean):
             if program in order:
                 order.move_to_end(program, last=False)

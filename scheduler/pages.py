@@ -111,13 +111,13 @@ class PagePool:
     # -- the prefix cache ------------------------------------------------------------------------------------------
 
     def cache(self, page: int, block_hash: bytes) -> None:
-        """Let a held page be found by its hash; of several pages with equal hashes the first stays the one found."""
+        """Add a held page to the prefix cache; of several pages with equal hashes the first one stays in it."""
         if page not in self._hash_of and block_hash not in self._page_of:
             self._page_of[block_hash] = page
             self._hash_of[page] = block_hash
 
     def uncache(self, page: int) -> None:
-        """Let a page be found no more, because something else will be written there."""
+        """Remove a page from the prefix cache, because something else will be written there."""
         block_hash = self._hash_of.pop(page, None)
         if block_hash is not None:
             del self._page_of[block_hash]
@@ -126,7 +126,7 @@ class PagePool:
             self._free.append(page)
 
     def uncache_all(self) -> None:
-        """Let no page be found any more."""
+        """Empty the prefix cache."""
         for page in list(self._hash_of):
             self.uncache(page)
 

@@ -1,4 +1,4 @@
-"""A step, as the scheduler hands it to whoever runs it."""
+"""The plan of a step, which the scheduler hands to the runner."""
 
 from __future__ import annotations
 

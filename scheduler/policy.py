@@ -46,7 +46,7 @@ class Policy:
     backfill = 0
     """How many later requests are tried if the first in order does not fit; 0: it blocks them."""
     max_skips = 10**9
-    """How often later requests may start before the first in order so, before it blocks them."""
+    """How often later requests may start before the first in order; after that it blocks them."""
     residency: str | None = None
     """Name of the strategy that belongs to the policy; None: any."""
 
@@ -54,7 +54,7 @@ class Policy:
         self.predict = predictor
         self.strategy = make_strategy(self.residency or "adaptive", predictor)
         self.outdate: Callable[[Request], None] = lambda request: None
-        """To be called when the features of a waiting request have changed; the scheduler sets it."""
+        """Call this when the features of a waiting request have changed; the scheduler sets it."""
 
     def features(self, request: Request) -> Sequence[float]:
         """Numbers about a request that is queued.

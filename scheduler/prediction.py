@@ -45,7 +45,7 @@ class Distribution:
 
     @property
     def values(self) -> list[float]:
-        """In rising order."""
+        """The observations in rising order."""
         return self._sorted
 
     def mean(self, default: float) -> float:

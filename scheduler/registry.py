@@ -75,7 +75,7 @@ class Registry:
     Args:
         limit: programs remembered at once. Beyond it an idle one makes room: of the owner who holds most idle programs
             the one that has been idle longest, so whoever opens thousands of sessions loses only their own.
-        forgotten: told of every program that ends.
+        forgotten: called with every program that ends.
     """
 
     def __init__(self, limit: int, forgotten: Callable[[Program], None]):

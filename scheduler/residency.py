@@ -24,7 +24,7 @@ from .strategies import DISCARD, EVICT_FIRST, Strategy
 from .transfer import HostCopy, HostTier, Part, Transfer
 
 CHUNK = 32
-"""Pages offloaded together at least, if a program has so many and staging has room: a guess."""
+"""Least pages offloaded together, if a program has as many and staging has room: a guess."""
 
 
 class Offer(NamedTuple):
@@ -51,7 +51,7 @@ class Residency:
         page_size: tokens per page.
         host: sizes of the host tier.
         strategy: what to keep, offload and drop.
-        lost: told of every program that loses KV.
+        lost: called with every program that loses KV.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Residency:
         self._strategy.forgotten(program)
 
     def invalidate(self, program: Program) -> None:
-        """Drop what a program has computed, and let nobody find it, because it cannot be trusted."""
+        """Drop what a program has computed, from the prefix cache too, because it cannot be trusted."""
         for page in program.pages:
             self._pool.uncache(page)
         self.kv.trim(program, 0)

@@ -22,7 +22,7 @@ class RetainedKV:
         pool: device pages.
         page_size: tokens per page.
         copies: the host tier.
-        lost: told of every program that loses KV.
+        lost: called with every program that loses KV.
     """
 
     def __init__(self, pool: PagePool, page_size: int, copies: HostCopies, lost: Callable[[Program], None]):
@@ -68,7 +68,7 @@ class RetainedKV:
     def release(self, program: Program, keep: int) -> None:
         """Free all but the first ``keep`` device pages of a program.
 
-        The host has copies of the others, or they are kept no more.
+        The others have copies on the host, or are no longer kept.
         """
         gone = program.pages[keep:]
         if gone:

@@ -111,9 +111,9 @@ class Running:
                 self._decodes.schedule(request)
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
-        """Plan a step of the decode batch and of ``chosen``, so many tokens each.
+        """Plan a step of the decode batch, and of ``chosen``: how many tokens of which other requests.
 
-        From now on they count as computed.
+        All these tokens count as computed from now on.
         """
         requests, slots, starts = self._decodes.advance()
         num_decodes, counts = len(requests), np.ones(len(requests), np.int32)
@@ -143,7 +143,7 @@ class Running:
         return Plan(requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context)
 
     def extend(self, plan: Plan, times: int) -> int:
-        """Let a plan stand for up to ``times`` equal steps; returns for how many it stands now.
+        """Repeat a plan for up to ``times`` equal steps; returns how many steps it stands for now.
 
         It can stand for several if every running request decodes, until the first has its last token or no pages are
         free.
@@ -167,7 +167,7 @@ class Running:
         return times
 
     def cache_pages(self, request: Request, start: int) -> None:
-        """Let others find the full pages from token ``start`` on that are computed, or will be by a dispatched step."""
+        """Add to the prefix cache the full pages from token ``start`` on that are computed by all dispatched steps."""
         full = min(request.num_computed // self._size, len(request.block_hashes))
         for i in range(start // self._size, full):
             self._pool.cache(request.pages[i], request.block_hashes[i])

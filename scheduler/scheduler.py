@@ -260,13 +260,13 @@ class Scheduler:
         return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:
-        """Say how long a step took, for predictions."""
+        """Learn how long a step took, for predictions."""
         self._policy.predict.steps.observe(plan, seconds)
 
     def extend(self, plan: Plan, times: int) -> int:
-        """Let a plan stand for up to ``times`` equal steps, as far as it can; see :meth:`.running.Running.extend`.
+        """Repeat a plan for up to ``times`` equal steps, as far as it can; see :meth:`.running.Running.extend`.
 
-        Returns for how many it stands now.
+        Returns how many steps it stands for now.
         """
         times = self._running.extend(plan, times)
         self._counts.computed_tokens += plan.tokens * (times - 1)

@@ -21,8 +21,8 @@ class Decision(NamedTuple):
     """An action for the KV of a program that begins to wait, and the reason."""
 
     action: str
-    """``KEEP``; ``DISCARD`` now; ``OFFLOAD``, by copying ahead of need; ``EVICT_FIRST``: keep it, but evict it before
-    that of other programs."""
+    """``KEEP``; ``DISCARD`` now; ``OFFLOAD``: copy it ahead of need; ``EVICT_FIRST``: keep it, but evict it before the
+    KV of other programs."""
     why: str
 
 

@@ -1,4 +1,4 @@
-"""Attention backends against each other, and against what this machine can do at best.
+"""Compares attention backends with each other and with the roofline of this machine.
 
 One line per shape of a step and backend: time of one layer, writing of keys and values included; its share of the
 floor, which is the time to read the context once, or to compute the scores and sums at the rate of a matrix product,
@@ -11,7 +11,7 @@ both measured here; and the largest error against the reference in float32.
 Backends: `triton` and `reference` are what `scripts/serve.py --attention` takes. The others are here to compare with:
 `gather` (XLA: copy the pages, then attend), `cudnn` (its paged attention, through JAX's private interface) and
 `flashinfer` (XQA through jax-tvm-ffi, on pools of its own layout; needs flashinfer-python, jax-tvm-ffi and nvcc). They
-decode only. A backend that fails says why in its line and stops nobody else.
+decode only. A backend that fails says why in its line; the others go on.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, best_seconds
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("backends", ["triton", "cudnn", "flashinfer", "gather", "reference"], "What to measure.")
+flags.DEFINE_list("backends", ["triton", "cudnn", "flashinfer", "gather", "reference"], "Backends to measure.")
 flags.DEFINE_list("batches", None, "Rows that decode; by default 1,16,64,256 on a GPU.")
 flags.DEFINE_list("contexts", None, "Tokens of each row's context; by default 1024,8192,32768 on a GPU.")
 flags.DEFINE_list("chunks", None, "Tokens of a prefill step; by default 512,2048,8192 on a GPU.")
 flags.DEFINE_integer("heads", 32, "Query heads.", lower_bound=1)
 flags.DEFINE_integer("kv_heads", 8, "Key/value heads.", lower_bound=1)
-flags.DEFINE_integer("head_dim", 128, "Numbers of a head.", lower_bound=16)
+flags.DEFINE_integer("head_dim", 128, "Size of a head.", lower_bound=16)
 flags.DEFINE_integer("page_size", 16, "Tokens per page.", lower_bound=1)
-flags.DEFINE_string("dtype", None, "Of queries, keys and values; by default bfloat16, float32 on a CPU.")
-flags.DEFINE_string("kv_dtype", None, "Of pages; by default the same.")
+flags.DEFINE_string("dtype", None, "Dtype of queries, keys and values; by default bfloat16, float32 on a CPU.")
+flags.DEFINE_string("kv_dtype", None, "Dtype of pages; by default the same.")
 flags.DEFINE_integer("layers", 8, "Pools that a step goes through, so that no cache holds them; fewer if large.", 1)
-flags.DEFINE_integer("pool_bytes", 48 * 2**30, "Device memory for all pools; what needs more is passed over.", 1)
+flags.DEFINE_integer("pool_bytes", 48 * 2**30, "Device memory for all pools; cases that need more are skipped.", 1)
 flags.DEFINE_integer("repeats", 5, "Measurements of a few steps; the shortest counts.", lower_bound=1)
 define_flags("bench_attention")
 
@@ -78,13 +78,13 @@ class Case:
         return int((-(-self.lens // size)).sum())
 
     def bytes(self, itemsize: int, kv_itemsize: int) -> float:
-        """Read and written at least: the contexts, and queries, outputs, keys and values of the new tokens."""
+        """Least bytes to move: the contexts, and queries, outputs, keys and values of the new tokens."""
         new = sum(self.q_lens) * FLAGS.head_dim
         context = 2 * self.lens.sum() * FLAGS.kv_heads * FLAGS.head_dim * kv_itemsize
         return float(context + 2 * new * (FLAGS.heads + FLAGS.kv_heads) * itemsize)
 
     def flops(self) -> float:
-        """Of two products of every query with what it may see."""
+        """Operations of two products of every query with the tokens that it may see."""
         seen = sum(n * past + n * (n + 1) / 2 for n, past in zip(self.q_lens, self.past, strict=True))
         return 4 * seen * FLAGS.heads * FLAGS.head_dim
 
@@ -95,7 +95,7 @@ class Figure:
     case: str
     backend: str
     ms: float | None = None
-    """Per layer."""
+    """Milliseconds per layer."""
     floor_ms: float | None = None
     error: float | None = None
     layers: int | None = None
@@ -118,7 +118,7 @@ def cases() -> list[Case]:
 
 
 def gather_attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
-    """What XLA makes of it: a copy of the contexts, then dense attention with a mask."""
+    """Attend as XLA alone would: copy the contexts, then dense attention with a mask."""
     pages = write_kv(pages, k, v, batch.slot_mapping)
     _, _, heads, size, h = pages.shape
     rows, width = batch.page_table.shape
@@ -183,10 +183,10 @@ def flashinfer_attend() -> Attend:
 
 
 def attend_of(name: str, case: Case) -> Attend:
-    """The function of a backend.
+    """The ``attend`` function of a backend.
 
     Raises:
-        ValueError: it does not do this kind of step, or is unknown.
+        ValueError: the backend does not do this kind of step, or is unknown.
     """
     if name in BACKENDS:
         backend = BACKENDS[name]()
@@ -213,7 +213,7 @@ def make_pool(name: str, case: Case, seed: int) -> Pool:
         pages = jnp.tile(some, (-(-shape[0] // len(some)), 1, 1, 1, 1))[: shape[0]]
         if name == "flashinfer":
             return tuple(jnp.moveaxis(pages, (1, 2), (0, 3)))
-        if name in ("tokamax", "jax-rpa"):  # of every token its heads, of each the key, then the value
+        if name in ("tokamax", "jax-rpa"):  # per token and head: the key, then the value
             of_token = pages.transpose(0, 3, 2, 1, 4)
             sizes = FLAGS.kv_heads, FLAGS.page_size, FLAGS.head_dim, np.dtype(FLAGS.kv_dtype)
             return of_token.reshape(len(pages), *BACKENDS[name]().page_shape(*sizes))
@@ -223,7 +223,7 @@ def make_pool(name: str, case: Case, seed: int) -> Pool:
 
 
 def make_batch(case: Case, seed: int) -> Batch:
-    """Pages in random order."""
+    """Lay the contexts of a case into pages in random order."""
     size, lens = FLAGS.page_size, case.lens
     used = -(-lens // size)
     ids = iter(np.random.default_rng(seed).permutation(np.arange(1, used.sum() + 1)))
@@ -246,7 +246,7 @@ def make_tokens(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def expected(case: Case, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Of some rows: which tokens they have, and their outputs by the reference, computed in float32."""
+    """Token indices of a few rows, and their outputs by the reference in float32."""
     q, k, v = make_tokens(case)
     rows = sorted({*range(len(case.lens))[:CHECKED], *range(len(case.lens))[-CHECKED:]})
     cu = np.asarray(batch.cu_q_lens)
@@ -315,7 +315,7 @@ def main(_: list[str]) -> None:
     for case in cases():
         page = 2 * FLAGS.page_size * FLAGS.kv_heads * FLAGS.head_dim * kv_itemsize
         if case.pages(FLAGS.page_size) * page > FLAGS.pool_bytes:
-            console.print(f"[dim]{case.kind} {case.name}: passed over, one pool exceeds --pool_bytes[/]")
+            console.print(f"[dim]{case.kind} {case.name}: skipped, one pool exceeds --pool_bytes[/]")
             continue
         batch = make_batch(case, 0)
         truth = expected(case, batch)

@@ -54,10 +54,10 @@ flags.DEFINE_list("workload", [], f"Workloads, of {', '.join(WORKLOADS)}; claude
 flags.DEFINE_list(
     "policies",
     ["fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant"],
-    f"Of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time.",
+    f"Some of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time.",
 )
-flags.DEFINE_list("predictor", ["online"], f"Of {', '.join(PREDICTORS)}.")
-flags.DEFINE_list("residency", ["host"], f"Of {', '.join(RESIDENCIES)}.")
+flags.DEFINE_list("predictor", ["online"], f"Some of {', '.join(PREDICTORS)}.")
+flags.DEFINE_list("residency", ["host"], f"Some of {', '.join(RESIDENCIES)}.")
 flags.DEFINE_list("oversubscription", ["1.5"], "Live contexts over the KV pool.")
 flags.DEFINE_integer("programs", 300, "Programs of a run.", lower_bound=1)
 flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
@@ -90,7 +90,7 @@ def one_of(flag: str, allowed: Iterable[str]) -> list[str]:
 
 
 def cells() -> list[Cell]:
-    """Of the whole study, cells of the same programs together."""
+    """All cells of the study; those that run the same programs stand together."""
     try:
         factors = [float(x) for x in FLAGS.oversubscription]
     except ValueError:
@@ -210,7 +210,7 @@ def completion_times(rows: Sequence[dict[str, Any]]) -> list[Section]:
 
 
 def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
-    """A table of what becomes of KV, per policy: mean completion times and the bytes moved; none of one residency."""
+    """Compare residencies per policy, by mean completion time and bytes moved; no table if there is only one."""
     names = list(dict.fromkeys(row["residency"] for row in rows))
     if len(names) < 2:
         return []

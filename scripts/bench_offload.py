@@ -1,8 +1,8 @@
-"""What it costs to move KV between device and host, against plain copies of the same bytes on this machine.
+"""Measures what it costs to move KV between device and host, beside plain copies of the same bytes.
 
 Three questions: how much of the plain copy's bandwidth do offload (gather, copy to pinned memory) and restore (copy
-back, scatter) reach; how much slower are decode steps while transfers run; and from how many tokens on is bringing KV
-back faster than computing it again. Weights are random: only the shape of the model matters.
+back, scatter) reach; how much slower are decode steps while transfers run; and from how many tokens on is restoring KV
+faster than computing it again. Weights are random: only the shape of the model matters.
 
   python scripts/bench_offload.py                                 astraea-tiny's shape, up to 32k tokens
   python scripts/bench_offload.py --model=llama-3.1-8b --batch=64 --context=2048 --dtype=bfloat16    on an accelerator
@@ -44,13 +44,13 @@ from astraea_jax.scheduler.transfer import HostCopy, Part, Transfer
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
 options = engine_flags("dtype", "attention", "scan_layers", "page_size")
-flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192", "16384", "32768"], "Tokens to bring back or compute.")
+flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192", "16384", "32768"], "Tokens to restore or recompute.")
 flags.DEFINE_integer("chunk", 512, "Tokens of a prefill step.", lower_bound=16)
 flags.DEFINE_integer("batch", 32, "Programs that decode while transfers run.", lower_bound=1)
 flags.DEFINE_integer("context", 256, "Tokens of each of them.", lower_bound=1)
 flags.DEFINE_integer("steps", 64, "Decode steps of a measurement.", lower_bound=8)
 flags.DEFINE_integer("repeats", 5, "Measurements; the best counts for bandwidth, the median for steps.", lower_bound=1)
-flags.DEFINE_string("plot", "out/offload.png", "Where bringing back is drawn against computing again.")
+flags.DEFINE_string("plot", "out/offload.png", "File for the plot of restoring against recomputing.")
 define_flags("bench_offload")
 
 console = Console()

@@ -1,10 +1,11 @@
-"""What scheduling costs: microseconds of `plan` and `commit` per step, with many programs waiting.
+"""Measures what scheduling costs: microseconds of `plan` and `commit` per step, with many programs waiting.
 
 256 requests run, and from 1,000 to 10,000 more wait for memory; every step one request ends and one arrives, so that
-every plan has somebody to admit. No device: this is the host's work alone.
+every plan has a request to admit. No device is involved: this is the host's work alone.
 
-Beside it, what the residency manager takes per event, with as many programs that wait for their tools and hold KV: when
-one begins to wait, when pages are copied to the host ahead of need, when pages are needed, and when a transfer ends.
+Beside it stands the time of the residency manager per event, with as many programs that wait for their tools and hold
+KV: when one begins to wait, when pages are copied to the host ahead of need, when pages are needed, and when a transfer
+ends.
 
   python scripts/bench_scheduler.py
   python scripts/bench_scheduler.py --policies=astraea,plas,hrrn --waiting=1000,100000

@@ -1,4 +1,4 @@
-r"""Serving through the engine: throughput of many prompts at once, latencies under arrivals, and the time to start.
+r"""Measures serving through the engine: throughput of many prompts, latencies under arrivals, and the time to start.
 
 Prompts are random tokens, so that no prefix is shared, and outputs have the length asked for. Everything is printed
 against a roofline measured in the same run (`astraea_jax/lab/roofline.py`). The first start compiles everything, the
@@ -49,22 +49,22 @@ flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape
 options = engine_flags(*MODEL, "max_seqs", "max_step_tokens", max_seqs=32)
 flags.DEFINE_integer("prompts", 64, "Prompts of the offline run.", lower_bound=2)
 flags.DEFINE_integer("input", 128, "Tokens of a prompt.", lower_bound=1)
-flags.DEFINE_integer("output", 64, "Tokens made for it.", lower_bound=2)
-flags.DEFINE_float("spread", 0.0, "Both are up to this much shorter or longer, evenly.", 0.0, 0.99)
+flags.DEFINE_integer("output", 64, "Tokens generated for each prompt.", lower_bound=2)
+flags.DEFINE_float("spread", 0.0, "Share by which --input and --output vary, evenly.", 0.0, 0.99)
 flags.DEFINE_list("load", ["0.5", "0.8"], "Rates of arrival, as shares of the offline run's; empty: no online run.")
-flags.DEFINE_list("rate", [], "Rates of arrival in requests per second, instead.")
+flags.DEFINE_list("rate", [], "Rates of arrival in requests per second, instead of --load.")
 flags.DEFINE_integer("arrivals", None, "Prompts of each online run; by default as many as offline.", lower_bound=2)
-flags.DEFINE_float("slo_ttft_ms", 1000.0, "Goodput counts requests whose first token came within this time,")
-flags.DEFINE_float("slo_tpot_ms", 50.0, "and whose later ones took this long on average at most.")
-flags.DEFINE_list("peers", [], f"Also the offline load on others, of {', '.join(PEERS)}.")
-flags.DEFINE_integer("timeout_s", 1200, "Of all parts together; one that is not done in its share is stopped.", 1)
+flags.DEFINE_float("slo_ttft_ms", 1000.0, "Goodput counts requests whose first token came within this time.")
+flags.DEFINE_float("slo_tpot_ms", 50.0, "Goodput counts requests whose later tokens took this long on average at most.")
+flags.DEFINE_list("peers", [], f"Other engines that get the offline load, too: some of {', '.join(PEERS)}.")
+flags.DEFINE_integer("timeout_s", 1200, "Limit for all parts together; one that exceeds its share is stopped.", 1)
 define_flags("bench_serving")
-flags.DEFINE_enum("part", None, ["start", "serve"], "What a process of this benchmark's own does.")
-flags.DEFINE_string("result", None, "Where it writes what it found.")
-flags.DEFINE_string("compile_cache", None, "Where it keeps compiled steps.")
+flags.DEFINE_enum("part", None, ["start", "serve"], "Internal: the part that this process runs.")
+flags.DEFINE_string("result", None, "Internal: file for the figures of that part.")
+flags.DEFINE_string("compile_cache", None, "Internal: folder for compiled steps.")
 
 ENTERED = time.time()
-"""When all imports were done."""
+"""Time at which all imports were done."""
 
 
 def model_config() -> ModelConfig:
@@ -85,7 +85,7 @@ def longest() -> int:
 
 
 def numbers(name: str) -> list[float]:
-    """Of a flag that is a list of numbers above 0."""
+    """Parse a flag that is a list of numbers above 0."""
     try:
         found = [float(x) for x in FLAGS[name].value or ()]
     except ValueError:
@@ -99,7 +99,7 @@ def arrivals() -> int:
     return min(FLAGS.arrivals or FLAGS.prompts, FLAGS.prompts)
 
 
-# -- in a process of its own --------------------------------------------------------------------------------------
+# -- the child process of a part ------------------------------------------------------------------------------------
 
 
 def open_device() -> float:
@@ -166,11 +166,11 @@ def write_result(found: dict[str, Any]) -> None:
     written.replace(FLAGS.result)  # whole or not at all: its reader may stop this process at any time
 
 
-# -- the process that was called -------------------------------------------------------------------------------------
+# -- the parent process ----------------------------------------------------------------------------------------------
 
 
 def own_part(part: str, folder: Path, within_s: float) -> dict[str, Any] | str:
-    """What a part found, with its start-up times complete; or why it failed."""
+    """Figures of a part, its start-up times included; or why it failed."""
     result = folder / f"{part}.json"
     spawned = time.time()
     own = (f"--part={part}", f"--compile_cache={folder / 'cache'}", f"--result={result}")
@@ -202,7 +202,7 @@ def peer(name: str, dtype: str, folder: Path, within_s: float) -> dict[str, Any]
 
 
 def in_process(arguments: list[str], result: Path, within_s: float) -> dict[str, Any] | str:
-    """Run a command that writes ``result``. What that is in the end, or why there is none."""
+    """Run a command that writes ``result``; return its content, or why there is none."""
     status = 0
     process = subprocess.Popen(arguments, stdout=sys.stderr, start_new_session=True)
     try:
@@ -315,7 +315,7 @@ def main(_: list[str]) -> None:
 
 
 def measure(rates: int) -> None:
-    """Every part in its turn, then the tables; of the online run at so many rates."""
+    """Run every part, then print the tables; the online run goes through ``rates`` rates of arrival."""
     until = time.monotonic() + FLAGS.timeout_s
     left = lambda share: share * (until - time.monotonic())  # noqa: E731
     with tempfile.TemporaryDirectory(prefix="astraea-bench-") as made:

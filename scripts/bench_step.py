@@ -1,4 +1,4 @@
-"""How fast the serving loop steps, against what this machine could do at best.
+"""Measures how fast the serving loop steps, beside the roofline of this machine.
 
 The roofline is measured in the same run (`astraea_jax/lab/roofline.py`).
 
@@ -42,7 +42,11 @@ flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape
 flags.DEFINE_integer("batch", 64, "Programs that decode at once.", lower_bound=1)
 flags.DEFINE_integer("context", 256, "Prompt tokens of each program.", lower_bound=1)
 flags.DEFINE_float(
-    "spread", 0.0, "Prompts are this much shorter to longer than --context, evenly.", lower_bound=0.0, upper_bound=1.0
+    "spread",
+    0.0,
+    "Share by which prompts are shorter or longer than --context, evenly.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
@@ -60,9 +64,9 @@ class Figures:
     decode_floor_ms: float
     decode_tokens_s: float
     host_ms: float
-    """The three below together, as the clock shows."""
+    """Wall time of the host per step: the three below together."""
     host_cpu_ms: float
-    """Of processor time."""
+    """Processor time of the host per step."""
     plan_ms: float
     dispatch_ms: float
     commit_ms: float
@@ -90,7 +94,7 @@ def step_tokens() -> int:
 
 
 def output_tokens() -> int:
-    """Of each program: those measured, and those that the first make until the last has been prefilled."""
+    """Output tokens of each program: for the steps measured, and for those until all prompts have been prefilled."""
     return FLAGS.steps + FLAGS.batch * FLAGS.context // (step_tokens() - FLAGS.batch) + 32
 
 

@@ -1,4 +1,4 @@
-"""Compiles the serving step for accelerators that are not here, and holds the programs to what must be true of them.
+"""Cross-compiles the serving step for absent accelerators and checks memory, aliasing and collectives.
 
   python scripts/compile_ahead.py                                        v5e, v6e and 7x; Llama-3.1-8B and Qwen3-4B
   python scripts/compile_ahead.py --target=v6e --model=qwen3-4b --tp=4 --attention=pallas
@@ -43,11 +43,11 @@ flags.DEFINE_list("target", ["v5e", "v6e", "7x"], f"Some of {', '.join(TARGETS)}
 flags.DEFINE_list("model", ["llama-3.1-8b", "qwen3-4b"], f"Some of {', '.join(PUBLISHED)}.")
 flags.DEFINE_list("tp", ["1", "4"], "Devices that share the model.")
 flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by default the one the engine would take.")
-flags.DEFINE_bool("scan", None, "The layers as one loop; by default as the engine does it, for TPUs.")
-flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits.")
-flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "KV in eight bits.")
+flags.DEFINE_bool("scan", None, "Run the layers as one loop; by default as the engine does, on TPUs.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "8-bit dtype of the layers' weight matrices.")
+flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "8-bit dtype of KV.")
 flags.DEFINE_list("program", list(EXECUTABLES), f"Some of {', '.join(EXECUTABLES)}.")
-flags.DEFINE_string("json", None, "Also write the figures to this file; what it has of other programs stays.")
+flags.DEFINE_string("json", None, "Also write the figures to this file; those of other programs in it stay.")
 flags.DEFINE_string("markdown", None, "Also write the table to this file, with all that --json has.")
 
 COLUMNS = (
@@ -57,7 +57,7 @@ COLUMNS = (
 
 
 def cases() -> list[Case]:
-    """Of the flags, in their order."""
+    """Cases that the flags name, in their order."""
     if unknown := sorted(
         {*FLAGS.target} - {*TARGETS} | {*FLAGS.model} - {*PUBLISHED} | {*FLAGS.program} - {*EXECUTABLES}
     ):
@@ -71,7 +71,7 @@ def cases() -> list[Case]:
 
 
 def row(figures: Figures) -> list[str]:
-    """Of the table; sizes are of each device."""
+    """Make a row of the table; sizes are per device."""
     case, exchanges = figures.case, ", ".join(f"{n} {kind}" for kind, n in sorted(figures.collectives.items()))
     sizes = [f"{size / 1e9:.2f}" for size in (figures.arguments, figures.aliased)]
     layers = "loop" if case.scan else "unrolled"
@@ -86,8 +86,8 @@ def markdown(done: list[Figures], unfit: dict[str, str]) -> str:
     return "\n\n".join([table, *(f"Does not fit: {name}: {why}." for name, why in unfit.items())]) + "\n"
 
 
-class Book:
-    """All figures there are: those of ``--json``, replaced by what is compiled anew."""
+class FigureFile:
+    """All figures: those that ``--json`` holds already, replaced where a program is compiled anew."""
 
     def __init__(self) -> None:
         self.programs: dict[tuple[Case, str], Figures] = {}
@@ -104,7 +104,7 @@ class Book:
     def save(self) -> None:
         """Write the files that the flags name; after every program, since all together take long."""
         of_case = lambda figures: tuple(str(part) for part in astuple(figures.case))  # noqa: E731
-        programs = sorted(self.programs.values(), key=of_case)  # of a case they stay in their order
+        programs = sorted(self.programs.values(), key=of_case)  # stable: within a case they keep their order
         if FLAGS.json:
             record = {"programs": [asdict(figures) for figures in programs], "unfit": self.unfit}
             Path(FLAGS.json).write_text(json.dumps(record, indent=1) + "\n")
@@ -113,10 +113,10 @@ class Book:
 
 
 def compile_all(console: Console) -> tuple[list[Figures], dict[str, str]]:
-    """Figures of every program that the flags ask for, and why models do not fit."""
+    """Compile every program that the flags ask for, and note why models do not fit."""
     done: list[Figures] = []
     unfit: dict[str, str] = {}
-    book = Book()
+    file = FigureFile()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         todo = cases()
@@ -127,16 +127,16 @@ def compile_all(console: Console) -> tuple[list[Figures], dict[str, str]]:
                 show = partial(_show, bars, task, name)
                 for figures in compile_case(case, FLAGS.program, show):
                     done.append(figures)
-                    book.add(figures)
+                    file.add(figures)
                     bars.advance(task)
                     console.print(f"{name} {figures.program}: {figures.seconds:.0f} s")
                     for failure in figures.failures:
                         console.print(f"[red]{name} {figures.program}: {failure}")
-                    book.save()
+                    file.save()
             except Unfit as error:
-                unfit[name] = book.unfit[name] = str(error)
+                unfit[name] = file.unfit[name] = str(error)
                 bars.advance(task, len(FLAGS.program))
-                book.save()
+                file.save()
     return done, unfit
 
 

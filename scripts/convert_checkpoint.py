@@ -3,7 +3,7 @@
   python scripts/convert_checkpoint.py --source=Qwen3-4B --target=qwen3-4b-orbax               to Orbax
   python scripts/convert_checkpoint.py --source=qwen3-4b-orbax --target=Qwen3-4B --to=hf       and back
   python scripts/convert_checkpoint.py --source=Qwen3-4B --target=small --dtype=bfloat16       cast on the way
-  python scripts/convert_checkpoint.py --source=Qwen3-4B --target=smaller --quantize=int8      in eight bits
+  python scripts/convert_checkpoint.py --source=Qwen3-4B --target=smaller --quantize=int8      to 8-bit weights
 
 Configuration, tokenizer and chat template are copied along; the engine serves either kind of folder. Tensors are read
 one at a time, so that memory holds little more than one copy of the model.
@@ -28,8 +28,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("source", None, "Folder to read, of either kind, or the name of a bundled model.", required=True)
 flags.DEFINE_string("target", None, "Folder to write; it must not hold a checkpoint yet.", required=True)
 flags.DEFINE_enum("to", "orbax", ("orbax", "hf"), "Kind of folder to write.")
-flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of the weights written.")
-flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "The layers' weight matrices in eight bits; to Orbax only.")
+flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of the weights written.")
+flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "8-bit dtype of the layers' weight matrices; to Orbax only.")
 
 
 def main(_: list[str]) -> None:
@@ -39,8 +39,8 @@ def main(_: list[str]) -> None:
             raise CheckpointError(f"{target} holds a checkpoint already; choose another --target")
         source = resolve(FLAGS.source)
         with StartupDisplay() as display:
-            narrow = EIGHT_BITS.get(FLAGS.quantize)
-            decoder = load(source, jnp.dtype(FLAGS.dtype), quantized_dtype=narrow, progress=display.loading)
+            quantized = EIGHT_BITS.get(FLAGS.quantize)
+            decoder = load(source, jnp.dtype(FLAGS.dtype), quantized_dtype=quantized, progress=display.loading)
         (save_orbax if FLAGS.to == "orbax" else save_hf)(decoder, target)
         copy_beside(source, target)
     except CheckpointError as error:

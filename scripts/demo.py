@@ -1,8 +1,8 @@
-"""Many agents against a real server on this machine: right answers, a table, and a picture of where the time went.
+"""Runs many agents against a real server on this machine: right answers, tables, and a picture of their time.
 
 Starts `scripts/serve.py` with the bundled model in a process of its own, then runs agents against it over gRPC. Each
 agent gets a shopping question and real tools; a tool also waits as long as coding agents' tools were measured to take
-(see astraea_jax/scheduler/workload.py), scaled by --tool_scale so that the whole takes about a minute.
+(see scheduler/simulation/workload.py), scaled by --tool_scale so that the whole takes about a minute.
 
 The server's KV pool is deliberately too small for the contexts of all agents. The same agents run once for each way to
 deal with that (--residency): moving the KV of waiting agents to host memory, keeping it until somebody needs the pages
@@ -51,13 +51,17 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("programs", 128, "Agents of a run.", lower_bound=1)
 flags.DEFINE_integer("concurrency", 64, "Agents alive at once; the next arrives when one ends.", lower_bound=1)
 flags.DEFINE_float("tool_scale", 0.2, "Factor on the tools' published durations.", lower_bound=0.0)
-flags.DEFINE_list("residency", ["adaptive", "always-keep", "always-discard"], f"Runs, of {', '.join(STRATEGIES)}.")
+flags.DEFINE_list(
+    "residency",
+    ["adaptive", "always-keep", "always-discard"],
+    f"Residency strategies to run, some of {', '.join(STRATEGIES)}.",
+)
 flags.DEFINE_integer("kv_bytes", 3 * 2**20, "Device memory for KV; 2 KiB hold a token of astraea-tiny.", 1)
 flags.DEFINE_integer("host_kv_bytes", 64 * 2**20, "Host memory for KV of agents that wait.", 0)
-flags.DEFINE_integer("seed", 1, "Of the tasks and the tool times.")
+flags.DEFINE_integer("seed", 1, "Seed of the tasks and the tool times.")
 flags.DEFINE_float("limit_s", 300.0, "Seconds after which the run counts as hung.")
 flags.DEFINE_float("wanted", 0.95, "Share of right answers below which the exit status is 1.")
-flags.DEFINE_string("picture", "out/demo.png", "Where the timelines are drawn.")
+flags.DEFINE_string("picture", "out/demo.png", "File for the picture of the timelines.")
 
 SERVER = Path(__file__).with_name("serve.py")
 console = Console(width=max(110, Console().width))
@@ -120,7 +124,7 @@ def server(residency: str, cache: str) -> Iterator[str]:
 
 
 def waiting(inner: Tool, rng: random.Random) -> Tool:
-    """``inner``, taking as long as a published tool call."""
+    """Make ``inner`` take as long as a published tool call."""
 
     async def call(**arguments: object) -> object:
         await asyncio.sleep(FLAGS.tool_scale * CLAUDE_CODE_TOOLS.draw(rng))
@@ -130,7 +134,7 @@ def waiting(inner: Tool, rng: random.Random) -> Tool:
 
 
 async def run(address: str, tasks: list[Task]) -> tuple[list[Outcome], dict[str, int]]:
-    """All agents' results, and the engine's counts."""
+    """Run all agents; returns their results and the engine's counts."""
     tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
     places = asyncio.Semaphore(FLAGS.concurrency)
     columns = (
@@ -179,7 +183,7 @@ class Run:
         return sum(o.right for o in self.outcomes)
 
     def decided(self, action: str) -> int:
-        """How often KV was dealt with so."""
+        """How often the residency manager decided on this action."""
         return sum(count for name, count in self.counts.items() if name.startswith(f"kv {action}: "))
 
 
@@ -222,9 +226,9 @@ def report(run: Run) -> None:
 def compare(runs: list[Run]) -> None:
     table = Table(
         title="KV of agents that wait, in a pool too small for all",
-        caption="kept: waits begun; to host, back, dropped: pages of 16 tokens; again: tokens computed again",
+        caption="kept: tool waits; offloaded, restored, dropped: pages of 16 tokens; recomputed: tokens",
     )
-    columns = ("kept", "to host", "back", "dropped", "moved", "again")
+    columns = ("kept", "offloaded", "restored", "dropped", "moved", "recomputed")
     for name in ("KV", "right", "mean JCT", "P99", *columns):
         table.add_column(name, justify="left" if name == "KV" else "right", no_wrap=True)
     for run in runs:

@@ -1,11 +1,11 @@
-"""What eight-bit weights and eight-bit KV change in a model's predictions, against the same model in full precision.
+"""Measures what 8-bit weights and 8-bit KV change in a model's predictions, against full precision.
 
 python scripts/eval_precision.py                                   astraea-tiny, on solved shop tasks it never saw
 python scripts/eval_precision.py --model=Qwen3-4B --text=book.txt  another model, on a text
 
 Every token of a text (of the tasks: every token that the model has to write) is predicted from what comes before it,
 through the pages of the reference attention. Reported are the mean Kullback-Leibler divergence from full precision, its
-99th percentile, how often the likeliest token is the same, and the perplexity of the texts. For answers instead of
+99th percentile, how often the most probable token is the same, and the perplexity of the texts. For answers instead of
 predictions there is eval_tiny.py.
 """
 
@@ -39,7 +39,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")
 flags.DEFINE_string("text", None, "Text file; by default held-out shop tasks and their solutions.")
 flags.DEFINE_integer("tasks", 100, "Shop tasks.", lower_bound=1)
-flags.DEFINE_integer("seed", 100, "Of the tasks; training used 0 and its own evaluation 1.")
+flags.DEFINE_integer("seed", 100, "Seed of the tasks; training used 0 and its own evaluation 1.")
 flags.DEFINE_integer("length", 384, "Tokens that are predicted together; a file is cut into such pieces.", 16)
 flags.DEFINE_enum("dtype", None, DTYPES, "Full precision; by default float32 on a CPU, bfloat16 elsewhere.")
 
@@ -64,12 +64,12 @@ OPTIONS = [
 class Text(NamedTuple):
     tokens: list[int]
     asked: list[bool]
-    """Of each token: whether its prediction counts. Of a chat: whether the model writes it, or else it is asked for
-    something that it has never learned."""
+    """Whether the prediction of each token counts. In a chat only tokens that the model writes count: it has never
+    learned to predict the others."""
 
 
 def texts(tokenizer: Tokenizer) -> Iterator[Text]:
-    """None longer than ``--length``."""
+    """The texts to predict, none of them longer than ``--length``."""
     if FLAGS.text is not None:
         tokens = tokenizer.encode(Path(FLAGS.text).read_text())
         for at in range(0, len(tokens) - 1, FLAGS.length):
@@ -86,7 +86,9 @@ def texts(tokenizer: Tokenizer) -> Iterator[Text]:
                     len(tokenizer.encode(tokenizer.render(part, schemas, add_generation_prompt=prompt)))
                     for part, prompt in ((chat[:i], True), (chat[: i + 1], False))
                 )
-                while tokens[end - 1] not in tokenizer.eos_ids:  # what the template writes after it, nobody asks for
+                while (
+                    tokens[end - 1] not in tokenizer.eos_ids
+                ):  # the model need not predict what the template adds after it
                     end -= 1
                 asked[first:end] = [True] * (end - first)
         yield Text(tokens[: FLAGS.length], asked[: FLAGS.length])
@@ -97,7 +99,7 @@ Predict = Callable[[np.ndarray, int], jax.Array]
 
 
 def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
-    """Of one model; the attention reads what it has written to pages of ``kv_dtype``."""
+    """Compile the predictions of a model whose attention reads keys and values from pages of ``kv_dtype``."""
     c, length, backend = decoder.config, FLAGS.length, Reference()
     count = -(-length // PAGE)
     shape = (count + 1, *backend.page_shape(c.num_kv_heads, PAGE, c.head_dim, kv_dtype))
@@ -116,14 +118,14 @@ def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
 
 @dataclass
 class Differences:
-    """Of one option from full precision, one number per token."""
+    """Differences of an option from full precision, one number per token."""
 
     divergences: list[np.ndarray] = field(default_factory=list)
     same: list[np.ndarray] = field(default_factory=list)
     losses: list[np.ndarray] = field(default_factory=list)
 
     def add(self, full: np.ndarray, other: np.ndarray, following: np.ndarray) -> None:
-        """Log-probabilities ``[n, V]`` in full precision and otherwise, and the tokens ``[n]`` that did follow."""
+        """Compare log-probabilities ``[n, V]`` in full and other precision; ``following [n]`` are the next tokens."""
         self.divergences.append((np.exp(full) * (full - other)).sum(-1))
         self.same.append(full.argmax(-1) == other.argmax(-1))
         self.losses.append(-other[np.arange(len(following)), following])
@@ -139,7 +141,7 @@ def main(_: list[str]) -> None:
     configs = {o: EngineConfig(dtype=FLAGS.dtype, quantize=o.quantize, kv_dtype=o.kv_dtype) for o in OPTIONS}
     full_dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
     decoders = {
-        c.quantize: load(folder, full_dtype, quantized_dtype=c.narrow_dtype())
+        c.quantize: load(folder, full_dtype, quantized_dtype=c.quantized_dtype())
         for c in configs.values()
         if not c.kv_dtype
     }

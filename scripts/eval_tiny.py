@@ -1,8 +1,8 @@
-"""Share of held-out shop tasks that astraea-tiny solves, through the engine, with real tools.
+"""Measures the share of held-out shop tasks that astraea-tiny solves, through the engine, with real tools.
 
 python scripts/eval_tiny.py                  500 tasks that training never saw
 python scripts/eval_tiny.py --tasks=2000 --seed=7 --show_wrong=10
-python scripts/eval_tiny.py --quantize=int8 --kv_dtype=fp8       with eight-bit weights and KV
+python scripts/eval_tiny.py --quantize=int8 --kv_dtype=fp8       with 8-bit weights and KV
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")
 options = engine_flags(*MODEL)
 flags.DEFINE_integer("tasks", 500, "Held-out tasks.", lower_bound=1)
-flags.DEFINE_integer("seed", 100, "Of the tasks; training used 0 and its own evaluation 1.")
+flags.DEFINE_integer("seed", 100, "Seed of the tasks; training used 0 and its own evaluation 1.")
 flags.DEFINE_integer("show_wrong", 5, "Wrong answers to print.", lower_bound=0)
 flags.DEFINE_float("wanted", 0.95, "Share of right answers below which the exit status is 1.")
 

@@ -1,4 +1,4 @@
-"""Write a pip installation report (standard input) as a list of exact versions, for `make lock`."""
+"""Writes a pip installation report (standard input) as a list of exact versions, for `make lock`."""
 
 from __future__ import annotations
 

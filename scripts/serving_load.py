@@ -15,14 +15,14 @@ from astraea_jax.engine.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Load:
-    """Prompts, and how many tokens each shall make."""
+    """Prompts, and the number of tokens to generate for each."""
 
     prompts: Sequence[list[int]]
     outputs: Sequence[int]
 
     @classmethod
     def draw(cls, count: int, tokens_in: int, tokens_out: int, spread: float, vocab: int, seed: int) -> Load:
-        """``count`` prompts of about ``tokens_in`` random tokens. Another seed gives others, so no prefix is shared."""
+        """Draw ``count`` prompts of about ``tokens_in`` random tokens; those of different seeds share no prefix."""
         rng = np.random.default_rng(seed)
 
         def lengths(mean: int) -> list[int]:
@@ -50,9 +50,9 @@ class Served:
     """One request as its caller saw it. Times in seconds of ``time.perf_counter``."""
 
     arrived: float
-    """When it was to be submitted."""
+    """Time at which it was to be submitted."""
     tokens: list[float]
-    """When each came."""
+    """Time of each token."""
     prompt_tokens: int
     cached_tokens: int
     preemptions: int
@@ -73,7 +73,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Offline:
-    """What came of prompts that were all there at once. Tokens as the engine counted them."""
+    """Result of a load whose prompts are all submitted at once. Tokens are counted by the engine."""
 
     seconds: float
     input_tokens: int
@@ -101,7 +101,7 @@ class Latencies:
 
 @dataclass(frozen=True)
 class Slo:
-    """What makes a request a good one, in seconds."""
+    """Service-level objectives of a request, in seconds."""
 
     ttft: float
     tpot: float
@@ -112,18 +112,18 @@ class Slo:
 
 @dataclass(frozen=True)
 class Online:
-    """What came of prompts that arrived one by one."""
+    """Result of a load whose prompts arrive one by one."""
 
     rate: float
-    """Of arrivals, per second; as asked for."""
+    """Requested arrivals per second."""
     requests: int
     output_tokens: int
     requests_s: float
-    """Ended per second, from the first arrival to the last token."""
+    """Requests that ended per second, from the first arrival to the last token."""
     ttft: Latencies
     """From arrival to the first token."""
     tpot: Latencies
-    """Of each request the mean time of a token after the first."""
+    """Mean time per token after the first, of each request."""
     itl: Latencies
     """Times between tokens, of all requests together."""
     e2e: Latencies
@@ -131,7 +131,7 @@ class Online:
     good: float
     """Share of requests that met the objectives."""
     good_s: float
-    """Of these, per second."""
+    """Requests per second that met the objectives."""
 
 
 def offline(engine: Engine, load: Load) -> Offline:
@@ -148,7 +148,7 @@ def offline(engine: Engine, load: Load) -> Offline:
 
 
 def online(engine: Engine, load: Load, rate: float, slo: Slo, seed: int) -> Online:
-    """Arrivals with exponential gaps, ``rate`` per second on average; whoever has arrived is submitted at once."""
+    """Arrivals with exponential gaps, ``rate`` per second on average; each is submitted when it arrives."""
     at = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(load.prompts)))
     served = asyncio.run(_all(engine, load, at - at[0]))
     took = max(r.tokens[-1] for r in served) - min(r.arrived for r in served)
@@ -168,7 +168,7 @@ def online(engine: Engine, load: Load, rate: float, slo: Slo, seed: int) -> Onli
 
 
 async def _all(engine: Engine, load: Load, at: np.ndarray) -> list[Served]:
-    """Every prompt, submitted ``at [n]`` seconds from now."""
+    """Submit every prompt, ``at [n]`` seconds from now, and wait for all."""
     zero = time.perf_counter()
 
     async def one(prompt: list[int], output: int, at: float) -> Served:

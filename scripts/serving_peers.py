@@ -27,7 +27,7 @@ Result = dict[str, Any]
 
 
 def transformers(load: Load) -> Result:
-    """Its continuous batching; the start of its manager is not in the time."""
+    """Run transformers' continuous batching; the start of its manager is not timed."""
     import torch
     import transformers as library
     from transformers.generation.continuous_batching.utils import WorkloadHints
@@ -54,7 +54,7 @@ def transformers(load: Load) -> Result:
     ) as manager:
 
         def run(count: int) -> int:
-            """Tokens made of the first so many prompts."""
+            """Tokens generated for the first ``count`` prompts."""
             for prompt, output in zip(load["prompts"][:count], load["outputs"]):
                 manager.add_request(prompt, max_new_tokens=output, eos_token_id=-1)
             made = finished = 0
@@ -83,7 +83,7 @@ def _blocks(load: Load, size: int) -> int:
 def torch(load: Load) -> Result:
     """Run full batches of ``max_seqs`` prompts of mean length.
 
-    Prefill runs in passes, then all decode in lock step, every step at the mean context.
+    Prefill runs in passes, then all decode together, every step at the mean context.
     """
     import torch as library
 
@@ -126,7 +126,7 @@ class _Products:
         return lambda: [self._forward(x, None) for x in inputs][-1]
 
     def decode(self, batch: int, context: int) -> Callable[[], Any]:
-        """One token of each of ``batch`` contexts."""
+        """Decode one token of each of ``batch`` contexts."""
         import torch
 
         caches = [
@@ -178,7 +178,7 @@ def _seconds(run: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 def vllm(load: Load) -> Result:
-    """``LLM.generate`` with dummy weights."""
+    """Run vLLM's ``LLM.generate`` with dummy weights."""
     import vllm as library
 
     began = time.perf_counter()
@@ -208,7 +208,7 @@ def vllm(load: Load) -> Result:
 
 
 def sglang(load: Load) -> Result:
-    """``Engine.generate`` with dummy weights."""
+    """Run SGLang's ``Engine.generate`` with dummy weights."""
     import sglang as library
 
     began = time.perf_counter()

@@ -4,7 +4,7 @@
   python scripts/train_tiny.py --steps=200 --out=out/pilot
 
 Only the assistant's tokens are learned. "solved" is the share of held-out tasks in which every one of them is the
-likeliest under the true history; since decoding is greedy, the agent then reproduces the solution word for word.
+most probable under the true history; since decoding is greedy, the agent then reproduces the solution word for word.
 Needs optax (the dev extra).
 """
 
@@ -57,7 +57,7 @@ flags.DEFINE_integer("tasks", 60_000, "Different training tasks.", lower_bound=1
 flags.DEFINE_integer("held_out", 500, "Held-out tasks for the evaluation.", lower_bound=1)
 flags.DEFINE_integer("batch_tokens", 4096, "Tokens of a batch, padding included.", lower_bound=1024)
 flags.DEFINE_float("peak_rate", 2e-3, "Highest learning rate; warm-up, then cosine decay.")
-flags.DEFINE_integer("seed", 0, "Of tasks, weights and order.")
+flags.DEFINE_integer("seed", 0, "Seed of tasks, weights and order.")
 
 VOCABULARY = 768
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -46,7 +46,7 @@ class RequestRecord:
     output_tokens: int
     finish_reason: str
     usage: Usage | None
-    """As the model reports it; None from a server that does not."""
+    """Token counts and times that the model reports; None from a server that does not."""
     tools: tuple[ToolRun, ...]
 
 
@@ -160,7 +160,7 @@ async def _prompt(
 
 
 def _joined(names: Iterable[str]) -> str:
-    """As many of ``names`` as one name may hold, joined by "+"."""
+    """Join by "+" as many of ``names`` as one name may hold."""
     joined = ""
     for name in sorted(names):
         longer = f"{joined}+{name}" if joined else name

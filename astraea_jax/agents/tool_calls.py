@@ -28,7 +28,7 @@ MAX_DEPTH = 32
 """Nesting of arguments, far below where JSON encoders and chat templates run out of stack."""
 
 CALL_TAGS = {"<tool_call>": "</tool_call>", "<|python_tag|>": None, "[TOOL_CALLS]": None}
-"""What opens calls -> what closes them; None: the end of the turn."""
+"""Opening tag of calls -> closing tag; None: they go on to the end of the turn."""
 
 THOUGHT_TAGS = {
     "<think>": "</think>",
@@ -36,7 +36,7 @@ THOUGHT_TAGS = {
     "<scratch_pad>": "</scratch_pad>",
     "[THINK]": "[/THINK]",
 }
-"""What opens a thought -> what closes it."""
+"""Opening tag of a thought -> closing tag."""
 
 NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "params", "kwargs", "input")
@@ -135,7 +135,7 @@ def _tagged_calls(text: str) -> tuple[str, list[ToolCall]]:
 
 
 def _thought_end(text: str) -> int:
-    """Where the last thought of a turn ends; 0: there is none."""
+    """Position after the last thought of a turn; 0: there is none."""
     last = 0
     at = 0
     while tag := TAGS.search(text, at):

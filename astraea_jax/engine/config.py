@@ -143,11 +143,11 @@ class EngineConfig:
     max_queued: int = _option(1024, Whole())
     """Requests that may wait; beyond that they are refused."""
     max_programs: int = _option(8192, Whole())
-    """Sessions remembered at once; beyond that the longest idle one is forgotten."""
+    """Sessions remembered at once; beyond that the owner of most idle ones loses the longest idle."""
     session_ttl_s: float = _option(600.0, Seconds())
     """Seconds after which an idle session is forgotten."""
     step_timeout_s: float = _option(120.0, Seconds())
-    """Seconds after which a step is taken for hung; the engine then ends."""
+    """Seconds after which a step counts as hung; the engine then ends."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -167,7 +167,7 @@ class EngineConfig:
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
 
-    def narrow_dtype(self) -> Any:
+    def quantized_dtype(self) -> Any:
         """The 8-bit dtype of the layers' weight matrices, or None.
 
         Raises:

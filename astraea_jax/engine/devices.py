@@ -30,14 +30,14 @@ def free_bytes(mesh: Mesh) -> int | None:
 
 
 def check_weights(
-    model: ModelConfig, itemsize: int, narrow: int | None, *, shared: int, free: int, available: int
+    model: ModelConfig, itemsize: int, matrix_itemsize: int | None, *, shared: int, free: int, available: int
 ) -> None:
     """Refuse a model whose weights do not fit into the devices, before they are loaded.
 
     Args:
         model: its shape.
         itemsize: bytes of one weight.
-        narrow: bytes of one weight of the layers' matrices, if that differs.
+        matrix_itemsize: bytes of one weight of the layers' matrices, if that differs.
         shared: devices that share the model.
         free: bytes that each of them has free.
         available: devices of this machine.
@@ -46,29 +46,31 @@ def check_weights(
         StartupError: the weights do not fit; the message says what is needed, what is free, and what would fit.
     """
 
-    def needed(devices: int, narrow: int | None) -> float:
-        return (model.layer_weights * (narrow or itemsize) + model.table_weights * itemsize) / devices
+    def needed(devices: int, matrix_itemsize: int | None) -> float:
+        return (model.layer_weights * (matrix_itemsize or itemsize) + model.table_weights * itemsize) / devices
 
     room = WEIGHTS_SHARE * free
-    if needed(shared, narrow) <= room:
+    if needed(shared, matrix_itemsize) <= room:
         return
     more = [n for n in range(shared + 1, available + 1) if not (model.num_kv_heads % n or model.intermediate_size % n)]
     fit = [
-        f"--tensor_parallel={n} ({needed(n, narrow) / 1e9:.1f} GB on each)" for n in more if needed(n, narrow) <= room
+        f"--tensor_parallel={n} ({needed(n, matrix_itemsize) / 1e9:.1f} GB on each)"
+        for n in more
+        if needed(n, matrix_itemsize) <= room
     ]
-    if narrow is None and needed(shared, 1) <= room:
+    if matrix_itemsize is None and needed(shared, 1) <= room:
         fit.append(f"--quantize=int8 ({needed(shared, 1) / 1e9:.1f} GB)")
     advice = (
         f"; start with {' or '.join(fit)}" if fit else ", and nothing here would make it fit; choose a smaller model"
     )
     raise StartupError(
-        f"the model's weights take {needed(shared, narrow) / 1e9:.1f} GB of each device, which has "
+        f"the model's weights take {needed(shared, matrix_itemsize) / 1e9:.1f} GB of each device, which has "
         f"{free / 1e9:.1f} GB free{advice}"
     )
 
 
 def overlooked() -> str | None:
-    """As :func:`unused_accelerator`, but None if JAX has been told to run on the CPU."""
+    """Return :func:`unused_accelerator`, or None if JAX has been told to run on the CPU."""
     chosen = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     return None if jax.default_backend() != "cpu" or "cpu" in chosen.split(",") else unused_accelerator()
 

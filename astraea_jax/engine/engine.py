@@ -169,7 +169,7 @@ class Engine:
 
     @property
     def state(self) -> State:
-        """Where in its life it is."""
+        """The present state of its life cycle."""
         return self._life.state
 
     @property
@@ -277,12 +277,12 @@ class Engine:
 
     @property
     def times(self) -> StepTimes:
-        """Where the loop's time has gone."""
+        """Time that the loop has spent, by activity."""
         return self._loop.times
 
     @property
     def step_costs(self) -> StepFit:
-        """What steps cost here, fitted to those taken so far."""
+        """Step costs on this machine, fitted to the steps taken so far."""
         return self._predictor.steps
 
     def stats(self) -> SchedulerStats:
@@ -327,7 +327,7 @@ class Engine:
             self._die(reason)
 
     def _die(self, reason: str) -> None:
-        """Be DEAD, and answer everybody who still waits; nothing that may be broken is asked for that."""
+        """Enter DEAD and answer everybody who still waits, without using anything that may be broken."""
         outbox = Outbox()
         cut = self._life.die(reason)
         for mailbox in cut:

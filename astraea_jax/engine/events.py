@@ -1,4 +1,4 @@
-"""What crosses from callers to the serving loop: typed values, checked on the caller's side.
+"""Events that cross from callers to the serving loop: typed values, checked on the caller's side.
 
 The loop trusts them, so everything that a caller passes is looked at here.
 """

@@ -11,7 +11,7 @@ from astraea_jax.scheduler.program import Request
 
 
 class Delta(NamedTuple):
-    """What a request has produced since the last one. ``finish_reason`` is set on the last only.
+    """Output of a request since its previous Delta. ``finish_reason`` is set on the last one only.
 
     A tuple, because every token makes one and dataclasses take twice as long.
     """
@@ -24,7 +24,7 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a finished request took. Times in seconds."""
+    """Token counts and times of a finished request. Times in seconds."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -54,14 +54,14 @@ class Usage:
 
 
 def is_last(item: Delta | Exception) -> bool:
-    """Whether a request ends with this."""
+    """Whether this is the last item of a request."""
     return isinstance(item, Exception) or item.finish_reason is not None
 
 
 class Mailbox:
     """The engine's end of a request: carries what it produces into the event loop of its caller.
 
-    It does not know its :class:`Generation`, so that one that nobody holds any more is noticed.
+    It holds no reference to its :class:`Generation`, so that an abandoned one is collected and cancels its request.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -86,7 +86,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage | None:
-        """What the request took; complete once the last Delta is out."""
+        """Token counts and times of the request; complete once the last Delta is out."""
         return self._mailbox.usage
 
     def __aiter__(self) -> Generation:
@@ -127,7 +127,7 @@ class Generation:
 
 
 class Outbox:
-    """What the loop has for callers, handed over with one wake-up per event loop."""
+    """Collects what the loop has for callers and hands it over with one wake-up per event loop."""
 
     def __init__(self) -> None:
         self._items: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, Delta | Exception]]] = {}

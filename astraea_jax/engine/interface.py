@@ -1,4 +1,4 @@
-"""Whatever generates text, as its users see it: an engine, several replicas of it, or the client of a server."""
+"""Interfaces of whatever generates text: an engine, several replicas of it, or the client of a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stream(Protocol):
 
 
 class Model(Protocol):
-    """What an agent needs; the methods are documented at :class:`~astraea_jax.engine.engine.Engine`."""
+    """The interface that an agent needs; its methods are documented at :class:`~astraea_jax.engine.engine.Engine`."""
 
     tokenizer: Tokenizer
 
@@ -48,7 +48,7 @@ class Model(Protocol):
 
 
 class Serving(Protocol):
-    """What a front door needs: one engine or several replicas, documented at the same place."""
+    """The interface that a front door needs: one engine or several replicas, documented at the same place."""
 
     tokenizer: Tokenizer
     config: EngineConfig

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class State(Enum):
-    """States run downwards; DEAD is final."""
+    """The states of an engine, in the order of its life; DEAD is final."""
 
     NEW = "new"
     COMPILING = "compiling"
@@ -27,7 +27,7 @@ class State(Enum):
 
 
 class Lifecycle:
-    """Who may ask, who has asked, and who has been answered. Every method may be called from any thread.
+    """The state of an engine, and the requests accepted and not yet answered. Any thread may call it.
 
     Args:
         max_queued: requests that may wait for their first step; beyond that they are refused.
@@ -139,14 +139,14 @@ class Lifecycle:
             self._queued += 1
 
     def started(self, mailbox: Mailbox) -> None:
-        """A request takes part in its first step, so it does not wait any more; later calls do nothing."""
+        """Count a request as waiting no more, because its first step is planned; later calls do nothing."""
         with self._changed:
             if self._open.get(mailbox) is False:
                 self._open[mailbox] = True
                 self._queued -= 1
 
     def end(self, mailbox: Mailbox) -> bool:
-        """Take a request off the accounts when it is answered; False if it was off already: answer nobody twice."""
+        """Remove a request that is answered; False if it was removed before, so that nobody is answered twice."""
         with self._changed:
             started = self._open.pop(mailbox, None)
             if started is None:

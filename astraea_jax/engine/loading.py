@@ -38,9 +38,11 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     """
     folder = resolve(model)
     shape = ModelConfig.from_hf(read_json(folder / "config.json"))
-    # Orbax folders may hold matrices in eight bits, and are the smaller then.
-    meshes = _prepare(shape, config, narrow=1 if (folder / ORBAX).is_dir() else None)
-    decoder = load(folder, config.weight_dtype(), meshes[0], quantized_dtype=config.narrow_dtype(), progress=progress)
+    # Orbax folders may hold 8-bit matrices, which take less memory.
+    meshes = _prepare(shape, config, matrix_itemsize=1 if (folder / ORBAX).is_dir() else None)
+    decoder = load(
+        folder, config.weight_dtype(), meshes[0], quantized_dtype=config.quantized_dtype(), progress=progress
+    )
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
 
 
@@ -54,21 +56,21 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
         raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
     meshes = _prepare(PUBLISHED[shape], config)
     decoder = random_decoder(
-        PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], quantized_dtype=config.narrow_dtype()
+        PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], quantized_dtype=config.quantized_dtype()
     )
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)
 
 
-def _prepare(model: ModelConfig, config: EngineConfig, *, narrow: int | None = None) -> list[Mesh]:
+def _prepare(model: ModelConfig, config: EngineConfig, *, matrix_itemsize: int | None = None) -> list[Mesh]:
     """Find the devices of each replica, which have room for it.
 
-    Its layers' matrices have ``narrow`` bytes per weight if the configuration does not say how many.
+    Its layers' matrices have ``matrix_itemsize`` bytes per weight if the configuration does not say how many.
     """
     use_cache(config.compile_cache)
     if unused := overlooked():
         log.warning(unused)
-    meshes, chosen = config.meshes(model), config.narrow_dtype()
+    meshes, chosen = config.meshes(model), config.quantized_dtype()
     if (free := free_bytes(meshes[0])) is not None:
-        itemsize, narrow = config.weight_dtype().itemsize, chosen.itemsize if chosen else narrow
-        check_weights(model, itemsize, narrow, shared=meshes[0].size, free=free, available=len(jax.devices()))
+        itemsize, matrix_itemsize = config.weight_dtype().itemsize, chosen.itemsize if chosen else matrix_itemsize
+        check_weights(model, itemsize, matrix_itemsize, shared=meshes[0].size, free=free, available=len(jax.devices()))
     return meshes

@@ -43,13 +43,13 @@ T = TypeVar("T")
 
 
 class StepRunner(Pools, Protocol):
-    """What the loop needs of the device, as :class:`~.runner.Runner` has it.
+    """The interface through which the loop uses the device; :class:`~.runner.Runner` implements it.
 
     Only the loop's thread calls it, but for :meth:`compile`, which comes before.
     """
 
     block_sharding: Any
-    """Of a block of pages on the device."""
+    """Sharding of a block of pages on the device."""
 
     @property
     def executables(self) -> int: ...
@@ -65,7 +65,7 @@ class StepRunner(Pools, Protocol):
 
 
 class _DeviceError(Exception):
-    """Something that the loop asked of the device raised; the cause says what."""
+    """A call into the device has raised; the cause says what."""
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ class ServingLoop:
         lifecycle: Lifecycle,
     ):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        """From any thread. A SimpleQueue, because a destructor may post while another post is under way."""
+        """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
         self.times = StepTimes()
         self.turn_began: float | None = None
         """When the present turn began, by ``time.monotonic``; None while the loop waits for events."""
@@ -308,7 +308,7 @@ class ServingLoop:
         transfers, dropped = self._scheduler.take_transfers()
         if self._store is not None:
             self._store.abandon(dropped)
-        del transfers  # those begun by the plan that failed: the scheduler has given them up
+        del transfers  # those begun by the plan that failed: the scheduler has cancelled them
         self._runner.reset()
         self._guard.compiled.clear()  # filling the arrays may have compiled something
 

@@ -92,7 +92,7 @@ class LeaderRunner(Runner):
 
     @classmethod
     def of(cls, decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Self:
-        """As :meth:`Runner.of`, with the configured limit on a step's time."""
+        """Make the runner as :meth:`Runner.of` does, with the configured limit on a step's time."""
         runner = super().of(decoder, config, layout, mesh)
         runner._step_timeout_s = config.step_timeout_s
         return runner
@@ -131,7 +131,7 @@ class LeaderRunner(Runner):
         super().scatter(block.array, pages)
 
     def read(self, step: InFlight) -> list[int]:
-        """As :meth:`Runner.read`, but polls: collectives block for ever if a process dies or hangs.
+        """Read as :meth:`Runner.read` does, but poll: collectives block for ever if a process dies or hangs.
 
         Raises:
             EngineDead: a follower has gone, or the step takes too long.

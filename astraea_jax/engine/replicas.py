@@ -37,7 +37,7 @@ class Replicas:
         first = self.replicas[0]
         self.config, self.model_config, self.tokenizer = first.config, first.model_config, first.tokenizer
         self.layout = first.layout
-        """Of one replica."""
+        """Layout of one replica."""
         self._lock = threading.Lock()
         self._homes: OrderedDict[Key, Engine] = OrderedDict()
         """Session -> who has its KV, the longest idle first; as many as all replicas together remember."""

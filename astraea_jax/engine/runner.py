@@ -51,7 +51,7 @@ class InFlight:
 
 @dataclass
 class StepTimes:
-    """Where the loop's time has gone, in seconds, summed over ``steps``."""
+    """Time that the loop has spent, by activity, in seconds, summed over ``steps``."""
 
     steps: int = 0
     tokens: int = 0

@@ -19,9 +19,9 @@ OPTIONS = {
     "kv_bytes": "Memory for KV pages on each device; by default what is free (512 MiB on a CPU).",
     "host_kv_bytes": "Pinned host memory for KV of waiting programs, used under memory pressure; 0: none. By default "
     "half of the host's memory on an accelerator, none on a CPU.",
-    "residency": "What becomes of KV while a program waits; by default adaptive.",
+    "residency": "Strategy for the KV of programs that wait; by default adaptive. See scheduler/strategies.py.",
     "max_context": "Prompt and output tokens of one request; by default the model's limit.",
-    "dtype": "Of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.",
+    "dtype": "Dtype of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.",
     "quantize": "8-bit dtype of the layers' weight matrices.",
     "kv_dtype": "8-bit dtype of KV; by default as --dtype says.",
     "attention": "Attention kernels; by default those for this kind of device.",
@@ -30,9 +30,9 @@ OPTIONS = {
     "scan_layers": "Run the layers as one loop, compiled once for all of them; by default on a TPU.",
     "policy": "Order in which requests run; see scheduler/policies.",
     "max_queued": "Requests that may wait; beyond that they are refused.",
-    "max_programs": "Sessions remembered at once; beyond that the longest idle one is forgotten.",
+    "max_programs": "Sessions remembered at once; beyond that the owner of most idle ones loses the longest idle.",
     "session_ttl_s": "Seconds after which an idle session is forgotten.",
-    "step_timeout_s": "Seconds after which a step is taken for hung; the engine then ends.",
+    "step_timeout_s": "Seconds after which a step counts as hung; the engine then ends.",
 }
 """Field of :class:`EngineConfig` -> help text of its flag."""
 

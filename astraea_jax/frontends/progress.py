@@ -1,4 +1,4 @@
-"""What a terminal shows while a model loads and compiles."""
+"""Start-up progress on a terminal, while a model loads and compiles."""
 
 from __future__ import annotations
 

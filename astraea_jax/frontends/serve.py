@@ -48,14 +48,19 @@ flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
 flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready line.", 0, 65535)
 options = engine_flags(*OPTIONS)
-flags.DEFINE_string("coordinator", None, "host:port of the first of several processes that serve one model together.")
-flags.DEFINE_integer("processes", 1, "How many they are; each is started with the same flags but --process.", 1)
-flags.DEFINE_integer("process", 0, "Which of them this is; 0 has the front doors.", 0)
+flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
+flags.DEFINE_integer(
+    "processes",
+    1,
+    "Number of processes that serve one model together; each is started with the same flags but --process.",
+    1,
+)
+flags.DEFINE_integer("process", 0, "Number of this process, from 0; process 0 answers the clients.", 0)
 flags.DEFINE_string(
     "compile_cache",
     None,
-    "Folder where compiled steps are kept for later starts; by default what JAX is configured for, or else "
-    "astraea_jax/compiled in the user's cache folder; empty: none.",
+    "Folder where compiled steps are kept for later starts; empty: none. By default the one that JAX is configured "
+    "for, or else astraea_jax/compiled in the user's cache folder.",
 )
 flags.DEFINE_float(
     "grace_s",
@@ -69,12 +74,12 @@ LEAST_GRACE_S = 1.0
 
 
 def engine_config() -> EngineConfig:
-    """Return the configuration that the flags say."""
+    """Make the configuration that the flags describe."""
     return options(compile_cache=compile_cache())
 
 
 def compile_cache() -> str | None:
-    """The folder for compiled steps, announced. A default that cannot be used is done without, and said."""
+    """Return the folder for compiled steps and announce it. If the default one is unusable, warn and use none."""
     if FLAGS.compile_cache is not None:
         if not FLAGS.compile_cache:
             jax.config.update("jax_enable_compilation_cache", False)
@@ -98,7 +103,7 @@ def loaded_engine(display: StartupDisplay) -> Serving:
 
 
 def follow(display: StartupDisplay) -> None:
-    """Be one of the processes that do what the first one says."""
+    """Run as a follower of process 0: repeat the operations that it dispatches."""
     for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
         signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if FLAGS.random_weights:
@@ -130,10 +135,10 @@ class Shutdown:
     def _on_signal(self) -> None:
         if self.begun.is_set() or not self._engine.live:
             self._end_now("stopped at once")
-        say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; once more to stop at once")
+        say(f"finishing running requests, {FLAGS.grace_s:.0f} s at most; a second signal stops at once")
         self.begun.set()
         timer = threading.Timer(
-            max(FLAGS.grace_s, LEAST_GRACE_S), self._end_now, ["the grace is over and something hangs: stopped"]
+            max(FLAGS.grace_s, LEAST_GRACE_S), self._end_now, ["stopped: the grace is over and something hangs"]
         )
         timer.daemon = True
         timer.start()
@@ -180,14 +185,12 @@ async def shutdown_or_death(shutdown: Shutdown, engine: Serving) -> None:
 
 
 def announce(engine: Serving, port: int, began: float) -> None:
-    """Say what is served, and where."""
+    """Print the sizes that are served, and the address."""
     layout = engine.layout
     pages = layout.num_pages - 1
     size = pages * layout.page_bytes / 2**20
     if FLAGS.tensor_parallel * FLAGS.data_parallel > 1:
-        say(
-            f"{FLAGS.data_parallel} copies of the model, each on {FLAGS.tensor_parallel} devices; sizes are of one copy"
-        )
+        say(f"{FLAGS.data_parallel} replicas, each on {FLAGS.tensor_parallel} devices; sizes are per replica")
     say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
     say(f"attention: {layout.backend.name}")
     if layout.host.pages:
@@ -196,7 +199,7 @@ def announce(engine: Serving, port: int, began: float) -> None:
 
 
 def fail(cause: str) -> None:
-    """Say in one line why nothing is served, and end."""
+    """Print in one line why nothing is served, and end the process."""
     say(f"cannot serve: {cause}")
     end(1)
 
@@ -246,4 +249,8 @@ def run() -> None:
     sys.modules["__main__"].__doc__ = __doc__  # absl prints it above the flags, and those of the program only
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(main)
+    try:
+        app.run(main)
+    except SystemExit as end:
+        asked_for_help = not {"-h", "--help", "--helpfull"}.isdisjoint(sys.argv)
+        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1 after printing help

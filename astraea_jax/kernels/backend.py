@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 class Batch(NamedTuple):
-    """Where the tokens of a step are in the paged arrays."""
+    """Places of a step's tokens in the paged arrays."""
 
     page_table: jax.Array
     """``[R, M]`` int32, the pages of each row in order; entries beyond its context are undefined."""

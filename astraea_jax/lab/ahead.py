@@ -53,7 +53,7 @@ class Target:
     """Devices of one kind."""
 
     topology: str
-    """Name of a TPU topology in libtpu, or of a GPU's description in targets/."""
+    """Name of a TPU topology in libtpu, or of a GPU's description in the folder ``targets``."""
     memory: int
     """Bytes per device that JAX can use."""
     capability: int | None = None
@@ -91,9 +91,9 @@ class Case:
     scan: bool | None = None
     """Whether the layers run as one loop. None: the engine's choice."""
     quantize: str | None = None
-    """As in :class:`~astraea_jax.engine.config.EngineConfig`."""
+    """See :class:`~astraea_jax.engine.config.EngineConfig`."""
     kv_dtype: str | None = None
-    """As in :class:`~astraea_jax.engine.config.EngineConfig`."""
+    """See :class:`~astraea_jax.engine.config.EngineConfig`."""
 
 
 @dataclass

@@ -44,7 +44,7 @@ def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None
 
 
 def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str) -> None:
-    """As :func:`timelines`, for simulated or replayed programs."""
+    """Draw :func:`timelines` of simulated or replayed programs."""
     rows = []
     for record in sorted(records, key=lambda record: record.arrival):
         found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}

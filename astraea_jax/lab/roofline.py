@@ -100,7 +100,7 @@ class Work:
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig, layout: Layout) -> Work:
         """The work of an engine; weights have the configured dtype, even if the checkpoint stores 8-bit ones."""
-        itemsize, quantized = layout.dtype.itemsize, config.narrow_dtype()
+        itemsize, quantized = layout.dtype.itemsize, config.quantized_dtype()
         layers = model.layer_weights * (quantized.itemsize if quantized else itemsize)
         weights = layers + model.vocab_size * model.hidden_size * itemsize
         return cls(model, weights, layout.page_bytes / config.page_size, config.tensor_parallel)

@@ -52,7 +52,7 @@ class ProgramRecord:
 
 @dataclass
 class Outcome:
-    """What became of the programs of a run."""
+    """Result of a run: the history of every program, and what the scheduler counted."""
 
     records: list[ProgramRecord]
     stats: SchedulerStats

@@ -42,7 +42,7 @@ async def tokens(engine, prompt, n, **more) -> list[int]:
 
 def likeliest(folder, config):
     """``(text) -> the likeliest token after each of its tokens``, by dense attention over rounded keys and values."""
-    decoder = load_hf(folder, jnp.float32, quantized_dtype=config.narrow_dtype())
+    decoder = load_hf(folder, jnp.float32, quantized_dtype=config.quantized_dtype())
     graph, state = nnx.split(decoder)
     kv_dtype = config.page_dtype()
 
@@ -98,5 +98,5 @@ def test_a_device_without_such_numbers_is_named(engine, monkeypatch):
         with pytest.raises(StartupError, match="cannot compute with float8_e4m3fn"):
             Layout.plan(EngineConfig(kv_dtype="fp8"), engine.model_config, default_mesh())
         with pytest.raises(StartupError, match="start without --quantize"):
-            EngineConfig(quantize="int8").narrow_dtype()
-    assert EngineConfig(quantize="int8").narrow_dtype() == jnp.int8
+            EngineConfig(quantize="int8").quantized_dtype()
+    assert EngineConfig(quantize="int8").quantized_dtype() == jnp.int8

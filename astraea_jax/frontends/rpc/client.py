@@ -1,4 +1,4 @@
-"""Asks a server as if it were an engine in this process: agents run against either."""
+"""The client of a server, with the interface of an engine in this process: agents run against either."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 NOT_TOLD = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE)
 """A plain JetStream server has no sessions, and one that is gone has none left."""
 MAX_TELLS = 1024
-"""Calls that nobody waits for at once; beyond that they are dropped."""
+"""Calls in flight whose answer is not awaited; beyond that they are dropped."""
 TELL_S = 10.0
-"""Seconds after which such a call is given up."""
+"""Seconds after which such a call times out."""
 
 
 class Client:

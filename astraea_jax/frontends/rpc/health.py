@@ -20,7 +20,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # grpc has n
     """Health of the server: the services ``""`` and those of :mod:`.wire` as a whole, ``replica-0``, … one by one.
 
     Args:
-        engine: its state is what is told, from the moment on when it changes.
+        engine: the service reports its state, and every change at once.
     """
 
     def __init__(self, engine: Serving):
@@ -52,7 +52,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # grpc has n
         self._notify()
 
     def status(self, service: str) -> int:
-        """What a service is: SERVING, NOT_SERVING or SERVICE_UNKNOWN."""
+        """Status of a service: SERVING, NOT_SERVING or SERVICE_UNKNOWN."""
         if service not in self._services:
             return int(Status.SERVICE_UNKNOWN)
         serving = self._services[service].live and not self._draining

@@ -186,12 +186,12 @@ class Server:
         return wire.HealthCheckResponse(is_live=self._health.status(wire.ORCHESTRATOR) == Status.SERVING)
 
     def end(self, request: Any, owner: str) -> Any:
-        """End a session of the caller's; what is not one is ignored."""
+        """End a session of the caller's; other names are ignored."""
         self._engine.end_session(request.session, owner=owner)
         return wire.EndResponse()
 
     def tool_called(self, request: Any, owner: str) -> Any:
-        """Take note of what a session of the caller's waits for."""
+        """Note which tool a session of the caller's waits for."""
         self._engine.tool_called(request.session, request.tool, owner=owner)
         return wire.ToolCalledResponse()
 
