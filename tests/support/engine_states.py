@@ -310,7 +310,7 @@ class Machine(RuleBasedStateMachine):
                 asked.judged = True
         self.asked = [a for a in self.asked if a.key]  # their sessions may go on
         if self.engine.live:
-            with contextlib.suppress(TimeoutError if self.may_die else ()):
+            with contextlib.suppress(*((TimeoutError, EngineDead) if self.may_die else ())):
                 self.engine.check(1.0 if self.may_die else LIMIT_S)
             assert self.may_die or self.engine.in_progress == 0
 
