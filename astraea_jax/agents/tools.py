@@ -106,7 +106,11 @@ class Tool:
                 return result_text(await self.function(**values))
             result = await self._in_thread(values)
             return result if isinstance(result, str) else result_text(await result)
-        except (Exception, SystemExit) as error:  # SystemExit would end the event loop
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # SystemExit and its like would end the event loop, and every agent in it
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # that is the user's
             return _raised(error)
 
     async def _in_thread(self, values: dict[str, Any]) -> str | Awaitable[Any]:

@@ -63,10 +63,10 @@ flags.DEFINE_string(
     "for, or else astraea_jax/compiled in the user's cache folder.",
 )
 flags.DEFINE_float(
-    "grace_s",
-    30.0,
-    "Seconds until the process has ended after SIGTERM; running requests get all but two.",
-    lower_bound=0,
+    "grace_s", 30.0, "Seconds until the process has ended after SIGTERM; running requests get all but two."
+)
+flags.register_validator(  # bounds of a flag would let nan pass
+    "grace_s", lambda seconds: 0 <= seconds <= threading.TIMEOUT_MAX, "it must be a finite number of seconds, or 0"
 )
 
 LEAST_GRACE_S = 1.0

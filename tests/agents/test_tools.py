@@ -234,6 +234,10 @@ class Unprintable(Exception):
         raise RuntimeError("no")
 
 
+class Unusual(BaseException):
+    pass
+
+
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize(
     ("error", "message"),
@@ -241,6 +245,8 @@ class Unprintable(Exception):
         (KeyError("lamp"), "KeyError: 'lamp'"),
         (SystemExit(3), "SystemExit: 3"),
         (StopIteration(), "StopIteration"),
+        (GeneratorExit(), "GeneratorExit"),
+        (Unusual("no exception"), "Unusual: no exception"),
         (Unprintable(), "Unprintable"),
         (ValueError("x" * 9000), f"ValueError: {'x' * 988}… [cut: 9012 characters in all]"),
     ],
@@ -249,6 +255,14 @@ async def test_exceptions_are_a_result(error: BaseException, message: str, sync:
     # a StopIteration out of a coroutine arrives as the RuntimeError that Python makes of it
     result = json.loads(await failing(error, sync=sync).call({}))["error"]
     assert message in result
+
+
+@pytest.mark.parametrize("sync", [True, False])
+async def test_an_interrupt_that_a_tool_raises_by_itself_is_a_result(sync: bool) -> None:
+    def in_another_thread() -> str:
+        return asyncio.run(failing(KeyboardInterrupt(), sync=sync).call({}))
+
+    assert json.loads(await asyncio.to_thread(in_another_thread))["error"] == "KeyboardInterrupt"
 
 
 async def test_a_tool_that_cancels_itself() -> None:
