@@ -66,7 +66,7 @@ class SchedulerStats:
     restored_pages: int
     failed_transfers: int
     decisions: dict[str, int]
-    """How often the residency manager did what, and why: "what: why" -> count."""
+    """Counts of what the residency manager did, and why: "what: why" -> count."""
 
     def flat(self, page_bytes: int) -> dict[str, int]:
         """Every field as a number: ``decisions`` as one "kv what: why" each, and pages moved in bytes as well."""

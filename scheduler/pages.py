@@ -105,7 +105,7 @@ class PagePool:
             self._pinned -= self._pins[page] == 0
 
     def unpinned(self, pages: Iterable[int]) -> int:
-        """How many of ``pages`` no running request uses."""
+        """Count those of ``pages`` that no running request uses."""
         return sum(self._pins[page] == 0 for page in pages)
 
     # -- the prefix cache ------------------------------------------------------------------------------------------

@@ -42,11 +42,11 @@ class Policy:
     """
 
     columns = 1
-    """How many numbers :meth:`features` gives."""
+    """Length of what :meth:`features` returns."""
     backfill = 0
     """How many later requests are tried if the first in order does not fit; 0: it blocks them."""
     max_skips = 10**9
-    """How often later requests may start before the first in order; after that it blocks them."""
+    """Number of times that later requests may start before the first in order; after that it blocks them."""
     residency: str | None = None
     """Name of the strategy that belongs to the policy; None: any."""
 

@@ -57,7 +57,7 @@ class Program:
     wait_began: float = 0.0
     """When its present tool wait began."""
     wait_s: float = 0.0
-    """How long its last tool wait took."""
+    """Seconds that its last tool wait took."""
     io_intensive: bool = True
     """Whether its requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3); new
     programs count so. Written by Registry.classify."""

@@ -30,7 +30,7 @@ class RetainedKV:
         self.dropped = 0
         """Pages of KV dropped under pressure so far."""
         self.decisions: Counter[str] = Counter()
-        """How often pages were kept, copied or dropped, each with its reason."""
+        """Counts of pages kept, copied or dropped, each with its reason."""
         self._pool, self._size, self._copies, self._lost = pool, page_size, copies, lost
 
     @property

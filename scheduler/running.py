@@ -40,7 +40,7 @@ class Running:
 
     @property
     def slots(self) -> int:
-        """How many slots are free."""
+        """Number of free slots."""
         return len(self._free)
 
     @property

@@ -183,7 +183,7 @@ class Run:
         return sum(o.right for o in self.outcomes)
 
     def decided(self, action: str) -> int:
-        """How often the residency manager decided on this action."""
+        """Count the decisions of the residency manager for this action."""
         return sum(count for name, count in self.counts.items() if name.startswith(f"kv {action}: "))
 
 

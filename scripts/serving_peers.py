@@ -250,7 +250,7 @@ def _result(seconds: float, tokens: int, start_s: float, version: str, note: str
 
 
 PEERS: dict[str, Callable[[Load], Result]] = {f.__name__: f for f in (transformers, torch, vllm, sglang)}
-"""By the name of the package that must be installed."""
+"""Peers by the name of the package that must be installed."""
 
 
 if __name__ == "__main__":

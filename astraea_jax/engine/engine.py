@@ -272,7 +272,7 @@ class Engine:
 
     @property
     def executables(self) -> int:
-        """How many executables :meth:`start` has compiled."""
+        """Number of executables that :meth:`start` has compiled."""
         return self._runner.executables
 
     @property

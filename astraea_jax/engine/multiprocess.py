@@ -37,11 +37,11 @@ from astraea_jax.models.decoder import Decoder
 __all__ = ["FollowerRunner", "LeaderRunner", "follow", "join", "make_runner"]
 
 COMPILE_S = 1800.0
-"""How long a process that has compiled waits for the others to do so."""
+"""Seconds that a process that has compiled waits for the others to do so."""
 POLL_S = 5e-5
-"""How often the leader asks whether a step has ended."""
+"""Seconds between two looks of the leader whether a step has ended."""
 CHECK_S = 0.1
-"""How often the leader looks for followers that have gone while a step runs."""
+"""Seconds between two looks for followers that have gone while a step runs."""
 HEADER = struct.Struct("<ii")
 """Operation and number of a block; int32 values follow."""
 READY = b"ready"

@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from astraea_jax.errors import EngineDead, StartupError
 
 JOIN_S = 120.0
-"""How long processes wait for each other when they start."""
+"""Seconds that processes wait for each other when they start."""
 STALL_S = 10
-"""How long a read or write may stall in the middle of a message or of the handshake."""
+"""Seconds that a read or write may stall in the middle of a message or of the handshake."""
 KEY_BYTES = 32
 
 

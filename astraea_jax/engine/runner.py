@@ -160,7 +160,7 @@ class Runner:
 
     @property
     def executables(self) -> int:
-        """How many executables have been compiled."""
+        """Number of executables compiled."""
         return len(self._compiled)
 
     def gather(self, pages: Sequence[int]) -> Block:

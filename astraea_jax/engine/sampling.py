@@ -26,7 +26,7 @@ MIN_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are sampled, and where it ends.
+    """Sampling of one request's tokens, and where it ends.
 
     Numbers may be NumPy's. Every field is checked and converted to the type below when the object is made.
 

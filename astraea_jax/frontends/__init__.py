@@ -1,1 +1,1 @@
-"""How requests come in: the Python API, the server command with its flags, and gRPC."""
+"""Front doors: the Python API, the server command with its flags, and gRPC."""

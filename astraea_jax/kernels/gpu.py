@@ -59,7 +59,7 @@ def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
 
 
 def split_context(rows: int, kv_heads: int, context: int, block: int) -> tuple[int, int]:
-    """How many instances share one query's context of at most ``context`` tokens, and the least blocks per instance.
+    """Count the instances that share one query's context of at most ``context`` tokens, and the least blocks of each.
 
     Few rows are split finely to fill the GPU; many rows only so far that a long context does not outlast short ones.
     """

@@ -1,4 +1,4 @@
-"""How a benchmark records itself: its tables, what they were measured on, and where that is written.
+"""Records of benchmarks: tables, what they were measured on, and where that is written.
 
 One line of JSON per run goes to a file beside the code, ``benchmarks/records/NAME.jsonl`` in a checkout; ``--record``
 also writes the tables to ``benchmarks/RESULTS.md``.

@@ -220,7 +220,7 @@ def _change(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
-    """How much more one thing costs than another: four requests."""
+    """Ask how much more one thing costs than another: four requests."""
     dear, cheap = sorted(_things(rng, 2), key=lambda thing: catalogue.price(thing.article), reverse=True)
     question = rng.choice(("How much more does {} cost than {}?", "By how much is {} dearer than {}?"))
     prices = [_ask(catalogue, "price", thing) for thing in (dear, cheap)]

@@ -48,7 +48,7 @@ class Terms:
     exponent: float = 1.4
     """Exponent of the size, against the response. Swept: larger ones gain nothing."""
     resident: float = 0.5
-    """How much less a token counts whose page the program still holds: a guess, worth keeping without a host tier."""
+    """Discount of a token whose page the program still holds: a guess, worth keeping without a host tier."""
     typical: float = 0.5
     """Share of a typical program's running time in the response; its size does not matter."""
     turns: bool = True

@@ -27,7 +27,7 @@ from .trace import TraceProgram
 STRIDE = 64
 """Steps taken at once at most."""
 IDLE_S = 0.1
-"""How often an idle loop asks again whether somebody may start."""
+"""Seconds after which an idle loop asks again whether somebody may start."""
 
 
 @dataclass
