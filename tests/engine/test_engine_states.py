@@ -60,7 +60,7 @@ def _anonymous_programs_with_names(patch) -> None:
     submit = ServingLoop._submit
 
     def named(self, event, now):
-        name = ("", f"#{self._scheduler.stats().created + 1}")
+        name = ("", f"#{1 + self._scheduler.stats().created % 3}")
         return submit(self, event if event.session else replace(event, session=name), now)
 
     patch.setattr(ServingLoop, "_submit", named)

@@ -311,7 +311,8 @@ class Machine(RuleBasedStateMachine):
         self.asked = [a for a in self.asked if a.key]  # their sessions may go on
         if self.engine.live:
             with contextlib.suppress(*((TimeoutError, EngineDead) if self.may_die else ())):
-                self.engine.check(1.0 if self.may_die else LIMIT_S)
+                for _ in range(2):  # the first answers within the turn that takes the last cancellations in
+                    self.engine.check(1.0 if self.may_die else LIMIT_S)
             assert self.may_die or self.engine.in_progress == 0
 
     def _judge(self, asked: Asked) -> None:
