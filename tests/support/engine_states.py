@@ -114,6 +114,7 @@ class Machine(RuleBasedStateMachine):
         self.engine, self.runner = stub_engine()
         self.asked: list[Asked] = []
         self.failures = 0
+        self.forgotten = 0  # given up, and perhaps not yet noticed by the engine
         self.may_die = False
 
     # -- callers -----------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         except EngineDead:
             assert not serving or self.may_die
         except Overloaded:
-            assert len(open_) >= STUB.max_queued
+            assert len(open_) + self.forgotten >= STUB.max_queued
         else:
             assert serving, "accepted by an engine that does not serve"
             self.asked.append(asked)
@@ -187,6 +188,7 @@ class Machine(RuleBasedStateMachine):
 
     def _give_up(self, asked: Asked) -> None:
         asked.may_be_cancelled = True
+        self.forgotten += 1
         self.loop.call_soon_threadsafe(asked.reader.cancel)
         self._call(asked.over())
         if not self.may_die and self.runner.go.is_set() and self.engine.live:
@@ -216,6 +218,7 @@ class Machine(RuleBasedStateMachine):
             with contextlib.suppress(EngineDead, Overloaded):
                 asyncio.run(ask(seed))
 
+        self.forgotten += len(seeds)
         with ThreadPoolExecutor(len(seeds)) as pool:
             list(pool.map(thread, seeds))
 
@@ -314,6 +317,7 @@ class Machine(RuleBasedStateMachine):
                 for _ in range(2):  # the first answers within the turn that takes the last cancellations in
                     self.engine.check(1.0 if self.may_die else LIMIT_S)
             assert self.may_die or self.engine.in_progress == 0
+            self.forgotten *= self.may_die
 
     def _judge(self, asked: Asked) -> None:
         expected = complete(asked.prompt, asked.params.max_tokens, frozenset(asked.params.stop_token_ids))
