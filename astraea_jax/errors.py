@@ -21,3 +21,12 @@ class StepFailed(RuntimeError):
 
 class StartupError(RuntimeError):
     """The configuration cannot be served on this machine; the message says what would fit."""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, or anybody's __repr__
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}…"

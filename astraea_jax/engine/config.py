@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from astraea_jax.errors import StartupError
+from astraea_jax.errors import StartupError, shown
 from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.quantize import EIGHT_BITS
@@ -53,7 +53,7 @@ class Seconds:
 
     def __contains__(self, value: object) -> bool:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and 0 < value < math.inf  # type: ignore[operator]
+        return number and 0 < value <= sys.float_info.max  # type: ignore[operator] # integers may be beyond it
 
     def __str__(self) -> str:
         return "a finite number of seconds above 0"
@@ -155,7 +155,7 @@ class EngineConfig:
             if value in allowed or (value is None and field.default is None):
                 continue
             also = ", or None" if field.default is None else ""
-            raise StartupError(f"{field.name} is {value!r}; it must be {allowed}{also}")
+            raise StartupError(f"{field.name} is {shown(value)}; it must be {allowed}{also}")
         if self.max_step_tokens < self.max_seqs:
             raise StartupError(
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "

@@ -25,6 +25,7 @@ from astraea_jax.engine.events import (
     Stop,
     Submit,
     ToolCalled,
+    checked_key,
     checked_name,
     checked_prompt,
 )
@@ -36,7 +37,7 @@ from astraea_jax.engine.loop import ServingLoop, StepRunner
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.runner import StepTimes
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError, shown
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 
 MAX_EVENTS = 65_536
 """Events that may wait for the loop; beyond that, ends of sessions and names of tools are refused."""
+ENGINE_THREAD = "astraea-engine"
+"""Name of the thread of the serving loop."""
 STOP_S = 5.0
 """Seconds that the loop gets to stop, once it has been told to."""
 
@@ -113,7 +116,7 @@ class Engine:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._life = Lifecycle(c.max_queued)
         self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life)
-        self._thread = threading.Thread(target=self._run, name="astraea-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
         self._cut = 0  # requests that the end of the engine has cut
 
     @classmethod
@@ -221,9 +224,9 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params are of type {type(params).__name__}; they must be SamplingParams")
         if not isinstance(final, bool):
-            raise RequestError(f"final is {final!r}; it must be True or False")
+            raise RequestError(f"final is {shown(final)}; it must be True or False")
         ids = checked_prompt(prompt, params.max_tokens, self.layout.max_context, self.model_config.vocab_size)
-        key = None if session is None else self._key(session, owner)
+        key = None if session is None else checked_key(session, owner)
         salt = checked_name("cache salt", salt, empty=True)
         mailbox = Mailbox(asyncio.get_running_loop())
         self._life.accept(mailbox)
@@ -236,7 +239,7 @@ class Engine:
         Raises:
             RequestError, Overloaded: the name cannot be one; too many events wait.
         """
-        self._post_bounded(EndSession(self._key(session, owner)))
+        self._post_bounded(EndSession(checked_key(session, owner)))
 
     def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
         """Say which tool a waiting program waits for, so that the scheduler learns its times.
@@ -246,10 +249,7 @@ class Engine:
         Raises:
             RequestError, Overloaded: a name cannot be one; too many events wait.
         """
-        self._post_bounded(ToolCalled(self._key(session, owner), checked_name("tool's name", tool)))
-
-    def _key(self, session: str, owner: str) -> tuple[str, str]:
-        return checked_name("owner", owner, empty=True), checked_name("session's name", session)
+        self._post_bounded(ToolCalled(checked_key(session, owner), checked_name("tool's name", tool)))
 
     def _cancel(self, mailbox: Mailbox) -> None:
         self._post(Cancel(mailbox))

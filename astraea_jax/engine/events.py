@@ -111,3 +111,12 @@ def checked_name(what: str, name: str, *, empty: bool = False) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise RequestError(f"the {what} holds half of a surrogate pair, which is no character")
     return name
+
+
+def checked_key(session: str, owner: str) -> Key:
+    """Return the key of the session of that name and owner.
+
+    Raises:
+        RequestError: a name cannot be one.
+    """
+    return checked_name("owner", owner, empty=True), checked_name("session's name", session)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.events import Key
+from astraea_jax.engine.events import Key, checked_key
 from astraea_jax.engine.generation import Generation
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.lifecycle import State
@@ -105,8 +105,9 @@ class Replicas:
         owner: str = "",
     ) -> Generation:
         """Queue one request on the replica that has the session's KV, or else on the least busy one."""
+        key = None if session is None else checked_key(session, owner)
         with self._lock:
-            home = self._homes.get((owner, session)) if session is not None else None
+            home = None if key is None else self._homes.get(key)
             while True:
                 if home is None or not home.live:
                     home = min(self.replicas, key=lambda e: (not e.live, e.in_progress, self._given[e]))
@@ -116,21 +117,23 @@ class Replicas:
                 except EngineDead:  # between the look at it and the call
                     if not self.live:
                         raise
-            if session is not None:
-                self._settle((owner, session), home)
+            if key is not None:
+                self._settle(key, home)
         return generation
 
     def end_session(self, session: str, *, owner: str = "") -> None:
         """End a program, on the replica that has it."""
+        key = checked_key(session, owner)
         with self._lock:
-            home = self._forget((owner, session))
+            home = self._forget(key)
         if home is not None:
             home.end_session(session, owner=owner)
 
     def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
         """Say which tool a program waits for, to the replica that has it."""
+        key = checked_key(session, owner)
         with self._lock:
-            home = self._homes.get((owner, session))
+            home = self._homes.get(key)
         if home is not None:
             home.tool_called(session, tool, owner=owner)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from astraea_jax.errors import RequestError
+from astraea_jax.errors import RequestError, shown
 
 MAX_STOPS = 16
 """Stop strings or stop tokens of one request."""
@@ -58,7 +58,7 @@ class SamplingParams:
         if top_p == 0:
             raise RequestError("top_p is 0.0; use a value in (0, 1], or temperature 0 for greedy sampling")
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {_shown(self.ignore_eos)}; it must be True or False")
+            raise RequestError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
         checked: dict[str, Any] = {
             "max_tokens": _integer("max_tokens", self.max_tokens, 1, 2**31 - 1),
             "temperature": _number("temperature", self.temperature, 0.0, 100.0),
@@ -85,9 +85,9 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = tuple(str.__str__(stop) if isinstance(stop, str) else stop for stop in given)
     for stop in stops:
         if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise RequestError(f"stop holds {_shown(stop)}; stop strings must be 1 to {MAX_STOP_CHARS} characters long")
+            raise RequestError(f"stop holds {shown(stop)}; stop strings must be 1 to {MAX_STOP_CHARS} characters long")
         if any("\ud800" <= char <= "\udfff" for char in stop):
-            raise RequestError(f"stop holds {_shown(stop)}; half a surrogate pair is no text")
+            raise RequestError(f"stop holds {shown(stop)}; half a surrogate pair is no text")
     return stops
 
 
@@ -100,7 +100,7 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
             raise TypeError
         items = tuple(islice(value, MAX_STOPS + 1))
     except TypeError:
-        raise RequestError(f"{name} is {_shown(value)}; it must be a list") from None
+        raise RequestError(f"{name} is {shown(value)}; it must be a list") from None
     if len(items) > MAX_STOPS:
         raise RequestError(f"{name} has more than {MAX_STOPS} entries, which is the most that is served")
     return items
@@ -108,23 +108,19 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise RequestError(f"{name} is {_shown(value)}; it must be an integer in [{low}, {high}]")
+        raise RequestError(f"{name} is {shown(value)}; it must be an integer in [{low}, {high}]")
     return int(value)
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
     ordered: Any = value  # integers beyond float64, too
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= ordered <= high:  # as nan is not
-        raise RequestError(f"{name} is {_shown(value)}; it must be a finite number in [{low}, {high}]")
-    return float(value)
-
-
-def _shown(value: object) -> str:
     try:
-        text = repr(value)
-    except Exception:  # an integer of too many digits, or anybody's __repr__
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:60]}…"
+        allowed = not isinstance(value, bool) and isinstance(value, Real) and low <= ordered <= high  # nan is not
+    except TypeError:  # NumPy's times are numbers that no other number can be compared with
+        allowed = False
+    if not allowed:
+        raise RequestError(f"{name} is {shown(value)}; it must be a finite number in [{low}, {high}]")
+    return float(value)
 
 
 def sample(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.lifecycle import State
+from astraea_jax.engine.replicas import Replicas
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import EngineDead
+from astraea_jax.errors import EngineDead, RequestError
 
 TWO = SamplingParams(max_tokens=2, ignore_eos=True)
 
@@ -136,3 +139,18 @@ def test_only_an_engine_that_runs_can_be_checked():
     engine.shutdown(0)
     with pytest.raises(EngineDead, match="dead"):
         engine.check()
+
+
+@pytest.mark.parametrize("name", [3, b"a", ["a"], {"a": 1}, np.array(["a"]), "", "a" * 257, "\ud800"])
+async def test_replicas_refuse_the_names_that_an_engine_refuses(name, served):
+    engine, _ = served
+    for one in (engine, Replicas([engine])):
+        for call in (
+            lambda one: one.generate([1], TWO, session=name),
+            lambda one: one.end_session(name),
+            lambda one: one.tool_called(name, "t"),
+        ):
+            with pytest.raises(RequestError, match="session's name"):
+                call(one)
+        with pytest.raises(RequestError, match="owner") if name != "" else contextlib.nullcontext():
+            one.end_session("s", owner=name)

@@ -67,7 +67,7 @@ def _anonymous_programs_with_names(patch) -> None:
 
 
 def _sessions_without_owners(patch) -> None:
-    patch.setattr(Engine, "_key", lambda self, session, owner: ("", checked_name("name", session)))
+    patch.setattr(engine_module, "checked_key", lambda session, owner: ("", checked_name("name", session)))
 
 
 def _ends_that_ask_the_scheduler(patch) -> None:
@@ -93,6 +93,7 @@ def _a_start_that_forgets_the_end(patch) -> None:
 
 def _names_that_nobody_checks(patch) -> None:
     patch.setattr(engine_module, "checked_name", lambda what, name, empty=False: name)
+    patch.setattr(engine_module, "checked_key", lambda session, owner: (owner, session))
 
 
 def _prompts_that_nobody_checks(patch) -> None:

@@ -144,9 +144,9 @@ def test_greedy_rows_are_not_disturbed_by_others():
 HUGE = 10**5000  # has no repr: too many digits
 BAD = {
     "max_tokens": [0, 2**40, 1.5, True, None, "3", HUGE, np.float32(3)],
-    "temperature": [math.nan, math.inf, -1.0, 100.1, "hot", None, True, HUGE, [1.0], 1j, np.bool_(True)],
+    "temperature": [math.nan, math.inf, -1.0, 100.1, "hot", None, True, HUGE, [1.0], 1j, np.timedelta64(1)],
     "top_k": [-1, 2**31, 1.0, None, False],
-    "top_p": [math.nan, 0, 0.0, 1.1, None],
+    "top_p": [math.nan, 0, 0.0, 1.1, None, np.timedelta64(1)],
     "min_p": [-math.inf, -0.1, 1.1, "0"],
     "seed": [-1, 2**32, 1.0, "1", True],
     "stop": [
