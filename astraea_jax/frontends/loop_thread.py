@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, InvalidStateError, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
+from astraea_jax.engine.engine import ENGINE_THREAD
 from astraea_jax.errors import EngineDead
 
 log = logging.getLogger(__name__)
@@ -21,37 +22,64 @@ T = TypeVar("T")
 
 
 class _Call(Generic[T]):
-    """A coroutine that somebody waits for. ``start`` and ``cancel`` run in the event loop."""
+    """A coroutine that somebody waits for. ``start`` and ``cancel`` run in the event loop.
+
+    Signals may interrupt the waiting at any instant, twice in a row, too. So it waits for a bare lock: conditions in
+    Python's own futures stay locked if an interrupt comes just when they have been taken.
+    """
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]):
-        self.outcome: Future[T] = Future()
         self._work = work
         self._task: asyncio.Task[T] | None = None
+        self._outcome: list[tuple[T | None, BaseException | None]] = []
+        """The first entry counts: there may be another one of a call that was abandoned."""
+        self._over = threading.Lock()
+        self._over.acquire()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is an outcome."""
+        return bool(self._outcome)
+
+    def wait(self, timeout_s: float = -1) -> None:
+        """Wait for the outcome, without a timeout for ever."""
+        if not self.done:
+            self._over.acquire(timeout=timeout_s)
+
+    def result(self) -> T:
+        """Wait for the outcome, and return or raise it."""
+        self.wait()
+        result, error = self._outcome[0]
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._work())
         self._task.add_done_callback(self._settle)
 
     def cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-        else:  # the caller was interrupted before it could ask for a start
+        if self._task is None:  # the caller was interrupted before it could ask for a start
             self.abandon()
+        elif not self._task.cancelling():
+            self._task.cancel()
 
     def abandon(self) -> None:
         """Let the caller go with an error, in any thread, unless there is an outcome already."""
-        with contextlib.suppress(InvalidStateError):
-            self.outcome.set_exception(EngineDead("this LLM was closed while the call was running"))
+        self._end(None, EngineDead("this LLM was closed while the call was running"))
 
     def _settle(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
             self.abandon()
-            return
-        with contextlib.suppress(InvalidStateError):  # abandoned
-            if (error := task.exception()) is not None:
-                self.outcome.set_exception(error)
-            else:
-                self.outcome.set_result(task.result())
+        elif (error := task.exception()) is not None:
+            self._end(None, error)
+        else:
+            self._end(task.result(), None)
+
+    def _end(self, result: T | None, error: BaseException | None) -> None:
+        self._outcome.append((result, error))
+        with contextlib.suppress(RuntimeError):  # there was an outcome already
+            self._over.release()
 
 
 class LoopThread(threading.Thread):
@@ -64,6 +92,7 @@ class LoopThread(threading.Thread):
         self._stopping = asyncio.Event()
         self._lock = threading.RLock()  # a signal handler may come in where its own thread holds it
         self._closed = False
+        self._process = os.getpid()
         self._calls: set[_Call[Any]] = set()
         try:
             self.start()
@@ -74,20 +103,23 @@ class LoopThread(threading.Thread):
     def wait_for(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run the coroutine that ``work`` makes, and return its result to this thread, which is any other one.
 
-        What interrupts the waiting (Ctrl-C) cancels the coroutine, and is raised when that has ended.
+        What interrupts the waiting (Ctrl-C) cancels the coroutine, and is raised when that has ended, or does not end.
 
         Raises:
             EngineDead: the thread is stopped, or is stopping.
-            RuntimeError: an event loop of this kind runs in the calling thread.
+            RuntimeError: an event loop of this kind, or an engine, runs in the calling thread.
         """
         self.check_caller()
         call = _Call(work)
         try:
             self._post(call)
-            return call.outcome.result()
+            return call.result()
         except BaseException:
-            if not call.outcome.done() and self._cancel(call):
-                wait((call.outcome,))
+            try:
+                self._cancel(call)
+            finally:  # interrupted again, perhaps before that
+                if not call.done and self._cancel(call):
+                    call.wait(STOP_S)
             raise
         finally:
             self._calls.discard(call)
@@ -96,8 +128,13 @@ class LoopThread(threading.Thread):
         """Refuse a caller that would wait for itself, or for one that waits for it.
 
         Raises:
-            RuntimeError: the calling thread runs such an event loop.
+            RuntimeError: the calling thread runs such an event loop, or an engine.
         """
+        if threading.current_thread().name == ENGINE_THREAD:
+            raise RuntimeError(
+                "an engine's own thread must not wait for an LLM, because the answer would have to come from it; what "
+                "calls the LLM here is the destructor of an object that Python has collected in this thread"
+            )
         if isinstance(threading.current_thread(), LoopThread):
             raise RuntimeError(
                 "an async tool must not wait for an LLM, because it holds up the event loop that runs the agents: "
@@ -110,7 +147,7 @@ class LoopThread(threading.Thread):
         Raises:
             EngineDead: the thread is stopped or is stopping, or belongs to the process that this one was forked from.
         """
-        if self._closed or not self.is_alive():
+        if self._closed or os.getpid() != self._process:  # is_alive() would end the thread if it were interrupted
             raise EngineDead("this LLM is closed; make a new one")
 
     def stop(self) -> None:

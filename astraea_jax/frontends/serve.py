@@ -234,8 +234,8 @@ def main(arguments: list[str]) -> None:
     except EngineDead as error:
         say(f"cannot serve: {error}")
         end(1)
-    except (CheckpointError, StartupError, OSError) as error:
-        fail(str(error))
+    except (CheckpointError, StartupError, OSError, SystemExit) as error:  # the last is nothing that has served
+        fail(repr(error) if isinstance(error, SystemExit) else str(error))
     except MemoryError:
         fail("out of memory; give a smaller --kv_bytes or --max_seqs")
     except RuntimeError as error:  # of the devices, when another process has gone before this one has compiled

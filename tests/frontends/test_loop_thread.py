@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from support.engines import WAIT_S
 
+from astraea_jax.engine.engine import ENGINE_THREAD
 from astraea_jax.errors import EngineDead
 from astraea_jax.frontends import loop_thread
 from astraea_jax.frontends.loop_thread import LoopThread
@@ -93,6 +99,88 @@ def test_stopping_waits_until_what_was_cancelled_has_ended(loop):
     waiting(loop, slow_to_end)
     loop.stop()
     assert ended
+
+
+INTERRUPTED = """
+import asyncio, random, signal, sys, time
+from astraea_jax.frontends.loop_thread import LoopThread
+
+loop, choose, left, running = LoopThread("test-loop"), random.Random(int(sys.argv[1])), 0, []
+
+def interrupt(_, frame):
+    global left
+    left -= 1
+    if left <= 0:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    while left >= 0 and frame is not None:  # one more may have been on its way
+        if frame.f_code is LoopThread.wait_for.__code__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+
+async def work():
+    running.append(True)
+    try:
+        await asyncio.sleep(0.002)
+    finally:
+        running.pop()
+
+async def answer():
+    return 42
+
+signal.signal(signal.SIGALRM, interrupt)
+for _ in range(300):
+    left = choose.choice([1, 2, 3])
+    signal.setitimer(signal.ITIMER_REAL, choose.uniform(2e-5, 3e-3), choose.uniform(1e-5, 2e-4))
+    try:
+        loop.wait_for(work)
+    except KeyboardInterrupt:
+        pass
+    while left > 0:
+        time.sleep(1e-4)
+    assert loop.wait_for(answer) == 42
+while running:
+    time.sleep(0.002)
+"""
+"""Up to three interrupts in quick succession, raised within ``wait_for`` only."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interrupts_may_come_at_any_instant_in_any_number(seed):
+    """None leaves a lock taken or a coroutine running for whoever comes next."""
+    subprocess.run([sys.executable, "-c", INTERRUPTED, str(seed)], check=True, timeout=WAIT_S)
+
+
+def test_an_interrupt_does_not_wait_for_an_event_loop_that_is_blocked(loop, monkeypatch):
+    monkeypatch.setattr(loop_thread, "STOP_S", 0.05)
+    let_go = threading.Event()
+
+    async def blocks() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        let_go.wait()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.wait_for(blocks)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        let_go.set()
+
+
+def test_an_engines_own_thread_is_told_not_to_wait(loop):
+    """There a destructor runs if Python collects garbage there."""
+    errors = []
+
+    def destructor() -> None:
+        try:
+            loop.wait_for(answer)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=destructor, name=ENGINE_THREAD)
+    thread.start()
+    thread.join(30)
+    assert ["destructor" in error for error in errors] == [True]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

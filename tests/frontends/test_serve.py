@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,6 +18,7 @@ from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.models.tokenizer import Tokenizer
 
+SERVE = [sys.executable, str(Path(__file__).parents[2] / "scripts" / "serve.py")]
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
 
@@ -114,6 +118,27 @@ def test_sigterm_ends_the_process_within_its_grace_and_tells_what_it_cut(before,
         said = server.process.stderr.read()
     assert error is None or isinstance(error, EngineDead)
     assert "requests cut off: 1" in said or "requests in progress: 1" in said
+
+
+def test_an_idle_server_ends_in_order_without_any_grace(serve):
+    with serve("--grace_s=0") as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("grace", ["nan", "inf", "-1"])
+def test_a_grace_must_be_a_number_of_seconds(grace, serve_fails):
+    assert "grace_s" in serve_fails(f"--grace_s={grace}")
+
+
+def test_what_ends_silently_before_it_has_served_is_a_failure(random_folder):
+    """As SystemExit does."""
+    before = "from astraea_jax.engine.runner import Runner\ndef leave(*_): raise SystemExit(0)\nRunner.compile = leave"
+    command = f"{before}\nimport runpy\nrunpy.run_path({SERVE[1]!r}, run_name='__main__')"
+    arguments = [sys.executable, "-c", command, f"--model={random_folder}", "--port=0"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "cannot serve: " in done.stderr
 
 
 def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
