@@ -33,7 +33,12 @@ CALL_TAGS = {"<tool_call>": "</tool_call>", "<|python_tag|>": None, "[TOOL_CALLS
 THOUGHT_TAGS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<Thought>": "</Thought>",
+    "<reasoning>": "</reasoning>",
     "<scratch_pad>": "</scratch_pad>",
+    "<scratchpad>": "</scratchpad>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
     "[THINK]": "[/THINK]",
 }
 """Opening tag of a thought -> closing tag."""

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astraea_jax.agents.tool_calls import MAX_CALL_CHARS, MAX_CALLS, MAX_DEPTH, ToolCall, assistant_message, parse
+from astraea_jax.agents.tool_calls import (
+    MAX_CALL_CHARS,
+    MAX_CALLS,
+    MAX_DEPTH,
+    THOUGHT_TAGS,
+    ToolCall,
+    assistant_message,
+    parse,
+)
 
 
 def wrapped(name: str, arguments: Any) -> str:
@@ -259,6 +267,14 @@ def test_a_damaged_call_without_tags_says_so(text: str) -> None:
 DRAFT = wrapped("delete", {"path": "a"})
 CALL = wrapped("price", PRICE)
 BROKEN = '<tool_call>{"name": "del'
+
+
+@pytest.mark.parametrize(("begin", "end"), THOUGHT_TAGS.items())
+def test_a_draft_in_a_thought_of_any_kind_is_not_run(begin, end):
+    said, calls = parse(f"{begin}{DRAFT}{end}{CALL}")
+    assert [(call.name, call.error) for call in calls] == [("price", None)]
+    assert said == f"{begin}{DRAFT}{end}"
+    assert parse(f"{DRAFT}{end}none")[1] == parse(f"{begin}{DRAFT}")[1] == []
 
 
 @pytest.mark.parametrize(
