@@ -109,13 +109,15 @@ class Asked:
 class Machine(RuleBasedStateMachine):
     loop: asyncio.AbstractEventLoop
 
-    @initialize()
-    def make(self) -> None:
+    @initialize(started=st.sampled_from([True, True, False]))
+    def make(self, started) -> None:
         self.engine, self.runner = stub_engine()
         self.asked: list[Asked] = []
         self.failures = 0
         self.forgotten = 0  # given up, and perhaps not yet noticed by the engine
         self.may_die = False
+        if started:
+            self.start()
 
     # -- callers -----------------------------------------------------------------------------------------------
 
@@ -138,6 +140,17 @@ class Machine(RuleBasedStateMachine):
             last = turns[which % len(turns)]
             prompt = [*last.prompt, *last.tokens, 1, 2]
             self._submit(Asked(prompt, SamplingParams(max_tokens=6, ignore_eos=True), last.key), final=False)
+
+    @rule(which=st.integers(0, 99))
+    def take_the_name_of_another_owners_session(self, which) -> None:
+        if named := [a for a in self.asked if a.key and not a.ends]:
+            owner, name = named[which % len(named)].key
+            self._submit(Asked([1], ONE, (OWNERS[owner == OWNERS[0]], name)), final=False)
+
+    @rule()
+    def ask_under_names_such_as_the_engine_might_give(self) -> None:
+        for key in (None, ("", "#1"), ("", "#2"), ("", "#3")):
+            self._submit(Asked([1], ONE, key), final=False)
 
     def _submit(self, asked: Asked, final: bool) -> bool:
         """Ask; whether it was accepted."""
@@ -247,8 +260,10 @@ class Machine(RuleBasedStateMachine):
         if self.runner.failing:
             self.runner.broken = RuntimeError("the device is gone")
 
-    @rule(error=st.sampled_from([ZeroDivisionError, SystemExit, MemoryError]))
-    def break_the_loop(self, error) -> None:
+    @rule(error=st.sampled_from([ZeroDivisionError, SystemExit, MemoryError]), asking=st.booleans())
+    def break_the_loop(self, error, asking) -> None:
+        if asking:
+            self._submit(Asked([1], SamplingParams(max_tokens=40, ignore_eos=True), None), final=False)
         self.may_die = True
         was_live = self.engine.live
         break_loop(self.engine, error("the test"))
@@ -277,7 +292,7 @@ class Machine(RuleBasedStateMachine):
         assert not self.engine._thread.is_alive()
         self._settle()
         self.start()  # which is refused
-        self.make()
+        self.make(started=True)
 
     @rule()
     def settle(self) -> None:
