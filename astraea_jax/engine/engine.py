@@ -211,13 +211,14 @@ class Engine:
             final: the program ends with this request.
             salt: programs share the KV of equal beginnings of their prompts with those of equal salt only; tenants
                 that must not learn from each other's timing get one each.
-            owner: who the session belongs to. Sessions of equal name and different owners have nothing in common.
+            owner: whose request and session it is. Sessions of equal name and different owners have nothing in common,
+                and one owner cannot fill the queue; "" is the process itself, which can.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary, or another argument is
                 not what it should be.
-            Overloaded: ``max_queued`` requests are waiting already. (That the session has a request in progress is
-                raised by the iterator.)
+            Overloaded: ``max_queued`` requests are waiting already, or three quarters of that and some of this
+                owner. (That the session has a request in progress is raised by the iterator.)
             EngineDead: not serving.
         """
         params = SamplingParams() if params is None else params
@@ -226,10 +227,11 @@ class Engine:
         if not isinstance(final, bool):
             raise RequestError(f"final is {shown(final)}; it must be True or False")
         ids = checked_prompt(prompt, params.max_tokens, self.layout.max_context, self.model_config.vocab_size)
+        owner = checked_name("owner", owner, empty=True)
         key = None if session is None else checked_key(session, owner)
         salt = checked_name("cache salt", salt, empty=True)
         mailbox = Mailbox(asyncio.get_running_loop())
-        self._life.accept(mailbox)
+        self._life.accept(mailbox, owner)
         self._post(Submit(mailbox, ids, params.seeded(), key, final, salt))
         return Generation(mailbox, self._cancel)
 

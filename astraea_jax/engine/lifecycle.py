@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 
@@ -14,6 +15,10 @@ from astraea_jax.engine.generation import Mailbox
 from astraea_jax.errors import EngineDead, Overloaded
 
 log = logging.getLogger(__name__)
+
+
+RESERVE = 4
+"""A fourth of the queue takes only requests of clients who have nothing in it, so that one client cannot fill it."""
 
 
 class State(Enum):
@@ -37,8 +42,8 @@ class Lifecycle:
         self._changed = threading.Condition()
         self._state = State.NEW
         self._reason = "the engine has not been started"
-        self._open: dict[Mailbox, bool] = {}  # accepted and not ended; whether it has started
-        self._queued = 0  # those that have not
+        self._open: dict[Mailbox, str | None] = {}  # accepted and not ended; the owner, until it has started
+        self._queued: Counter[str] = Counter()  # owner -> requests that have not started
         self._max_queued = max_queued
         self._watchers: list[Callable[[], object]] = []
 
@@ -97,7 +102,7 @@ class Lifecycle:
         with self._changed:
             cut = list(self._open)
             self._open.clear()
-            self._queued = 0
+            self._queued.clear()
             first = self._state is not State.DEAD
             if first:
                 self._set(State.DEAD, reason)
@@ -123,8 +128,12 @@ class Lifecycle:
 
     # -- requests --------------------------------------------------------------------------------------------
 
-    def accept(self, mailbox: Mailbox) -> None:
+    def accept(self, mailbox: Mailbox, owner: str = "") -> None:
         """Take a request in.
+
+        Args:
+            mailbox: where its answers go.
+            owner: whose it is; "" is the process of the engine itself, which may fill the queue.
 
         Raises:
             EngineDead: not serving.
@@ -133,25 +142,35 @@ class Lifecycle:
         with self._changed:
             if self._state is not State.SERVING:
                 raise EngineDead(self._reason)
-            if self._queued >= self._max_queued:
-                raise Overloaded(f"{self._queued} requests are waiting; try again later")
-            self._open[mailbox] = False
-            self._queued += 1
+            queued = self._queued.total()
+            if queued >= self._max_queued:
+                raise Overloaded(f"{queued} requests are waiting; try again later")
+            if owner and self._queued[owner] and queued >= self._max_queued - self._max_queued // RESERVE:
+                raise Overloaded(
+                    f"{queued} requests are waiting, {self._queued[owner]} of them of this client; try again later"
+                )
+            self._open[mailbox] = owner
+            self._queued[owner] += 1
 
     def started(self, mailbox: Mailbox) -> None:
         """Count a request as waiting no more, because its first step is planned; later calls do nothing."""
         with self._changed:
-            if self._open.get(mailbox) is False:
-                self._open[mailbox] = True
-                self._queued -= 1
+            if (owner := self._open.get(mailbox)) is not None:
+                self._open[mailbox] = None
+                self._leave(owner)
 
     def end(self, mailbox: Mailbox) -> bool:
         """Remove a request that is answered; False if it was removed before, so that nobody is answered twice."""
         with self._changed:
-            started = self._open.pop(mailbox, None)
-            if started is None:
+            if mailbox not in self._open:
                 return False
-            self._queued -= not started
+            if (owner := self._open.pop(mailbox)) is not None:
+                self._leave(owner)
             if not self._open:
                 self._changed.notify_all()
             return True
+
+    def _leave(self, owner: str) -> None:
+        self._queued[owner] -= 1
+        if not self._queued[owner]:
+            del self._queued[owner]
