@@ -29,7 +29,7 @@ OPTIONS = {
     "data_parallel": "Replicas of the model, each on devices of its own.",
     "scan_layers": "Run the layers as one loop, compiled once for all of them; by default on a TPU.",
     "policy": "Order in which requests run; see scheduler/policies.",
-    "max_queued": "Requests that may wait; beyond that they are refused. A client gets one of the last quarter at most.",
+    "max_queued": "Requests that may wait; others are refused. A client gets at most one of the last quarter.",
     "max_programs": "Sessions remembered at once; beyond that the owner of most idle ones loses the longest idle.",
     "session_ttl_s": "Seconds after which an idle session is forgotten.",
     "step_timeout_s": "Seconds after which a step counts as hung; the engine then ends.",
