@@ -14,8 +14,8 @@ from .chat import normalise_messages, plain
 from .chat_template import ChatTemplate, ChatTemplates
 from .config import CheckpointError, read_json
 from .control_tokens import ControlTokens
-from .special_tokens import register_special_tokens
 from .token_lengths import longest_token
+from .tokenizer_classes import build_like_its_class
 
 LONG_TEXT = 4096
 """Characters from which tokenising releases the interpreter's lock, which costs a short text more than it takes."""
@@ -71,7 +71,7 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
         tokenizer = _read_tokenizer(path)
         config = read_json(folder / "tokenizer_config.json", missing={})
-        special = register_special_tokens(folder, tokenizer, config)
+        tokenizer, special = build_like_its_class(folder, tokenizer, config)
         if not isinstance(split := config.get("split_special_tokens", False), bool):
             raise CheckpointError(f"tokenizer_config.json: split_special_tokens is {split!r}; true or false is needed")
         tokenizer.encode_special_tokens = split
@@ -196,16 +196,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _newline(self) -> list[int]:
-        """Token ids of a newline if the tokenizer puts a space before a text but not after this; otherwise none."""
-        newline, letter, both = (self._text_only.encode(text).ids for text in ("\n", "a", "\na"))
-        return [] if both == newline + letter else newline
+        """Token ids of a newline."""
+        return _encode(self._tokenizer, "\n")
 
     def _encode_within(self, tokenizer: tokenizers.Tokenizer, piece: str) -> list[int]:
-        """Token ids of a piece that does not begin the text."""
-        if newline := self._newline:
-            after = _encode(tokenizer, "\n" + piece)
-            if after[: len(newline)] == newline:
-                return after[len(newline) :]
+        """Token ids of a piece that does not begin the text, which a tokenizer may put a space before."""
+        after = _encode(tokenizer, "\n" + piece)
+        if after[: len(self._newline)] == self._newline:
+            return after[len(self._newline) :]
         return _encode(tokenizer, piece)
 
 
