@@ -105,6 +105,15 @@ class Tokenizer:
         text: str = self._tokenizer.decode([i for i in ids if i not in self.delimiters], skip_special_tokens=False)
         return text
 
+    def to_json(self) -> str:
+        """Return the contents of a ``tokenizer.json``, with every special token, for libraries that read such."""
+        serialized: str = self._tokenizer.to_str()
+        return serialized
+
+    def added_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that stand beside the vocabulary proper, such as ``<tool_call>``."""
+        return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+
     def stream(self) -> TextStream:
         """A decoder for tokens that come one after the other."""
         return TextStream(self._tokenizer, self._whole, self.delimiters)
