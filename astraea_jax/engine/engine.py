@@ -116,7 +116,8 @@ class Engine:
         if layout.host.pages:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._life = Lifecycle(c.max_queued)
-        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life)
+        vocab_size = decoder.config.vocab_size
+        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     @classmethod
