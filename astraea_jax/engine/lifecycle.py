@@ -45,6 +45,8 @@ class Lifecycle:
         self._open: dict[Mailbox, str | None] = {}  # accepted and not ended; the owner, until it has started
         self._queued: Counter[str] = Counter()  # owner -> requests that have not started
         self._max_queued = max_queued
+        self.refused = 0
+        """Requests refused because too many waited."""
         self._watchers: list[Callable[[], object]] = []
 
     @property
@@ -144,8 +146,10 @@ class Lifecycle:
                 raise EngineDead(self._reason)
             queued = self._queued.total()
             if queued >= self._max_queued:
+                self.refused += 1
                 raise Overloaded(f"{queued} requests are waiting; try again later")
             if owner and self._queued[owner] and queued >= self._max_queued - self._max_queued // RESERVE:
+                self.refused += 1
                 raise Overloaded(
                     f"{queued} requests are waiting, {self._queued[owner]} of them of this client; try again later"
                 )
