@@ -101,7 +101,7 @@ class ServingLoop:
         """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
         self.times = StepTimes()
         self.turn_began: float | None = None
-        """When the present turn began, by ``time.monotonic``; None while the loop waits for events."""
+        """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
         self._tokenizer, self._life = tokenizer, lifecycle
         self._guard = CompileGuard()

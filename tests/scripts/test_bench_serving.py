@@ -17,7 +17,7 @@ TINY = ("--prompts=4", "--input=16", "--output=8", "--max_seqs=4", "--max_step_t
 
 
 def _module(name):
-    """Of the scripts, which are no package."""
+    """Import a script; scripts are no package."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
