@@ -15,6 +15,11 @@ def test_help_is_printed_and_no_failure(flag):
     assert "--source" in said
 
 
+@pytest.mark.parametrize("name", ["lock", "serving_peers"])
+def test_help_of_scripts_without_absl(name):
+    assert "show this help" in run(f"scripts/{name}.py", "--help")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_begins_and_ends_in_the_shared_way(name):
     text = (ROOT / "scripts" / name).read_text(encoding="utf-8")
