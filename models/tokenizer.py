@@ -14,7 +14,7 @@ from .chat import normalise_messages, plain
 from .chat_template import ChatTemplate, ChatTemplates
 from .config import CheckpointError, read_json
 from .control_tokens import ControlTokens
-from .special_tokens import register_special_tokens
+from .tokenizer_classes import build_like_its_class
 
 
 class Tokenizer:
@@ -67,7 +67,7 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
         tokenizer = _read_tokenizer(path)
         config = read_json(folder / "tokenizer_config.json", missing={})
-        special = register_special_tokens(folder, tokenizer, config)
+        tokenizer, special = build_like_its_class(folder, tokenizer, config)
         if not isinstance(split := config.get("split_special_tokens", False), bool):
             raise CheckpointError(f"tokenizer_config.json: split_special_tokens is {split!r}; true or false is needed")
         tokenizer.encode_special_tokens = split
@@ -182,16 +182,15 @@ class Tokenizer:
 
     @functools.cached_property
     def _newline(self) -> list[int]:
-        """Token ids of a newline if the tokenizer puts a space before a text but not after this; otherwise none."""
-        newline, letter, both = (self._text_only.encode(text).ids for text in ("\n", "a", "\na"))
-        return [] if both == newline + letter else newline
+        """Token ids of a newline."""
+        ids: list[int] = _encode(self._tokenizer, "\n").ids
+        return ids
 
     def _encode_within(self, tokenizer: tokenizers.Tokenizer, piece: str) -> list[int]:
-        """Token ids of a piece that does not begin the text."""
-        if newline := self._newline:
-            after: list[int] = _encode(tokenizer, "\n" + piece).ids
-            if after[: len(newline)] == newline:
-                return after[len(newline) :]
+        """Token ids of a piece that does not begin the text, which a tokenizer may put a space before."""
+        after: list[int] = _encode(tokenizer, "\n" + piece).ids
+        if after[: len(self._newline)] == self._newline:
+            return after[len(self._newline) :]
         ids: list[int] = _encode(tokenizer, piece).ids
         return ids
 

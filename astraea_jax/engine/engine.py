@@ -25,6 +25,7 @@ from astraea_jax.engine.events import (
     Stop,
     Submit,
     ToolCalled,
+    check_tokens,
     checked_key,
     checked_name,
     checked_prompt,
@@ -226,6 +227,7 @@ class Engine:
             raise RequestError(f"params are of type {type(params).__name__}; they must be SamplingParams")
         if not isinstance(final, bool):
             raise RequestError(f"final is {shown(final)}; it must be True or False")
+        check_tokens(params, self.model_config.vocab_size)
         ids = checked_prompt(prompt, params.max_tokens, self.layout.max_context, self.model_config.vocab_size)
         owner = checked_name("owner", owner, empty=True)
         key = None if session is None else checked_key(session, owner)

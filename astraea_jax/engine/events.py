@@ -95,6 +95,17 @@ def checked_prompt(prompt: Sequence[int], max_tokens: int, max_context: int, voc
     return tuple(ids.tolist())
 
 
+def check_tokens(params: SamplingParams, vocab_size: int) -> None:
+    """Check the tokens that ``params`` name.
+
+    Raises:
+        RequestError: a token of the logit bias is outside of ``[0, vocab_size)``.
+    """
+    for token, _ in params.logit_bias:
+        if token >= vocab_size:
+            raise RequestError(f"logit_bias names token {token}, outside the vocabulary [0, {vocab_size})")
+
+
 def checked_name(what: str, name: str, *, empty: bool = False) -> str:
     """``name`` as plain text, if it can be one.
 

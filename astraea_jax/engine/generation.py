@@ -10,6 +10,15 @@ from typing import NamedTuple
 from astraea_jax.scheduler.program import Request
 
 
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of probabilities at one token, as the model gave them."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens and theirs, the highest first; as many as the request asked for."""
+
+
 class Delta(NamedTuple):
     """Output of a request since its previous Delta. ``finish_reason`` is set on the last one only.
 
@@ -19,7 +28,9 @@ class Delta(NamedTuple):
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
-    """``"stop"`` (stop token or string), ``"length"`` or ``"cancelled"``."""
+    """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of ``token_ids``, if the request asked for them."""
 
 
 @dataclass(frozen=True)

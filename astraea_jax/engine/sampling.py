@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from astraea_jax.errors import RequestError, shown
 
@@ -20,8 +21,36 @@ MAX_STOPS = 16
 
 MAX_STOP_CHARS = 256
 
+MAX_BIASES = 300
+"""Tokens that the logit bias of one request may name."""
+
+MAX_LOGPROBS = 20
+"""Most probable tokens that are reported beside the chosen one."""
+
 MIN_TEMPERATURE = 1e-5
 """Below it a request is greedy: float32 cannot tell a draw from argmax any more."""
+
+
+class Matcher(Protocol):
+    """Follows one text through a grammar, token by token. Only the thread of the serving loop uses it."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete and nothing may follow it."""
+
+    def fill(self, row: np.ndarray) -> None:
+        """Write which tokens may come next into ``row [ceil(V / 32)]`` int32: bit t % 32 of word t // 32 is token t."""
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; False: the grammar does not allow it here."""
+
+
+@runtime_checkable
+class Grammar(Protocol):
+    """A compiled grammar, which any number of requests may share."""
+
+    def matcher(self) -> Matcher:
+        """Begin at the start of a text; must be cheap, because the serving loop waits for it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,21 @@ class SamplingParams:
     """Tokens that end the request; their text is left out."""
     ignore_eos: bool = False
     """Go on after the tokens that end the model's turns."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that has been generated; below 0 it makes them likelier."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token once for each time that it has been generated."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0, and multiplies those below, of tokens in the prompt or in what has been generated."""
+    min_tokens: int = 0
+    """Tokens before which neither a token nor a string may end the request; a grammar may."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to their logits; a mapping is accepted. None: there are none."""
+    logprobs: int | None = None
+    """Report the logarithm of the probability of every chosen token, and of so many most probable ones; None: of none.
+    They are those of the model, before temperature, penalties, bias and grammar."""
+    grammar: Grammar | None = None
+    """What the text must look like; the request ends with ``"stop"`` where nothing may follow."""
 
     def __post_init__(self) -> None:
         top_p = _number("top_p", self.top_p, 0.0, 1.0)
@@ -59,8 +103,17 @@ class SamplingParams:
             raise RequestError("top_p is 0.0; use a value in (0, 1], or temperature 0 for greedy sampling")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
+        repetition_penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0)
+        if repetition_penalty == 0:
+            raise RequestError("repetition_penalty is 0.0; use a value in (0, 10], where 1 changes nothing")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar is {shown(self.grammar)}; it must be a compiled grammar")
+        max_tokens = _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        min_tokens = _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if min_tokens > max_tokens:
+            raise RequestError(f"min_tokens is {min_tokens}, which is more than max_tokens {max_tokens}")
         checked: dict[str, Any] = {
-            "max_tokens": _integer("max_tokens", self.max_tokens, 1, 2**31 - 1),
+            "max_tokens": max_tokens,
             "temperature": _number("temperature", self.temperature, 0.0, 100.0),
             "top_k": _integer("top_k", self.top_k, 0, 2**31 - 1),
             "top_p": top_p,
@@ -71,6 +124,12 @@ class SamplingParams:
                 _integer("stop_token_ids", token, 0, 2**31 - 1)
                 for token in _several("stop_token_ids", self.stop_token_ids)
             ),
+            "presence_penalty": _number("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+            "repetition_penalty": repetition_penalty,
+            "min_tokens": min_tokens,
+            "logit_bias": _biases(self.logit_bias),
+            "logprobs": None if self.logprobs is None else _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -91,18 +150,31 @@ def _stops(value: Any) -> tuple[str, ...]:
     return stops
 
 
-def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """The items of a list, tuple, set or array of at most ``MAX_STOPS``; None: no items."""
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = _several("logit_bias", value.items() if isinstance(value, Mapping) else value, MAX_BIASES)
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise RequestError(f"logit_bias holds {shown(pair)}; it must be pairs of a token id and a number")
+        token = _integer("a token of logit_bias", pair[0], 0, 2**31 - 1)
+        if token in biases:
+            raise RequestError(f"logit_bias names token {token} twice")
+        biases[token] = _number(f"logit_bias of token {token}", pair[1], -100.0, 100.0)
+    return tuple(biases.items())
+
+
+def _several(name: str, value: Any, most: int = MAX_STOPS) -> tuple[Any, ...]:
+    """The items of a list, tuple, set or array of at most ``most``; None: no items."""
     if value is None:
         return ()
     try:
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             raise TypeError
-        items = tuple(islice(value, MAX_STOPS + 1))
+        items = tuple(islice(value, most + 1))
     except TypeError:
         raise RequestError(f"{name} is {shown(value)}; it must be a list") from None
-    if len(items) > MAX_STOPS:
-        raise RequestError(f"{name} has more than {MAX_STOPS} entries, which is the most that is served")
+    if len(items) > most:
+        raise RequestError(f"{name} has more than {most} entries, which is the most that is served")
     return items
 
 
