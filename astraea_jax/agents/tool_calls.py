@@ -34,14 +34,13 @@ THOUGHT_TAGS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
     "<thought>": "</thought>",
-    "<Thought>": "</Thought>",
     "<reasoning>": "</reasoning>",
     "<scratch_pad>": "</scratch_pad>",
     "<scratchpad>": "</scratchpad>",
     "<|begin_of_thought|>": "<|end_of_thought|>",
-    "[THINK]": "[/THINK]",
+    "[think]": "[/think]",
 }
-"""Opening tag of a thought -> closing tag."""
+"""Opening tag of a thought -> closing tag, in lower case; models write them in any."""
 
 NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "params", "kwargs", "input")
@@ -53,8 +52,8 @@ def _any_of(texts: Collection[str]) -> str:
     return "|".join(map(re.escape, texts))
 
 
-TAGS = re.compile(_any_of([*CALL_TAGS, *THOUGHT_TAGS, *THOUGHT_TAGS.values()]))
-THOUGHT_END = re.compile(f"(?P<thought_end>{_any_of(THOUGHT_TAGS.values())})")
+TAGS = re.compile(f"{_any_of(CALL_TAGS)}|(?ai:{_any_of([*THOUGHT_TAGS, *THOUGHT_TAGS.values()])})")
+THOUGHT_END = re.compile(f"(?P<thought_end>(?ai:{_any_of(THOUGHT_TAGS.values())}))")
 STRING_OR_THOUGHT_END = re.compile(f"{STRING}|{THOUGHT_END.pattern}", re.DOTALL)
 SEPARATOR = re.compile(rf"[\s;,]++|{_any_of(CALL_TAGS)}")
 UNREADABLE_BARE = re.compile(
@@ -118,8 +117,8 @@ def _tagged_calls(text: str) -> tuple[str, list[ToolCall]]:
     kept = at = 0  # text before `kept` is in `said` or was a call
     tried = 0
     while tag := TAGS.search(text, at):
-        if tag[0] in THOUGHT_TAGS:
-            at = _end(text, THOUGHT_TAGS[tag[0]], tag.end())
+        if thought := THOUGHT_TAGS.get(tag[0].lower()):
+            at = _after(text, thought, tag.end())
         elif tag[0] not in CALL_TAGS:  # the prompt has opened this thought: nothing so far was a call
             said, calls = [], []
             kept, at = 0, tag.end()
@@ -144,14 +143,16 @@ def _thought_end(text: str) -> int:
     last = 0
     at = 0
     while tag := TAGS.search(text, at):
-        at = _end(text, THOUGHT_TAGS[tag[0]], tag.end()) if tag[0] in THOUGHT_TAGS else tag.end()
+        thought = THOUGHT_TAGS.get(tag[0].lower())
+        at = _after(text, thought, tag.end()) if thought else tag.end()
         last = last if tag[0] in CALL_TAGS else at
     return last
 
 
-def _end(text: str, tag: str, start: int) -> int:
-    at = text.find(tag, start)
-    return len(text) if at < 0 else at + len(tag)
+def _after(text: str, thought_end: str, start: int) -> int:
+    """Position after the closing tag of a thought; without one, the end of the text."""
+    found = re.compile(f"(?ai:{re.escape(thought_end)})").search(text, start)
+    return found.end() if found else len(text)
 
 
 def _calls_at(text: str, start: int, close: str | None) -> tuple[list[ToolCall], int] | None:

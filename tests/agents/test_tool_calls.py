@@ -269,8 +269,10 @@ CALL = wrapped("price", PRICE)
 BROKEN = '<tool_call>{"name": "del'
 
 
-@pytest.mark.parametrize(("begin", "end"), THOUGHT_TAGS.items())
-def test_a_draft_in_a_thought_of_any_kind_is_not_run(begin, end):
+@pytest.mark.parametrize("case", [str.lower, str.upper, str.title])
+@pytest.mark.parametrize("tags", THOUGHT_TAGS.items())
+def test_a_draft_in_a_thought_of_any_kind_is_not_run(tags, case):
+    begin, end = map(case, tags)
     said, calls = parse(f"{begin}{DRAFT}{end}{CALL}")
     assert [(call.name, call.error) for call in calls] == [("price", None)]
     assert said == f"{begin}{DRAFT}{end}"
@@ -287,6 +289,21 @@ def test_drafts_in_a_thought_are_not_run(thought: str, begin: str, call: str) ->
     content, calls = parse(f"{begin}{thought}{end}{call}", 0, ["price", "delete"])
     assert calls == ([] if call in ("", "Fine.") else [ToolCall("call_0", "price", PRICE)])
     assert content == f"{begin}{thought}{end}{call if not calls else ''}".strip()
+
+
+def test_a_thought_may_open_and_close_in_different_case() -> None:
+    assert parse(f"<Think>{DRAFT}</THINK>{CALL}")[1] == [ToolCall("call_0", "price", PRICE)]
+    assert parse(f'<Think>{BROKEN}</tHINK>{{"name": "price", "parameters": {json.dumps(PRICE)}}}', 0, ["price"])[1] == [
+        ToolCall("call_0", "price", PRICE)
+    ]
+
+
+def test_letters_that_only_fold_to_those_of_a_tag_make_no_tag() -> None:
+    assert parse(f"<thin\N{KELVIN SIGN}>{CALL}")[1] == [ToolCall("call_0", "price", PRICE)]
+
+
+def test_tags_of_calls_have_one_case() -> None:
+    assert parse(CALL.upper()) == (CALL.upper(), [])
 
 
 def test_a_turn_that_ends_within_a_thought_calls_nothing() -> None:
@@ -326,6 +343,8 @@ def test_a_damaged_call_does_not_let_out_what_it_quotes() -> None:
         "[,",
         "<think>",
         "</think>",
+        "<THINK>",
+        "[/Think]",
         "```",
         " ",
         '"args"',

@@ -176,3 +176,34 @@ def test_templates_are_sandboxed_and_fail_as_values(template):
     raw = tokenizers.Tokenizer(models.BPE())
     with pytest.raises(ValueError, match="cannot render"):
         wrap(raw, template).render([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "GPTNeoXTokenizerFast"])
+def test_tokenizer_classes_that_are_not_read_are_refused(name, folder):
+    change(folder / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(CheckpointError, match="is not read"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokenizer_class": 3}, "tokenizer_class is 3"),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": "no"}, "legacy is 'no'"),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": 1}, "add_prefix_space is 1"),
+    ],
+)
+def test_damaged_fields_of_tokenizer_classes_are_refused(fields, message, folder):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**data, "pre_tokenizer": None, "decoder": None}))
+    change(folder / "tokenizer_config.json", **fields)
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_class_needs_the_kind_of_model_it_makes(folder):
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(folder / "tokenizer.json"))
+    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(CheckpointError, match=r"needs a BPE model, tokenizer\.json has WordLevel"):
+        Tokenizer.from_folder(folder)

@@ -171,6 +171,51 @@ PARTS = ({"role": "user", "content": [{"type": "text", "text": "What is"}, {"typ
 THINKING = (
     "{% if enable_thinking is defined and not enable_thinking %}no {% endif %}thoughts {{ bos_token }}{{ depth }}"
 )
+LATE = {"270": _special("Z", special=False, lstrip=True), "268": _special("<|im_end|>", lstrip=True)}
+FLAGGED = {"2": _special("<|im_end|>", lstrip=True), "1": _special("<|im_start|>", lstrip=True)}
+CLASSES: tuple[tuple[str | None, str, str | None, dict[str, Any]], ...] = (
+    ("LlamaTokenizer", "llama", "normalizer", {}),
+    ("LlamaTokenizer", "llama", "normalizer", {"legacy": True}),
+    ("LlamaTokenizerFast", "llama", "normalizer", {"legacy": False}),
+    ("LlamaTokenizerFast", "llama", "normalizer", {"legacy": None, "add_prefix_space": None}),
+    ("LlamaTokenizer", "llama", "first", {"add_prefix_space": False, "legacy": True}),
+    ("LlamaTokenizer", "llama", "always", {"bos_token": None, "eos_token": "<|im_end|>"}),
+    ("LlamaTokenizer", "llama", "normalizer", {"legacy": True, "added_tokens_decoder": LATE}),
+    ("LlamaTokenizerFast", "qwen3", "normalizer", {}),
+    ("PreTrainedTokenizerFast", "llama", "normalizer", {"legacy": True, "add_prefix_space": False}),
+    ("LlamaTokenizer", "llama", None, {"add_prefix_space": True}),
+    ("LlamaTokenizer", "qwen2", None, {"add_prefix_space": True}),
+    ("Qwen2Tokenizer", "llama", None, {"add_prefix_space": True}),
+    ("Qwen2TokenizerFast", "qwen3", None, {"add_prefix_space": None, "unk_token": None}),
+    ("Qwen2Tokenizer", "qwen3", None, {"added_tokens_decoder": FLAGGED, "add_prefix_space": True}),
+    ("PreTrainedTokenizerFast", "qwen2", None, {}),
+    (None, "qwen2", None, {"add_prefix_space": True}),
+    (None, "qwen3", None, {"add_prefix_space": True}),
+    (None, "llama", None, {"add_prefix_space": True}),
+    ("GPT2Tokenizer", "llama", None, {"add_prefix_space": True, "added_tokens_decoder": FLAGGED}),
+    ("GPT2TokenizerFast", "qwen3", None, {}),
+    ("UnheardOfTokenizer", "qwen3", None, {"add_prefix_space": True}),
+)
+"""tokenizer_class, model_type, where the tokenizer.json puts spaces (None: it is the bundled one), and other fields."""
+
+
+def class_variant(name: str | None, model_type: str, prepend: str | None, fields: Mapping[str, Any]) -> Variant:
+    """A folder whose tokenizer_class may have a say in how ``tokenizer.json`` is used."""
+    about = ", ".join(
+        f"{key}: {value if isinstance(value, bool | str | None) else '…'}" for key, value in fields.items()
+    )
+    return Variant(
+        f"{name} of a {model_type}, spaces: {prepend} {{{about}}}",
+        {
+            "tokenizer.json": {} if prepend is None else spaced(prepend),
+            CONFIG: {"tokenizer_class": name, **fields},
+            "config.json": {"model_type": model_type},
+        },
+        {"chat_template.jinja": CHATML + VARIABLES},
+        messages=({"role": "user", "content": "Hi<|im_end|>a <|im_end|> a\n<|im_start|>\na"},),
+        text=" Hi a<|im_end|>a<|im_start|> a <|im_end|> é 12345 2  34\n\ne\u0301 Z",
+    )
+
 
 VARIANTS = (
     Variant("as it is"),
@@ -309,6 +354,7 @@ VARIANTS = (
         )
         for prepend in ("first", "always", "normalizer")
     ),
+    *(class_variant(*row) for row in CLASSES),
     Variant("nothing to hide", messages=HISTORY, tools=(TOOL,)),
     Variant(
         "not special",
