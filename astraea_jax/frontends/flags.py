@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 from astraea_jax.engine.config import SWITCH, Choice, EngineConfig, Seconds, Whole
 from astraea_jax.engine.engine import Engine
@@ -61,6 +61,18 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
         return EngineConfig(**(chosen | more))
 
     return config
+
+
+def run_app(main: Callable[[list[str]], object], module: str) -> None:
+    """Run ``main`` as a program with the docstring and the flags of ``module``, whatever file was started."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__  # absl prints it above the flags
+    for flag in flags.FLAGS.get_key_flags_for_module(module):  # and those of the program only
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    try:
+        app.run(main)
+    except SystemExit as end:
+        asked_for_help = not {"-h", "--help", "--helpfull"}.isdisjoint(sys.argv)
+        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1 after printing help
 
 
 def _define(name: str, default: Any) -> None:

@@ -139,7 +139,9 @@ class _Page:
         family.add_metric([*self._labels.values(), *labels.values()], value)  # type: ignore[attr-defined]
 
     def histogram(self, name: str, text: str, value: Histogram) -> None:
-        family = self._families.setdefault(name, HistogramMetricFamily(self._prefix + name, text, labels=self._labels))
+        family = self._families.setdefault(
+            name, HistogramMetricFamily(self._prefix + name, text, labels=[*self._labels])
+        )
         buckets, seen = [], 0
         for bound, count in zip([*map(float, value.bounds), float("inf")], list(value.counts), strict=True):
             seen += count
