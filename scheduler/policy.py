@@ -31,7 +31,7 @@ class Pressure:
     """Pages that only programs without a running request hold; they can be evicted."""
     running: int
     """Running requests."""
-    host: bool
+    host_tier: bool
     """Whether there is a host tier, so that KV under pressure moves instead of being lost."""
 
 

@@ -118,7 +118,7 @@ async def run_program(
                 reason = "max_steps" if calls and not cut else record.finish_reason
                 return ProgramResult(session, content, conversation, reason, tuple(records))
             calls_made += len(calls)
-            if names := _joined({call.name for call in calls if call.name in by_name}):
+            if names := joined({call.name for call in calls if call.name in by_name}):
                 model.tool_called(session, names)
             done = await _run_tools(calls, by_name)
             conversation += [message for message, _ in done]
@@ -159,7 +159,7 @@ async def _prompt(
     return await encode_prompt(characters, encode)
 
 
-def _joined(names: Iterable[str]) -> str:
+def joined(names: Iterable[str]) -> str:
     """Join by "+" as many of ``names`` as one name may hold."""
     joined = ""
     for name in sorted(names):

@@ -119,9 +119,9 @@ class Engine:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._life = Lifecycle(c.max_queued)
         self._observers: list[Observer] = []
-        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life)
+        vocab_size = decoder.config.vocab_size
+        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
-        self._cut = 0  # requests that the end of the engine has cut
 
     @classmethod
     def from_folder(
@@ -156,8 +156,9 @@ class Engine:
     def shutdown(self, grace_s: float = 30.0) -> int:
         """Refuse new requests, let running ones finish for ``grace_s`` seconds, then stop and answer the rest.
 
-        Returns how many requests were cut off by the end of this engine. It may be called again, from another thread
-        too, with less grace; it returns within the grace and :data:`STOP_S` seconds, even if a step hangs.
+        Returns how many requests were cut off since it was first called, not those that the engine had cut by dying
+        before. It may be called again, from another thread too, with less grace; it returns within the grace and
+        :data:`STOP_S` seconds, even if a step hangs.
 
         Raises:
             ValueError: ``grace_s`` is not a number; nothing has been shut down then.
@@ -172,7 +173,7 @@ class Engine:
             if self._thread.is_alive():
                 log.error("the serving loop does not end; it is left behind")
         self._die("the engine was shut down")
-        return self._cut
+        return self._life.cut
 
     @property
     def state(self) -> State:
@@ -369,11 +370,9 @@ class Engine:
     def _die(self, reason: str) -> None:
         """Enter DEAD and answer everybody who still waits, without using anything that may be broken."""
         outbox = Outbox()
-        cut = self._life.die(reason)
-        for mailbox in cut:
+        for mailbox in self._life.die(reason):
             outbox.put(mailbox, EngineDead(reason))
         outbox.deliver(lambda mailbox: True)
-        self._cut += len(cut)
 
     def _watch_steps(self) -> None:
         """End the engine if a turn of the loop takes longer than ``step_timeout_s``: the device hangs."""

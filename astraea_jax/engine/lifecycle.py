@@ -44,6 +44,8 @@ class Lifecycle:
         self._reason = "the engine has not been started"
         self._open: dict[Mailbox, str | None] = {}  # accepted and not ended; the owner, until it has started
         self._queued: Counter[str] = Counter()  # owner -> requests that have not started
+        self.cut = 0
+        """Requests that were still open when the engine died while it was draining."""
         self._max_queued = max_queued
         self.refused = 0
         """Requests refused because too many waited."""
@@ -103,6 +105,8 @@ class Lifecycle:
         """Enter DEAD for ``reason``; returns the mailboxes still open, which the caller has to answer."""
         with self._changed:
             cut = list(self._open)
+            if self._state is State.DRAINING:
+                self.cut = len(cut)
             self._open.clear()
             self._queued.clear()
             first = self._state is not State.DEAD

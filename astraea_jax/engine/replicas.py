@@ -95,7 +95,7 @@ class Replicas:
                 raise
 
     def shutdown(self, grace_s: float = 30.0) -> int:
-        """Shut down every replica at the same time; returns how many requests were cut off."""
+        """Shut down every replica at the same time; returns how many requests that has cut off."""
         with ThreadPoolExecutor(len(self.replicas)) as pool:
             return sum(pool.map(lambda engine: engine.shutdown(grace_s), self.replicas))
 

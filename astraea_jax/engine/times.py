@@ -26,6 +26,8 @@ class StepTimes:
     wait_s: float = 0.0
     """Time spent waiting for the device."""
     commit_s: float = 0.0
+    resample_s: float = 0.0
+    """Time spent on rows that need more than plain sampling."""
     cpu_s: float = 0.0
     """CPU time of the loop's thread; less than the times above where the device computes on the same cores."""
     starved: int = 0

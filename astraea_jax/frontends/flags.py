@@ -18,7 +18,7 @@ OPTIONS = {
     "page_size": "Tokens per KV page.",
     "kv_bytes": "Memory for KV pages on each device; by default what is free (512 MiB on a CPU).",
     "host_kv_bytes": "Pinned host memory for KV of waiting programs, used under memory pressure; 0: none. By default "
-    "half of the host's memory on an accelerator, none on a CPU.",
+    "half of the machine's memory on an accelerator, none on a CPU.",
     "residency": "Strategy for the KV of programs that wait; by default adaptive. See scheduler/strategies.py.",
     "max_context": "Prompt and output tokens of one request; by default the model's limit.",
     "dtype": "Dtype of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.",

@@ -75,6 +75,21 @@ SLOW = HANGS.replace("0 if len(seen) < 5 else 1000", "0.05")
 """Two hundred tokens take ten seconds."""
 
 
+FIRST_DIES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from astraea_jax.scheduler.scheduler import Scheduler
+plan, died = Scheduler.plan, []
+def die(self, now):
+    if self.stats().created and not died:
+        died.append(self)
+        raise ZeroDivisionError
+    return plan(self, now)
+Scheduler.plan = die
+"""
+"""The replica that gets the first request dies of it."""
+
+
 async def outcome(server, tokenizer) -> Exception | None:
     """What a request for many tokens ends with."""
     async with Client(server.address, tokenizer) as client:
@@ -122,6 +137,14 @@ def test_sigterm_ends_the_process_within_its_grace_and_tells_what_it_cut(before,
 
 def test_an_idle_server_ends_in_order_without_any_grace(serve):
     with serve("--grace_s=0") as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+def test_what_a_replica_has_cut_by_dying_is_no_fault_of_an_orderly_end(serve, random_folder):
+    with serve("--data_parallel=2", before=FIRST_DIES) as server:
+        error = asyncio.run(outcome(server, Tokenizer.from_folder(random_folder)))
+        assert isinstance(error, EngineDead)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
 
