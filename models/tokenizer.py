@@ -14,7 +14,11 @@ from .chat import normalise_messages, plain
 from .chat_template import ChatTemplate, ChatTemplates
 from .config import CheckpointError, read_json
 from .control_tokens import ControlTokens
+from .token_lengths import longest_token
 from .tokenizer_classes import build_like_its_class
+
+LONG_TEXT = 4096
+"""Characters from which tokenising releases the interpreter's lock, which costs a short text more than it takes."""
 
 
 class Tokenizer:
@@ -76,7 +80,7 @@ class Tokenizer:
         tokenizer.encode_special_tokens = split
         return cls(
             tokenizer,
-            bos_id=_bos_id(tokenizer),
+            bos_id=next(iter(_around(tokenizer)[0]), None),
             eos_ids=_eos_ids(folder, tokenizer, special.get("eos_token")),
             template=ChatTemplates.from_folder(folder, config),
             special=special,
@@ -99,16 +103,25 @@ class Tokenizer:
         Raises:
             ValueError: ``text`` holds half a surrogate pair, or a word the tokenizer has no token for.
         """
-        encoding = _encode(self._tokenizer, text)
-        if add_bos and (self.bos_id is None or encoding.ids[:1] != [self.bos_id]):
-            encoding = self._tokenizer.post_process(encoding)
-        ids: list[int] = encoding.ids
-        return ids
+        ids = _encode(self._tokenizer, text)
+        if not add_bos or (self.bos_id is not None and ids[:1] == [self.bos_id]):
+            return ids
+        before, after = self._around_text
+        return before + ids + after
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without :attr:`delimiters`. Other special tokens, such as ``<tool_call>``, are text."""
         text: str = self._tokenizer.decode([i for i in ids if i not in self.delimiters], skip_special_tokens=False)
         return text
+
+    def to_json(self) -> str:
+        """Return the contents of a ``tokenizer.json``, with every special token, for libraries that read such."""
+        serialized: str = self._tokenizer.to_str()
+        return serialized
+
+    def added_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that stand beside the vocabulary proper, such as ``<tool_call>``."""
+        return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one after the other."""
@@ -190,18 +203,26 @@ class Tokenizer:
         return ids
 
     @functools.cached_property
+    def _around_text(self) -> tuple[list[int], list[int]]:
+        """The tokens that its post-processor puts before and behind every text."""
+        return _around(self._tokenizer)
+
+    @functools.cached_property
+    def longest_token(self) -> int | None:
+        """Characters of text that one token stands for at most; None if that is not certain."""
+        return longest_token(self._tokenizer)
+
+    @functools.cached_property
     def _newline(self) -> list[int]:
         """Token ids of a newline."""
-        ids: list[int] = _encode(self._tokenizer, "\n").ids
-        return ids
+        return _encode(self._tokenizer, "\n")
 
     def _encode_within(self, tokenizer: tokenizers.Tokenizer, piece: str) -> list[int]:
         """Token ids of a piece that does not begin the text, which a tokenizer may put a space before."""
-        after: list[int] = _encode(tokenizer, "\n" + piece).ids
+        after = _encode(tokenizer, "\n" + piece)
         if after[: len(self._newline)] == self._newline:
             return after[len(self._newline) :]
-        ids: list[int] = _encode(tokenizer, piece).ids
-        return ids
+        return _encode(tokenizer, piece)
 
 
 class TextStream:
@@ -267,20 +288,28 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        if len(text) < LONG_TEXT:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        else:
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
     except Exception as error:  # the library raises a bare one, or TypeError for half a surrogate pair
         raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
+    ids: list[int] = encoding.ids
+    return ids
 
 
-def _bos_id(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The token that the post-processor puts before a text."""
+def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that the post-processor puts before and behind every text."""
     try:
-        encoding = tokenizer.post_process(_encode(tokenizer, "a"))
-    except ValueError as error:
+        encoding = tokenizer.post_process(tokenizer.encode("a", add_special_tokens=False))
+    except Exception as error:
         raise CheckpointError(f"tokenizer.json cannot be used: {error}") from error
-    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
+    text = [at for at, special in enumerate(encoding.special_tokens_mask) if not special]
+    if not text:
+        return encoding.ids, []
+    return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
 
 
 def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> frozenset[int]:

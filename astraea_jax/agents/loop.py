@@ -111,14 +111,13 @@ async def run_program(
     known = Tools.of(schemas)
     format = formats.choose(model.tokenizer, call_format)
     records: list[RequestRecord] = []
-    calls_made = 0
     try:
         conversation += normalise_messages(messages)
         while True:
             prompt = await _prompt(model, conversation, schemas or None, template_arguments or {})
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
-            turn = read_turn(text, calls_made, known, format)
+            turn = read_turn(text, sum(len(one.tools) for one in records), known, format)
             calls = turn.calls
             conversation.append(turn.message())
             cut = record.finish_reason == "cancelled"
@@ -126,10 +125,7 @@ async def run_program(
                 records.append(record)
                 reason = "max_steps" if calls and not cut else record.finish_reason
                 return ProgramResult(session, turn.content, conversation, reason, tuple(records))
-            calls_made += len(calls)
-            if names := _joined({call.name for call in calls if call.name in by_name}):
-                model.tool_called(session, names)
-            done = await _run_tools(calls, by_name)
+            done = await _run_tools(model, session, calls, by_name)
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))
     except Exception as error:
@@ -168,7 +164,7 @@ async def _prompt(
     return await encode_prompt(characters, encode)
 
 
-def _joined(names: Iterable[str]) -> str:
+def joined(names: Iterable[str]) -> str:
     """Join by "+" as many of ``names`` as one name may hold."""
     joined = ""
     for name in sorted(names):
@@ -202,7 +198,12 @@ async def _request(
     )
 
 
-async def _run_tools(calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> list[tuple[Message, ToolRun]]:
+async def _run_tools(
+    model: Model, session: str, calls: Sequence[ToolCall], tools: Mapping[str, Tool]
+) -> list[tuple[Message, ToolRun]]:
+    """Run the calls of one turn at the same time, after telling the model what its program waits for."""
+    if names := joined({call.name for call in calls if call.name in tools}):
+        model.tool_called(session, names)
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(_call(call, tools)) for call in calls]
     return [task.result() for task in running]

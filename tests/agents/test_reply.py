@@ -72,7 +72,7 @@ def read(format: str, pieces: Sequence[str], prompt: str = "", tools: Any = TOOL
     parts: list[Part] = []
     for new in [part for piece in pieces for part in reader.feed(piece)] + reader.finish():
         if isinstance(new, Said | Thought) and parts and isinstance(old := parts[-1], type(new)):
-            parts[-1] = type(new)(old.text + new.text)  # type: ignore[union-attr]
+            parts[-1] = type(new)(old.text + new.text)
         else:
             parts.append(new)
     reply = reader.reply
