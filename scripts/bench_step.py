@@ -22,9 +22,9 @@ import numpy as np
 from absl import app, flags
 
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.dispatch import StepTimes
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.replicas import load_engine
-from astraea_jax.engine.runner import StepTimes
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
