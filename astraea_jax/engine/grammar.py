@@ -135,9 +135,9 @@ def _usable(start: LLMatcher) -> LLMatcher:
         first = start.deep_copy()
         mask = np.frombuffer(first.compute_bitmask(), np.uint8)
         error = error or first.get_error()
-    if error:
+    if error and not error.startswith("NoExtension"):
         raise RequestError(f"the grammar cannot be compiled: {_first_line(error)}")
-    if not mask.any() or (first.is_stopped() and not first.is_accepting()):
+    if error or not mask.any() or (first.is_stopped() and not first.is_accepting()):
         raise RequestError("the grammar cannot be compiled: no text matches it")
     return start
 

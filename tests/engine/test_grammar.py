@@ -403,6 +403,12 @@ def test_a_hostile_grammar_is_the_request_s_own_fault(kind, name):
     assert len(str(refused.value)) < 300
 
 
+def test_a_grammar_without_any_text_is_called_so():
+    for compile in (COMPILERS["tiny"].json_schema, COMPILERS["merged"].json_schema):
+        with pytest.raises(RequestError, match="no text matches"):
+            compile({"$ref": "#"})
+
+
 def test_a_schema_that_holds_itself():
     schema = {}
     schema["items"] = schema
