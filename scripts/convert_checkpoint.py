@@ -14,10 +14,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from astraea_jax.engine.config import DTYPES
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import copy_beside, load, save_hf, save_orbax
@@ -49,4 +50,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -47,6 +47,8 @@ class Lifecycle:
         self.cut = 0
         """Requests that were still open when the engine died while it was draining."""
         self._max_queued = max_queued
+        self.refused = 0
+        """Requests refused because too many waited."""
         self._watchers: list[Callable[[], object]] = []
 
     @property
@@ -148,8 +150,10 @@ class Lifecycle:
                 raise EngineDead(self._reason)
             queued = self._queued.total()
             if queued >= self._max_queued:
+                self.refused += 1
                 raise Overloaded(f"{queued} requests are waiting; try again later")
             if owner and self._queued[owner] and queued >= self._max_queued - self._max_queued // RESERVE:
+                self.refused += 1
                 raise Overloaded(
                     f"{queued} requests are waiting, {self._queued[owner]} of them of this client; try again later"
                 )

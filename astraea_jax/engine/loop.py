@@ -19,13 +19,14 @@ from typing import Any, Protocol, TypeVar, assert_never
 import numpy as np
 
 from astraea_jax.engine.compilation import CompileGuard
-from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Stop, Submit, ToolCalled
+from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Look, Stop, Submit, ToolCalled
 from astraea_jax.engine.extras import Collector, Extras, GrammarFault, Tracker, token_logprob
 from astraea_jax.engine.generation import Delta, Mailbox, Outbox, TokenLogprob, Usage
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.output import Output
-from astraea_jax.engine.runner import InFlight, StepTimes
+from astraea_jax.engine.runner import InFlight
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.times import StepTimes, Work
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.kv_cache.offload import HostStore, Pools
 from astraea_jax.models.tokenizer import Tokenizer
@@ -110,8 +111,9 @@ class ServingLoop:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
         self.times = StepTimes()
+        self.work = Work()
         self.turn_began: float | None = None
-        """When the present turn began, by ``time.monotonic``; None while the loop waits for events."""
+        """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
         self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
         self._guard = CompileGuard()
@@ -201,6 +203,8 @@ class ServingLoop:
                 self._scheduler.tool_called(session, tool, now)
             case Check(answer):
                 self._check(answer)
+            case Look(answer=asked, limit=limit, owner=owner):
+                asked.set_result(self._scheduler.look(limit, owner, now))
             case Stop():
                 self._stopping = True
             case _:
@@ -266,11 +270,15 @@ class ServingLoop:
             live = self._requests[request]
             self._runner.set_sampling(request.slot, live.params)
             self._life.started(live.mailbox)
+            if request.preemptions == 0:
+                self.work.prompt_tokens += len(request.prompt)
+                self.work.cached_tokens += request.cached_tokens
         self.times.starved += running is None or running.done
         step = _on_device(self._runner.dispatch, plan)
         self.times.steps += 1
         self.times.tokens += plan.tokens
         self.times.plan_s += planned - began
+        self.work.planned(plan.tokens, planned - began)
         self.times.dispatch_s += time.perf_counter() - planned
         return step
 
@@ -286,9 +294,12 @@ class ServingLoop:
         self._failures = 0
         arrived, now = time.perf_counter(), time.monotonic()
         logprobs = {} if step.logprobs is None else self._logprobs(step, tokens)
-        for request, token in self._scheduler.commit(step.plan, tokens, now):
+        took = arrived - max(step.dispatched, self._step_ended)
+        new = self._scheduler.commit(step.plan, tokens, now)
+        for request, token in new:
             self._push(self._requests[request], token, logprobs.get(request, ()), now)
-        self._scheduler.observe(step.plan, arrived - max(step.dispatched, self._step_ended))
+        self._scheduler.observe(step.plan, took)
+        self.work.committed(len(new), took)
         self._step_ended = arrived
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived
@@ -386,7 +397,7 @@ class ServingLoop:
     def _end(self, live: _Live, last: Delta | Exception) -> None:
         del self._requests[live.request], self._by_mailbox[live.mailbox]
         self._trackers -= live.tracker is not None
-        live.mailbox.usage = Usage.of(live.request, time.monotonic())
+        live.mailbox.usage, live.mailbox.program = Usage.of(live.request, time.monotonic()), live.request.program
         self._outbox.put(live.mailbox, last)
 
 

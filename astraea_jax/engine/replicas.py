@@ -19,7 +19,7 @@ from pathlib import Path
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import Key, checked_key
-from astraea_jax.engine.generation import Generation
+from astraea_jax.engine.generation import Generation, Observer
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.loading import load_model, random_model
@@ -64,6 +64,11 @@ class Replicas:
         """Call ``changed`` after every change of any replica's state."""
         for engine in self.replicas:
             engine.watch(changed)
+
+    def observe(self, ended: Observer) -> None:
+        """Call ``ended`` with every request that ends on any replica."""
+        for engine in self.replicas:
+            engine.observe(ended)
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Start every replica at the same time; if one fails, the others are shut down.

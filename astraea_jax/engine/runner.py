@@ -52,26 +52,6 @@ class InFlight:
         return all(array.is_ready() for array in (self.tokens, self.logprobs) if array is not None)  # type: ignore[attr-defined]
 
 
-@dataclass
-class StepTimes:
-    """Time that the loop has spent, by activity, in seconds, summed over ``steps``."""
-
-    steps: int = 0
-    tokens: int = 0
-    """Tokens computed by the model, prefill included."""
-    plan_s: float = 0.0
-    dispatch_s: float = 0.0
-    wait_s: float = 0.0
-    """Time spent waiting for the device."""
-    commit_s: float = 0.0
-    resample_s: float = 0.0
-    """Time spent on rows that need more than plain sampling."""
-    cpu_s: float = 0.0
-    """CPU time of the loop's thread; less than the times above where the device computes on the same cores."""
-    starved: int = 0
-    """Steps dispatched after the previous one had ended, so that the device waited for the host."""
-
-
 class Runner:
     """Owns the device: weights, pages, and the compiled steps. Used by one thread only, since steps donate the pages.
 

@@ -1,4 +1,4 @@
-"""An engine's configuration as command-line flags, shared by every script that starts an engine."""
+"""Command-line flags: an engine's configuration, and how every command of this package begins and ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 from astraea_jax.engine.config import SWITCH, Choice, EngineConfig, Seconds, Whole
 from astraea_jax.engine.engine import Engine
@@ -38,6 +38,8 @@ OPTIONS = {
 
 MODEL = ("dtype", "quantize", "kv_dtype", "attention", "tensor_parallel", "scan_layers", "kv_bytes")
 """Options of how a model is served, whatever for."""
+
+_HELP = {"?", "help", "helpfull", "helpshort", "helpxml"}
 
 _FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig)}
 
@@ -86,3 +88,13 @@ def engine_title(engine: Engine) -> str:
     if config.tensor_parallel > 1:
         parts.append(f"{config.tensor_parallel} devices")
     return ", ".join(parts)
+
+
+def run_main(main: Callable[[list[str]], object]) -> None:
+    """Run ``main`` with the flags of the command line, as ``absl`` does, but end with 0 after printing help."""
+    arguments = ["--help" if argument == "-h" else argument for argument in sys.argv]
+    try:
+        app.run(main, arguments)
+    except SystemExit as end:
+        asked_for_help = not _HELP.isdisjoint(argument.lstrip("-") for argument in arguments if argument[:1] == "-")
+        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1

@@ -37,7 +37,7 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import EngineDead, StartupError
-from astraea_jax.frontends.flags import OPTIONS, engine_flags
+from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.models.config import PUBLISHED, CheckpointError
@@ -249,8 +249,4 @@ def run() -> None:
     sys.modules["__main__"].__doc__ = __doc__  # absl prints it above the flags, and those of the program only
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    try:
-        app.run(main)
-    except SystemExit as end:
-        asked_for_help = not {"-h", "--help", "--helpfull"}.isdisjoint(sys.argv)
-        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1 after printing help
+    run_main(main)
