@@ -65,6 +65,14 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
     return config
 
 
+def run_app(main: Callable[[list[str]], object], module: str) -> None:
+    """Run ``main`` as a program with the docstring and the flags of ``module``, whatever file was started."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__  # absl prints it above the flags
+    for flag in flags.FLAGS.get_key_flags_for_module(module):  # and those of the program only
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    run_main(main)
+
+
 def _define(name: str, default: Any) -> None:
     match _FIELDS[name].metadata["allowed"]:
         case Whole(least, most):

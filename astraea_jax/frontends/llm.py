@@ -17,6 +17,7 @@ from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.feeding import PatientModel, map_in_order
+from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.loop_thread import LoopThread
 from astraea_jax.frontends.progress import StartupDisplay
 
@@ -44,8 +45,9 @@ class LLM:
     because it would hold up all agents.
 
     Args:
-        model: a checkpoint folder, or the bundled ``"astraea-tiny"``.
+        model: a checkpoint folder, the bundled ``"astraea-tiny"``, or an id of the Hugging Face hub.
         config: sizes and policy of the engine.
+        revision: a branch, tag or commit of a hub id.
         progress: show loading and compilation on the terminal.
 
     Raises:
@@ -57,10 +59,11 @@ class LLM:
         model: str | Path = "astraea-tiny",
         config: EngineConfig | None = None,
         *,
+        revision: str | None = None,
         progress: bool = False,
     ):
         with StartupDisplay(enabled=progress) as display:
-            self.engine = load_engine(model, config, progress=display.loading)
+            self.engine = load_engine(find_model(model, revision), config, progress=display.loading)
             try:
                 self.engine.start(display.compiling)
                 self._thread = LoopThread("astraea-llm")
