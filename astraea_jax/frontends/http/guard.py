@@ -22,8 +22,8 @@ from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.http.errors import Failure, TooLarge, TooSlow, failure_of
 from astraea_jax.frontends.http.tenants import Keys, presented_key
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Paths that need no key and are answered whatever the load."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/status"})
+"""Paths that need no key, because they tell nothing of anybody, and are answered whatever the load."""
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 
 Shape = Callable[[Failure, str], dict[str, Any]]
