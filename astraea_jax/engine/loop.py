@@ -113,7 +113,7 @@ class ServingLoop:
         self.times = StepTimes()
         self.work = Work()
         self.turn_began: float | None = None
-        """When the present turn began, by ``time.monotonic``; None while the loop waits for events."""
+        """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
         self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
         self._guard = CompileGuard()

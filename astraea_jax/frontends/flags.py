@@ -1,4 +1,4 @@
-"""An engine's configuration as command-line flags, shared by every script that starts an engine."""
+"""Command-line flags: an engine's configuration, and how every command of this package begins and ends."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ OPTIONS = {
 MODEL = ("dtype", "quantize", "kv_dtype", "attention", "tensor_parallel", "scan_layers", "kv_bytes")
 """Options of how a model is served, whatever for."""
 
+_HELP = {"?", "help", "helpfull", "helpshort", "helpxml"}
+
 _FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig)}
 
 
@@ -61,18 +63,6 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
         return EngineConfig(**(chosen | more))
 
     return config
-
-
-def run_app(main: Callable[[list[str]], object], module: str) -> None:
-    """Run ``main`` as a program with the docstring and the flags of ``module``, whatever file was started."""
-    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__  # absl prints it above the flags
-    for flag in flags.FLAGS.get_key_flags_for_module(module):  # and those of the program only
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    try:
-        app.run(main)
-    except SystemExit as end:
-        asked_for_help = not {"-h", "--help", "--helpfull"}.isdisjoint(sys.argv)
-        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1 after printing help
 
 
 def _define(name: str, default: Any) -> None:
@@ -98,3 +88,20 @@ def engine_title(engine: Engine) -> str:
     if config.tensor_parallel > 1:
         parts.append(f"{config.tensor_parallel} devices")
     return ", ".join(parts)
+
+
+def run_main(main: Callable[[list[str]], object], module: str = "__main__") -> None:
+    """Run ``main`` with the flags of the command line, as ``absl`` does, but end with 0 after printing help.
+
+    The help is the docstring of ``module`` and the flags that it defines, whatever file was started.
+    """
+    if module != "__main__":
+        sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    arguments = ["--help" if argument == "-h" else argument for argument in sys.argv]
+    try:
+        app.run(main, arguments)
+    except SystemExit as end:
+        asked_for_help = not _HELP.isdisjoint(argument.lstrip("-") for argument in arguments if argument[:1] == "-")
+        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1

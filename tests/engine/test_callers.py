@@ -1,4 +1,4 @@
-"""What callers may try against an engine and each other; the device is a stub (support/stub.py)."""
+"""Tests of what callers may try against an engine and each other; the device is a stub (support/stub.py)."""
 
 from __future__ import annotations
 

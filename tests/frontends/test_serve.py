@@ -91,7 +91,7 @@ Scheduler.plan = die
 
 
 async def outcome(server, tokenizer) -> Exception | None:
-    """What a request for many tokens ends with."""
+    """Return what a request for many tokens ends with."""
     async with Client(server.address, tokenizer) as client:
         try:
             async for _ in client.generate([1, 2, 3], LONG):
@@ -155,7 +155,7 @@ def test_a_grace_must_be_a_number_of_seconds(grace, serve_fails):
 
 
 def test_what_ends_silently_before_it_has_served_is_a_failure(random_folder):
-    """As SystemExit does."""
+    """SystemExit ends a process without a word."""
     before = "from astraea_jax.engine.runner import Runner\ndef leave(*_): raise SystemExit(0)\nRunner.compile = leave"
     command = f"{before}\nimport runpy\nrunpy.run_path({SERVE[1]!r}, run_name='__main__')"
     arguments = [sys.executable, "-c", command, f"--model={random_folder}", "--port=0"]

@@ -12,10 +12,11 @@ from astraea_jax.agents import formats
 from astraea_jax.engine.interface import Serving
 from astraea_jax.frontends.http.app import make_app
 from astraea_jax.frontends.http.connections import ConnectionLimits
+from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.guard import Bounds, Guard
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
-from astraea_jax.frontends.http.turns import Door, Limits
+from astraea_jax.frontends.http.waiting import Limits
 
 MODEL = "tiny"
 

@@ -60,7 +60,7 @@ class StubRunner:
     def __init__(self) -> None:
         self.device: Device | None = None
         self.fault: AssertionError | None = None
-        """What the device has found wrong with a plan; not raised, or else the engine would take it for the step's."""
+        """Fault that the device has found in a plan; not raised, or else the engine would take it for the step's."""
         self.failing: deque[str] = deque()
         """Calls that are to raise: ``"dispatch"`` or ``"read"``, each the next time it comes."""
         self.broken: BaseException | None = None

@@ -11,10 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from astraea_jax.frontends.http import operations
+from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
 from astraea_jax.frontends.http.tenants import Keys
-from astraea_jax.frontends.http.turns import Door
 from astraea_jax.frontends.operating import Operator
 
 ROUTERS: tuple[APIRouter, ...] = (operations.router,)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import Request
 
 from astraea_jax.errors import RequestError, Unauthorized
+from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.tenants import Tenant, presented_key
-from astraea_jax.frontends.http.turns import Door
 
 SESSION_HEADERS = ("x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "thread-id", "session-id")
 """Headers by which clients already name a session; the first that is there and not empty counts."""

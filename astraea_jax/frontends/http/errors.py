@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,10 @@ class TooLarge(ValueError):
 
 class TooSlow(TimeoutError):
     """The client has not sent its whole request in time."""
+
+
+class SessionEnded(RuntimeError):
+    """A session was ended while its request ran."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +62,34 @@ class Failure:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+_ANSWERS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int, str, str], ...] = (
+    ((RequestError, CheckpointError), 400, "invalid_request_error", "invalid_value"),
+    (Unauthorized, 401, "authentication_error", "invalid_api_key"),
+    (NotFound, 404, "not_found_error", "not_found"),
+    (TooSlow, 408, "timeout_error", "request_timeout"),
+    (SessionEnded, 409, "invalid_request_error", "session_ended"),
+    (TooLarge, 413, "invalid_request_error", "request_too_large"),
+    (Overloaded, 429, "rate_limit_error", "overloaded"),
+    (StepFailed, 503, "server_error", "step_failed"),
+    (EngineDead, 503, "server_error", "not_serving"),
+)
+"""Exceptions whose text is made for clients: status, type and code of the answer. (The engine's checks are among them;
+:class:`CheckpointError` is that a model has no chat template.)"""
+
+
 def failure_of(error: BaseException) -> Failure:
     """Return what a client is told about an exception; what was not made for clients goes to the log only."""
     text = str(error)[:MAX_MESSAGE]
+    for kinds, status, kind, code in _ANSWERS:
+        if isinstance(error, kinds):
+            return Failure(status, kind, text, code, retry_after_s=RETRY_AFTER_S if status in (429, 503) else None)
     match error:
         case RequestValidationError():
             return _invalid(error)
-        case RequestError() | CheckpointError():
-            return Failure(400, "invalid_request_error", text, "invalid_value", getattr(error, "param", None))
-        case Unauthorized():
-            return Failure(401, "authentication_error", text, "invalid_api_key")
-        case NotFound():
-            return Failure(404, "not_found_error", text, "not_found")
-        case TooSlow():
-            return Failure(408, "timeout_error", text, "request_timeout")
-        case TooLarge():
-            return Failure(413, "invalid_request_error", text, "request_too_large")
-        case Overloaded():
-            wait = math.ceil(getattr(error, "retry_after_s", RETRY_AFTER_S))
-            return Failure(429, "rate_limit_error", text, "overloaded", retry_after_s=wait)
-        case StepFailed():
-            return Failure(503, "server_error", text, "step_failed", retry_after_s=RETRY_AFTER_S)
-        case EngineDead():
-            return Failure(503, "server_error", text, "not_serving", retry_after_s=RETRY_AFTER_S)
         case HTTPException(status_code=404):
             return Failure(404, "not_found_error", "there is no such route", "not_found")
         case HTTPException(status_code=status):  # of the framework: a method that is not allowed, unreadable JSON
-            return Failure(status, "invalid_request_error", str(error.detail)[:MAX_MESSAGE], None)
+            return Failure(status, "invalid_request_error", str(error.detail)[:MAX_MESSAGE])
     log.error("a request failed", exc_info=error)
     return Failure(500, "server_error", "internal error; the server's log has more", "internal_error")
 

@@ -12,8 +12,8 @@ from typing import Any
 import uvicorn
 
 from astraea_jax.frontends.http.connections import Connection, ConnectionLimits, Connections
+from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.guard import Guard
-from astraea_jax.frontends.http.turns import Door
 
 HANG_UP_S = 1
 """Seconds that clients get to hang up when the server stops; their connections are cut then."""

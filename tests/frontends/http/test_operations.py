@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from support.browser import BROWSER, page_of
@@ -15,7 +16,6 @@ from support.stub import stub_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends import status
 from astraea_jax.frontends.http.tenants import Keys
-from astraea_jax.frontends.operating import Operator
 from astraea_jax.frontends.profiling import Profiler
 
 KEYS = Keys(["first-key", "second-key"], ["the-admin-key"])
@@ -153,10 +153,8 @@ async def test_profiles_are_written_one_at_a_time(tmp_path, monkeypatch):
     async with server(KEYS) as http:
         refused = await http.client.post("/start_profile", headers=ADMIN)
         assert (refused.status_code, "--profile_dir" in refused.text) == (400, True)
-        operator = Operator(
-            *(getattr(http.app.app.state.operator, part) for part in ("metrics", "status")), Profiler(str(tmp_path))
-        )
-        http.app.app.state.operator = operator
+        state = http.app.app.state
+        state.operator = replace(state.operator, profiler=Profiler(str(tmp_path)))
         assert (await http.client.post("/stop_profile", headers=ADMIN)).status_code == 400
         assert (await http.client.post("/start_profile", headers=ADMIN)).json() == {"folder": str(tmp_path)}
         assert (await http.client.post("/start_profile", headers=ADMIN)).status_code == 400

@@ -7,8 +7,9 @@ from support.http import MODEL
 from astraea_jax.agents import formats
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.tenants import Tenant
-from astraea_jax.frontends.http.turns import ChatRequest, Door
+from astraea_jax.frontends.http.turns import ChatRequest
 
 USER = {"role": "user", "content": "Hello"}
 TENANT = Tenant("somebody", "")
@@ -22,28 +23,28 @@ def door(engine) -> Door:
 
 async def test_every_choice_is_a_turn(door, engine):
     params = SamplingParams(max_tokens=5, seed=7, temperature=1.0, ignore_eos=True)
-    turns = await door.begin(ChatRequest([USER], TENANT, params=params, n=3))
-    assert door.queue.tokens > 0
+    turns = await door.begin(ChatRequest(messages=[USER], tenant=TENANT, params=params, n=3))
+    assert door.waiting.tokens > 0
     deltas = [[delta async for delta in turn] for turn in turns]
     ids = [[token for delta in each for token in delta.token_ids] for each in deltas]
     assert [len(each) for each in ids] == [5, 5, 5]
     assert len({tuple(each) for each in ids}) == 3
     assert {turn.finish_reason for turn in turns} == {"length"}
-    assert door.queue.tokens == door.queue.rendering == 0
+    assert door.waiting.tokens == door.waiting.choices == 0
     await settled(engine)
 
 
 async def test_a_turn_that_nobody_holds_is_cancelled(door, engine):
-    turns = await door.begin(ChatRequest([USER], TENANT, n=2))
+    turns = await door.begin(ChatRequest(messages=[USER], tenant=TENANT, n=2))
     await anext(turns[0])
     del turns
     await settled(engine)
-    assert door.queue.tokens == 0
+    assert door.waiting.tokens == 0
 
 
 async def test_a_session_with_a_request_in_progress_begins_another_program(door, engine):
     params = SamplingParams(max_tokens=4, ignore_eos=True)
-    request = ChatRequest([USER], TENANT, params=params, session="agent")
+    request = ChatRequest(messages=[USER], tenant=TENANT, params=params, session="agent")
     first = (await door.begin(request))[0]
     second = (await door.begin(request))[0]
     for turn in (second, first):
@@ -70,4 +71,4 @@ async def test_a_session_with_a_request_in_progress_begins_another_program(door,
 async def test_a_request_that_cannot_be_served_is_refused(door, change, named):
     with pytest.raises(RequestError, match=named):
         await door.begin(ChatRequest(**{"messages": [USER], "tenant": TENANT, **change}))
-    assert door.queue.tokens == door.queue.rendering == 0
+    assert door.waiting.tokens == door.waiting.choices == 0
