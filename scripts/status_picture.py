@@ -35,7 +35,7 @@ flags.DEFINE_string("browser", "chromium-headless-shell", "Chromium, or its head
 flags.DEFINE_string("picture", "docs/status.png", "File for the picture.")
 flags.DEFINE_integer("agents", 20, "Agents alive at once.", lower_bound=1)
 flags.DEFINE_integer("seconds", 45, "How long they work before the picture is taken.", lower_bound=1)
-CONFIG = EngineConfig(max_seqs=8, kv_bytes=2 * 2**20, host_kv_bytes=16 * 2**20, residency="adaptive", max_context=1024)
+CONFIG = EngineConfig(max_seqs=8, kv_bytes=2 * 2**20, host_kv_bytes=16 * 2**20, residency="adaptive", max_context=768)
 
 
 class RealTime:

@@ -13,6 +13,7 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.frontends.metrics import PREFIX, Metrics
 from astraea_jax.frontends.profiling import Profiler, check_folder
 from astraea_jax.frontends.status import Status
+from astraea_jax.frontends.tracing import tracing_flags
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Operator:
 
 
 def operator_flags() -> Callable[[Serving, str], Operator]:
-    """Define the flags; return a function that makes an :class:`Operator` of their values, an engine and its model."""
+    """Define the flags; return a function that makes an :class:`Operator` of their values, an engine and its model.
+
+    It also begins to trace the engine's requests, if the flags say where to.
+    """
     flags.DEFINE_string("metrics_prefix", PREFIX, "What metrics' names begin with; vllm: for dashboards made for vLLM.")
     flags.DEFINE_string(
         "profile_dir", None, "Folder for profiles, which the admin key begins; by default none are taken."
@@ -48,8 +52,11 @@ def operator_flags() -> Callable[[Serving, str], Operator]:
     for name in ("metrics_prefix", "profile_dir"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
+    trace = tracing_flags()
+
     def operator(engine: Serving, model: str) -> Operator:
         chosen = flags.FLAGS
+        trace(engine, model)
         return Operator.of(engine, model, chosen.metrics_prefix, chosen.profile_dir)
 
     return operator
