@@ -34,8 +34,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("browser", "chromium-headless-shell", "Chromium, or its headless shell.")
 flags.DEFINE_string("picture", "docs/status.png", "File for the picture.")
 flags.DEFINE_integer("agents", 20, "Agents alive at once.", lower_bound=1)
-flags.DEFINE_integer("seconds", 45, "How long they work before the picture is taken.", lower_bound=1)
-CONFIG = EngineConfig(max_seqs=8, kv_bytes=2 * 2**20, host_kv_bytes=16 * 2**20, residency="adaptive", max_context=768)
+flags.DEFINE_integer("seconds", 30, "How long they work before the picture is taken.", lower_bound=1)
+CONFIG = EngineConfig(max_seqs=4, kv_bytes=2 * 2**20, host_kv_bytes=16 * 2**20, residency="adaptive", max_context=768)
 
 
 class RealTime:
@@ -51,10 +51,10 @@ class RealTime:
 
 
 def waiting(inner: Tool, rng: random.Random) -> Tool:
-    """Make ``inner`` take as long as a published tool call."""
+    """Make ``inner`` take half as long as a published tool call."""
 
     async def call(**arguments: object) -> object:
-        await asyncio.sleep(CLAUDE_CODE_TOOLS.draw(rng))
+        await asyncio.sleep(0.5 * CLAUDE_CODE_TOOLS.draw(rng))
         return inner(**arguments)
 
     return inner.wrapped(call)

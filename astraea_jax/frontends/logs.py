@@ -12,7 +12,8 @@ from typing import Any
 from absl import flags
 
 ACCESS = logging.getLogger("astraea_jax.access")
-"""One record for every request that a door has answered."""
+"""One record for every request that a door has answered; off until :func:`configure` says otherwise."""
+ACCESS.setLevel(logging.CRITICAL)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
