@@ -180,7 +180,8 @@ class ServingLoop:
             case Check(answer):
                 self._check(answer)
             case Look(answer=asked, limit=limit, owner=owner):
-                asked.set_result(self._scheduler.look(limit, owner, now))
+                if asked.set_running_or_notify_cancel():  # whoever asked may have given up
+                    asked.set_result(self._scheduler.look(limit, owner, now))
             case Stop():
                 self._stopping = True
             case _:
