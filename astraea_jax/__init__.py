@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from astraea_jax.agents.mcp import McpServer
+from astraea_jax.agents.tool_types import ToolError
 from astraea_jax.agents.tools import Tool, tool
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
@@ -22,11 +24,13 @@ __all__ = [
     "EngineConfig",
     "EngineDead",
     "Generation",
+    "McpServer",
     "Overloaded",
     "RequestError",
     "SamplingParams",
     "StartupError",
     "Tool",
+    "ToolError",
     "Usage",
     "tool",
 ]

@@ -19,6 +19,10 @@ class StepFailed(RuntimeError):
     """A step of the engine has failed, or gave no token; the engine goes on, and the request may be sent again."""
 
 
+class Unauthorized(PermissionError):
+    """The caller's key is missing, unknown, or not enough for what is asked; the message says which."""
+
+
 class StartupError(RuntimeError):
     """The configuration cannot be served on this machine; the message says what would fit."""
 

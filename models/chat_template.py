@@ -105,6 +105,11 @@ class ChatTemplates:
     def __init__(self, texts: Mapping[str, str]):
         self._templates = {name: ChatTemplate(text) for name, text in texts.items()}
 
+    @property
+    def literal_text(self) -> str:
+        """Everything that they can write by themselves."""
+        return "\0".join(template.literal_text for template in self._templates.values())
+
     @classmethod
     def from_folder(cls, folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplates:
         """Read them from their own files, or else from ``tokenizer_config.json``, or ``chat_template.json``.

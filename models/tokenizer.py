@@ -30,6 +30,7 @@ class Tokenizer:
         eos_ids: tokens that end a generation.
         template: Jinja chat template, if the model has one, or several by name.
         special: named special tokens as templates refer to them, such as ``{"eos_token": "<|im_end|>"}``.
+        response_template: how the model's turns are to be read, if its folder says so, in transformers' form.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Tokenizer:
         eos_ids: frozenset[int],
         template: str | ChatTemplates | None,
         special: Mapping[str, str],
+        response_template: Any = None,
     ):
+        self.response_template = response_template
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
         self.bos_id = bos_id
@@ -81,7 +84,13 @@ class Tokenizer:
             eos_ids=_eos_ids(folder, tokenizer, special.get("eos_token")),
             template=ChatTemplates.from_folder(folder, config),
             special=special,
+            response_template=config.get("response_template"),
         )
+
+    @property
+    def template_text(self) -> str:
+        """Everything that the chat templates can write by themselves."""
+        return self._templates.literal_text
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of ``text``. Special tokens written in it count as such, as in rendered chats.
@@ -104,6 +113,15 @@ class Tokenizer:
         """Text of ``ids`` without :attr:`delimiters`. Other special tokens, such as ``<tool_call>``, are text."""
         text: str = self._tokenizer.decode([i for i in ids if i not in self.delimiters], skip_special_tokens=False)
         return text
+
+    def to_json(self) -> str:
+        """Return the contents of a ``tokenizer.json``, with every special token, for libraries that read such."""
+        serialized: str = self._tokenizer.to_str()
+        return serialized
+
+    def added_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that stand beside the vocabulary proper, such as ``<tool_call>``."""
+        return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one after the other."""

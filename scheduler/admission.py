@@ -25,7 +25,7 @@ class Admission:
         """Waiting requests that have not run yet; the others were preempted."""
         self._policy, self._pool, self._running, self._residency = policy, pool, running, residency
         self._size = config.page_size
-        self._has_host = config.host.pages > 0 and policy.strategy.uses_host
+        self._host_tier = config.host.pages > 0 and policy.strategy.uses_host
         self._queue = WaitingQueue(policy.columns)
         self._outdated: dict[Request, None] = {}
         policy.outdate = self.outdate
@@ -96,7 +96,7 @@ class Admission:
     def _pressure(self) -> Pressure:
         pool = self._pool
         return Pressure(
-            self._size, pool.size, pool.free, pool.obtainable - pool.free, len(self._running), self._has_host
+            self._size, pool.size, pool.free, pool.obtainable - pool.free, len(self._running), self._host_tier
         )
 
     def check(self) -> None:

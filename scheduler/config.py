@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from .program import Rejected
 from .transfer import HostTier
 
 NO_HOST = HostTier()
@@ -29,6 +30,14 @@ class SchedulerConfig:
     @property
     def pages_per_seq(self) -> int:
         return -(-self.max_context // self.page_size)
+
+    def check_size(self, prompt: int, max_tokens: int) -> None:
+        """Raise Rejected if a request of so many tokens can never run."""
+        capacity = min(self.max_context, (self.num_pages - 1) * self.page_size)
+        if not prompt or max_tokens < 1:
+            raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens}: both must be at least 1")
+        if prompt + max_tokens > capacity:
+            raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens} exceed the {capacity} that fit")
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,12 @@ class SchedulerStats:
     failed_transfers: int
     decisions: dict[str, int]
     """Counts of what the residency manager did, and why: "what: why" -> count."""
+    sessions: int
+    """Live programs that their callers have named."""
+    programs_on_host: int
+    """Programs of whose KV the host holds a copy."""
+    host_pages: int
+    """Pages of host memory in use."""
 
     def flat(self, page_bytes: int) -> dict[str, int]:
         """Every field as a number: ``decisions`` as one "kv what: why" each, and pages moved in bytes as well."""

@@ -38,6 +38,11 @@ class HostCopies:
         return min(self.free, self.host.staging - self._staged)
 
     @property
+    def holders(self) -> int:
+        """Programs that have copies."""
+        return len(self._holders)
+
+    @property
     def free(self) -> int:
         """Pages of host memory that are not in use."""
         return self.host.pages - self._used

@@ -31,7 +31,7 @@ class Pressure:
     """Pages that only programs without a running request hold; they can be evicted."""
     running: int
     """Running requests."""
-    host: bool
+    host_tier: bool
     """Whether there is a host tier, so that KV under pressure moves instead of being lost."""
 
 
@@ -44,7 +44,7 @@ class Policy:
     columns = 1
     """Length of what :meth:`features` returns."""
     backfill = 0
-    """How many later requests are tried if the first in order does not fit; 0: it blocks them."""
+    """Later requests that are tried if the first in order does not fit; 0: it blocks them."""
     max_skips = 10**9
     """Number of times that later requests may start before the first in order; after that it blocks them."""
     residency: str | None = None

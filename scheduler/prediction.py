@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 import numpy as np
 
 from .costs import StepCosts, StepFit, TransferFit
+from .histogram import Histogram
 from .program import Program, Request
 
 WINDOW = 1024
@@ -21,6 +22,24 @@ ENOUGH = 30
 FEW_TOKENS, FEW_TURNS, FEW_SECONDS = 100.0, 8.0, 1.0
 """Output tokens per request, requests per program and seconds per tool wait, before anything is known: guesses, which
 only order the first few programs."""
+
+
+WAIT_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+"""Bounds of tool waits that are counted."""
+
+
+class ToolWaits:
+    """How long programs have waited for their tools, and how well that was predicted."""
+
+    def __init__(self) -> None:
+        self.seconds = Histogram(WAIT_S)
+        self.errors = Histogram(WAIT_S)
+        """Between the seconds predicted and those that a wait took, whichever was more."""
+
+    def add(self, took_s: float, predicted_s: float) -> None:
+        """Count a wait."""
+        self.seconds.add(took_s)
+        self.errors.add(abs(took_s - predicted_s))
 
 
 class Distribution:
@@ -150,6 +169,7 @@ class Predictor:
         """Tokens computed per request, as the mean of its program so far."""
         self.tool_waits = Distribution()
         """Seconds per tool wait, of all tools."""
+        self.waits = ToolWaits()
         self.tools: OrderedDict[str, Distribution] = OrderedDict()
         """The same by tool: the ``WINDOW`` named last, since names come from clients. The oldest is first."""
         self.talk = Distribution()
@@ -248,6 +268,7 @@ class Predictor:
 
     def returned(self, program: Program) -> None:
         """A tool wait has ended."""
+        self.waits.add(program.wait_s, self.tool_s(program))
         self.tool_waits.add(program.wait_s)
         if program.tool is not None:
             own = self.tools.pop(program.tool, None) or Distribution()

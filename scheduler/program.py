@@ -55,7 +55,7 @@ class Program:
     tool: str | None = None
     """The tool it waits for, if the client has said so."""
     wait_began: float = 0.0
-    """When its present tool wait began."""
+    """Time at which its present tool wait began."""
     wait_s: float = 0.0
     """Seconds that its last tool wait took."""
     io_intensive: bool = True
@@ -112,9 +112,9 @@ class Request:
     matched: int = 0
     """Tokens that it shares with what its program retained when it was last queued."""
     queued: float = 0.0
-    """When it last entered the queue."""
+    """Time at which it last entered the queue."""
     started: float = 0.0
-    """When it last got a slot."""
+    """Time at which it last got a slot."""
     output: list[int] = field(default_factory=list)
     """Tokens sampled so far that the host has read."""
     num_at_start: int = field(init=False)
@@ -127,7 +127,7 @@ class Request:
     """Prompt tokens whose KV was still there when it was first admitted."""
     preemptions: int = 0
     first_token: float | None = None
-    """When its first token was read."""
+    """Time at which its first token was read."""
     skipped: int = 0
     """Times that a later request has started because this one, first in order, did not fit. Written by Admission."""
 
@@ -139,7 +139,7 @@ class Request:
     capacity: int = 0
     """Tokens that these pages hold."""
     first_scheduled: float | None = None
-    """When it was first part of a step."""
+    """Time at which it was first part of a step."""
 
     # Written by Residency and HostCopies when it is admitted, and when a restore ends.
     num_computed: int = 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator
+from itertools import islice
 
 from .program import Program, QueueFull, Rejected, Request
+from .view import ProgramView
 
 
 class IdlePrograms:
@@ -40,6 +42,10 @@ class IdlePrograms:
     def longest(self) -> Program:
         """The program that has been idle longest."""
         return next(iter(self._all))
+
+    def latest(self, owner: Hashable | None) -> Iterator[Program]:
+        """Those of an owner, or (None) all of them; the one whose wait began last is the first."""
+        return reversed(self._all if owner is None else self._of.get(owner, OrderedDict()))
 
     def of_largest_owner(self) -> Program:
         """The longest idle program of the owner with the most idle ones."""
@@ -91,11 +97,26 @@ class Registry:
     def __len__(self) -> int:
         return len(self.live) + len(self.idle)
 
+    @property
+    def named(self) -> int:
+        """Programs that have a key."""
+        return len(self._by_key)
+
     def find(self, key: Hashable) -> Program | None:
         return self._by_key.get(key)
 
     def programs(self) -> list[Program]:
         return [*self.live, *self.idle]
+
+    def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
+        """Look at up to ``limit`` programs, of one owner or (None) of all.
+
+        Those with a request come first, then those whose tool wait began last.
+        """
+        live = (item for item in self.live.items() if owner in (None, item[0].owner))
+        views = [ProgramView.of(program, request, now) for program, request in islice(live, limit)]
+        idle = islice(self.idle.latest(owner), limit - len(views))
+        return views + [ProgramView.of(program, None, now) for program in idle]
 
     def open(self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float) -> Program:
         """The program of that key, or a new one, which must get a request before anything else happens.

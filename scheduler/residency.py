@@ -27,6 +27,10 @@ CHUNK = 32
 """Least pages offloaded together, if a program has as many and staging has room: a guess."""
 
 
+FROM_DEVICE, FROM_HOST, RECOMPUTED = "device", "host", "recomputed"
+"""Where the KV of a program comes from that goes on."""
+
+
 class Offer(NamedTuple):
     """Pages that a waiting request can start from: some on the device, and after those some on the host."""
 
@@ -66,6 +70,16 @@ class Residency:
         self._order = self.kv.order
         self._pool, self._size, self._strategy = pool, page_size, strategy
         self._offloading = False
+
+    @property
+    def programs_on_host(self) -> int:
+        """Programs of whose KV the host holds a copy."""
+        return self._copies.holders
+
+    @property
+    def host_pages(self) -> int:
+        """Pages of host memory in use."""
+        return self._copies.host.pages - self._copies.free
 
     # -- programs ----------------------------------------------------------------------------------------------
 
@@ -160,11 +174,19 @@ class Residency:
                 self._pool.uncache(pages[whole])
             self.kv.cut_copies(program, whole)
         request.num_computed = request.reused = offer.tokens
+        if request.matched:
+            self.kv.note(program, "resume", self._source(offer), len(pages))
         self._strategy.started(request, now)
         new = self._pool.allocate(offer.need)
         if offer.parts:
             self._copies.restore(request, new[: sum(part.pages for part in offer.parts)], offer.parts, now)
         return pages + new
+
+    def _source(self, offer: Offer) -> str:
+        """Where the tokens come from that a request shares with its program's last one, the slowest source of them."""
+        if offer.tokens < offer.request.matched - self._size:  # a last page that was not full, or is shared, is cheap
+            return RECOMPUTED
+        return FROM_HOST if offer.parts else FROM_DEVICE
 
     # -- transfers ---------------------------------------------------------------------------------------------
 

@@ -19,11 +19,12 @@ from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
 from .plan import Plan
 from .policy import Policy
-from .program import Program, QueueFull, Rejected, Request
+from .program import Program, QueueFull, Request
 from .registry import Registry
 from .residency import Offer, Residency
 from .running import Running
 from .transfer import HostCopy, Transfer
+from .view import ProgramView
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Scheduler:
             Rejected: it can never run, or its program has another salt.
             QueueFull: too many requests wait, too many programs are live, or its program has a request already.
         """
-        self._check_size(len(prompt), max_tokens)
+        self.config.check_size(len(prompt), max_tokens)
         if self._admission.unstarted >= self.config.max_waiting:
             raise QueueFull(f"{self._admission.unstarted} requests are waiting; try again later")
         opened = self._programs.open(program, owner, salt, now)
@@ -216,7 +217,14 @@ class Scheduler:
             restored_pages=residency.moved[1],
             failed_transfers=residency.failed,
             decisions=dict(residency.kv.decisions),
+            sessions=programs.named,
+            programs_on_host=residency.programs_on_host,
+            host_pages=residency.host_pages,
         )
+
+    def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
+        """Look at up to ``limit`` programs; see :meth:`.registry.Registry.look`."""
+        return self._programs.look(limit, owner, now)
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
@@ -384,14 +392,6 @@ class Scheduler:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
-
-    def _check_size(self, prompt: int, max_tokens: int) -> None:
-        c = self.config
-        capacity = min(c.max_context, self._pool.size * c.page_size)
-        if not prompt or max_tokens < 1:
-            raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens}: both must be at least 1")
-        if prompt + max_tokens > capacity:
-            raise Rejected(f"a prompt of {prompt} tokens and max_tokens {max_tokens} exceed the {capacity} that fit")
 
     def _forget(self, program: Program) -> None:
         self._residency.forgotten(program)

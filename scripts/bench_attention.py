@@ -24,10 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from astraea_jax.engine.step import PREFILL_TILE
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.lab.record import Section, define_flags, publish
@@ -332,4 +333,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
@@ -271,4 +272,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from astraea_jax.engine.layout import STAGING_PAGES
 from astraea_jax.engine.runner import Runner
 from astraea_jax.engine.step import StepSizes
-from astraea_jax.frontends.flags import engine_flags
+from astraea_jax.frontends.flags import engine_flags, run_main
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import HostStore, has_pinned_host
 from astraea_jax.lab.record import Section, define_flags, publish
@@ -276,4 +276,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

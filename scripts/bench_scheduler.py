@@ -19,8 +19,9 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.pages import PagePool
@@ -156,4 +157,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -30,15 +30,15 @@ from typing import Any
 import jax
 from absl import app, flags
 from rich.console import Console
-from serving_load import Latencies, Load, Slo, offline, online
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import StartupError
-from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
+from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title, run_main
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.lab.record import Environment, Section, command, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, Work
+from astraea_jax.lab.serving_load import Latencies, Load, Slo, offline, online
 from astraea_jax.models import resolve
 from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
 
@@ -347,4 +347,4 @@ def measure(rates: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

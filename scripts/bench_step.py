@@ -24,10 +24,10 @@ from absl import app, flags
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.replicas import load_engine
-from astraea_jax.engine.runner import StepTimes
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.times import StepTimes
 from astraea_jax.errors import StartupError
-from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title
+from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title, run_main
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, Work
@@ -253,4 +253,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from astraea_jax.engine.config import KV_DTYPES
 from astraea_jax.errors import StartupError
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import BACKENDS
 from astraea_jax.lab.ahead import EXECUTABLES, TARGETS, Case, Figures, Unfit, compile_case
 from astraea_jax.models.config import PUBLISHED
@@ -173,4 +174,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

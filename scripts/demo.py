@@ -39,6 +39,7 @@ from rich.table import Table
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import Tool, tool
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.lab.plots import spans, timelines
 from astraea_jax.lab.shop import Task, make_tasks
@@ -283,4 +284,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
@@ -27,6 +27,7 @@ from rich.table import Table
 
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.config import DTYPES, KV_DTYPES, EngineConfig
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.lab.shop import make_tasks
 from astraea_jax.models import resolve
@@ -166,4 +167,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -20,7 +20,7 @@ from astraea_jax.agents.tools import tool
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
-from astraea_jax.frontends.flags import MODEL, engine_flags
+from astraea_jax.frontends.flags import MODEL, engine_flags, run_main
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models.config import CheckpointError
@@ -75,4 +75,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

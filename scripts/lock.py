@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -13,5 +14,6 @@ def pins(report: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and no argument
     sys.stdout.write("# Exact versions for CI, by `make lock`; constraints, not requirements.\n")
     sys.stdout.write("".join(f"{pin}\n" for pin in pins(sys.stdin.read())))

@@ -13,9 +13,9 @@ been run by us yet.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -255,5 +255,9 @@ PEERS: dict[str, Callable[[Load], Result]] = {f.__name__: f for f in (transforme
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    _, peer, source, target = sys.argv
-    Path(target).write_text(json.dumps(PEERS[peer](json.loads(Path(source).read_text()))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("load", type=Path)
+    parser.add_argument("result", type=Path)
+    given = parser.parse_args()
+    given.result.write_text(json.dumps(PEERS[given.peer](json.loads(given.load.read_text()))))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
@@ -43,6 +43,7 @@ from rich.progress import (
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from astraea_jax.agents.tools import tool
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models import BUNDLED
 from astraea_jax.models.checkpoint import save_hf
@@ -274,4 +275,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -31,7 +31,7 @@ from astraea_jax.models.tokenizer import Tokenizer as Tokens
 
 OWN = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
 COMPILED = os.environ.get("JAX_COMPILATION_CACHE_DIR", OWN.name)
-"""What one test or process has compiled, the others find here; most of the time of a run would be compilation."""
+"""Others find here what one test or process has compiled; most of the time of a run would be compilation."""
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

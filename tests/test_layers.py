@@ -24,9 +24,9 @@ FLOORS = (
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
 SCHEDULER_FLOORS = (
-    {"prefix"},
+    {"histogram", "prefix"},
     {"program", "transfer"},
-    {"config", "decode_batch", "eviction", "pages", "plan"},
+    {"config", "decode_batch", "eviction", "pages", "plan", "view"},
     {"copies", "costs", "registry"},
     {"prediction", "retained", "running"},
     {"strategies"},

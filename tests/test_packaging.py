@@ -1,4 +1,4 @@
-"""What is built is what is imported: the wheel, the sdist, and what they depend on."""
+"""Tests that what is built is what is imported: the wheel, the sdist, and what they depend on."""
 
 from __future__ import annotations
 

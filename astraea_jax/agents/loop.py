@@ -103,24 +103,20 @@ async def run_program(
     conversation: list[Message] = []
     schemas = [tool.schema() for tool in tools] or None
     records: list[RequestRecord] = []
-    calls_made = 0
     try:
         conversation += normalise_messages(messages)
         while True:
             prompt = await _prompt(model, conversation, schemas, template_arguments or {})
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
-            content, calls = parse(text, calls_made, by_name)
+            content, calls = parse(text, sum(len(one.tools) for one in records), by_name)
             conversation.append(assistant_message(text, content, calls))
             cut = record.finish_reason == "cancelled"
             if final or cut or not calls:
                 records.append(record)
                 reason = "max_steps" if calls and not cut else record.finish_reason
                 return ProgramResult(session, content, conversation, reason, tuple(records))
-            calls_made += len(calls)
-            if names := _joined({call.name for call in calls if call.name in by_name}):
-                model.tool_called(session, names)
-            done = await _run_tools(calls, by_name)
+            done = await _run_tools(model, session, calls, by_name)
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))
     except Exception as error:
@@ -159,7 +155,7 @@ async def _prompt(
     return await encode_prompt(characters, encode)
 
 
-def _joined(names: Iterable[str]) -> str:
+def joined(names: Iterable[str]) -> str:
     """Join by "+" as many of ``names`` as one name may hold."""
     joined = ""
     for name in sorted(names):
@@ -193,7 +189,12 @@ async def _request(
     )
 
 
-async def _run_tools(calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> list[tuple[Message, ToolRun]]:
+async def _run_tools(
+    model: Model, session: str, calls: Sequence[ToolCall], tools: Mapping[str, Tool]
+) -> list[tuple[Message, ToolRun]]:
+    """Run the calls of one turn at the same time, after telling the model what its program waits for."""
+    if names := joined({call.name for call in calls if call.name in tools}):
+        model.tool_called(session, names)
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(_call(call, tools)) for call in calls]
     return [task.result() for task in running]

@@ -1,7 +1,7 @@
-"""Reads a model's turn as it is written: thoughts, text for the user, and tool calls.
+"""Reads a model's turn while it is written: thoughts, text for the user, and tool calls.
 
 Nothing that a model writes is an exception here, and nothing is lost: a call that cannot be read is given back as text.
-However the text is cut into pieces, the same parts and the same reply come out.
+However the text is cut into pieces, the same reply comes out.
 """
 
 from __future__ import annotations
@@ -9,65 +9,34 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from astraea_jax.agents.formats import CallFormat
-from astraea_jax.agents.tool_calls import ToolCall, parse
+from astraea_jax.agents.bare_calls import BareCalls
+from astraea_jax.agents.call_bodies import Tools, read_body
+from astraea_jax.agents.call_end import CallBody
+from astraea_jax.agents.formats import CallFormat, kind
+from astraea_jax.agents.json_calls import MAX_CALLS, ToolCall, refused
+from astraea_jax.agents.parts import CallArguments, CallBegan, CallEnded, Part, Reply, Said, Span, Thought, Trimmed
+from astraea_jax.agents.regions import Closed, Inside, Opened, Piece, Regions
 
+__all__ = [
+    "CallArguments",
+    "CallBegan",
+    "CallEnded",
+    "Part",
+    "Reply",
+    "ReplyReader",
+    "Said",
+    "Thought",
+    "numbered_ids",
+]
 
-@dataclass(frozen=True)
-class Thought:
-    """More of what the model thinks, without the tags around it."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Said:
-    """More of what the model says."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class CallBegan:
-    """A tool call begins; ``index`` counts the calls of this reply from 0."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """More of a call's arguments; all of a call's, joined, are the JSON of an object."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True)
-class CallEnded:
-    """A tool call is complete."""
-
-    index: int
-    call: ToolCall
-
-
-Part = Thought | Said | CallBegan | CallArguments | CallEnded
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A whole turn."""
-
-    thought: str
-    text: str
-    calls: list[ToolCall]
-    """The calls that can be run, in order."""
-    errors: list[str]
-    """Why calls could not be read; these stand in ``text`` as the model wrote them."""
+SLICE = 512
+"""Characters that are split at once: what follows the opening tag of a call is split again."""
+MAX_BARE = 8
+"""Places of a turn at which calls without any tag are looked for."""
 
 
 def numbered_ids(first: int = 0) -> Callable[[], str]:
@@ -79,10 +48,13 @@ def numbered_ids(first: int = 0) -> Callable[[], str]:
 class ReplyReader:
     """Reads one turn.
 
+    Whitespace between markup and text belongs to neither: it is in no part.
+
     Args:
         format: how the model writes thoughts and calls.
         prompt: text of the prompt, whose end tells whether the model begins within a thought.
-        tools: OpenAI-shaped function schemas; None: calls are not looked for and stay text.
+        tools: OpenAI-shaped function schemas, or what is known of the tools; None: calls are not looked for and stay
+            text.
         ids: makes the id of the next call.
     """
 
@@ -90,35 +62,204 @@ class ReplyReader:
         self,
         format: CallFormat,
         prompt: str = "",
-        tools: Sequence[Mapping[str, Any]] | None = (),
+        tools: Sequence[Mapping[str, Any]] | Tools | None = (),
         ids: Callable[[], str] | None = None,
     ):
-        self._tools = tools
+        self._format = format
         self._ids = ids or numbered_ids()
-        self._text: list[str] = []
-        self._reply: Reply | None = None
+        self._looks_for_calls = tools is not None
+        self._tools = tools if isinstance(tools, Tools) else Tools.of(tools or ())
+        self._regions = Regions(format.split if self._looks_for_calls else format.thoughts_only)
+        self._opened: Opened | None = None
+        self._body: CallBody | None = None
+        self._bare: BareCalls | None = None
+        self._bare_tries = MAX_BARE if self._looks_for_calls and format.bare else 0
+        self._bare_error: str | None = None
+        self._may_be_bare = True
+        """Nothing was said since the turn or the last thought began: what follows may be a call without a tag."""
+        self._after_call = False
+        self._in_thought = False
+        self._calls: list[ToolCall] = []
+        self.outcomes: list[ToolCall] = []
+        """All calls in order, those that cannot be read among them."""
+        self._clear()
+        if begun := format.begun(prompt):
+            self._advance(begun)
+            if self._regions.held:  # a whole tag, perhaps: any more text decides
+                self._advance(" ")
+            calls = [part for part in self._parts if not isinstance(part, Said | Thought)]
+            self._clear()
+            self._parts += calls
+        self._prompted = self._in_thought
+        """The model is still in a thought that the prompt has opened."""
+
+    def _clear(self) -> None:
+        self.spans: list[Span] = []
+        """The whole turn; joined, they are its text."""
+        self._parts: list[Part] = []
+        self._thought, self._said = Trimmed(), Trimmed()
 
     @property
     def reply(self) -> Reply:
-        """The whole turn, once it is finished."""
-        if self._reply is None:
-            raise RuntimeError("finish() comes before reply")
-        return self._reply
+        """What has been read so far: the whole turn, once it is finished."""
+        errors = [call.error for call in self.outcomes if call.error is not None]
+        return Reply(self._thought.shown, self._said.shown, list(self._calls), errors)
 
     def feed(self, text: str) -> list[Part]:
         """Take the next piece of text and return what it completes."""
-        self._text.append(text)
-        return []
+        self._advance(text)
+        return self._take_parts()
 
     def finish(self) -> list[Part]:
         """Return what was held back; the turn is over."""
-        text = "".join(self._text)
-        names = [tool.get("function", tool).get("name", "") for tool in self._tools or ()]
-        said, found = (text, []) if self._tools is None else parse(text, 0, names)
-        calls = [ToolCall(self._ids(), call.name, call.arguments) for call in found if call.error is None]
-        parts: list[Part] = [Said(said)] if said else []
-        for index, call in enumerate(calls):
-            arguments = json.dumps(call.arguments, ensure_ascii=False)
-            parts += [CallBegan(index, call.id, call.name), CallArguments(index, arguments), CallEnded(index, call)]
-        self._reply = Reply("", said, calls, [call.error for call in found if call.error is not None])
+        self._advance("", last=True)
+        if self._bare_error and not self.outcomes:
+            self.outcomes.append(refused(self._bare_error))
+        if self._prompted and self._looks_for_calls:
+            self._run_what_ends_the_thought()
+        self._show(Thought, self._thought.rest())
+        self._show(Said, self._said.rest())
+        return self._take_parts()
+
+    def _take_parts(self) -> list[Part]:
+        parts, self._parts = self._parts, []
         return parts
+
+    def _show(self, part: type[Thought] | type[Said], text: str) -> None:
+        if text:
+            self._parts.append(part(text))
+
+    def _advance(self, text: str, last: bool = False) -> None:
+        while True:
+            if self._body is not None:
+                text = self._grow_call(self._body, text, last)
+            elif self._bare is not None:
+                text = self._grow_bare(self._bare, text, last)
+            else:
+                text = self._split(text, last)
+            waiting = self._body is not None or self._bare is not None or self._regions.held
+            if not text and not (last and waiting):
+                return
+
+    def _split(self, text: str, last: bool) -> str:
+        """Read text up to where a call begins or may begin; returns what is still to be read."""
+        now, later = text[:SLICE], text[SLICE:]
+        for piece in self._regions.read(now, last and not later):
+            match kind(piece.field):
+                case "tool_calls":
+                    return self._begin_call(piece) + later
+                case "thinking":
+                    self._think(piece)
+                case "draft":
+                    self._say(piece.text, "thought")
+                    self._may_be_bare = isinstance(piece, Closed)
+                case "markup" if self._after_call or not piece.text:
+                    self.spans.append(Span("markup", piece.text))
+                case "content" if not isinstance(piece, Inside):
+                    self.spans.append(Span("markup", piece.text))
+                    self._said.cut()
+                case _:
+                    if self._may_be_a_call(piece):
+                        return self._regions.cut(piece.end - len(piece.text)) + later
+                    self._say(piece.text)
+        return later
+
+    def _think(self, piece: Piece) -> None:
+        self.spans.append(Span("thought", piece.text))
+        if isinstance(piece, Inside):
+            self._show(Thought, self._thought.add(piece.text))
+            return
+        self._in_thought = isinstance(piece, Opened)
+        self._prompted = False
+        self._may_be_bare = True
+        self._thought.cut()
+        self._said.cut()
+        if self._in_thought and self._thought.shown:
+            self._thought.add("\n\n")
+
+    def _say(self, text: str, kind: Any = "text") -> None:
+        self.spans.append(Span(kind, text))
+        self._show(Said, self._said.add(text))
+        if not text.isspace():
+            self._may_be_bare = self._after_call = False
+
+    def _may_be_a_call(self, piece: Piece) -> bool:
+        """Hold back a text that may be calls without a tag."""
+        text = piece.text.lstrip()
+        bare = self._format.bare
+        if not (bare and text and self._may_be_bare and self._bare_tries and BareCalls.may_begin(bare, text)):
+            return False
+        self._bare_tries -= 1
+        self._bare = BareCalls(bare, self._tools)
+        return True
+
+    def _grow_bare(self, bare: BareCalls, text: str, last: bool) -> str:
+        calls = bare.feed(text, last)
+        if calls is None:
+            return ""
+        self._bare = None
+        if calls and calls[0].error is None:
+            self._run(calls, bare.text)
+            return ""
+        self._bare_error = calls[0].error if calls else self._bare_error
+        self._may_be_bare = False
+        return bare.text
+
+    def _begin_call(self, piece: Piece) -> str:
+        assert isinstance(piece, Opened)
+        rest = self._regions.cut(piece.end)
+        if len(self.outcomes) >= MAX_CALLS:
+            self._stop_calls()
+            self._say(piece.text, "unreadable")
+            return rest
+        self._opened = piece
+        form = self._format.fields[piece.field]
+        self._body = CallBody(form, partial(read_body, form, piece.captures, tools=self._tools))
+        return rest
+
+    def _grow_call(self, body: CallBody, text: str, last: bool) -> str:
+        ended = body.feed(text, last)
+        if ended is None:
+            return ""
+        assert self._opened is not None
+        self._body, written = None, self._opened.text + ended.text
+        if ended.error is None:
+            self._run(ended.calls, written)
+        else:
+            self.outcomes.append(refused(ended.error))
+            self._say(written, "unreadable")
+        return ended.rest
+
+    def _run(self, calls: Sequence[ToolCall], written: str) -> None:
+        self._said.cut()
+        self.spans.append(Span("call", written, tuple(calls)))
+        self._may_be_bare, self._after_call = False, True
+        for call in calls:
+            if len(self.outcomes) >= MAX_CALLS:
+                self._stop_calls()
+                return
+            call = replace(call, id=self._ids())
+            index = len(self._calls)
+            self._calls.append(call)
+            self.outcomes.append(call)
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            self._parts += [
+                CallBegan(index, call.id, call.name),
+                CallArguments(index, arguments),
+                CallEnded(index, call),
+            ]
+
+    def _stop_calls(self) -> None:
+        self.outcomes.append(refused(f"too many calls: at most {MAX_CALLS} in one turn are run"))
+        self._regions = Regions(self._format.thoughts_only)
+        self._bare_tries = 0
+
+    def _run_what_ends_the_thought(self) -> None:
+        """Run the calls at the very end of a thought that was never closed: the model waits for their results."""
+        inner = ReplyReader(self._format, "", self._tools)
+        inner.feed("".join(span.text for span in self.spans))
+        inner.finish()
+        ending = itertools.takewhile(lambda span: span.calls or not span.text.strip(), reversed(inner.spans))
+        for span in reversed(list(ending)):
+            if span.calls:
+                self._run(span.calls, "")

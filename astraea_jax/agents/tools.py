@@ -42,8 +42,8 @@ class Tool:
     """JSON schema of the arguments."""
     function: Callable[..., Any]
     timeout_s: float
-    kinds: Mapping[str, Kind]
-    """Checks and converts the argument of each name."""
+    kinds: Mapping[str, Kind] | None
+    """Checks and converts the argument of each name; None: the function checks them itself."""
     _threads: threading.Semaphore = field(init=False, default_factory=lambda: threading.Semaphore(MAX_THREADS))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +88,8 @@ class Tool:
         """
         if not isinstance(arguments, Mapping):
             raise ValueError("expected an object of named arguments")
+        if self.kinds is None:
+            return dict(arguments)
         if unknown := [name for name in arguments if name not in self.kinds]:
             raise ValueError(f"unknown {_names(unknown)}; {self.name} takes {_names(self.kinds) or 'none'}")
         if missing := [name for name in self.parameters["required"] if name not in arguments]:

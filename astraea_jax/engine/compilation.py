@@ -1,4 +1,4 @@
-"""Compilation at start-up: several executables at a time, kept in a folder for later starts."""
+"""Compilation at start-up: several executables at a time, kept in a folder for later starts; and none afterwards."""
 
 from __future__ import annotations
 
@@ -100,3 +100,36 @@ def default_cache() -> str:
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return str(root / "astraea_jax" / "compiled")
+
+
+class CompileGuard:
+    """Notices compilations on the thread that armed it: after start-up every shape must be compiled.
+
+    JAX keeps event listeners for ever, so one listener serves all guards of the process.
+    """
+
+    _armed: dict[int, CompileGuard] = {}  # noqa: RUF012
+    _listening = False
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def arm(self) -> None:
+        if not CompileGuard._listening:
+            jax.monitoring.register_event_duration_secs_listener(CompileGuard._on_event)
+            CompileGuard._listening = True
+        CompileGuard._armed[threading.get_ident()] = self
+
+    def disarm(self) -> None:
+        CompileGuard._armed.pop(threading.get_ident(), None)
+
+    def check(self) -> None:
+        """Raise RuntimeError if anything was compiled since the guard was armed."""
+        if self.compiled:
+            raise RuntimeError(f"compiled after start-up: {self.compiled[0]}; a step shape was not compiled ahead")
+
+    @staticmethod
+    def _on_event(event: str, duration_secs: float, **_: str | int) -> None:
+        guard = CompileGuard._armed.get(threading.get_ident())
+        if guard is not None and "backend_compile" in event:
+            guard.compiled.append(f"{event} ({duration_secs:.2f} s)")

@@ -111,8 +111,8 @@ class EngineConfig:
     kv_bytes: int | None = _option(None, Whole(1, LARGEST_SIZE))
     """Memory for KV pages on each device. None: most of what is free on an accelerator, 512 MiB on a CPU."""
     host_kv_bytes: int | None = _option(None, Whole(0, LARGEST_SIZE))
-    """Pinned memory of each host for the KV of waiting programs, used under memory pressure; 0 means no host tier.
-    None: half of the host's memory (60 GiB at most) on an accelerator, none on a CPU, where it is the same memory."""
+    """Pinned memory of each process for the KV of waiting programs, used under memory pressure; 0 means no host tier.
+    None: half of the machine's memory (60 GiB at most) on an accelerator, none on a CPU, which has no other memory."""
     residency: str | None = _option(None, Choice(STRATEGIES))
     """Strategy for the KV of waiting programs. None: the policy's own, or else adaptive."""
     max_context: int | None = _option(None, Whole())

@@ -22,6 +22,7 @@ from astraea_jax.engine.events import (
     Check,
     EndSession,
     Event,
+    Look,
     Stop,
     Submit,
     ToolCalled,
@@ -30,14 +31,14 @@ from astraea_jax.engine.events import (
     checked_name,
     checked_prompt,
 )
-from astraea_jax.engine.generation import Generation, Mailbox, Outbox
+from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loading import load_model
 from astraea_jax.engine.loop import ServingLoop, StepRunner
 from astraea_jax.engine.multiprocess import make_runner
-from astraea_jax.engine.runner import StepTimes
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.times import StepTimes, Work
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError, shown
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.checkpoint import Progress
@@ -46,8 +47,9 @@ from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.costs import StepFit
 from astraea_jax.scheduler.policies import make_policy
-from astraea_jax.scheduler.prediction import Predictor
+from astraea_jax.scheduler.prediction import Predictor, ToolWaits
 from astraea_jax.scheduler.scheduler import Scheduler
+from astraea_jax.scheduler.view import ProgramView
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +118,10 @@ class Engine:
         if layout.host.pages:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._life = Lifecycle(c.max_queued)
-        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life)
+        self._observers: list[Observer] = []
+        vocab_size = decoder.config.vocab_size
+        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
-        self._cut = 0  # requests that the end of the engine has cut
 
     @classmethod
     def from_folder(
@@ -153,8 +156,9 @@ class Engine:
     def shutdown(self, grace_s: float = 30.0) -> int:
         """Refuse new requests, let running ones finish for ``grace_s`` seconds, then stop and answer the rest.
 
-        Returns how many requests were cut off by the end of this engine. It may be called again, from another thread
-        too, with less grace; it returns within the grace and :data:`STOP_S` seconds, even if a step hangs.
+        Returns how many requests were cut off since it was first called, not those that the engine had cut by dying
+        before. It may be called again, from another thread too, with less grace; it returns within the grace and
+        :data:`STOP_S` seconds, even if a step hangs.
 
         Raises:
             ValueError: ``grace_s`` is not a number; nothing has been shut down then.
@@ -169,7 +173,7 @@ class Engine:
             if self._thread.is_alive():
                 log.error("the serving loop does not end; it is left behind")
         self._die("the engine was shut down")
-        return self._cut
+        return self._life.cut
 
     @property
     def state(self) -> State:
@@ -189,6 +193,10 @@ class Engine:
     def watch(self, changed: Callable[[], object]) -> None:
         """Call ``changed`` after every change of :attr:`state`, in whatever thread makes it; it must not block."""
         self._life.watch(changed)
+
+    def observe(self, ended: Observer) -> None:
+        """Call ``ended`` with every request that ends, in the event loop of its caller; it must not block."""
+        self._observers.append(ended)
 
     # -- requests, from any thread ---------------------------------------------------------------------------
 
@@ -232,7 +240,7 @@ class Engine:
         owner = checked_name("owner", owner, empty=True)
         key = None if session is None else checked_key(session, owner)
         salt = checked_name("cache salt", salt, empty=True)
-        mailbox = Mailbox(asyncio.get_running_loop())
+        mailbox = Mailbox(asyncio.get_running_loop(), self._observers)
         self._life.accept(mailbox, owner)
         self._post(Submit(mailbox, ids, params.seeded(), key, final, salt))
         return Generation(mailbox, self._cancel)
@@ -285,6 +293,21 @@ class Engine:
         return self._loop.times
 
     @property
+    def work(self) -> Work:
+        """What passed through the loop, by step and token."""
+        return self._loop.work
+
+    @property
+    def tool_waits(self) -> ToolWaits:
+        """How long programs have waited for tools, and how well that was predicted."""
+        return self._predictor.waits
+
+    @property
+    def refused(self) -> int:
+        """Requests refused because too many waited."""
+        return self._life.refused
+
+    @property
     def step_costs(self) -> StepFit:
         """Step costs on this machine, fitted to the steps taken so far."""
         return self._predictor.steps
@@ -300,6 +323,20 @@ class Engine:
         serve (``live_replicas``).
         """
         return {**self.stats().flat(self.layout.page_bytes), "replicas": 1, "live_replicas": int(self.live)}
+
+    def look(self, limit: int, owner: str | None = None) -> Future[list[ProgramView]]:
+        """Ask for a picture of up to ``limit`` live programs, those with a request first; None: of all owners.
+
+        Whoever waits for the answer needs a limit of its own: an engine whose device hangs gives none.
+
+        Raises:
+            RequestError, EngineDead, Overloaded: not an owner's name; no loop runs; too many events wait.
+        """
+        answer: Future[list[ProgramView]] = Future()
+        if self.state not in (State.SERVING, State.DRAINING):
+            raise EngineDead(f"an engine that is {self.state.value} has no programs to show")
+        self._post_bounded(Look(answer, limit, None if owner is None else checked_name("owner", owner, empty=True)))
+        return answer
 
     def check(self, timeout_s: float = 60.0) -> None:
         """Raise AssertionError unless pages, programs and requests are all accounted for (for tests and debugging).
@@ -333,11 +370,9 @@ class Engine:
     def _die(self, reason: str) -> None:
         """Enter DEAD and answer everybody who still waits, without using anything that may be broken."""
         outbox = Outbox()
-        cut = self._life.die(reason)
-        for mailbox in cut:
+        for mailbox in self._life.die(reason):
             outbox.put(mailbox, EngineDead(reason))
         outbox.deliver(lambda mailbox: True)
-        self._cut += len(cut)
 
     def _watch_steps(self) -> None:
         """End the engine if a turn of the loop takes longer than ``step_timeout_s``: the device hangs."""

@@ -14,6 +14,7 @@ import numpy as np
 from astraea_jax.engine.generation import Mailbox
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
+from astraea_jax.scheduler.view import ProgramView
 
 MAX_NAME = 256
 """Characters of the name of a session, an owner, a cache salt or a tool."""
@@ -64,11 +65,20 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """Answer with a picture of up to ``limit`` programs of an owner; None: of all."""
+
+    answer: Future[list[ProgramView]]
+    limit: int
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the loop."""
 
 
-Event = Submit | Cancel | EndSession | ToolCalled | Check | Stop
+Event = Submit | Cancel | EndSession | ToolCalled | Check | Look | Stop
 
 
 def checked_prompt(prompt: Sequence[int], max_tokens: int, max_context: int, vocab_size: int) -> tuple[int, ...]:

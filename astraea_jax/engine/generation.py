@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from itertools import chain
 from typing import NamedTuple
 
 from astraea_jax.engine.pacing import Pace
-from astraea_jax.scheduler.program import Request
+from astraea_jax.scheduler.program import Program, Request
+
+log = logging.getLogger(__name__)
 
 
 class TokenLogprob(NamedTuple):
@@ -79,6 +82,24 @@ class Usage:
         )
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A request that has ended, for those who count, trace or log requests."""
+
+    reason: str
+    """A finish reason of :class:`Delta`, or ``"error"``."""
+    usage: Usage | None
+    """None: the whole engine has ended before the request."""
+    program: int
+    """Number of its program in this engine; 0: it never had one."""
+    tool_wait_s: float
+    """How long its program had waited for a tool before it."""
+
+
+Observer = Callable[[Ended], object]
+"""Called with every request that has ended, in the event loop of its caller; it must not block."""
+
+
 def is_last(item: Delta | Exception) -> bool:
     """Whether this is the last item of a request."""
     return isinstance(item, Exception) or item.finish_reason is not None
@@ -90,10 +111,13 @@ class Mailbox:
     It holds no reference to its :class:`Generation`, so that an abandoned one is collected and cancels its request.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: asyncio.AbstractEventLoop, observers: Sequence[Observer] = ()):
         self.loop = loop
+        self.observers = observers
         self.usage: Usage | None = None
         """Set before the last item is delivered."""
+        self.program: Program | None = None
+        """The same."""
         self.pace: Pace | None = None
         self._items: deque[Delta | Exception] = deque()  # bounded by the request's max_tokens
         self._reader: asyncio.Future[None] | None = None
@@ -137,6 +161,16 @@ class Mailbox:
         elif not self._waits:
             self._waits = True
             self.pace.wake(self)
+
+    def tell(self, last: Delta | Exception) -> None:
+        """Tell the observers how the request has ended."""
+        reason = "error" if isinstance(last, Exception) else last.finish_reason or ""
+        number, wait_s = (self.program.number, self.program.wait_s) if self.program is not None else (0, 0.0)
+        for observer in self.observers:
+            try:
+                observer(Ended(reason, self.usage, number, wait_s))
+            except Exception:  # whoever counts must not cost anybody an answer
+                log.exception("an observer of requests failed")
 
 
 class Generation:
@@ -229,3 +263,5 @@ class Outbox:
 def _put_all(items: list[tuple[Mailbox, Delta | Exception]]) -> None:
     for mailbox, item in items:
         mailbox.put(item)
+        if mailbox.observers and is_last(item):
+            mailbox.tell(item)

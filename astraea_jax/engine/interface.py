@@ -7,7 +7,7 @@ from typing import Protocol
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.generation import Delta, Generation, Usage
+from astraea_jax.engine.generation import Delta, Generation, Observer, Usage
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.sampling import SamplingParams
@@ -67,6 +67,7 @@ class Serving(Protocol):
     def start(self, progress: Callable[[int, int], None] = ...) -> None: ...
     def shutdown(self, grace_s: float = ...) -> int: ...
     def watch(self, changed: Callable[[], object]) -> None: ...
+    def observe(self, ended: Observer) -> None: ...
     def generate(
         self,
         prompt: Sequence[int],

@@ -44,7 +44,11 @@ class Lifecycle:
         self._reason = "the engine has not been started"
         self._open: dict[Mailbox, str | None] = {}  # accepted and not ended; the owner, until it has started
         self._queued: Counter[str] = Counter()  # owner -> requests that have not started
+        self.cut = 0
+        """Requests that were still open when the engine died while it was draining."""
         self._max_queued = max_queued
+        self.refused = 0
+        """Requests refused because too many waited."""
         self._watchers: list[Callable[[], object]] = []
 
     @property
@@ -101,6 +105,8 @@ class Lifecycle:
         """Enter DEAD for ``reason``; returns the mailboxes still open, which the caller has to answer."""
         with self._changed:
             cut = list(self._open)
+            if self._state is State.DRAINING:
+                self.cut = len(cut)
             self._open.clear()
             self._queued.clear()
             first = self._state is not State.DEAD
@@ -144,8 +150,10 @@ class Lifecycle:
                 raise EngineDead(self._reason)
             queued = self._queued.total()
             if queued >= self._max_queued:
+                self.refused += 1
                 raise Overloaded(f"{queued} requests are waiting; try again later")
             if owner and self._queued[owner] and queued >= self._max_queued - self._max_queued // RESERVE:
+                self.refused += 1
                 raise Overloaded(
                     f"{queued} requests are waiting, {self._queued[owner]} of them of this client; try again later"
                 )

@@ -13,14 +13,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, assert_never
 
-from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Stop, Submit, ToolCalled
-from astraea_jax.engine.generation import Delta, Mailbox, Outbox, Usage
+import numpy as np
+
+from astraea_jax.engine.compilation import CompileGuard
+from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Look, Stop, Submit, ToolCalled
+from astraea_jax.engine.extras import Collector, Extras, GrammarFault, Tracker, token_logprob
+from astraea_jax.engine.generation import Delta, Mailbox, Outbox, TokenLogprob, Usage
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.output import Output
-from astraea_jax.engine.runner import CompileGuard, InFlight, StepTimes
+from astraea_jax.engine.runner import InFlight
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.times import StepTimes, Work
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.kv_cache.offload import HostStore, Pools
 from astraea_jax.models.tokenizer import Tokenizer
@@ -56,6 +62,7 @@ class StepRunner(Pools, Protocol):
     def compile(self, progress: Callable[[int, int], None]) -> None: ...
     def set_sampling(self, slot: int, params: SamplingParams) -> None: ...
     def dispatch(self, plan: Plan) -> InFlight: ...
+    def resample(self, step: InFlight, extras: Extras) -> InFlight: ...
     def read(self, step: InFlight) -> list[int]: ...
     def put(self, block: Any, sharding: Any) -> Any: ...
     def reset(self) -> None:
@@ -76,6 +83,8 @@ class _Live:
     mailbox: Mailbox
     params: SamplingParams
     output: Output
+    tracker: Tracker | None
+    """Of a request that needs more than plain sampling."""
 
 
 class ServingLoop:
@@ -87,6 +96,7 @@ class ServingLoop:
         store: the host tier; None: there is none.
         tokenizer: turns tokens into text.
         lifecycle: says whether to go on, and who still waits for an answer.
+        vocab_size: tokens that the model tells apart.
     """
 
     def __init__(
@@ -96,17 +106,20 @@ class ServingLoop:
         store: HostStore | None,
         tokenizer: Tokenizer,
         lifecycle: Lifecycle,
+        vocab_size: int,
     ):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
         self.times = StepTimes()
+        self.work = Work()
         self.turn_began: float | None = None
-        """When the present turn began, by ``time.monotonic``; None while the loop waits for events."""
+        """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
-        self._tokenizer, self._life = tokenizer, lifecycle
+        self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
         self._guard = CompileGuard()
         self._requests: dict[Request, _Live] = {}
         self._by_mailbox: dict[Mailbox, _Live] = {}
+        self._trackers = 0  # of the requests above
         self._outbox = Outbox()
         self._step_ended = 0.0
         self._failures = 0
@@ -135,7 +148,11 @@ class ServingLoop:
         return "the engine was shut down"
 
     def _turn(self, in_flight: InFlight | None) -> InFlight | None:
-        """Launch a step and commit the one before it; returns the step launched."""
+        """Launch a step and commit the one before it; returns the step launched.
+
+        What some rows need beyond plain sampling depends on the tokens just committed, so it is seen to last, while the
+        forward of the step runs.
+        """
         launched = None
         try:
             began = time.thread_time()
@@ -143,6 +160,8 @@ class ServingLoop:
             launched = self._launch(in_flight)
             if in_flight is not None:
                 self._commit(in_flight)
+            if launched is not None:
+                launched = self._resample(launched)
             self._guard.check()
             self.times.cpu_s += time.thread_time() - began
         except _DeviceError as error:
@@ -184,6 +203,8 @@ class ServingLoop:
                 self._scheduler.tool_called(session, tool, now)
             case Check(answer):
                 self._check(answer)
+            case Look(answer=asked, limit=limit, owner=owner):
+                asked.set_result(self._scheduler.look(limit, owner, now))
             case Stop():
                 self._stopping = True
             case _:
@@ -194,6 +215,7 @@ class ServingLoop:
         eos = frozenset() if params.ignore_eos else self._tokenizer.eos_ids
         stops = eos.union(params.stop_token_ids)
         try:
+            tracker = None if params.plain else Tracker(params, event.prompt, stops, self._vocab_size)
             request = self._scheduler.submit(
                 event.prompt,
                 params.max_tokens,
@@ -208,8 +230,12 @@ class ServingLoop:
             self._outbox.put(mailbox, RequestError(str(error)))
         except QueueFull as error:
             self._outbox.put(mailbox, Overloaded(str(error)))
+        except GrammarFault as error:
+            log.error("a request fails", exc_info=error)
+            self._outbox.put(mailbox, StepFailed(str(error)))
         else:
-            live = _Live(request, mailbox, params, Output(self._tokenizer.stream(), params, stops))
+            live = _Live(request, mailbox, params, Output(self._tokenizer.stream(), params, stops), tracker)
+            self._trackers += tracker is not None
             self._requests[request] = self._by_mailbox[mailbox] = live
 
     def _cancel(self, mailbox: Mailbox) -> None:
@@ -222,6 +248,7 @@ class ServingLoop:
         try:
             self._scheduler.check()
             assert {live.mailbox for live in self._requests.values()} == self._by_mailbox.keys()
+            assert self._trackers == sum(live.tracker is not None for live in self._requests.values())
             assert len(self._requests) == len(self._by_mailbox) <= self._life.in_progress
         except AssertionError as error:
             answer.set_exception(error)
@@ -243,11 +270,15 @@ class ServingLoop:
             live = self._requests[request]
             self._runner.set_sampling(request.slot, live.params)
             self._life.started(live.mailbox)
+            if request.preemptions == 0:
+                self.work.prompt_tokens += len(request.prompt)
+                self.work.cached_tokens += request.cached_tokens
         self.times.starved += running is None or running.done
         step = _on_device(self._runner.dispatch, plan)
         self.times.steps += 1
         self.times.tokens += plan.tokens
         self.times.plan_s += planned - began
+        self.work.planned(plan.tokens, planned - began)
         self.times.dispatch_s += time.perf_counter() - planned
         return step
 
@@ -262,14 +293,45 @@ class ServingLoop:
         tokens = _on_device(self._runner.read, step)
         self._failures = 0
         arrived, now = time.perf_counter(), time.monotonic()
-        for request, token in self._scheduler.commit(step.plan, tokens, now):
-            self._push(self._requests[request], token, now)
-        self._scheduler.observe(step.plan, arrived - max(step.dispatched, self._step_ended))
+        logprobs = {} if step.logprobs is None else self._logprobs(step, tokens)
+        took = arrived - max(step.dispatched, self._step_ended)
+        new = self._scheduler.commit(step.plan, tokens, now)
+        for request, token in new:
+            self._push(self._requests[request], token, logprobs.get(request, ()), now)
+        self._scheduler.observe(step.plan, took)
+        self.work.committed(len(new), took)
         self._step_ended = arrived
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived
 
-    def _push(self, live: _Live, token: int, now: float) -> None:
+    def _resample(self, step: InFlight) -> InFlight:
+        """Have those rows drawn again that need more than plain sampling."""
+        if not self._trackers:
+            return step
+        began, collector = time.perf_counter(), Collector(self._vocab_size)
+        for row, request in enumerate(step.plan.requests[: step.plan.samples]):
+            live = self._requests.get(request)
+            if live is not None and live.tracker is not None:
+                try:
+                    collector.add(row, live.tracker)
+                except GrammarFault as error:
+                    self._fail(live, error)
+        extras = collector.collected()
+        if extras is not None:
+            step = _on_device(partial(self._runner.resample, step), extras)
+        self.times.resample_s += time.perf_counter() - began
+        return step
+
+    def _logprobs(self, step: InFlight, tokens: list[int]) -> dict[Request, tuple[TokenLogprob]]:
+        """The log-probabilities that requests of the step have asked for."""
+        reported, found = _on_device(np.asarray, step.logprobs), {}
+        for request, token, row in zip(step.plan.requests, tokens, reported, strict=False):  # some do not sample
+            live = self._requests.get(request)
+            if live is not None and live.params.logprobs is not None:
+                found[request] = (token_logprob(row, token, live.params.logprobs),)
+        return found
+
+    def _push(self, live: _Live, token: int, logprobs: tuple[TokenLogprob, ...], now: float) -> None:
         """Hand the caller a token that has been committed."""
         request, output = live.request, live.output
         if token < 0:
@@ -277,18 +339,23 @@ class ServingLoop:
             return
         try:
             text = output.push(token)
-            if output.stopped:
+            complete = live.tracker is not None and token not in request.stops and live.tracker.push(token)
+            if output.stopped or complete:
                 self._scheduler.finish(request, "stop", now)
             if request.finish_reason is None:
-                self._outbox.put(live.mailbox, Delta(text, (token,)))
+                self._outbox.put(live.mailbox, Delta(text, (token,), None, logprobs))
                 return
             text += output.flush()
+        except GrammarFault as error:
+            self._fail(live, error)
+            return
         except Exception as error:  # the tokenizer's, so it is this request's alone
             log.exception("tokens cannot be turned into text")
             self._scheduler.finish(request, "error", now)
             self._end(live, StepFailed(f"the tokens cannot be turned into text: {error!r}"))
             return
-        self._end(live, Delta(text, (token,), "stop" if output.stopped else request.finish_reason))
+        reason = "stop" if output.stopped or complete else request.finish_reason
+        self._end(live, Delta(text, (token,), reason, logprobs))
 
     def _start_over(self, error: _DeviceError) -> None:
         """After a step has raised: end what was running, and begin again with empty pages.
@@ -322,9 +389,15 @@ class ServingLoop:
             text = ""
         self._end(live, Delta(text, (), "cancelled"))
 
+    def _fail(self, live: _Live, error: GrammarFault) -> None:
+        log.error("a request fails", exc_info=error)
+        self._scheduler.finish(live.request, "error", time.monotonic())
+        self._end(live, StepFailed(str(error)))
+
     def _end(self, live: _Live, last: Delta | Exception) -> None:
         del self._requests[live.request], self._by_mailbox[live.mailbox]
-        live.mailbox.usage = Usage.of(live.request, time.monotonic())
+        self._trackers -= live.tracker is not None
+        live.mailbox.usage, live.mailbox.program = Usage.of(live.request, time.monotonic()), live.request.program
         self._outbox.put(live.mailbox, last)
 
 

@@ -28,8 +28,9 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.loading import ModelOnDevices
 from astraea_jax.engine.peers import Peer, join, joined
+from astraea_jax.engine.resampling import ENTRY
 from astraea_jax.engine.runner import InFlight, Progress, Runner
-from astraea_jax.engine.step import StepShape
+from astraea_jax.engine.step import COLUMNS, StepShape
 from astraea_jax.errors import EngineDead
 from astraea_jax.kv_cache.offload import PINNED
 from astraea_jax.models.decoder import Decoder
@@ -65,6 +66,12 @@ class Op(IntEnum):
     FORGET = 6
     """Drop the blocks ``values``."""
     END = 7
+    ADJUST = 8
+    """Adjust logits of the last step by the entries ``values``."""
+    REDRAW = 9
+    """Draw rows again: ``values`` are ``number`` times the row and, if there are masks, its mask."""
+    LOGPROBS = 10
+    """Compute the log-probabilities of the last step."""
 
 
 class SharedBlock:
@@ -113,6 +120,18 @@ class LeaderRunner(Runner):
     def launch(self, shape: StepShape, packed: np.ndarray) -> jax.Array:
         self._send(Op.STEP, self.shapes.index(shape), packed)
         return super().launch(shape, packed)
+
+    def adjust(self, entries: np.ndarray) -> None:
+        self._send(Op.ADJUST, 0, entries)
+        super().adjust(entries)
+
+    def redraw(self, rows: np.ndarray, masks: np.ndarray | None = None) -> jax.Array:
+        self._send(Op.REDRAW, len(rows), rows if masks is None else np.concatenate((rows, masks), axis=1))
+        return super().redraw(rows, masks)
+
+    def logprobs(self) -> jax.Array:
+        self._send(Op.LOGPROBS)
+        return super().logprobs()
 
     def write_table(self, updates: np.ndarray) -> None:
         self._send(Op.TABLE, 0, updates)
@@ -207,10 +226,6 @@ class FollowerRunner(Runner):
             op, number = HEADER.unpack_from(message)
             values = np.frombuffer(message, "<i4", offset=HEADER.size)
             match op:
-                case Op.STEP:
-                    self.launch(self.shapes[number], values)
-                case Op.TABLE:
-                    self.write_table(values)
                 case Op.GATHER:
                     blocks[next(made)] = self.gather(values.tolist())
                 case Op.TO_HOST:
@@ -224,6 +239,23 @@ class FollowerRunner(Runner):
                         del blocks[dropped]
                 case Op.END:
                     return
+                case _:
+                    self._compute(op, number, values)
+
+    def _compute(self, op: int, number: int, values: np.ndarray) -> None:
+        """Repeat one of the operations that have nothing to do with blocks."""
+        match op:
+            case Op.STEP:
+                self.launch(self.shapes[number], values)
+            case Op.ADJUST:
+                self.adjust(values.reshape(-1, ENTRY))
+            case Op.REDRAW:
+                rows, masks = np.split(values.reshape(number, -1), [COLUMNS], axis=1)
+                self.redraw(rows, masks if masks.size else None)
+            case Op.LOGPROBS:
+                self.logprobs()
+            case Op.TABLE:
+                self.write_table(values)
 
 
 def make_runner(decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Runner:

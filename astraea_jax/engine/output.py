@@ -23,7 +23,7 @@ class Output:
 
     Special tokens such as ``<tool_call>`` are text like others. Tokens that end the request have no text; nor have
     those that begin, end or pad sequences, unless a stop string asks for them. Text that may be the beginning of a stop
-    string is held back until that is certain.
+    string is held back until that is certain. The text of the first ``min_tokens`` is no part of a stop string.
 
     Args:
         stream: decodes tokens.
@@ -33,7 +33,7 @@ class Output:
 
     def __init__(self, stream: Text, params: SamplingParams, eos: frozenset[int]):
         self._stream = stream
-        self._stops = params.stop
+        self._stops, self._free = params.stop, params.min_tokens
         self._longest = max((len(stop) for stop in params.stop), default=1)
         written = {token for token, text in stream.delimiters.items() if any(text in stop for stop in params.stop)}
         self._silent = (stream.delimiters.keys() - written) | eos.union(params.stop_token_ids)
@@ -43,10 +43,11 @@ class Output:
 
     def push(self, token: int) -> str:
         """Return the text that is certain after ``token``."""
+        self._free -= 1
         if token in self._silent:
             return ""
         text = self._held + self._stream.push(token)
-        if not self._stops:
+        if not self._stops or self._free >= 0:
             return text
         return self._cut(text, len(text) - self._longest + 1)
 

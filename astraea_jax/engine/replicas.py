@@ -19,7 +19,7 @@ from pathlib import Path
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import Key, checked_key
-from astraea_jax.engine.generation import Generation
+from astraea_jax.engine.generation import Generation, Observer
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.loading import load_model, random_model
@@ -65,6 +65,11 @@ class Replicas:
         for engine in self.replicas:
             engine.watch(changed)
 
+    def observe(self, ended: Observer) -> None:
+        """Call ``ended`` with every request that ends on any replica."""
+        for engine in self.replicas:
+            engine.observe(ended)
+
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Start every replica at the same time; if one fails, the others are shut down.
 
@@ -90,7 +95,7 @@ class Replicas:
                 raise
 
     def shutdown(self, grace_s: float = 30.0) -> int:
-        """Shut down every replica at the same time; returns how many requests were cut off."""
+        """Shut down every replica at the same time; returns how many requests that has cut off."""
         with ThreadPoolExecutor(len(self.replicas)) as pool:
             return sum(pool.map(lambda engine: engine.shutdown(grace_s), self.replicas))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -16,9 +15,11 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import compile_all
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.extras import Extras
 from astraea_jax.engine.layout import Layout
+from astraea_jax.engine.resampling import ENTRIES, ENTRY, lowerings, mask_words
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.engine.step import Step, StepShape, StepSizes
+from astraea_jax.engine.step import COLUMNS, Step, StepShape, StepSizes
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.arrays import PagedKV, make_pages
 from astraea_jax.kv_cache.offload import NOWHERE, PINNED, Block, block_sharding, block_sizes
@@ -42,29 +43,13 @@ class InFlight:
     """``[R]`` int32, the sampled token of each row; -1 where the logits were not finite."""
     dispatched: float
     """Time of dispatch by ``time.perf_counter``."""
+    logprobs: jax.Array | None = None
+    """Of every row, see :func:`.resampling.logprobs`; None: no row wants them."""
 
     @property
     def done(self) -> bool:
         """Whether the device has finished it."""
-        return bool(self.tokens.is_ready())  # type: ignore[attr-defined]
-
-
-@dataclass
-class StepTimes:
-    """Time that the loop has spent, by activity, in seconds, summed over ``steps``."""
-
-    steps: int = 0
-    tokens: int = 0
-    """Tokens computed by the model, prefill included."""
-    plan_s: float = 0.0
-    dispatch_s: float = 0.0
-    wait_s: float = 0.0
-    """Time spent waiting for the device."""
-    commit_s: float = 0.0
-    cpu_s: float = 0.0
-    """CPU time of the loop's thread; less than the times above where the device computes on the same cores."""
-    starved: int = 0
-    """Steps dispatched after the previous one had ended, so that the device waited for the host."""
+        return all(array.is_ready() for array in (self.tokens, self.logprobs) if array is not None)  # type: ignore[attr-defined]
 
 
 class Runner:
@@ -89,9 +74,10 @@ class Runner:
     ):
         self._step = Step(decoder, backend, sizes, mesh or default_mesh())
         self._leaves = self._step.pack(decoder)
-        self._make_arrays(sizes.max_seqs)
         self.shapes = self._step.shapes
         """Step shapes, decode first."""
+        self._rows = sorted({shape.rows for shape in self.shapes})
+        self._make_arrays(sizes.max_seqs)
         self._compiled: dict[tuple[str, Any], Any] = {}
         self._blocks = block_sizes(staging)
         self.block_sharding = block_sharding(self._pages[0])
@@ -99,10 +85,12 @@ class Runner:
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
 
     def _make_arrays(self, slots: int) -> None:
-        """Make what steps read and write: pages, the last token of each slot, and the page table."""
+        """Make what steps read and write: pages, the last token of each slot, the page table, and masks of all 1."""
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(slots, jnp.int32, device=self._step.replicated)
         self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.replicated)
+        words = mask_words(self._step.vocab_size)
+        self._unmasked = {n: jnp.full((n, words), -1, jnp.int32, device=self._step.replicated) for n in self._rows}
 
     def reset(self) -> None:
         """Make the arrays anew after a step has raised, which may have used them up; all pages are empty then.
@@ -110,7 +98,7 @@ class Runner:
         Raises:
             Exception: the device cannot hold them any more.
         """
-        del self._pages, self._last, self._table  # or else there would have to be room for both
+        del self._pages, self._last, self._table, self._unmasked  # or else there would have to be room for both
         self._make_arrays(len(self._sampling))
         jax.block_until_ready((self._pages, self._last, self._table))
 
@@ -132,24 +120,29 @@ class Runner:
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and transfer size, and run each once on the null page to finish all set-up."""
         gather, scatter = self._step.transfers()
-        lowerings: dict[tuple[str, Any], Callable[[], Any]] = {}
+        to_lower: dict[tuple[str, Any], Callable[[], Any]] = {}
         for shape in self.shapes:
-            lowerings["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
+            to_lower["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
         for size in self._blocks:
             ids = np.zeros(size, np.int32)
             block = jax.eval_shape(gather, self._step.pages, ids)
-            lowerings["gather", size] = partial(gather.lower, self._step.pages, ids)
-            lowerings["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
+            to_lower["gather", size] = partial(gather.lower, self._step.pages, ids)
+            to_lower["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
         writing = (
             self._step.table,
             jax.ShapeDtypeStruct((2 * TABLE_UPDATES,), jnp.int32, sharding=self._step.replicated),
         )
-        lowerings["table", TABLE_UPDATES] = partial(self._step.writer().lower, *writing)
-        self._compiled = compile_all(lowerings, progress)
+        to_lower["table", TABLE_UPDATES] = partial(self._step.writer().lower, *writing)
+        for rows in self._rows:
+            to_lower |= {(name, rows): lower for name, lower in lowerings(self._step, rows)}
+        self._compiled = compile_all(to_lower, progress)
         self._meet()
         self.write_table(np.full(2 * TABLE_UPDATES, NOWHERE, np.int32))
         for shape in self.shapes:
-            self.launch(shape, _empty_input(shape)).block_until_ready()
+            self.launch(shape, _empty_input(shape))
+            self.adjust(np.full((ENTRIES, ENTRY), NOWHERE, np.int32))
+            self.redraw(np.zeros((shape.rows, COLUMNS), np.int32)).block_until_ready()
+            self.logprobs().block_until_ready()
         for size in self._blocks:
             there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
             block = self.put(there, self.block_sharding)  # multi-process copies are compiled, too
@@ -186,21 +179,55 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> InFlight:
         """Start a step and return at once."""
-        rows = len(plan.requests)
-        shape = self._fitting(rows, plan.tokens)
+        shape = self._fitting(len(plan.requests), plan.tokens)
         # A fresh array for every step: on a CPU the device may read it in place while the host goes on.
         packed = _empty_input(shape)
         tokens, head, updates = shape.unpacked(packed)
-        head = head[:rows]
-        head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
-        head[: plan.samples, 3] = 1
-        head[:, 4:] = self._sampling[plan.slots]
+        self._describe(head, plan)
         if plan.changes:
             self._update_table(updates, plan.changes)
         _fill_tokens(tokens[: plan.tokens], plan)
         sampled = self.launch(shape, packed)
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
+
+    def _describe(self, rows: np.ndarray, plan: Plan) -> None:
+        """Fill ``rows [R, COLUMNS]`` with what a step needs to know of its rows."""
+        head = rows[: len(plan.requests)]
+        head[:, 0], head[:, 1], head[:, 2] = plan.slots, plan.starts, plan.counts
+        head[: plan.samples, 3] = 1
+        head[:, 4:] = self._sampling[plan.slots]
+
+    def resample(self, step: InFlight, extras: Extras) -> InFlight:
+        """Draw rows of the last step again, from logits as ``extras`` have them, and return at once.
+
+        To be called before the next dispatch, which feeds these tokens forward.
+        """
+        tokens = step.tokens
+        if extras.rows:
+            for at in range(0, len(extras.entries), ENTRIES):
+                some = np.full((ENTRIES, ENTRY), NOWHERE, np.int32)
+                part = extras.entries[at : at + ENTRIES]
+                some[: len(part)] = part
+                self.adjust(some)
+            tokens = self.redraw(*self._redrawn(step.plan, extras))
+            tokens.copy_to_host_async()
+        reported = self.logprobs() if extras.logprobs else None
+        if reported is not None:
+            reported.copy_to_host_async()
+        return replace(step, tokens=tokens, logprobs=reported)
+
+    def _redrawn(self, plan: Plan, extras: Extras) -> tuple[np.ndarray, np.ndarray | None]:
+        """The arguments of :meth:`redraw`."""
+        size = len(self._sampled)
+        rows, described = np.zeros((size, COLUMNS), np.int32), np.zeros((size, COLUMNS), np.int32)
+        self._describe(described, plan)
+        rows[extras.rows] = described[extras.rows]  # the others are greedy, which takes no time, and are not looked at
+        if not extras.masked:
+            return rows, None
+        masks = np.full((size, extras.masks.shape[1]), -1, np.int32)
+        masks[extras.masked] = extras.masks
+        return rows, masks
 
     def _update_table(self, carried: np.ndarray, changes: list[tuple[int, int, list[int]]]) -> None:
         """Put updates of the page table into ``carried [2, R]``, which goes with the step; write the excess at once."""
@@ -226,8 +253,31 @@ class Runner:
     def launch(self, shape: StepShape, packed: np.ndarray) -> jax.Array:
         """Start the step of this shape on a packed input, and return ``[R]`` int32, its sampled tokens."""
         step = self._compiled["step", shape]
-        self._pages, self._last, self._table, sampled = step(self._leaves, self._pages, self._last, self._table, packed)
-        return sampled
+        self._pages, self._last, self._table, self._sampled, self._logits = step(
+            self._leaves, self._pages, self._last, self._table, packed
+        )
+        self._adjusted = self._logits
+        return self._sampled
+
+    def adjust(self, entries: np.ndarray) -> None:
+        """Adjust logits of the last step by ``entries [ENTRIES, ENTRY]`` int32 before they are drawn from again."""
+        self._adjusted = self._compiled["adjust", len(self._sampled)](self._adjusted, entries)
+
+    def redraw(self, rows: np.ndarray, masks: np.ndarray | None = None) -> jax.Array:
+        """Draw those of ``rows [R, COLUMNS]`` int32 that sample again; returns ``[R]`` int32, all tokens of the step.
+
+        ``masks [R, mask_words(V)]`` int32 say which tokens they may draw; None: all of them.
+        """
+        size = len(self._sampled)
+        self._last, self._sampled = self._compiled["redraw", size](
+            self._adjusted, self._last, self._sampled, rows, self._unmasked[size] if masks is None else masks
+        )
+        return self._sampled
+
+    def logprobs(self) -> jax.Array:
+        """Log-probabilities at the last step, see :func:`.resampling.logprobs`."""
+        reported: jax.Array = self._compiled["logprobs", len(self._sampled)](self._logits, self._sampled)
+        return reported
 
     def write_table(self, updates: np.ndarray) -> None:
         """Update the page table, with the argument of :meth:`.step.Step.writer`."""
@@ -253,36 +303,3 @@ def _fill_tokens(tokens: np.ndarray, plan: Plan) -> None:
         if start < request.num_tokens:
             request.copy_tokens(start, tokens[at : at + count])
         at += count
-
-
-class CompileGuard:
-    """Notices compilations on the thread that armed it: after start-up every shape must be compiled.
-
-    JAX keeps event listeners for ever, so one listener serves all guards of the process.
-    """
-
-    _armed: dict[int, CompileGuard] = {}  # noqa: RUF012
-    _listening = False
-
-    def __init__(self) -> None:
-        self.compiled: list[str] = []
-
-    def arm(self) -> None:
-        if not CompileGuard._listening:
-            jax.monitoring.register_event_duration_secs_listener(CompileGuard._on_event)
-            CompileGuard._listening = True
-        CompileGuard._armed[threading.get_ident()] = self
-
-    def disarm(self) -> None:
-        CompileGuard._armed.pop(threading.get_ident(), None)
-
-    def check(self) -> None:
-        """Raise RuntimeError if anything was compiled since the guard was armed."""
-        if self.compiled:
-            raise RuntimeError(f"compiled after start-up: {self.compiled[0]}; a step shape was not compiled ahead")
-
-    @staticmethod
-    def _on_event(event: str, duration_secs: float, **_: str | int) -> None:
-        guard = CompileGuard._armed.get(threading.get_ident())
-        if guard is not None and "backend_compile" in event:
-            guard.compiled.append(f"{event} ({duration_secs:.2f} s)")

@@ -134,6 +134,14 @@ class SamplingParams:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def plain(self) -> bool:
+        """Whether one draw from the model's logits is all that a token takes."""
+        penalized = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        return not (
+            penalized or self.min_tokens or self.logit_bias or self.logprobs is not None or self.grammar is not None
+        )
+
     def seeded(self) -> SamplingParams:
         """Return these parameters with a random seed if they have none; whoever accepts a request calls this once."""
         return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(32))

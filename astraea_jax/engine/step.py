@@ -114,7 +114,7 @@ class Step:
         self._packing = _Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
-        self.num_layers = decoder.config.num_layers
+        self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
         """Whether the layers run as one loop and their pages are one array."""
         self.pages = abstract_pages(
@@ -136,6 +136,12 @@ class Step:
         """The packed input; see :meth:`StepShape.unpacked`."""
         return jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=self.replicated)
 
+    def logits(self, rows: int) -> jax.ShapeDtypeStruct:
+        """The logits ``[R, V]`` float32 of a step, each row on one device if the devices divide the rows."""
+        size = (rows, self.vocab_size)
+        axes = next((axes for axes in ((TP,), (None, TP)) if size[len(axes) - 1] % self._mesh.size == 0), ())
+        return jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(self._mesh, PartitionSpec(*axes)))
+
     def arguments(self, shape: StepShape) -> tuple[Any, ...]:
         """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, packed."""
         return self.leaves, self.pages, self.last, self.table, self.packed(shape)
@@ -151,14 +157,15 @@ class Step:
     def jitted(self, shape: StepShape) -> Any:
         """The step of this shape, to be lowered with :meth:`arguments`; pages, last and table are donated.
 
-        It returns these three, and ``[R]`` int32: the sampled token of each row, -1 where the logits were not finite.
+        It returns these three, ``[R]`` int32, the sampled token of each row, -1 where its logits were not finite, and
+        the logits (:meth:`logits`).
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
         _, pages, replicated, _, _ = shardings
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
-            out_shardings=(pages, replicated, replicated, replicated),
+            out_shardings=(pages, replicated, replicated, replicated, self.logits(shape.rows).sharding),
             donate_argnums=(1, 2, 3),
             compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
         )
@@ -172,7 +179,7 @@ class Step:
 
     def _run(
         self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, packed: jax.Array
-    ) -> tuple[PagedKV, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[PagedKV, jax.Array, jax.Array, jax.Array, jax.Array]:
         """One forward over a ragged batch, and one sampled token per row.
 
         Args:
@@ -187,9 +194,7 @@ class Step:
         page_size = self._sizes.page_size
         tokens, rows, updates = shape.unpacked(packed)
         table = _updated(table, updates)
-        slot, start, count, samples, top_k = rows[:, :5].T
-        seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
-        temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
+        slot, start, count = rows[:, :3].T
         page_table = table[slot]  # [R, M]
         ends = jnp.cumsum(count)
         cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
@@ -210,10 +215,10 @@ class Step:
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
         hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
-        logits = decoder.logits(hidden[jnp.maximum(ends - 1, 0)])
-        sampled = self._sample(logits, temperature, top_k, top_p, min_p, seed, start + count)
-        last = last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
-        return (kept,) if self.stacked else kept, last, table, sampled
+        # Resharded from vocabulary to rows, so no device ever holds all of them.
+        logits = self._sharded(self._sharded(decoder.logits(hidden[jnp.maximum(ends - 1, 0)]), None, TP), TP)
+        sampled = self.sampled(logits, rows)
+        return (kept,) if self.stacked else kept, remembered(last, rows, sampled), table, sampled, logits
 
     def _attend(self, q_tile: int) -> Any:
         """The backend's attention, on every device for its own heads."""
@@ -226,15 +231,18 @@ class Step:
             check_vma=False,  # kernels do not say along which axes their arrays vary
         )
 
-    def _sample(self, logits: jax.Array, *how: jax.Array) -> jax.Array:
-        """Sample one token per row, each row on one device.
+    def sampled(self, logits: jax.Array, rows: jax.Array) -> jax.Array:
+        """Sample one token per row, each row on one device: ``[R]`` int32 from ``logits [R, V]``.
 
-        Logits are resharded from vocabulary to rows, so no device ever holds all of them. Every intermediate has an
-        explicit sharding; otherwise XLA would propagate that of the rows into the model.
+        How is said by ``rows [R, COLUMNS]``; -1 where no logit is finite, or one is not a number. Every intermediate
+        has an explicit sharding; otherwise XLA would propagate that of the rows into the model.
         """
-        logits = self._sharded(self._sharded(logits, None, TP), TP)
-        sampled = sample(logits, *(self._sharded(one) for one in how))
-        return self._sharded(self._sharded(jnp.where(jnp.isfinite(logits.max(-1)), sampled, -1), TP))
+        start, count = rows[:, 1:3].T
+        seed = jax.lax.bitcast_convert_type(rows[:, 5], jnp.uint32)
+        temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
+        how = (temperature, rows[:, 4], top_p, min_p, seed, start + count)
+        drawn = sample(logits, *(self._sharded(one) for one in how))
+        return self._sharded(self._sharded(jnp.where(jnp.isfinite(logits.max(-1)), drawn, -1), TP))
 
     def _sharded(self, array: jax.Array, *axes: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, PartitionSpec(*axes)))
@@ -242,6 +250,12 @@ class Step:
     def _decoder(self, leaves: Packed) -> Decoder:
         decoder: Decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, self._packing.unpack(leaves)))
         return decoder
+
+
+def remembered(last: jax.Array, rows: jax.Array, sampled: jax.Array) -> jax.Array:
+    """``last [max_seqs]`` with ``sampled [R]`` at the slots of those of ``rows [R, COLUMNS]`` that sample."""
+    slot, samples = rows[:, 0], rows[:, 3]
+    return last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
 
 
 def _updated(table: jax.Array, updates: jax.Array) -> jax.Array:

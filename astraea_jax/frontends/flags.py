@@ -1,4 +1,4 @@
-"""An engine's configuration as command-line flags, shared by every script that starts an engine."""
+"""Command-line flags: an engine's configuration, and how every command of this package begins and ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 from astraea_jax.engine.config import SWITCH, Choice, EngineConfig, Seconds, Whole
 from astraea_jax.engine.engine import Engine
@@ -18,7 +18,7 @@ OPTIONS = {
     "page_size": "Tokens per KV page.",
     "kv_bytes": "Memory for KV pages on each device; by default what is free (512 MiB on a CPU).",
     "host_kv_bytes": "Pinned host memory for KV of waiting programs, used under memory pressure; 0: none. By default "
-    "half of the host's memory on an accelerator, none on a CPU.",
+    "half of the machine's memory on an accelerator, none on a CPU.",
     "residency": "Strategy for the KV of programs that wait; by default adaptive. See scheduler/strategies.py.",
     "max_context": "Prompt and output tokens of one request; by default the model's limit.",
     "dtype": "Dtype of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.",
@@ -38,6 +38,8 @@ OPTIONS = {
 
 MODEL = ("dtype", "quantize", "kv_dtype", "attention", "tensor_parallel", "scan_layers", "kv_bytes")
 """Options of how a model is served, whatever for."""
+
+_HELP = {"?", "help", "helpfull", "helpshort", "helpxml"}
 
 _FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig)}
 
@@ -63,6 +65,14 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
     return config
 
 
+def run_app(main: Callable[[list[str]], object], module: str) -> None:
+    """Run ``main`` as a program with the docstring and the flags of ``module``, whatever file was started."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__  # absl prints it above the flags
+    for flag in flags.FLAGS.get_key_flags_for_module(module):  # and those of the program only
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    run_main(main)
+
+
 def _define(name: str, default: Any) -> None:
     match _FIELDS[name].metadata["allowed"]:
         case Whole(least, most):
@@ -86,3 +96,13 @@ def engine_title(engine: Engine) -> str:
     if config.tensor_parallel > 1:
         parts.append(f"{config.tensor_parallel} devices")
     return ", ".join(parts)
+
+
+def run_main(main: Callable[[list[str]], object]) -> None:
+    """Run ``main`` with the flags of the command line, as ``absl`` does, but end with 0 after printing help."""
+    arguments = ["--help" if argument == "-h" else argument for argument in sys.argv]
+    try:
+        app.run(main, arguments)
+    except SystemExit as end:
+        asked_for_help = not _HELP.isdisjoint(argument.lstrip("-") for argument in arguments if argument[:1] == "-")
+        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from astraea_jax.agents.loop import ProgramResult, check_tools, run_program
+from astraea_jax.agents.mcp import McpServer, connected
 from astraea_jax.agents.tools import Tool, thread_lent
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.encoding import encode_prompt
@@ -16,10 +17,10 @@ from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.feeding import PatientModel, map_in_order
+from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.loop_thread import LoopThread
 from astraea_jax.frontends.progress import StartupDisplay
 
-A = TypeVar("A")
 R = TypeVar("R", "Completion", ProgramResult)
 
 
@@ -44,8 +45,9 @@ class LLM:
     because it would hold up all agents.
 
     Args:
-        model: a checkpoint folder, or the bundled ``"astraea-tiny"``.
+        model: a checkpoint folder, the bundled ``"astraea-tiny"``, or an id of the Hugging Face hub.
         config: sizes and policy of the engine.
+        revision: a branch, tag or commit of a hub id.
         progress: show loading and compilation on the terminal.
 
     Raises:
@@ -57,10 +59,11 @@ class LLM:
         model: str | Path = "astraea-tiny",
         config: EngineConfig | None = None,
         *,
+        revision: str | None = None,
         progress: bool = False,
     ):
         with StartupDisplay(enabled=progress) as display:
-            self.engine = load_engine(model, config, progress=display.loading)
+            self.engine = load_engine(find_model(model, revision), config, progress=display.loading)
             try:
                 self.engine.start(display.compiling)
                 self._thread = LoopThread("astraea-llm")
@@ -87,12 +90,13 @@ class LLM:
             if not isinstance(text, str):
                 raise TypeError(f"prompts must be text, not {type(text).__name__}; engine.generate takes token ids")
         _check(params)
-        return self._run(partial(self._complete, params=params), texts, single)
+        complete = partial(self._complete, params=params)
+        return self._run(partial(map_in_order, complete, texts, self._at_once), single)
 
     def chat(
         self,
         messages: Sequence[Any] | Sequence[Sequence[Any]],
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Tool | McpServer] = (),
         params: SamplingParams | None = None,
         *,
         max_steps: int = 16,
@@ -106,7 +110,8 @@ class LLM:
         Args:
             messages: a conversation, which is a list of messages (dicts, or an SDK's message objects), or a list of
                 conversations.
-            tools: what the agents may call.
+            tools: what the agents may call; of an MCP server, which is connected for the time of this call, all the
+                tools that it allows.
             params: sampling of every request.
             max_steps: bound on the requests of each agent.
             template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
@@ -114,21 +119,28 @@ class LLM:
         Raises:
             TypeError: messages and conversations are mixed, or an argument is of another type than it must be.
             ValueError: two tools of one name, or ``max_steps`` below 1.
+            ToolError: an MCP server cannot be used; the message says why.
             EngineDead: the LLM has been closed.
         """
         conversations = _conversations(messages)
-        check_tools(tools, max_steps)
+        check_tools([tool for tool in tools if not isinstance(tool, McpServer)], max_steps)
         _check(params)
-        converse = partial(
-            run_program,
-            self._model,
-            tools=tuple(tools),
-            params=params,
-            max_steps=max_steps,
-            template_arguments=template_arguments,
-            return_error=True,
-        )
-        return self._run(converse, conversations, single=bool(messages) and not _is_conversation(messages[0]))
+
+        async def converse() -> list[ProgramResult]:
+            async with connected(tools) as all_tools:
+                check_tools(all_tools, max_steps)
+                run = partial(
+                    run_program,
+                    self._model,
+                    tools=all_tools,
+                    params=params,
+                    max_steps=max_steps,
+                    template_arguments=template_arguments,
+                    return_error=True,
+                )
+                return await map_in_order(run, conversations, self._at_once)
+
+        return self._run(converse, single=bool(messages) and not _is_conversation(messages[0]))
 
     def close(self) -> None:
         """Stop the engine. Calls that wait in other threads end with ``EngineDead``. Closing twice does nothing.
@@ -147,9 +159,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, work: Callable[[A], Coroutine[Any, Any, R]], items: Sequence[A], single: bool) -> list[R]:
+    def _run(self, work: Callable[[], Coroutine[Any, Any, list[R]]], single: bool) -> list[R]:
         with thread_lent():
-            results = self._thread.wait_for(partial(map_in_order, work, items, self._at_once))
+            results = self._thread.wait_for(work)
         if single and results[0].error is not None:
             raise results[0].error
         return results

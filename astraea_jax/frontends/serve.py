@@ -1,6 +1,7 @@
 """Serves a model over gRPC: JetStream's Orchestrator service, health and reflection.
 
   astraea-jax serve                                   astraea-tiny, the bundled model, on port 9000
+  astraea-jax serve Qwen/Qwen3-0.6B                   a model of the Hugging Face hub, fetched into its usual cache
   astraea-jax serve /models/Qwen3-4B --port=9000      a Hugging Face or Orbax folder
   astraea-jax serve llama-3.1-8b --random_weights     a published shape without its weights, for benchmarks
   astraea-jax serve /models/Qwen3-32B --tensor_parallel=4 --data_parallel=2     two replicas on eight devices
@@ -37,13 +38,15 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import EngineDead, StartupError
-from astraea_jax.frontends.flags import OPTIONS, engine_flags
+from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_app
+from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.models.config import PUBLISHED, CheckpointError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder, bundled model, or with --random_weights a shape.")
+flags.DEFINE_string("model", "astraea-tiny", "Folder, bundled model, hub id, or with --random_weights a shape.")
+flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id; by default the newest.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
 flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready line.", 0, 65535)
@@ -99,7 +102,12 @@ def compile_cache() -> str | None:
 
 def loaded_engine(display: StartupDisplay) -> Serving:
     """Load the model that the flags name."""
-    return load_engine(FLAGS.model, engine_config(), random_weights=FLAGS.random_weights, progress=display.loading)
+    return load_engine(model(), engine_config(), random_weights=FLAGS.random_weights, progress=display.loading)
+
+
+def model() -> str:
+    """Return the shape, or the folder of the model, that the flags name."""
+    return FLAGS.model if FLAGS.random_weights else str(find_model(FLAGS.model, FLAGS.revision))
 
 
 def follow(display: StartupDisplay) -> None:
@@ -107,10 +115,10 @@ def follow(display: StartupDisplay) -> None:
     for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
         signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if FLAGS.random_weights:
-        model = random_model(FLAGS.model, engine_config())
+        loaded = random_model(model(), engine_config())
     else:
-        model = load_model(FLAGS.model, engine_config(), display.loading)
-    multiprocess.follow(model, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
+        loaded = load_model(model(), engine_config(), display.loading)
+    multiprocess.follow(loaded, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
 def say(line: str) -> None:
@@ -246,11 +254,4 @@ def main(arguments: list[str]) -> None:
 
 def run() -> None:
     """Serve until a signal or a failure ends it."""
-    sys.modules["__main__"].__doc__ = __doc__  # absl prints it above the flags, and those of the program only
-    for flag in FLAGS.get_key_flags_for_module(__name__):
-        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    try:
-        app.run(main)
-    except SystemExit as end:
-        asked_for_help = not {"-h", "--help", "--helpfull"}.isdisjoint(sys.argv)
-        raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1 after printing help
+    run_app(main, __name__)

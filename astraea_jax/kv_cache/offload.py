@@ -73,7 +73,7 @@ class _Moving:
 
     transfer: Transfer
     since: float
-    """When its last block arrived, or when it became the first of its direction: waiting for others does not count."""
+    """Time at which its last block arrived, or it became first of its direction: waiting for others does not count."""
     waiting: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
     """Blocks on the host still to be restored, and the pages to write them to."""
     arriving: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)

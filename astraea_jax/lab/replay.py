@@ -83,7 +83,7 @@ class Setting:
 
     policy: str
     pool_tokens: int
-    host: bool = False
+    host_tier: bool = False
     """Whether there is a host tier, never full."""
     strategy: str | None = None
 
@@ -91,7 +91,7 @@ class Setting:
 def simulate_engine(programs: Sequence[TraceProgram], setting: Setting, machine: Machine) -> Outcome:
     """Run programs through a simulation of the engine."""
     policy = make_policy(setting.policy, strategy=setting.strategy)
-    sizes = _sizes(setting.pool_tokens, everything(programs) if setting.host else 0)
+    sizes = _sizes(setting.pool_tokens, everything(programs) if setting.host_tier else 0)
     return Simulator(programs, policy, machine, sizes).run()
 
 
@@ -116,7 +116,7 @@ def run_engine(
     model = ModelConfig.from_hf(read_json(resolve(MODEL) / "config.json"))
     page = page_bytes(model, config.backend(model), PAGE, config.page_dtype())
     bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page  # noqa: E731
-    host = bytes_of(everything(programs)) if setting.host else 0
+    host = bytes_of(everything(programs)) if setting.host_tier else 0
     engine = Engine.from_folder(MODEL, replace(config, kv_bytes=bytes_of(setting.pool_tokens), host_kv_bytes=host))
     engine.step_costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
     engine.start()

@@ -229,7 +229,7 @@ def _difference(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
-    """What is left of one thing: three requests."""
+    """Task of what is left of one thing: three requests."""
     [thing] = _things(rng, 1)
     stock = _ask(catalogue, "stock", thing)
     sold = rng.randint(1, stock.result - 1)
@@ -239,7 +239,7 @@ def _stock_left(rng: random.Random, catalogue: Catalogue) -> Task:
 
 
 def _stock_value(rng: random.Random, catalogue: Catalogue) -> Task:
-    """What the stock of one thing is worth: four requests."""
+    """Task of what the stock of one thing is worth: four requests."""
     [thing] = _things(rng, 1)
     question = rng.choice(("What is our stock of {} worth?", "How much is all our stock of {} worth?"))
     stock, price = (_ask(catalogue, what, thing) for what in ("stock", "price"))

@@ -97,7 +97,7 @@ class Astraea(Policy):
         return (request.program.arrival, request.number)
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
-        return pressure.host or not self._terms.gate or self._gate.admits(request, now, pressure)
+        return pressure.host_tier or not self._terms.gate or self._gate.admits(request, now, pressure)
 
     def admitted(self, request: Request, now: float) -> None:
         lost = max(0, request.matched - request.reusable - 1)

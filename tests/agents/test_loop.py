@@ -131,7 +131,7 @@ async def test_a_program_from_question_to_answer() -> None:
 
 
 async def test_each_prompt_continues_the_one_before() -> None:
-    """What the model wrote, then the result: KV of the program so far stays good."""
+    """Messages grow by what the model wrote, then the result, so KV of the program so far stays good."""
     said = ["Let me see.\n" + call("price", item="lamp"), call("price", item="chair"), "It is 23."]
     model = Script(*said)
     await run_program(model, QUESTION, [price])
@@ -239,7 +239,7 @@ async def test_cancelling_a_program_ends_its_session(where: str) -> None:
 
 
 async def test_a_cancelled_request_runs_no_tool() -> None:
-    """As when somebody else has ended its session: what it had said by then is not acted on."""
+    """A request is cancelled when somebody else ends its session; what it had said by then is not acted on."""
     model = Script(call("price", item="lamp"), finish_reason="cancelled")
     program = await run_program(model, QUESTION, [price])
     assert (program.finish_reason, results(program), model.waits) == ("cancelled", [], [])

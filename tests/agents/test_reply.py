@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from astraea_jax.agents.formats import CallFormat
+from astraea_jax.agents.formats import named
 from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, ReplyReader, Said
 from astraea_jax.agents.tool_calls import ToolCall
 
@@ -10,7 +10,7 @@ PRICE = {"type": "function", "function": {"name": "price", "parameters": {"type"
 
 
 def test_text_and_a_call() -> None:
-    reader = ReplyReader(CallFormat("hermes"), "", [PRICE])
+    reader = ReplyReader(named("hermes"), "", [PRICE])
     parts = reader.feed('Look:\n<tool_call>\n{"name": "price", "argu')
     parts += reader.feed('ments": {"item": "lamp"}}\n</tool_call>') + reader.finish()
     call = ToolCall("call_0", "price", {"item": "lamp"})

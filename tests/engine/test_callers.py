@@ -1,4 +1,4 @@
-"""What callers may try against an engine and each other; the device is a stub (support/stub.py)."""
+"""Tests of what callers may try against an engine and each other; the device is a stub (support/stub.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.engines import break_loop, until
 from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.lifecycle import State
@@ -18,6 +19,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, RequestError
 
 TWO = SamplingParams(max_tokens=2, ignore_eos=True)
+LONG = SamplingParams(max_tokens=30, ignore_eos=True)
 
 
 @pytest.fixture
@@ -116,6 +118,39 @@ def test_a_grace_that_is_no_number_shuts_nothing_down(grace_s, served):
     with pytest.raises((ValueError, TypeError)):
         engine.shutdown(grace_s)
     assert engine.live
+
+
+async def test_a_shutdown_counts_what_it_cuts_and_not_what_a_death_has_cut(served):
+    engine, runner = served
+    other, _ = stub_engine()
+    other.start()
+    runner.go.clear()  # no request ends from now on
+    replicas = Replicas([engine, other])
+    lost = [engine.generate([1, 2], LONG) for _ in range(2)]
+    break_loop(engine, ZeroDivisionError())
+    runner.go.set()
+    await until(lambda: engine.state is State.DEAD)
+    for generation in lost:
+        with pytest.raises(EngineDead, match="ZeroDivisionError"):
+            await generation.text()
+    assert replicas.shutdown(3600) == engine.shutdown() == 0
+
+
+@pytest.mark.parametrize("death", [False, True])
+async def test_a_shutdown_counts_what_is_cut_from_its_beginning_on(death, served):
+    engine, runner = served
+    runner.go.clear()
+    cut = [engine.generate([1, 2], LONG) for _ in range(2)]
+    ending = asyncio.create_task(asyncio.to_thread(engine.shutdown, 3600 if death else 0))
+    await until(lambda: not engine.live)
+    if death:
+        break_loop(engine, ZeroDivisionError())
+    runner.go.set()
+    assert await ending == 2
+    assert engine.shutdown() == 2, "whoever asks again gets the same answer"
+    for generation in cut:
+        with pytest.raises(EngineDead):
+            await generation.text()
 
 
 def test_an_engine_that_gets_no_thread_is_dead(monkeypatch):

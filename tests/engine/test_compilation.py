@@ -60,7 +60,7 @@ def test_threads_have_large_stacks_and_nobody_else_does():
 
 
 def _stack_bytes() -> int:
-    """Of this thread, as glibc knows it."""
+    """Stack size of this thread, as glibc knows it."""
     libc = ctypes.CDLL(None)
     attributes = ctypes.create_string_buffer(64)
     libc.pthread_self.restype = ctypes.c_void_p

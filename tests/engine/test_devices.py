@@ -1,4 +1,4 @@
-"""What devices can hold, and what is said of accelerators that lie idle."""
+"""Tests of what devices can hold, and of what is said of accelerators that lie idle."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ INT8_ALL = dataclasses.replace(
     host_kv_bytes=100 * PAGE_BYTES,
     residency="infercept",
 )
-"""As many pages as NARROW has, in a quarter of the memory, and a host tier."""
+"""The pages of NARROW in a quarter of the memory, and a host tier."""
 FP8_WEIGHTS = dataclasses.replace(NARROW, quantize="fp8", scan_layers=True)
 
 

@@ -22,7 +22,7 @@ from astraea_jax.models.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def shared(random_folder) -> Iterator[Engine]:
     """Four devices, each with its quarter of a pool that is too small, and a host tier; the layers are one loop. (Those
-    of test_hosts.py are unrolled.)"""
+    of test_multiprocess.py are unrolled.)"""
     sizes = {"kv_bytes": TIGHT.kv_bytes // 4, "host_kv_bytes": 80 * PAGE_BYTES}
     config = dataclasses.replace(TIGHT, tensor_parallel=4, residency="always-offload", scan_layers=True, **sizes)
     engine = Engine(wide_decoder(), Tokenizer.from_folder(random_folder), config)

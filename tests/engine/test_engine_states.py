@@ -22,7 +22,7 @@ from astraea_jax.engine.loop import ServingLoop
 
 STEPS = 50
 EXAMPLES = 400 if os.environ.get("CI") else 40
-"""Of so many steps each; CI takes 20,000 steps."""
+"""Steps of each run; CI takes 20,000 in all."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,15 +6,27 @@ import asyncio
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from support.scripts import ROOT
 from support.sizes import SMALL
 
-from astraea_jax import LLM, EngineConfig, EngineDead, RequestError, SamplingParams, StartupError, tool
+from astraea_jax import (
+    LLM,
+    EngineConfig,
+    EngineDead,
+    McpServer,
+    RequestError,
+    SamplingParams,
+    StartupError,
+    ToolError,
+    tool,
+)
 from astraea_jax.agents import tools
 from astraea_jax.engine.engine import Engine
 from astraea_jax.frontends.llm import _conversations
@@ -26,6 +38,8 @@ SHOP = [
     {"role": "system", "content": "You answer questions about the shop."},
     {"role": "user", "content": "How much do 5 clocks no. 31 cost?"},
 ]
+
+TOTAL = "What is the total price of 3 lamps no. 47 and 2 chairs no. 82?"
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +309,14 @@ async def test_from_a_running_event_loop_it_blocks_that_loop_only(llm, greedy):
     assert list(completion.token_ids) == expected
     [other] = await asyncio.to_thread(llm.generate, "hello", EIGHT)
     assert list(other.token_ids) == expected
+
+
+def test_tools_of_an_mcp_server(shop):
+    server = McpServer(f"{sys.executable} {ROOT / 'examples' / 'mcp_shop.py'}")
+    [program] = shop.chat([SHOP[0], {"role": "user", "content": TOTAL}], tools=[server])
+    assert program.text == "The total is 60."
+    assert [run.name for request in program.requests for run in request.tools] == ["price", "price", "calculator"]
+    with pytest.raises(ToolError, match="no-such-command"):
+        shop.chat(SHOP, tools=[McpServer("no-such-command")])
+    with pytest.raises(ValueError, match="two tools"):
+        shop.chat(SHOP, tools=[server, server])

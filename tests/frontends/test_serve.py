@@ -75,8 +75,23 @@ SLOW = HANGS.replace("0 if len(seen) < 5 else 1000", "0.05")
 """Two hundred tokens take ten seconds."""
 
 
+FIRST_DIES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from astraea_jax.scheduler.scheduler import Scheduler
+plan, died = Scheduler.plan, []
+def die(self, now):
+    if self.stats().created and not died:
+        died.append(self)
+        raise ZeroDivisionError
+    return plan(self, now)
+Scheduler.plan = die
+"""
+"""The replica that gets the first request dies of it."""
+
+
 async def outcome(server, tokenizer) -> Exception | None:
-    """What a request for many tokens ends with."""
+    """Return what a request for many tokens ends with."""
     async with Client(server.address, tokenizer) as client:
         try:
             async for _ in client.generate([1, 2, 3], LONG):
@@ -126,13 +141,21 @@ def test_an_idle_server_ends_in_order_without_any_grace(serve):
         assert server.process.wait(60) == 0
 
 
+def test_what_a_replica_has_cut_by_dying_is_no_fault_of_an_orderly_end(serve, random_folder):
+    with serve("--data_parallel=2", before=FIRST_DIES) as server:
+        error = asyncio.run(outcome(server, Tokenizer.from_folder(random_folder)))
+        assert isinstance(error, EngineDead)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
 @pytest.mark.parametrize("grace", ["nan", "inf", "-1"])
 def test_a_grace_must_be_a_number_of_seconds(grace, serve_fails):
     assert "grace_s" in serve_fails(f"--grace_s={grace}")
 
 
 def test_what_ends_silently_before_it_has_served_is_a_failure(random_folder):
-    """As SystemExit does."""
+    """SystemExit ends a process without a word."""
     before = "from astraea_jax.engine.runner import Runner\ndef leave(*_): raise SystemExit(0)\nRunner.compile = leave"
     command = f"{before}\nimport runpy\nrunpy.run_path({SERVE[1]!r}, run_name='__main__')"
     arguments = [sys.executable, "-c", command, f"--model={random_folder}", "--port=0"]

@@ -15,7 +15,7 @@ LLAMA = {"kv_heads": 8, "head_dim": 128, "page_size": 16, "dtype": "bfloat16"}
 
 @pytest.fixture
 def tokamax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if it were installed; nothing of it is called."""
+    """Pretend that a package is installed; nothing of it is called."""
     monkeypatch.setitem(sys.modules, "tokamax", type(sys)("tokamax"))
     sys.modules["tokamax"].__spec__ = type(sys.__spec__)("tokamax", None)
 

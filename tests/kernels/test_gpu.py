@@ -80,7 +80,7 @@ def test_compiled_for_gpus_that_are_not_here_pools_are_written_in_place(target, 
 @pytest.mark.serves("triton", "compiled", "tensor parallelism", "int8 and fp8 weights", "KV to the host and back")
 @needs_no_gpu
 def test_the_step_on_four_gpus_and_the_transfers_pass_their_gates(tmp_path):
-    """As tests/ahead asks it of TPUs: all layers of Llama-3.1-8B, in eight bits, by the script."""
+    """The script compiles all layers of Llama-3.1-8B in eight bits, which tests/ahead asks of TPUs."""
     script, figures = AHEAD.parents[2] / "scripts" / "compile_ahead.py", tmp_path / "figures.json"
     case = ("--target=h200", "--model=llama-3.1-8b", "--tp=4", "--quantize=int8", "--kv_dtype=fp8")
     programs = ("--program=decode-least,offload,restore", f"--json={figures}")
@@ -96,7 +96,7 @@ def test_the_step_on_four_gpus_and_the_transfers_pass_their_gates(tmp_path):
 
 @needs_no_gpu
 def test_launches_may_be_recorded_into_command_buffers():
-    """What jaxlib's handler of them says of itself, by XLA's FFI metadata (bit 0 of the traits)."""
+    """XLA's FFI metadata say so of jaxlib's handler (bit 0 of the traits)."""
     done = subprocess.run([sys.executable, AHEAD, "traits"], capture_output=True, text=True, timeout=60)
     assert done.stdout.split()[-1:] == ["1"], done.stderr[-2000:]
 
@@ -159,7 +159,7 @@ async def test_the_engine_generates_what_dense_attention_does(triton, make_engin
 
 @on_a_gpu
 async def test_backends_generate_the_same_tokens(triton):
-    """Of the bundled model, in float32."""
+    """The bundled model in float32 writes the same tokens."""
     outputs = []
     for attention in ("triton", "reference"):
         engine = Engine.from_folder("astraea-tiny", EngineConfig(dtype="float32", attention=attention, kv_bytes=2**24))

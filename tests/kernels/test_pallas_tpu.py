@@ -30,7 +30,7 @@ own = jax.jit(PallasTPU(POISONED).attend, static_argnames="q_tile")
 
 
 def lengths(decode: bool) -> st.SearchStrategy[list[tuple[int, int]]]:
-    """Of each row its queries and the context before them; in decode rows without a query come last."""
+    """Return each row's queries and the context before them; in decode, rows without a query come last."""
     past = st.sampled_from([0, 1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE, LONGEST - 5])
     rows = st.lists(st.tuples(st.sampled_from([0, 1] if decode else [0, 1, 3, 5]), past), min_size=ROWS, max_size=ROWS)
     return rows.map(lambda drawn: sorted(drawn, key=lambda row: -row[0]) if decode else drawn)

@@ -51,7 +51,7 @@ def test_written_keys_and_values_are_apart_at_their_slots():
 
 @pytest.mark.serves("reference", "tested", "fp8 KV")
 def test_float8_pages_clip_what_they_cannot_hold_and_are_read_as_written():
-    """As whole numbers of the same bits, which is how the backend keeps them, and as float8."""
+    """Pages as whole numbers of the same bits, which is how the backend keeps them, and as float8."""
     k = jnp.array([1e4, -500.0, 448.0, 0.3, 2.0**-9, 0.0, -3.3, 17.0], jnp.float32).repeat(2).reshape(1, 1, 16)
     kept = np.array([448, -448, 448, 0.3125, 2.0**-9, 0, -3.25, 16], np.float32).repeat(2)
     table, lens, cu = jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.array([0, 1])

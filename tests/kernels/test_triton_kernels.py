@@ -56,7 +56,7 @@ def test_page_sizes(interpreted, size):
 @pytest.mark.serves("triton", "interpreted", "fp8 KV")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_float8_pages(interpreted, capability):
-    """As numbers, and as bits for GPUs that do not know them."""
+    """Eight-bit pages are floats, or bits for GPUs that do not know them."""
     case = Ragged.make(16, 2, 2, 32, [1, 5, 1], [40, 3, 0], seed=1)
     fp8 = {name: getattr(case, name).astype(jnp.float8_e4m3fn).astype(np.float32) for name in ("k", "v", "pages")}
     got = case.attend(interpreted(compute_capability=capability), kv_dtype=jnp.float8_e4m3fn)
@@ -65,7 +65,7 @@ def test_float8_pages(interpreted, capability):
 
 
 def test_every_float8_number_has_its_bits_taken_apart_right(interpreted):
-    """Of a context of one token, attention is its value."""
+    """Attention to a context of one token is that token's value."""
     numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
     case = Ragged.make(16, 16, 1, 16, [1], [0], seed=2)
     case = dataclasses.replace(case, v=numbers.reshape(1, 16, 16))

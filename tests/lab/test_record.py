@@ -1,4 +1,4 @@
-"""How benchmarks record themselves: tables, the JSON line, the entry in the results, and git's word on the code."""
+"""Tests of how benchmarks record themselves: tables, the JSON line, the entry in the results, and git's state."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Record:
 
 
 class Dumped:
-    """As Pydantic's models and the OpenAI SDK's messages."""
+    """Stands for Pydantic's models and the OpenAI SDK's messages."""
 
     def model_dump(self):
         return {"role": "user", "content": "a", "refusal": None, "tool_calls": None}

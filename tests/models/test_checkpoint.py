@@ -89,7 +89,7 @@ def rewrite(folder, change):
 
 @pytest.fixture
 def tied_folder(tmp_path):
-    """Of a model that is tied, without a head of its own."""
+    """A tied model has no head of its own."""
     save_hf(random_decoder(dataclasses.replace(CONFIG, tie_embeddings=True), jnp.float32, seed=0), tmp_path / "tied")
     return tmp_path / "tied"
 
@@ -98,7 +98,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def test_an_own_head_of_a_tied_model_is_used(tied_folder, caplog):
-    """As transformers 5 does, which warns, too."""
+    """transformers 5 does the same, and warns, too."""
     rewrite(tied_folder, lambda t: t.update({HEAD: t[EMBEDDING][::-1].copy()}))
     decoder = load(tied_folder, jnp.float32)
     assert not decoder.config.tie_embeddings

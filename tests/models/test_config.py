@@ -110,7 +110,7 @@ def test_original_context_of_the_rope():
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_defaults_of_transformers(architecture):
-    """As transformers 5.24 has them for each family."""
+    """Defaults are those of transformers 5.24 for each family."""
     llama, qwen3 = architecture == FAMILIES[0], architecture == FAMILIES[2]
     absent = ("rope_theta", "rope_scaling", "rms_norm_eps", "max_position_embeddings", "num_key_value_heads")
     config = read({"num_attention_heads": 64}, *absent, "hidden_act", "tie_word_embeddings", architecture=architecture)

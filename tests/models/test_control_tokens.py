@@ -25,7 +25,7 @@ def ids(messages, tools=None, **arguments):
 
 
 def text(messages, tools=None):
-    """What is decoded, control tokens included."""
+    """Decode tokens, control tokens included."""
     return TOKENIZER._tokenizer.decode(TOKENIZER.encode_chat(messages, tools), skip_special_tokens=False)
 
 
@@ -71,7 +71,7 @@ def test_template_markup_counts_in_the_models_own_text_only():
 
 
 def test_special_markup_of_the_model_itself(tmp_path):
-    """Where <tool_call> is special, the model's own is still a token; its <|im_end|> is text."""
+    """The model's own <tool_call> is a token even where it is special; its <|im_end|> is text."""
     folder = copy_tiny(tmp_path / "model")
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     change(folder / "tokenizer.json", added_tokens=[{**token, "special": True} for token in tokens])

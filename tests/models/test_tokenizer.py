@@ -105,7 +105,7 @@ BOS = {
 
 
 def test_end_tokens_of_the_configuration_are_a_fallback(folder):
-    """As in transformers: they count where ``generation_config.json`` names none."""
+    """transformers counts them where ``generation_config.json`` names none."""
     change(folder / "config.json", eos_token_id=5)
     assert Tokenizer.from_folder(folder).eos_ids == {5, 257}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))

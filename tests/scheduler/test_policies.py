@@ -22,7 +22,7 @@ from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
-ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host=True)
+ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host_tier=True)
 
 
 def request(number, program=None, prompt=100, submitted=0.0, **history) -> Request:
@@ -118,7 +118,7 @@ def test_agentsched_turns_cache_first_as_memory_tightens():
     queue = WaitingQueue(3)
     for s in (cached, short):
         queue.push(s, policy.features(s))
-    tight = Pressure(16, pages=100, free=0, retained=0, running=5, host=False)
+    tight = Pressure(16, pages=100, free=0, retained=0, running=5, host_tier=False)
     assert list(queue.first(policy, 0.0, tight, 1)) == [cached]  # 109 new tokens against 310
     policy_hit = policy.features(cached)
     assert policy_hit[:2] == (0.95, 110.0)
@@ -126,7 +126,7 @@ def test_agentsched_turns_cache_first_as_memory_tightens():
 
 def test_thunderagent_pauses_acting_programs_first_and_shortest_first():
     policy = make_policy("thunderagent", told({}))
-    room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
+    room = Pressure(16, pages=10, free=0, retained=0, running=1, host_tier=False)  # 160 tokens
     programs = [request(n, prompt=size) for n, size in ((1, 100), (2, 60), (3, 40))]
     for s in programs:
         policy.queued(s, 0.0)
@@ -193,7 +193,7 @@ def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it
 
 def test_the_gate_counts_contexts_that_fade():
     gate = Gate()
-    room = Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
+    room = Pressure(16, pages=10, free=0, retained=0, running=1, host_tier=False)  # 160 tokens
     one, two = (request(n, prompt=100) for n in (1, 2))
     assert gate.admits(one, 0.0, room)
     gate.runs(one, 0.0)
@@ -213,7 +213,7 @@ def test_the_gate_counts_contexts_that_fade():
 
 
 def test_the_gate_shuts_above_one_share_and_opens_below_another():
-    gate, room = Gate(), Pressure(16, pages=10, free=0, retained=0, running=1, host=False)  # 160 tokens
+    gate, room = Gate(), Pressure(16, pages=10, free=0, retained=0, running=1, host_tier=False)  # 160 tokens
     gate.runs(request(1, prompt=100), 0.0)
     large, exact = request(2, prompt=61), request(3, prompt=60)
     gate.recomputes(0.24 * Gate.WINDOW_S, 0.0)
@@ -225,15 +225,15 @@ def test_the_gate_shuts_above_one_share_and_opens_below_another():
     assert gate.admits(large, 1.7 * Gate.WINDOW_S, room)  # 0.047
 
 
-@pytest.mark.parametrize(("host", "gated"), [(True, True), (False, False), (False, True)])
-def test_only_new_programs_are_gated_and_only_where_kv_is_lost(host, gated):
+@pytest.mark.parametrize(("host_tier", "gated"), [(True, True), (False, False), (False, True)])
+def test_only_new_programs_are_gated_and_only_where_kv_is_lost(host_tier, gated):
     policy = Astraea(Predictor(), Terms(gate=gated))
-    pressure = Pressure(16, pages=10, free=0, retained=0, running=1, host=host)
+    pressure = Pressure(16, pages=10, free=0, retained=0, running=1, host_tier=host_tier)
     begun, new = request(1, prompt=100), request(2, prompt=100)
     policy.admitted(begun, 0.0)
     policy._gate.recomputes(50.0, 0.0)
     assert policy.admits(request(3, begun.program), 0.0, pressure)
-    assert policy.admits(new, 0.0, pressure) is (host or not gated)
+    assert policy.admits(new, 0.0, pressure) is (host_tier or not gated)
 
 
 def test_unknown_policies_list_the_known():

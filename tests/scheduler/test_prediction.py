@@ -1,4 +1,4 @@
-"""What is learned, against what made it."""
+"""Tests of what predictors learn against what made it."""
 
 from __future__ import annotations
 

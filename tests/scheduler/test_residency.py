@@ -1,4 +1,4 @@
-"""Where KV goes: small cases on a device that notices every misplaced page."""
+"""Tests of where KV goes: small cases on a device that notices every misplaced page."""
 
 from __future__ import annotations
 

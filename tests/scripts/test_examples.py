@@ -1,4 +1,4 @@
-"""What the documents tell a reader to run, run as it stands."""
+"""Runs what the documents tell a reader to run, as it stands."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def next_token(context: list[int]) -> int:
 
 
 def complete(prompt: list[int], max_tokens: int, stops: frozenset[int] = frozenset()) -> list[int]:
-    """What a request must output, whatever happens around it."""
+    """Return what a request must output, whatever happens around it."""
     output: list[int] = []
     while len(output) < max_tokens and not (output and output[-1] in stops):
         output.append(next_token([*prompt, *output]))

@@ -1,4 +1,4 @@
-"""What both parity tests ask of a folder with a ``golden.npz``."""
+"""Checks that both parity tests make of a folder with a ``golden.npz``."""
 
 from __future__ import annotations
 

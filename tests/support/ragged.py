@@ -66,7 +66,7 @@ class Ragged:
         return cls(q, k, v, pages, Batch(table, lens.astype(np.int32), cu, slot_mapping), 1 if decode else 16)
 
     def attend(self, backend: Backend, dtype: Any = jnp.float32, kv_dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """What a backend makes of it: outputs and pages, as float32."""
+        """Return what a backend makes of it: outputs and pages, as float32."""
         tokens = [x.astype(dtype) for x in (self.q, self.k, self.v)]
         kv_dtype = kv_dtype or dtype
         pages = self.pages.astype(kv_dtype).view(backend.page_dtype(kv_dtype))
@@ -75,7 +75,7 @@ class Ragged:
         return np.asarray(out, np.float32), np.asarray(pages).view(kv_dtype).astype(np.float32)
 
     def expected(self, window: int | None = None, soft_cap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """What it must be; outputs of padding are 0."""
+        """Return what it must be; outputs of padding are 0."""
         table, lens, cu, slot_mapping = self.batch
         pages, out = self.pages.copy(), np.zeros_like(self.q)
         kv_heads, size, head = pages.shape[2:]

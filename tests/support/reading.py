@@ -368,7 +368,7 @@ GOLDENS = Path(__file__).parents[1] / "models" / "reading.json"
 
 
 def answers(variant: Variant, folder: Path) -> dict[str, Any]:
-    """What transformers makes of a variant: tokens of its text alone and as a prompt, text and tokens of its chat."""
+    """Return what transformers makes of a variant: tokens of its text, alone and as a prompt, and its chat."""
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(variant.write(folder))

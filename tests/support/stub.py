@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 from support.device import VOCABULARY, Device
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.extras import Extras
+from astraea_jax.engine.resampling import adjusted, logprobs
 from astraea_jax.models import resolve
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.tokenizer import Tokenizer
@@ -44,6 +47,7 @@ class Launched:
     plan: Plan
     tokens: list[int]
     dispatched: float
+    logprobs: np.ndarray | None = None
     done: bool = True
 
 
@@ -56,7 +60,7 @@ class StubRunner:
     def __init__(self) -> None:
         self.device: Device | None = None
         self.fault: AssertionError | None = None
-        """What the device has found wrong with a plan; not raised, or else the engine would take it for the step's."""
+        """Fault that the device has found in a plan; not raised, or else the engine would take it for the step's."""
         self.failing: deque[str] = deque()
         """Calls that are to raise: ``"dispatch"`` or ``"read"``, each the next time it comes."""
         self.broken: BaseException | None = None
@@ -81,6 +85,20 @@ class StubRunner:
         except AssertionError as error:
             self.fault, tokens = self.fault or error, [0] * plan.samples
         return Launched(plan, tokens, time.perf_counter())
+
+    def resample(self, step: Launched, extras: Extras) -> Launched:
+        """Draws as the real one does, from logits of 1 for the device's token and 0 for the others."""
+        logits = np.zeros((len(step.tokens), VOCABULARY), np.float32)
+        logits[range(len(logits)), step.tokens] = 1
+        drawn = np.asarray(adjusted(logits, extras.entries)) if len(extras.entries) else logits.copy()
+        for row, mask in zip(extras.masked, extras.masks, strict=True):
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCABULARY]
+            drawn[row, allowed == 0] = -np.inf
+        tokens = list(step.tokens)
+        for row in extras.rows:
+            tokens[row] = self.device.last[int(step.plan.slots[row])] = int(drawn[row].argmax())
+        reported = np.asarray(logprobs(logits, np.array(tokens, np.int32))) if extras.logprobs else None
+        return replace(step, tokens=tokens, logprobs=reported)
 
     def read(self, step: Launched) -> list[int]:
         self.go.wait()

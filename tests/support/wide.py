@@ -29,7 +29,7 @@ WIDE = ModelConfig(
     qkv_bias=True,
 )
 PAGE_BYTES = 4096
-"""Of four tokens in float32."""
+"""Bytes of a page of four tokens in float32."""
 TIGHT = EngineConfig(
     max_seqs=4, max_step_tokens=16, page_size=4, max_context=96, kv_bytes=40 * PAGE_BYTES, dtype="float32"
 )
@@ -56,7 +56,7 @@ async def tokens(generation) -> list[int]:
 
 
 async def programs(model: Serving | Client, *, alone: bool = False) -> list[list[int]]:
-    """What ten programs of two requests each say, all at once, or each with the model to itself."""
+    """Return what ten programs of two requests each say, all at once, or each with the model to itself."""
     room = asyncio.Semaphore(1 if alone else len(PROMPTS))
 
     async def program(name: str, prompt: list[int]) -> list[int]:

@@ -1,38 +1,170 @@
-"""Formats in which models write their thoughts and tool calls, and which of them a model uses."""
+"""Formats in which models write their thoughts and tool calls, and which of them a model uses.
+
+Each is a file of JSON beside this module: a ``response_template`` as transformers defines it, and ``bare``, the content
+parser of calls that a model may write without any markup. A field's name up to a dot says what it is: ``tool_calls``,
+``thinking``, ``content``, or ``markup``, which may follow calls and means nothing. ``tool_calls`` with ``xml-inline``
+content say in ``content_args`` what begins and ends a value.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import regex
+
+from astraea_jax.agents.response_templates import ResponseTemplate, ResponseTemplateField, load_response_template
+from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.tokenizer import Tokenizer
 
-NAMES = (
-    "deepseek",
-    "gemma",
-    "glm",
-    "harmony",
-    "hermes",
-    "json",
-    "llama3_json",
-    "mistral",
-    "pythonic",
-    "qwen3_coder",
+FOLDER = Path(__file__).parent
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+DEFAULT = "json"
+"""Reads every tag that stands before JSON."""
+
+SIGNS = (
+    ("<|channel|>", "harmony"),
+    ("<|tool_call>", "gemma"),
+    ("<function=", "qwen3_coder"),
+    ("<arg_key>", "glm"),
+    ("<｜DSML｜", "deepseek"),
+    ("<｜tool▁call▁begin｜>", "deepseek"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<tool_call>", "hermes"),
+    ("<|python_start|>", "pythonic"),
+    ("<function_calls>", "pythonic"),
+    ("<|start_header_id|>", "llama3_json"),
 )
+"""What stands in a model's chat template -> its format; the first that does."""
+
+DRAFT_TAGS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "<scratch_pad>": "</scratch_pad>",
+    "<scratchpad>": "</scratchpad>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "[think]": "[/think]",
+}
+"""Opening tag of a thought -> closing tag, in lower case; models write them in any. Calls in between are drafts."""
+
+PROMPT_END = 16_384
+"""Characters of a prompt's end in which the beginning of the turn is looked for."""
+
+Kind = Literal["thinking", "draft", "tool_calls", "markup", "content"]
 
 
 @dataclass(frozen=True)
 class CallFormat:
-    """One format."""
+    """One format.
+
+    Args:
+        name: of its file, or ``"response_template"`` if the tokenizer has its own.
+        fields: regions of a turn, as transformers reads their specifications.
+        split: the same regions, all of them plain text, so that to split a turn cannot fail.
+        thoughts_only: ``split`` without calls.
+        anchor: pattern of what begins a turn in a prompt.
+        bare: content parser of calls without markup, if the model writes such.
+        thoughts_apart: the chat template refuses thoughts within the content of a message.
+    """
 
     name: str
+    fields: Mapping[str, ResponseTemplateField]
+    split: ResponseTemplate
+    thoughts_only: ResponseTemplate
+    anchor: Any
+    bare: str | None = None
+    thoughts_apart: bool = False
+
+    def begun(self, prompt: str) -> str:
+        """What the prompt has already written of the turn, such as ``<think>``."""
+        tail = prompt[-PROMPT_END:]
+        if anchors := list(self.anchor.finditer(tail)):
+            return tail[anchors[-1].end() :]
+        openings = [field.open_re.pattern for field in self.fields.values() if field.open_re]
+        opened = (regex.search(rf"(?:{pattern})\s*\Z", tail) for pattern in openings)
+        return next((found[0] for found in opened if found), "")
+
+
+def kind(field: str) -> Kind:
+    """What a field is."""
+    stem = field.partition(".")[0]
+    if stem in ("reasoning_content", "reasoning"):
+        return "thinking"
+    return stem if stem in ("thinking", "draft", "tool_calls", "markup") else "content"  # type: ignore[return-value]
 
 
 def choose(tokenizer: Tokenizer, name: str | None = None) -> CallFormat:
-    """The format ``name``, or else the one that the model's chat template shows.
+    """The format ``name``; else the ``response_template`` of the tokenizer; else what the chat template shows.
 
     Raises:
         ValueError: there is no format of this name.
+        CheckpointError: the tokenizer's ``response_template`` is damaged.
     """
-    if name is not None and name not in NAMES:
+    if name is not None:
+        return named(name)
+    if tokenizer.response_template is not None:
+        try:
+            return _format("response_template", {"response_template": tokenizer.response_template})
+        except Exception as error:  # whatever a stranger's file leads to
+            raise CheckpointError(f"the tokenizer's response_template is damaged: {error}") from error
+    return named(next((name for sign, name in SIGNS if sign in tokenizer.template_text), DEFAULT))
+
+
+@functools.cache
+def named(name: str) -> CallFormat:
+    """The format of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in NAMES:
         raise ValueError(f"there is no call format {name!r}; there are: {', '.join(NAMES)}")
-    return CallFormat(name or "json")
+    return _format(name, json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def _format(name: str, data: Mapping[str, Any]) -> CallFormat:
+    whole = load_response_template(data["response_template"])
+    fields = dict(data["response_template"]["fields"])
+    if whole.implicit is None:
+        fields["content"] = {}
+    known = [field.open_re for field in whole.fields.values() if field.open_re]
+    for number, (begin, end) in enumerate(DRAFT_TAGS.items()):
+        if not any(pattern.match(begin) for pattern in known):
+            fields[f"draft.{number}"] = {"open_pattern": _any_case(begin), "close_pattern": _any_case(end)}
+    thoughts = {key: field for key, field in fields.items() if kind(key) != "tool_calls"}
+    return CallFormat(
+        name=name,
+        fields=load_response_template({**data["response_template"], "fields": fields}).fields,
+        split=_split(fields),
+        thoughts_only=_split(thoughts),
+        anchor=whole.start_anchor_re,
+        bare=data.get("bare"),
+        thoughts_apart=data.get("thoughts_apart", False),
+    )
+
+
+def _split(fields: Mapping[str, Mapping[str, Any]]) -> ResponseTemplate:
+    """A template that only splits. What closes a call is not its affair, since that may stand in a string."""
+    plain: dict[str, Any] = {}
+    for name, field in fields.items():
+        delimiters = {key: value for key, value in field.items() if key.startswith(("open", "close"))}
+        if kind(name) == "tool_calls":
+            delimiters = {key: value for key, value in delimiters.items() if key.startswith("open")}
+        plain[name] = {
+            **delimiters,
+            "content": "text",
+            "content_args": {"strip": False},
+            "repeats": True,
+            "transform": {"content": "{content}"},
+        }
+    return load_response_template({"start_anchor_pattern": "(?!)", "fields": plain})
+
+
+def _any_case(tag: str) -> str:
+    return "".join(f"[{char}{char.upper()}]" if char.isalpha() else regex.escape(char) for char in tag)

@@ -86,6 +86,10 @@ class Server:
         self._draining = self._cutting = False
         self._pace = Pace()
         self._decoding: dict[grpc.aio.ServicerContext, asyncio.Task[Any] | None] = {}
+        self._finishing: frozenset[grpc.aio.ServicerContext] = frozenset()
+        """Requests that were running when the end began."""
+        self._cut = 0
+        """Those of them whose engine died meanwhile."""
         limit = engine.config.data_parallel * (engine.config.max_queued + engine.config.max_seqs)
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=2 * limit,  # beyond it gRPC itself answers RESOURCE_EXHAUSTED
@@ -121,6 +125,7 @@ class Server:
         Returns how many requests were cut off; they get ``UNAVAILABLE``, even if the engine hangs.
         """
         self._draining = True
+        self._finishing = frozenset(self._decoding)
         self._health.drain()
         deadline = time.monotonic() + grace_s
         while self._decoding and time.monotonic() < deadline:
@@ -131,7 +136,7 @@ class Server:
             task.cancel()
         self._health.close()
         await self._server.stop(HANG_UP_S)
-        return len(cut)
+        return self._cut + len(cut)
 
     async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         """Stream one request. The end of the call, by cancel or deadline too, cancels the generation."""
@@ -155,6 +160,7 @@ class Server:
                 raise
             await _abort(context, EngineDead("the server was shut down before the request had ended"))
         except Exception as error:
+            self._cut += isinstance(error, EngineDead) and context in self._finishing
             await _abort(context, error)
 
     async def _generate(self, request: Any, context: grpc.aio.ServicerContext) -> Generation:

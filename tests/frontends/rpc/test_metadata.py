@@ -1,4 +1,4 @@
-"""What travels in metadata arrives as it was."""
+"""Tests that metadata arrive as they were sent."""
 
 from __future__ import annotations
 

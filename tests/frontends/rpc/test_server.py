@@ -8,8 +8,9 @@ import dataclasses
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.engines import held, posted, settled
+from support.engines import break_loop, held, posted, settled, until
 from support.sizes import SMALL
+from support.stub import stub_engine
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.sampling import SamplingParams
@@ -21,6 +22,7 @@ from astraea_jax.frontends.rpc.server import Server
 SIXTEEN = dataclasses.replace(SMALL, max_queued=8)
 """Eight run, eight wait."""
 HUNDRED = SamplingParams(max_tokens=100, ignore_eos=True)
+THIRTY = SamplingParams(max_tokens=30, ignore_eos=True)
 
 
 NO_EOS = (("x-ignore-eos", "true"),)
@@ -247,6 +249,25 @@ async def test_what_the_grace_cuts_off_is_told(engine):
                 with pytest.raises(EngineDead, match="shut down before the request had ended"):
                     await task
     await settled(engine)
+
+
+async def test_what_dies_within_the_grace_is_cut_off_too():
+    engine, runner = stub_engine()
+    engine.start()
+    runner.go.clear()
+    server = Server(engine)
+    async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
+        running = asyncio.create_task(tokens_of(client.generate([1, 2], THIRTY)))
+        await until(lambda: engine.in_progress)
+        stopping = asyncio.create_task(server.stop(3600))
+        await until(lambda: server._draining)
+        with pytest.raises(EngineDead, match="shutting down"):  # refused, which cuts nothing
+            await tokens_of(client.generate([1], SamplingParams(max_tokens=1)))
+        break_loop(engine, ZeroDivisionError())
+        runner.go.set()
+        with pytest.raises(EngineDead, match="ZeroDivisionError"):
+            await running
+        assert await stopping == 1
 
 
 async def test_stopping_lets_running_requests_finish_and_refuses_new_ones(engine):

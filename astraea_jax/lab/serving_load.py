@@ -1,4 +1,4 @@
-"""The load of bench_serving.py: prompts of random tokens, all at once or as they arrive, and what became of them."""
+"""Loads of random tokens: prompts that come all at once or as they arrive, and what became of them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Load:
         return cls(prompts, [max(2, n) for n in lengths(tokens_out)])
 
     def first(self, count: int) -> Load:
+        """Return the first ``count`` prompts as a load."""
         return Load(self.prompts[:count], self.outputs[:count])
 
     def decode_steps(self, max_seqs: int) -> int:
-        """The fewest steps that can decode it. The first token of each output comes from its prefill."""
+        """Count the fewest steps that can decode it. The first token of each output comes from its prefill."""
         return max(-(-sum(n - 1 for n in self.outputs) // max_seqs), max(self.outputs) - 1)
 
     def read_tokens(self) -> int:
@@ -59,10 +60,12 @@ class Served:
 
     @property
     def ttft(self) -> float:
+        """Time to the first token."""
         return self.tokens[0] - self.arrived
 
     @property
     def e2e(self) -> float:
+        """Time to the last token."""
         return self.tokens[-1] - self.arrived
 
     @property
@@ -93,9 +96,11 @@ class Latencies:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Latencies:
+        """Take percentiles of ``values``."""
         return cls(*(float(x) for x in np.percentile(values, (50, 90, 99))))
 
     def text(self, factor: float, digits: int) -> str:
+        """Show the percentiles times ``factor``."""
         return " / ".join(f"{factor * x:.{digits}f}" for x in (self.p50, self.p90, self.p99))
 
 
@@ -107,6 +112,7 @@ class Slo:
     tpot: float
 
     def met(self, request: Served) -> bool:
+        """Whether a request was as fast as that."""
         return request.ttft <= self.ttft and request.tpot <= self.tpot
 
 
@@ -135,6 +141,7 @@ class Online:
 
 
 def offline(engine: Engine, load: Load) -> Offline:
+    """Serve all prompts at once."""
     steps, began = engine.times.steps, time.perf_counter()
     served = asyncio.run(_all(engine, load, np.zeros(len(load.prompts))))
     return Offline(

@@ -1,0 +1,142 @@
+"""Finds where a call ends while it is written: a closing tag within a string ends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from astraea_jax.agents.json_calls import MAX_CALL_CHARS, ToolCall, reason
+from astraea_jax.agents.response_templates import ResponseTemplateField
+
+DOUBLE, SINGLE = ('"', r'\\.|"'), ("'", r"\\.|'")
+LONGEST_QUOTE = 512
+"""No delimiter of strings is longer."""
+
+
+class Quoting:
+    """Tells whether a position in a growing text lies within quotes, in linear time.
+
+    Args:
+        quotes: patterns of what opens a string, and of what closes it or is an escape.
+    """
+
+    def __init__(self, quotes: Sequence[tuple[str, str]]):
+        self._open = regex.compile("|".join(f"({begin})" for begin, _ in quotes), regex.DOTALL)
+        self._close = [regex.compile(end, regex.DOTALL) for _, end in quotes]
+        self._within: int | None = None
+        self._at = 0
+
+    def encloses(self, text: str, position: int) -> bool:
+        """Whether ``position`` lies within quotes. Positions are asked for in ascending order."""
+        while True:
+            pattern = self._open if self._within is None else self._close[self._within]
+            found = pattern.search(text, self._at, position)
+            if found is None:
+                self._at = max(self._at, position - LONGEST_QUOTE)
+                return self._within is not None
+            self._at = found.end()
+            if self._within is None:
+                self._within = found.lastindex - 1
+            elif not found[0].startswith("\\"):
+                self._within = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A call's region that is over."""
+
+    calls: list[ToolCall]
+    error: str | None
+    """Why it could not be read."""
+    text: str
+    """The region and its closing tag, as the model wrote them."""
+    rest: str
+    """Text that follows and has been looked at already."""
+
+
+class CallBody:
+    """Text of a region that holds calls, up to the closing tag that ends it.
+
+    The first closing tag before which it can be read is the end. If it cannot be read there, a closing tag outside of
+    strings may be the end, strings being in double quotes or, failing that, in either.
+
+    Args:
+        form: the region's field.
+        read: reads the calls of a body, or raises ValueError or RecursionError.
+    """
+
+    def __init__(self, form: ResponseTemplateField, read: Callable[[str], list[ToolCall]]):
+        self._close = form.close_re
+        self._needs_close = form.content == "xml-inline"  # else a call that was cut could pass for a whole one
+        self._read = read
+        self._open_quotings = [Quoting(quotes) for quotes in _quotings(form)]
+        self._before: list[str] = []
+        """The region up to where its closing tag is looked for."""
+        self._window = ""
+        self._error: str | None = None
+        self._extent = 0
+        """Where the region ends if nothing in it can be read."""
+
+    def feed(self, text: str, last: bool = False) -> Ended | None:
+        """Take the next text of the turn; returns what is known once the region is over."""
+        self._window += text
+        while found := self._closing(last):
+            body = "".join([*self._before, self._window[: found.start()]])
+            if ended := self._try(body, found):
+                return ended
+            self._shift(max(found.end(), found.start() + 1))
+        return self._cut() if last else None
+
+    def _closing(self, last: bool) -> regex.Match[str] | None:
+        found = self._close and self._close.search(self._window, partial=not last)
+        if found and not found.partial:
+            return found
+        self._shift(found.start() if found else len(self._window))
+        return None
+
+    def _shift(self, count: int) -> None:
+        self._before.append(self._window[:count])
+        self._window = self._window[count:]
+
+    def _try(self, body: str, closing: regex.Match[str]) -> Ended | None:
+        enclosing = [quoting for quoting in self._open_quotings if quoting.encloses(body, len(body))]
+        if self._error is None or len(enclosing) < len(self._open_quotings):
+            try:
+                return Ended(self._read(body), None, body + closing[0], self._window[closing.end() :])
+            except (ValueError, RecursionError) as error:
+                self._error = self._error or reason(error)
+                self._extent = len(body) + len(closing[0])
+        self._open_quotings = enclosing
+        return None if enclosing and len(body) <= MAX_CALL_CHARS else self._refused()
+
+    def _cut(self) -> Ended:
+        """The turn ends here; the closing tag may be missing, or stand in a string."""
+        whole = "".join([*self._before, self._window])
+        try:
+            if self._needs_close:
+                raise ValueError("the closing tag is missing")
+            return Ended(self._read(whole), None, whole, "")
+        except (ValueError, RecursionError) as error:
+            if self._error is None:
+                self._error, self._extent = reason(error), len(whole)
+        return self._refused()
+
+    def _refused(self) -> Ended:
+        whole = "".join([*self._before, self._window])
+        return Ended([], self._error, whole[: self._extent], whole[self._extent :])
+
+
+def _quotings(form: ResponseTemplateField) -> list[list[tuple[str, str]]]:
+    arguments: dict[str, Any] = form.content_args
+    if form.content == "json":
+        if delimiters := arguments.get("string_delims"):
+            return [[*((regex.escape(begin), regex.escape(end)) for begin, end in delimiters), DOUBLE]]
+        return [[DOUBLE], [DOUBLE, SINGLE]]
+    if form.content == "python-call-list":
+        return [[DOUBLE, SINGLE]]
+    if form.content == "xml-inline" and "value_open" in arguments:
+        return [[(arguments["value_open"], arguments["value_close"])]]
+    return []

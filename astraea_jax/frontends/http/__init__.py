@@ -1,0 +1,1 @@
+"""The HTTP front door: the APIs that agents already speak, on FastAPI and uvicorn."""

@@ -1,0 +1,194 @@
+"""Begins turns on an engine: checks a request, makes its prompt, and queues it.
+
+A conversation that ends with the assistant's own message is refused: continuing it (prefill) is not served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from astraea_jax.agents.formats import CallFormat
+from astraea_jax.agents.loop import joined
+from astraea_jax.agents.reply import ReplyReader
+from astraea_jax.engine.encoding import encode_prompt
+from astraea_jax.engine.interface import Serving
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.frontends.http.errors import NotFound
+from astraea_jax.frontends.http.turns import MAX_CHOICES, ChatRequest, PlainReader, Reader, Request, TextRequest, Turn
+from astraea_jax.frontends.http.waiting import Limits, Waiting
+from astraea_jax.models.config import CheckpointError
+
+TAIL = 64
+"""Tokens at the end of a prompt that are decoded to see whether it has opened a thought."""
+
+
+class Door:
+    """Begins turns; every API goes through the same one. All of it runs in the server's event loop.
+
+    Args:
+        engine: serves the turns.
+        call_format: how the model writes calls and thoughts.
+        names: names of the model; the first one is its own.
+        limits: bounds on what waits.
+        defaults: sampling parameters that count where a client gives none.
+    """
+
+    def __init__(
+        self,
+        engine: Serving,
+        call_format: CallFormat,
+        names: Sequence[str],
+        limits: Limits | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        limits = limits or Limits()
+        config = engine.config
+        self.engine = engine
+        self.names = tuple(names)
+        self.defaults = dict(defaults or {})
+        self.draining = False
+        """Set when the server is shutting down: nothing begins any more."""
+        self.waiting = Waiting(
+            limits.choices or config.data_parallel * (config.max_queued + config.max_seqs),
+            limits.tokens or 64 * engine.layout.max_context,
+        )
+        self._wait_s = limits.wait_s
+        self._format = call_format
+        self._busy: set[tuple[str, str]] = set()
+        """Owner and name of sessions with a turn in progress."""
+
+    def check_model(self, name: str | None) -> str:
+        """Return the name that an answer carries; None is the model's own.
+
+        Raises:
+            NotFound: no model of that name is served.
+        """
+        if name is None or name in self.names:
+            return name or self.names[0]
+        raise NotFound(f"the model {name[:100]!r} is not served; there is: {', '.join(self.names)}")
+
+    async def begin(self, request: ChatRequest | TextRequest) -> list[Turn]:
+        """Check, render, tokenise and queue a request; returns a turn for each choice.
+
+        Raises:
+            RequestError: the request cannot be served as it is.
+            Overloaded: too much is waiting.
+            EngineDead: the server does not serve.
+        """
+        self._check(request)
+        waiting = request.n
+        self.waiting.enter(waiting)
+        turns: list[Turn] = []
+        try:
+            prompt = await self._prompt(request)
+            params = self._params(request, prompt)
+            self.waiting.weigh(len(prompt) * waiting)
+            try:
+                while waiting:
+                    turns.append(self._turn(request, prompt, params, len(turns)))
+                    waiting -= 1
+            finally:
+                self.waiting.leave(0, len(prompt) * waiting)
+        except BaseException:
+            for turn in turns:
+                turn.cancel()
+            raise
+        finally:
+            self.waiting.leave(waiting, 0)
+        return turns
+
+    def _check(self, request: Request) -> None:
+        if self.draining:
+            raise EngineDead("the server is shutting down; use another one")
+        if not self.engine.live:
+            raise EngineDead("the engine does not serve yet, or no longer")
+        if not 1 <= request.n <= MAX_CHOICES:
+            raise RequestError(f"n is {request.n}; it must be an integer in [1, {MAX_CHOICES}]")
+        if not isinstance(request, ChatRequest):
+            return
+        if not request.messages:
+            raise RequestError("there are no messages; a chat needs at least one")
+        if request.messages[-1].get("role") == "assistant":
+            raise RequestError(
+                "the last message is the assistant's own; continuing it (prefill) is not served: end with a message "
+                "of the user or a tool"
+            )
+        names = _tool_names(request)
+        if request.tool_choice not in ("auto", "none") and not names:
+            raise RequestError("tool_choice asks for a call, but there are no tools")
+        if request.tool_choice not in ("auto", "none", "required", *names):
+            raise RequestError(f"tool_choice names {request.tool_choice[:60]!r}, which is none of the tools")
+
+    async def _prompt(self, request: ChatRequest | TextRequest) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        if isinstance(request, ChatRequest):
+            characters = len(str(request.messages)) + len(str(request.tools))
+            encode = partial(
+                tokenizer.encode_chat, request.messages, _rendered_tools(request), **request.template_arguments
+            )
+        elif isinstance(request.prompt, str):
+            characters = len(request.prompt)
+            encode = partial(tokenizer.encode, request.prompt, add_bos=True)
+        else:
+            return [*request.prompt]
+        try:
+            return await encode_prompt(characters, encode)
+        except (RequestError, CheckpointError):
+            raise
+        except (TypeError, ValueError) as error:
+            raise RequestError(str(error)) from error
+
+    def _params(self, request: Request, prompt: Sequence[int]) -> Any:
+        room = max(1, self.engine.layout.max_context - len(prompt))
+        return replace(request.params, max_tokens=min(request.params.max_tokens, room))
+
+    def _turn(self, request: ChatRequest | TextRequest, prompt: Sequence[int], params: Any, index: int) -> Turn:
+        tenant, key = request.tenant, (request.tenant.owner, request.session or "")
+        session = None if index or key in self._busy else request.session
+        generation = self.engine.generate(
+            prompt,
+            params if params.seed is None else replace(params, seed=(params.seed + index) % 2**32),
+            session=session,
+            final=request.final,
+            salt=tenant.salt,
+            owner=tenant.owner,
+        )
+        if session:
+            self._busy.add(key)
+        return Turn(
+            generation,
+            self._reader(request, prompt),
+            parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
+            wait_s=self._wait_s,
+            on_begin=partial(self.waiting.leave, 1, len(prompt)),
+            on_end=partial(self._ended, request=request, key=key if session else None),
+        )
+
+    def _reader(self, request: ChatRequest | TextRequest, prompt: Sequence[int]) -> Reader:
+        if not isinstance(request, ChatRequest):
+            return PlainReader()
+        tail = self.engine.tokenizer.decode(prompt[-TAIL:])
+        return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids)
+
+    def _ended(self, turn: Turn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:
+        if key is None:
+            return
+        self._busy.discard(key)
+        if isinstance(request, ChatRequest) and turn.finish_reason == "tool_calls":
+            names = joined({call.name for call in turn.reply.calls} & set(_tool_names(request)))
+            if names and not request.final:
+                with suppress(Overloaded):  # the engine has too much to do to learn from it
+                    self.engine.tool_called(key[1], names, owner=key[0])
+
+
+def _tool_names(request: ChatRequest) -> list[str]:
+    return [str(tool["function"]["name"]) for tool in request.tools]
+
+
+def _rendered_tools(request: ChatRequest) -> list[Mapping[str, Any]] | None:
+    """Tools that the prompt shows and that the turn may call; None: no calls are looked for."""
+    return [*request.tools] if request.tools and request.tool_choice != "none" else None

@@ -1,0 +1,239 @@
+"""Turns of the model in no API's shape: what asks for them, and how they are read.
+
+:meth:`.door.Door.begin` takes a request and gives one :class:`Turn` for each choice that is asked for. A turn is an
+async iterator of :class:`TurnDelta`, and afterwards says how it has ended. Whoever holds it no longer, or whose task is
+cancelled, has cancelled its generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Reply, Said
+from astraea_jax.engine.generation import Delta, Generation, TokenLogprob, Usage
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import Overloaded
+from astraea_jax.frontends.http.errors import SessionEnded
+from astraea_jax.frontends.http.tenants import Tenant
+
+MAX_CHOICES = 64
+"""Choices of one request (``n``)."""
+UNBOUNDED = SamplingParams(max_tokens=2**31 - 1)
+
+
+def call_id() -> str:
+    """Make the id of a tool call, as OpenAI's look."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What chats and completions have in common."""
+
+    tenant: Tenant
+    params: SamplingParams = UNBOUNDED
+    """``max_tokens`` is a bound: what the context has left is one, too. Of several choices with a seed, each one has
+    the seed of the previous one plus 1."""
+    n: int = 1
+    constraint: Mapping[str, Any] | None = None
+    """What the text must look like: ``{"type": "json_object"}``, ``{"type": "json_schema", "schema": …}``,
+    ``{"type": "regex", "regex": …}`` or ``{"type": "lark", "lark": …}``."""
+    session: str | None = None
+    """Names the program. While it has a request in progress, another one is a program of its own, as are all choices
+    but the first."""
+    final: bool = False
+    """Whether the program ends with this request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest(Request):
+    """A request for the next turn of a conversation. Messages and tools are as OpenAI writes them."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str = "auto"
+    """``"auto"``, ``"none"``, ``"required"``, or the name of the tool that must be called."""
+    parallel_calls: bool = True
+    """Whether a turn may call several tools; if not, only the first call counts."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    call_ids: Callable[[], str] = call_id
+    """Makes the ids of tool calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest(Request):
+    """A request for what follows a text, without a chat template."""
+
+    prompt: str | Sequence[int]
+    """Text, or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnDelta:
+    """Output of a turn since its previous one."""
+
+    parts: Sequence[Part]
+    logprobs: tuple[TokenLogprob, ...]
+    token_ids: tuple[int, ...]
+
+
+class Reader(Protocol):
+    """Reads the text of a turn, as :class:`~astraea_jax.agents.reply.ReplyReader` does."""
+
+    @property
+    def reply(self) -> Reply: ...
+    def feed(self, text: str) -> list[Part]: ...
+    def finish(self) -> list[Part]: ...
+
+
+class PlainReader:
+    """Reads a text that is nothing but text."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    @property
+    def reply(self) -> Reply:
+        return Reply("", "".join(self._pieces), [], [])
+
+    def feed(self, text: str) -> list[Part]:
+        self._pieces.append(text)
+        return [Said(text)] if text else []
+
+    def finish(self) -> list[Part]:
+        return []
+
+
+class Turn:
+    """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong.
+
+    Args:
+        generation: of the engine.
+        reader: reads its text.
+        parallel_calls: see :class:`ChatRequest`.
+        wait_s: seconds until the first token; then ``Overloaded`` is raised.
+        on_begin: called once, when the first tokens are out or none will come.
+        on_end: called once, when the turn has ended, however.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        reader: Reader,
+        *,
+        parallel_calls: bool,
+        wait_s: float,
+        on_begin: Callable[[], None],
+        on_end: Callable[[Turn], None],
+    ):
+        self._generation = generation
+        self._reader = reader
+        self._parallel_calls = parallel_calls
+        self._wait_s = wait_s
+        self._on_begin, self._on_end = on_begin, on_end
+        self._begun = self._over = False
+        self.finish_reason: str | None = None
+        """``"stop"``, ``"length"`` or ``"tool_calls"``; None until the turn has ended."""
+        self.stop_sequence: str | None = None
+        """The stop string that has ended the turn, if one has."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts and times; complete once the turn has ended."""
+        return self._generation.usage
+
+    @property
+    def reply(self) -> Reply:
+        """All that the model has written, once the turn has ended."""
+        reply = self._reader.reply
+        return reply if self._parallel_calls else replace(reply, calls=reply.calls[:1])
+
+    def __aiter__(self) -> Turn:
+        return self
+
+    async def __anext__(self) -> TurnDelta:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            delta = await (anext(self._generation) if self._begun else self._first())
+            if delta.finish_reason == "cancelled":
+                raise SessionEnded("the session was ended while its request ran")
+        except BaseException:
+            self._end()
+            raise
+        parts = self._reader.feed(delta.text)
+        if delta.finish_reason is not None:
+            parts = [*parts, *self._reader.finish()]
+            called = delta.finish_reason == "stop" and self._reader.reply.calls
+            self.finish_reason = "tool_calls" if called else delta.finish_reason
+            self._end()
+        if not self._parallel_calls:
+            parts = [part for part in parts if not (isinstance(part, CallPart) and part.index)]
+        return TurnDelta(parts, delta.logprobs, delta.token_ids)
+
+    def cancel(self) -> None:
+        """Stop the generation; its pages are free within a step."""
+        self._generation.cancel()
+        self._end()
+
+    async def _first(self) -> Delta:
+        try:
+            async with asyncio.timeout(self._wait_s):
+                delta = await anext(self._generation)
+        except TimeoutError:
+            raise Overloaded(f"no token within {self._wait_s:.0f} s: too many requests; try again later") from None
+        self._begin()
+        return delta
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._on_begin()
+
+    def _end(self) -> None:
+        if not self._over:
+            self._over = True
+            self._begin()
+            self._on_end(self)
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+CallPart = CallBegan | CallArguments | CallEnded
+
+
+async def merged(turns: Sequence[Turn]) -> AsyncIterator[tuple[int, TurnDelta]]:
+    """Index of a turn and its next output, whichever comes first; whatever ends this ends all turns."""
+    try:
+        if len(turns) == 1:
+            async for delta in turns[0]:
+                yield 0, delta
+            return
+        waiting = {_next(turn): i for i, turn in enumerate(turns)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    i = waiting.pop(task)
+                    output = task.result()
+                    if output is not None:
+                        waiting[_next(turns[i])] = i
+                        yield i, output
+        finally:
+            for task in waiting:
+                task.cancel()
+    finally:
+        for turn in turns:
+            turn.cancel()
+
+
+def _next(turn: Turn) -> asyncio.Task[TurnDelta | None]:
+    async def wait() -> TurnDelta | None:
+        return await anext(turn, None)
+
+    return asyncio.create_task(wait())

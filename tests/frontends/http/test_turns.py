@@ -1,0 +1,74 @@
+"""Turns as every API begins them."""
+
+import pytest
+from support.engines import settled
+from support.http import MODEL
+
+from astraea_jax.agents import formats
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.door import Door
+from astraea_jax.frontends.http.tenants import Tenant
+from astraea_jax.frontends.http.turns import ChatRequest
+
+USER = {"role": "user", "content": "Hello"}
+TENANT = Tenant("somebody", "")
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+def door(engine) -> Door:
+    return Door(engine, formats.choose(engine.tokenizer), [MODEL])
+
+
+async def test_every_choice_is_a_turn(door, engine):
+    params = SamplingParams(max_tokens=5, seed=7, temperature=1.0, ignore_eos=True)
+    turns = await door.begin(ChatRequest(messages=[USER], tenant=TENANT, params=params, n=3))
+    assert door.waiting.tokens > 0
+    deltas = [[delta async for delta in turn] for turn in turns]
+    ids = [[token for delta in each for token in delta.token_ids] for each in deltas]
+    assert [len(each) for each in ids] == [5, 5, 5]
+    assert len({tuple(each) for each in ids}) == 3
+    assert {turn.finish_reason for turn in turns} == {"length"}
+    assert door.waiting.tokens == door.waiting.choices == 0
+    await settled(engine)
+
+
+async def test_a_turn_that_nobody_holds_is_cancelled(door, engine):
+    turns = await door.begin(ChatRequest(messages=[USER], tenant=TENANT, n=2))
+    await anext(turns[0])
+    del turns
+    await settled(engine)
+    assert door.waiting.tokens == 0
+
+
+async def test_a_session_with_a_request_in_progress_begins_another_program(door, engine):
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    request = ChatRequest(messages=[USER], tenant=TENANT, params=params, session="agent")
+    first = (await door.begin(request))[0]
+    second = (await door.begin(request))[0]
+    for turn in (second, first):
+        assert [delta async for delta in turn]
+        assert turn.finish_reason == "length"
+    engine.end_session("agent", owner=TENANT.owner)
+    await settled(engine)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n": 0}, "n is 0"),
+        ({"n": 65}, "n is 65"),
+        ({"messages": []}, "no messages"),
+        ({"messages": [USER, {"role": "assistant", "content": "I"}]}, "prefill"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "cannot encode"),
+        ({"tool_choice": "required"}, "no tools"),
+        ({"tools": [WEATHER], "tool_choice": "wether"}, "none of the tools"),
+    ],
+    ids=str,
+)
+async def test_a_request_that_cannot_be_served_is_refused(door, change, named):
+    with pytest.raises(RequestError, match=named):
+        await door.begin(ChatRequest(**{"messages": [USER], "tenant": TENANT, **change}))
+    assert door.waiting.tokens == door.waiting.choices == 0

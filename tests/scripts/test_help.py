@@ -1,0 +1,30 @@
+"""Every script tells what it does."""
+
+from __future__ import annotations
+
+import pytest
+from support.scripts import ROOT, run
+
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if "absl" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
+def test_help_is_printed_and_no_failure(flag):
+    said = run("scripts/convert_checkpoint.py", flag)
+    assert said.startswith("Converts a checkpoint folder")
+    assert "--source" in said
+
+
+@pytest.mark.parametrize("name", ["lock", "serving_peers"])
+def test_help_of_scripts_without_absl(name):
+    assert "show this help" in run(f"scripts/{name}.py", "--help")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_begins_and_ends_in_the_shared_way(name):
+    text = (ROOT / "scripts" / name).read_text(encoding="utf-8")
+    assert text.endswith('if __name__ == "__main__":\n    run_main(main)\n')
+
+
+def test_a_wrong_flag_is_a_failure():
+    run("scripts/convert_checkpoint.py", "--no_such_flag", status=1)
