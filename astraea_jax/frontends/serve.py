@@ -104,7 +104,8 @@ def compile_cache() -> str | None:
 
 def loaded_engine(display: StartupDisplay) -> Serving:
     """Load the model that the flags name."""
-    return load_engine(model(), engine_config(), random_weights=FLAGS.random_weights, progress=display.loading)
+    config = engine_config()  # what is wrong with it shows before a model is fetched
+    return load_engine(model(), config, random_weights=FLAGS.random_weights, progress=display.loading)
 
 
 def model() -> str:
@@ -116,11 +117,12 @@ def follow(display: StartupDisplay) -> None:
     """Run as a follower of process 0: repeat the operations that it dispatches."""
     for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
         signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    config = engine_config()
     if FLAGS.random_weights:
-        loaded = random_model(model(), engine_config())
+        loaded = random_model(model(), config)
     else:
-        loaded = load_model(model(), engine_config(), display.loading)
-    multiprocess.follow(loaded, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
+        loaded = load_model(model(), config, display.loading)
+    multiprocess.follow(loaded, config, display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
 def say(line: str) -> None:
