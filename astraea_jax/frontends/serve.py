@@ -118,10 +118,8 @@ def follow(display: StartupDisplay) -> None:
     for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
         signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
     config = engine_config()
-    if FLAGS.random_weights:
-        loaded = random_model(model(), config)
-    else:
-        loaded = load_model(model(), config, display.loading)
+    random = FLAGS.random_weights
+    loaded = random_model(model(), config) if random else load_model(model(), config, display.loading)
     multiprocess.follow(loaded, config, display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
