@@ -10,14 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from astraea_jax.frontends.http import operations
+from astraea_jax.frontends.http import chat, completions, operations, tokens
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.operating import Operator
 
-ROUTERS: tuple[APIRouter, ...] = (operations.router,)
+ROUTERS: tuple[APIRouter, ...] = (chat.router, completions.router, tokens.router, operations.router)
 SHAPES: Mapping[str, Shape] = {}
 """Beginning of a path -> shape of its errors. All others are in OpenAI's."""
 
