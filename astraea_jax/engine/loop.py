@@ -374,7 +374,9 @@ class ServingLoop:
     def _end(self, live: _Live, last: Delta | Exception) -> None:
         del self._requests[live.request], self._by_mailbox[live.mailbox]
         self._trackers -= live.tracker is not None
-        live.mailbox.usage, live.mailbox.program = Usage.of(live.request, time.monotonic()), live.request.program
+        program = live.request.program
+        live.mailbox.usage = Usage.of(live.request, time.monotonic())
+        live.mailbox.program = program.number, program.wait_s
         self._outbox.put(live.mailbox, last)
 
 
