@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from absl import flags
@@ -30,9 +31,9 @@ class Tracing:
     def __init__(self, engine: Serving, tracer: Any, model: str):
         self._tracer, self._model = tracer, model
         for number, replica in enumerate(engine.replicas):
-            replica.observe(lambda ended, number=number: self._ended(ended, number))
+            replica.observe(partial(self._ended, number))
 
-    def _ended(self, ended: Ended, replica: int) -> None:
+    def _ended(self, replica: int, ended: Ended) -> None:
         usage = ended.usage
         if usage is None:
             return
