@@ -94,6 +94,8 @@ class Ended:
     """Number of its program in this engine; 0: it never had one."""
     tool_wait_s: float
     """How long its program had waited for a tool before it."""
+    restore_s: float
+    """How long its KV took to come back from the host, as the last part of its time in the queue."""
 
 
 Observer = Callable[[Ended], object]
@@ -116,8 +118,8 @@ class Mailbox:
         self.observers = observers
         self.usage: Usage | None = None
         """Set before the last item is delivered."""
-        self.program = 0, 0.0
-        """Number of its program, and how long that had waited for a tool; set at the same time."""
+        self.program = 0, 0.0, 0.0
+        """``program``, ``tool_wait_s`` and ``restore_s`` of :class:`Ended`; set at the same time."""
         self.pace: Pace | None = None
         self._items: deque[Delta | Exception] = deque()  # bounded by the request's max_tokens
         self._reader: asyncio.Future[None] | None = None
