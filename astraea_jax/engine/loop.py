@@ -374,7 +374,9 @@ class ServingLoop:
     def _end(self, live: _Live, last: Delta | Exception) -> None:
         del self._requests[live.request], self._by_mailbox[live.mailbox]
         self._trackers -= live.tracker is not None
-        live.mailbox.usage, live.mailbox.program = Usage.of(live.request, time.monotonic()), live.request.program
+        request = live.request
+        live.mailbox.usage = Usage.of(request, time.monotonic())
+        live.mailbox.program = request.program.number, request.program.wait_s, request.restore_s
         self._outbox.put(live.mailbox, last)
 
 
