@@ -116,6 +116,7 @@ class Turn:
     Args:
         generation: of the engine.
         reader: reads its text.
+        prompt_tokens: of the prompt.
         parallel_calls: see :class:`ChatRequest`.
         wait_s: seconds until the first token; then ``Overloaded`` is raised.
         on_begin: called once, when the first tokens are out or none will come.
@@ -127,6 +128,7 @@ class Turn:
         generation: Generation,
         reader: Reader,
         *,
+        prompt_tokens: int,
         parallel_calls: bool,
         wait_s: float,
         on_begin: Callable[[], None],
@@ -134,6 +136,7 @@ class Turn:
     ):
         self._generation = generation
         self._reader = reader
+        self.prompt_tokens = prompt_tokens
         self._parallel_calls = parallel_calls
         self._wait_s = wait_s
         self._on_begin, self._on_end = on_begin, on_end
@@ -172,6 +175,7 @@ class Turn:
             parts = [*parts, *self._reader.finish()]
             called = delta.finish_reason == "stop" and self._reader.reply.calls
             self.finish_reason = "tool_calls" if called else delta.finish_reason
+            self.stop_sequence = delta.stop
             self._end()
         if not self._parallel_calls:
             parts = [part for part in parts if not (isinstance(part, CallPart) and part.index)]
