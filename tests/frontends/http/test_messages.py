@@ -153,10 +153,11 @@ async def test_a_client_that_vanishes_frees_its_pages(client, engine):
 
 async def test_a_session_that_ends_during_a_stream_is_an_error_event(client, engine):
     named = {"extra_headers": {"x-session-id": "agent"}}
-    with pytest.raises(anthropic.APIStatusError, match="session was ended"):
-        async with client.messages.stream(**BRIEF, max_tokens=200, **named) as stream:
-            async for _ in stream:
-                engine.end_session("agent", owner="peer:127.0.0.1")
+    async with client.messages.stream(**BRIEF, max_tokens=200, **named) as stream:
+        await anext(aiter(stream))
+        engine.end_session("agent", owner="peer:127.0.0.1")
+        with pytest.raises(anthropic.APIStatusError, match="session was ended"):
+            await stream.get_final_message()
     await settled(engine)
 
 
