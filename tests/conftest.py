@@ -168,6 +168,11 @@ class ServingProcess:
     said: str
     """Until it was ready."""
 
+    @property
+    def http(self) -> str:
+        """Where HTTP is served."""
+        return re.search(r"HTTP: (\S+)/v1", self.said)[1]
+
 
 @pytest.fixture(scope="session")
 def serve(random_folder: Path) -> Callable[..., AbstractContextManager[ServingProcess]]:
