@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from astraea_jax.agents import formats
+from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.http.app import make_app
@@ -26,10 +27,11 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of ``generation_config.json`` that are defaults for clients."""
 
 
-def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
+def http_flags() -> Callable[[Serving, str, Path | None, Keys, Sequence[Tool]], Server]:
     """Define the flags; return a function that makes a server of their values.
 
-    The function takes an engine, the name and the folder of its model (None: random weights), and the keys.
+    The function takes an engine, the name and the folder of its model (None: random weights), the keys, and the tools
+    that the server calls itself.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -47,7 +49,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
     )
     _show("http_port", "served_model_name", "call_format", "max_body_bytes", "max_wait_s", "max_connections")
 
-    def server(engine: Serving, model: str, folder: Path | None, keys: Keys) -> Server:
+    def server(engine: Serving, model: str, folder: Path | None, keys: Keys, tools: Sequence[Tool]) -> Server:
         chosen = flags.FLAGS
         door = Door(
             engine,
@@ -55,6 +57,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
             [*chosen.served_model_name, model],
             Limits(wait_s=chosen.max_wait_s),
             sampling_defaults(folder) if folder else None,
+            tools,
         )
         app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes))
         limits = ConnectionLimits(per_address=chosen.max_connections)
