@@ -235,6 +235,7 @@ class Door:
         return ModelTurn(
             generation,
             reader,
+            prompt_tokens=len(prompt),
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
             wait_s=self._wait_s,
             on_begin=partial(self.waiting.leave, 1, len(prompt)),

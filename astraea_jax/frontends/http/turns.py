@@ -138,6 +138,7 @@ class ModelTurn:
     Args:
         generation: of the engine.
         reader: reads its text.
+        prompt_tokens: of the prompt.
         parallel_calls: see :class:`ChatRequest`.
         wait_s: seconds until the first token; then ``Overloaded`` is raised.
         on_begin: called once, when the first tokens are out or none will come.
@@ -149,6 +150,7 @@ class ModelTurn:
         generation: Generation,
         reader: Reader,
         *,
+        prompt_tokens: int,
         parallel_calls: bool,
         wait_s: float,
         on_begin: Callable[[], None],
@@ -156,6 +158,7 @@ class ModelTurn:
     ):
         self._generation = generation
         self._reader = reader
+        self.prompt_tokens = prompt_tokens
         self._parallel_calls = parallel_calls
         self._wait_s = wait_s
         self._on_begin, self._on_end = on_begin, on_end
@@ -190,6 +193,7 @@ class ModelTurn:
             parts = [*parts, *self._reader.finish()]
             called = delta.finish_reason == "stop" and self._reader.reply.calls
             self.finish_reason = "tool_calls" if called else delta.finish_reason
+            self.stop_sequence = delta.stop
             self._end()
         if not self._parallel_calls:
             parts = [part for part in parts if not (isinstance(part, CallPart) and part.index)]
