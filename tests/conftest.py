@@ -183,7 +183,7 @@ def serve(random_folder: Path) -> Callable[..., AbstractContextManager[ServingPr
             if not before
             else [sys.executable, "-c", f"{before}\nimport runpy\nrunpy.run_path({SERVE[1]!r}, run_name='__main__')"]
         )
-        command = [*program, f"--model={random_folder}", "--port=0", *sizes, *arguments]
+        command = [*program, f"--model={random_folder}", "--port=0", "--http_port=0", *sizes, *arguments]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert process.stderr is not None
         try:
