@@ -20,16 +20,18 @@ from astraea_jax.frontends.http.guard import Bounds
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
+from astraea_jax.frontends.operating import Operator
 from astraea_jax.models.config import CheckpointError, read_json
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of ``generation_config.json`` that are defaults for clients."""
 
 
-def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
+def http_flags() -> Callable[[Serving, str, Path | None, Keys, Operator], Server]:
     """Define the flags; return a function that makes a server of their values.
 
-    The function takes an engine, the name and the folder of its model (None: random weights), and the keys.
+    The function takes an engine, the name and the folder of its model (None: random weights), the keys, and what is
+    there for the operator.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -47,7 +49,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
     )
     _show("http_port", "served_model_name", "call_format", "max_body_bytes", "max_wait_s", "max_connections")
 
-    def server(engine: Serving, model: str, folder: Path | None, keys: Keys) -> Server:
+    def server(engine: Serving, model: str, folder: Path | None, keys: Keys, operator: Operator) -> Server:
         chosen = flags.FLAGS
         door = Door(
             engine,
@@ -56,7 +58,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
             Limits(wait_s=chosen.max_wait_s),
             sampling_defaults(folder) if folder else None,
         )
-        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes))
+        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator)
         limits = ConnectionLimits(per_address=chosen.max_connections)
         return Server(app, door, chosen.host, chosen.http_port, limits)
 
