@@ -21,11 +21,6 @@ HELLO: dict[str, Any] = {
     "temperature": 0,
     "max_tokens": 8,
 }
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "Hello"}],
-    "temperature": 0,
-    "max_tokens": 8,
-}
 
 
 async def run_agent(client, *, stream: bool, **more):
