@@ -48,6 +48,7 @@ from astraea_jax.frontends.http.flags import http_flags, key_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.logs import log_flags
+from astraea_jax.frontends.operating import operator_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.frontends.tool_flags import tool_flags
@@ -62,6 +63,7 @@ flags.DEFINE_integer("port", 9000, "Port of gRPC; 0 takes a free one, named in t
 flags.DEFINE_bool("grpc", True, "Serve gRPC.")
 flags.DEFINE_bool("http", True, "Serve HTTP.")
 http_server, door_keys, server_tools = http_flags(), key_flags(), tool_flags()
+make_operator = operator_flags()
 options = engine_flags(*OPTIONS)
 set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
@@ -210,11 +212,11 @@ def make_doors(engine: Serving, tools: Sequence[Tool]) -> dict[str, Server | Htt
     Raises:
         StartupError: there is none, or a flag cannot be followed.
     """
-    keys = door_keys()
+    keys, operator = door_keys(), make_operator(engine, FLAGS.model)
     doors: dict[str, Server | HttpServer] = {}
     if FLAGS.http:
         folder = None if FLAGS.random_weights else Path(model())
-        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys, tools)
+        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys, operator, tools)
     if FLAGS.grpc:
         doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port)
     if not doors:
@@ -245,7 +247,7 @@ def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     if "HTTP" in ports:
-        say(f"HTTP: http://{FLAGS.host}:{ports['HTTP']}/v1")
+        say(f"HTTP: http://{FLAGS.host}:{ports['HTTP']}/v1, status page: http://{FLAGS.host}:{ports['HTTP']}/status")
     port = ports.get("gRPC", ports.get("HTTP"))
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 

@@ -21,17 +21,18 @@ from astraea_jax.frontends.http.guard import Bounds
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
+from astraea_jax.frontends.operating import Operator
 from astraea_jax.models.config import CheckpointError, read_json
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of ``generation_config.json`` that are defaults for clients."""
 
 
-def http_flags() -> Callable[[Serving, str, Path | None, Keys, Sequence[Tool]], Server]:
+def http_flags() -> Callable[[Serving, str, Path | None, Keys, Operator, Sequence[Tool]], Server]:
     """Define the flags; return a function that makes a server of their values.
 
-    The function takes an engine, the name and the folder of its model (None: random weights), the keys, and the tools
-    that the server calls itself.
+    The function takes an engine, the name and the folder of its model (None: random weights), the keys, what is there
+    for the operator, and the tools that the server calls itself.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -49,7 +50,9 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys, Sequence[Tool]], 
     )
     _show("http_port", "served_model_name", "call_format", "max_body_bytes", "max_wait_s", "max_connections")
 
-    def server(engine: Serving, model: str, folder: Path | None, keys: Keys, tools: Sequence[Tool]) -> Server:
+    def server(
+        engine: Serving, model: str, folder: Path | None, keys: Keys, operator: Operator, tools: Sequence[Tool]
+    ) -> Server:
         chosen = flags.FLAGS
         door = Door(
             engine,
@@ -59,7 +62,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys, Sequence[Tool]], 
             sampling_defaults(folder) if folder else None,
             tools,
         )
-        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes))
+        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator)
         limits = ConnectionLimits(per_address=chosen.max_connections)
         return Server(app, door, chosen.host, chosen.http_port, limits)
 
