@@ -102,6 +102,7 @@ def server(residency: str, cache: str) -> Iterator[str]:
         str(SERVER),
         "--model=astraea-tiny",
         "--port=0",
+        "--http_port=0",
         f"--max_seqs={min(FLAGS.concurrency, 64)}",
         f"--residency={residency}",
         f"--kv_bytes={FLAGS.kv_bytes}",

@@ -119,7 +119,7 @@ def write_tokenizer(folder: Path, bpe: tokenizers.Tokenizer) -> None:
         "pad_token": "<|endoftext|>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "do_sample": False}) + "\n")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import compile_all
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.extras import Extras
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.resampling import ENTRIES, ENTRY, lowerings, mask_words
@@ -32,24 +33,6 @@ TABLE_UPDATES = 2048
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A dispatched step; its tokens are read after the next step has been dispatched."""
-
-    plan: Plan
-    tokens: jax.Array
-    """``[R]`` int32, the sampled token of each row; -1 where the logits were not finite."""
-    dispatched: float
-    """Time of dispatch by ``time.perf_counter``."""
-    logprobs: jax.Array | None = None
-    """Of every row, see :func:`.resampling.logprobs`; None: no row wants them."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the device has finished it."""
-        return all(array.is_ready() for array in (self.tokens, self.logprobs) if array is not None)  # type: ignore[attr-defined]
 
 
 class Runner:
@@ -89,6 +72,8 @@ class Runner:
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(slots, jnp.int32, device=self._step.replicated)
         self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.replicated)
+        nothing = jnp.zeros(0, jnp.int32, device=self._step.replicated)
+        self._sampled = self._logits = self._adjusted = nothing  # of the last step: there is none yet
         words = mask_words(self._step.vocab_size)
         self._unmasked = {n: jnp.full((n, words), -1, jnp.int32, device=self._step.replicated) for n in self._rows}
 
@@ -98,7 +83,8 @@ class Runner:
         Raises:
             Exception: the device cannot hold them any more.
         """
-        del self._pages, self._last, self._table, self._unmasked  # or else there would have to be room for both
+        # Or else there would have to be room for both.
+        del self._pages, self._last, self._table, self._unmasked, self._logits, self._adjusted
         self._make_arrays(len(self._sampling))
         jax.block_until_ready((self._pages, self._last, self._table))
 

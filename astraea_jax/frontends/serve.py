@@ -1,8 +1,8 @@
-"""Serves a model over gRPC: JetStream's Orchestrator service, health and reflection.
+"""Serves a model over HTTP (OpenAI's APIs) and gRPC (JetStream's Orchestrator service, health and reflection).
 
-  astraea-jax serve                                   astraea-tiny, the bundled model, on port 9000
+  astraea-jax serve                                   astraea-tiny, the bundled model; HTTP on port 8000, gRPC on 9000
   astraea-jax serve Qwen/Qwen3-0.6B                   a model of the Hugging Face hub, fetched into its usual cache
-  astraea-jax serve /models/Qwen3-4B --port=9000      a Hugging Face or Orbax folder
+  astraea-jax serve /models/Qwen3-4B --nogrpc         over HTTP only; a Hugging Face or Orbax folder
   astraea-jax serve llama-3.1-8b --random_weights     a published shape without its weights, for benchmarks
   astraea-jax serve /models/Qwen3-32B --tensor_parallel=4 --data_parallel=2     two replicas on eight devices
 
@@ -27,6 +27,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -38,8 +40,11 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import EngineDead, StartupError
-from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_app
+from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
+from astraea_jax.frontends.http.flags import http_flags, key_flags, warning
+from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
+from astraea_jax.frontends.logs import log_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.models.config import PUBLISHED, CheckpointError
@@ -49,8 +54,12 @@ flags.DEFINE_string("model", "astraea-tiny", "Folder, bundled model, hub id, or 
 flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id; by default the newest.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
-flags.DEFINE_integer("port", 9000, "Port; 0 takes a free one, named in the ready line.", 0, 65535)
+flags.DEFINE_integer("port", 9000, "Port of gRPC; 0 takes a free one, named in the ready line.", 0, 65535)
+flags.DEFINE_bool("grpc", True, "Serve gRPC.")
+flags.DEFINE_bool("http", True, "Serve HTTP.")
+http_server, door_keys = http_flags(), key_flags()
 options = engine_flags(*OPTIONS)
+set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
 flags.DEFINE_integer(
     "processes",
@@ -102,7 +111,8 @@ def compile_cache() -> str | None:
 
 def loaded_engine(display: StartupDisplay) -> Serving:
     """Load the model that the flags name."""
-    return load_engine(model(), engine_config(), random_weights=FLAGS.random_weights, progress=display.loading)
+    config = engine_config()  # what is wrong with it shows before a model is fetched
+    return load_engine(model(), config, random_weights=FLAGS.random_weights, progress=display.loading)
 
 
 def model() -> str:
@@ -114,11 +124,10 @@ def follow(display: StartupDisplay) -> None:
     """Run as a follower of process 0: repeat the operations that it dispatches."""
     for stop in (signal.SIGTERM, signal.SIGINT):  # whoever stops all processes at once lets the first one finish
         signal.signal(stop, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    if FLAGS.random_weights:
-        loaded = random_model(model(), engine_config())
-    else:
-        loaded = load_model(model(), engine_config(), display.loading)
-    multiprocess.follow(loaded, engine_config(), display.compiling, lambda: say(f"process {FLAGS.process} follows"))
+    config = engine_config()
+    random = FLAGS.random_weights
+    loaded = random_model(model(), config) if random else load_model(model(), config, display.loading)
+    multiprocess.follow(loaded, config, display.compiling, lambda: say(f"process {FLAGS.process} follows"))
 
 
 def say(line: str) -> None:
@@ -163,24 +172,45 @@ async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
     Raises:
         EngineDead: the engine has ended by itself.
     """
-    server = Server(engine, FLAGS.host, FLAGS.port)
-    port = await server.start()  # before the compilation: a taken port shows at once, health says "not serving"
-    shutdown = Shutdown(engine, display)
-    cut = 0
+    doors = make_doors(engine)
+    ports = {}
+    shutdown, cut = Shutdown(engine, display), 0
     try:
+        for name, door in doors.items():  # before the compilation: a taken port shows at once, health says "not ready"
+            ports[name] = await door.start()
         await asyncio.to_thread(engine.start, display.compiling)
         gc.collect()
         gc.freeze()  # what is loaded by now stays: collections while serving need not look through it
         display.close()
-        announce(engine, port, began)
+        announce(engine, ports, began)
         await shutdown_or_death(shutdown, engine)
         if not engine.live:
             raise EngineDead("the engine has failed; its log is above")
     finally:
         requests_s = FLAGS.grace_s - min(2.0, FLAGS.grace_s / 2)  # what is left is for hanging up
-        cut = await server.stop(requests_s)
+        cut = sum(await asyncio.gather(*[doors[name].stop(requests_s) for name in ports]))
         cut = max(cut, await asyncio.to_thread(engine.shutdown, 0))
     return cut
+
+
+def make_doors(engine: Serving) -> dict[str, Server | HttpServer]:
+    """Make the front doors that the flags name.
+
+    Raises:
+        StartupError: there is none, or a flag cannot be followed.
+    """
+    keys = door_keys()
+    doors: dict[str, Server | HttpServer] = {}
+    if FLAGS.http:
+        folder = None if FLAGS.random_weights else Path(model())
+        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys)
+    if FLAGS.grpc:
+        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port)
+    if not doors:
+        raise StartupError("--nogrpc and --nohttp leave no door to serve through")
+    if line := warning(FLAGS.host, keys):
+        say(line)
+    return doors
 
 
 async def shutdown_or_death(shutdown: Shutdown, engine: Serving) -> None:
@@ -192,8 +222,8 @@ async def shutdown_or_death(shutdown: Shutdown, engine: Serving) -> None:
         await over.wait()
 
 
-def announce(engine: Serving, port: int, began: float) -> None:
-    """Print the sizes that are served, and the address."""
+def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
+    """Print the sizes that are served, and the addresses."""
     layout = engine.layout
     pages = layout.num_pages - 1
     size = pages * layout.page_bytes / 2**20
@@ -203,6 +233,9 @@ def announce(engine: Serving, port: int, began: float) -> None:
     say(f"attention: {layout.backend.name}")
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
+    if "HTTP" in ports:
+        say(f"HTTP: http://{FLAGS.host}:{ports['HTTP']}/v1")
+    port = ports.get("gRPC", ports.get("HTTP"))
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 
 
@@ -225,6 +258,7 @@ def main(arguments: list[str]) -> None:
     if arguments[1:]:
         FLAGS["model"].value = arguments[1]
     logging.use_absl_handler()
+    set_up_logs(logging.get_absl_handler())
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
@@ -254,4 +288,4 @@ def main(arguments: list[str]) -> None:
 
 def run() -> None:
     """Serve until a signal or a failure ends it."""
-    run_app(main, __name__)
+    run_main(main, __name__)

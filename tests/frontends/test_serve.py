@@ -158,7 +158,7 @@ def test_what_ends_silently_before_it_has_served_is_a_failure(random_folder):
     """SystemExit ends a process without a word."""
     before = "from astraea_jax.engine.runner import Runner\ndef leave(*_): raise SystemExit(0)\nRunner.compile = leave"
     command = f"{before}\nimport runpy\nrunpy.run_path({SERVE[1]!r}, run_name='__main__')"
-    arguments = [sys.executable, "-c", command, f"--model={random_folder}", "--port=0"]
+    arguments = [sys.executable, "-c", command, f"--model={random_folder}", "--port=0", "--http_port=0"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "cannot serve: " in done.stderr
@@ -166,7 +166,7 @@ def test_what_ends_silently_before_it_has_served_is_a_failure(random_folder):
 
 def test_a_taken_port_is_told_before_compiling(serve_fails, random_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        said = serve_fails(f"--model={random_folder}", f"--port={taken.getsockname()[1]}")
+        said = serve_fails(f"--model={random_folder}", f"--port={taken.getsockname()[1]}", "--http_port=0")
     assert "choose another --port" in said
     assert "executables" not in said
 

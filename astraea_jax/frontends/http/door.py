@@ -14,9 +14,11 @@ from typing import Any
 from astraea_jax.agents.formats import CallFormat
 from astraea_jax.agents.loop import joined
 from astraea_jax.agents.reply import ReplyReader
-from astraea_jax.engine.encoding import encode_prompt
+from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
 from astraea_jax.engine.interface import Serving
+from astraea_jax.engine.sampling import Grammar, SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.frontends.http.constraints import Constraints
 from astraea_jax.frontends.http.errors import NotFound
 from astraea_jax.frontends.http.turns import MAX_CHOICES, ChatRequest, PlainReader, Reader, Request, TextRequest, Turn
 from astraea_jax.frontends.http.waiting import Limits, Waiting
@@ -58,6 +60,7 @@ class Door:
         )
         self._wait_s = limits.wait_s
         self._format = call_format
+        self._constraints = Constraints(engine.tokenizer, call_format.name)
         self._busy: set[tuple[str, str]] = set()
         """Owner and name of sessions with a turn in progress."""
 
@@ -84,12 +87,14 @@ class Door:
         self.waiting.enter(waiting)
         turns: list[Turn] = []
         try:
-            prompt = await self._prompt(request)
-            params = self._params(request, prompt)
+            prompt = await self._make_prompt(request)
+            tail = self.engine.tokenizer.decode(prompt[-TAIL:])
+            params = self._params(request, prompt, await self._constraints.of(request, tail))
             self.waiting.weigh(len(prompt) * waiting)
             try:
                 while waiting:
-                    turns.append(self._turn(request, prompt, params, len(turns)))
+                    reader = self._reader(request, tail)
+                    turns.append(self._turn(request, prompt, params, len(turns), reader))
                     waiting -= 1
             finally:
                 self.waiting.leave(0, len(prompt) * waiting)
@@ -100,6 +105,18 @@ class Door:
         finally:
             self.waiting.leave(waiting, 0)
         return turns
+
+    async def prompt(self, request: ChatRequest | TextRequest) -> list[int]:
+        """Render and tokenise a request without queueing it.
+
+        Raises:
+            RequestError, Overloaded: as :meth:`begin`.
+        """
+        self.waiting.enter(1)
+        try:
+            return await self._make_prompt(request)
+        finally:
+            self.waiting.leave(1, 0)
 
     def _check(self, request: Request) -> None:
         if self.draining:
@@ -123,8 +140,8 @@ class Door:
         if request.tool_choice not in ("auto", "none", "required", *names):
             raise RequestError(f"tool_choice names {request.tool_choice[:60]!r}, which is none of the tools")
 
-    async def _prompt(self, request: ChatRequest | TextRequest) -> list[int]:
-        tokenizer = self.engine.tokenizer
+    async def _make_prompt(self, request: ChatRequest | TextRequest) -> list[int]:
+        tokenizer, room = self.engine.tokenizer, self.engine.layout.max_context
         if isinstance(request, ChatRequest):
             characters = len(str(request.messages)) + len(str(request.tools))
             encode = partial(
@@ -132,21 +149,29 @@ class Door:
             )
         elif isinstance(request.prompt, str):
             characters = len(request.prompt)
-            encode = partial(tokenizer.encode, request.prompt, add_bos=True)
+            check_length(tokenizer, characters, room)
+            encode = partial(tokenizer.encode, request.prompt, add_bos=request.add_bos)
         else:
             return [*request.prompt]
         try:
-            return await encode_prompt(characters, encode)
+            return await DOORS.run(request.tenant.owner, characters, lambda: checked_ids(encode(), room))
         except (RequestError, CheckpointError):
             raise
         except (TypeError, ValueError) as error:
             raise RequestError(str(error)) from error
 
-    def _params(self, request: Request, prompt: Sequence[int]) -> Any:
+    def _params(self, request: Request, prompt: Sequence[int], grammar: Grammar | None) -> SamplingParams:
         room = max(1, self.engine.layout.max_context - len(prompt))
-        return replace(request.params, max_tokens=min(request.params.max_tokens, room))
+        return replace(request.params, max_tokens=min(request.params.max_tokens, room), grammar=grammar)
 
-    def _turn(self, request: ChatRequest | TextRequest, prompt: Sequence[int], params: Any, index: int) -> Turn:
+    def _turn(
+        self,
+        request: ChatRequest | TextRequest,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        index: int,
+        reader: Reader,
+    ) -> Turn:
         tenant, key = request.tenant, (request.tenant.owner, request.session or "")
         session = None if index or key in self._busy else request.session
         generation = self.engine.generate(
@@ -161,17 +186,16 @@ class Door:
             self._busy.add(key)
         return Turn(
             generation,
-            self._reader(request, prompt),
+            reader,
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
             wait_s=self._wait_s,
             on_begin=partial(self.waiting.leave, 1, len(prompt)),
             on_end=partial(self._ended, request=request, key=key if session else None),
         )
 
-    def _reader(self, request: ChatRequest | TextRequest, prompt: Sequence[int]) -> Reader:
+    def _reader(self, request: ChatRequest | TextRequest, tail: str) -> Reader:
         if not isinstance(request, ChatRequest):
             return PlainReader()
-        tail = self.engine.tokenizer.decode(prompt[-TAIL:])
         return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids)
 
     def _ended(self, turn: Turn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:

@@ -70,6 +70,8 @@ class TextRequest(Request):
 
     prompt: str | Sequence[int]
     """Text, or token ids."""
+    add_bos: bool = True
+    """Whether a text gets what the tokenizer adds to plain text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,166 @@
+"""``/v1/chat/completions``: OpenAI's chats, with vLLM's names for what OpenAI does not have.
+
+Reasoning travels as ``reasoning`` and as ``reasoning_content``, in and out. A message of the assistant's at the end is
+refused. ``chat_template_kwargs`` may hold what :data:`.chat_schema.TEMPLATE_ARGUMENTS` names.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from astraea_jax.agents.reply import CallArguments, CallBegan, Said, Thought
+from astraea_jax.agents.tool_calls import ToolCall
+from astraea_jax.engine.generation import TokenLogprob
+from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
+from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
+from astraea_jax.frontends.http.door import Door
+from astraea_jax.frontends.http.logprobs import chat_logprobs
+from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, event
+from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged
+from astraea_jax.frontends.http.usage import usage_of
+
+router = APIRouter(route_class=JsonRoute, tags=["chat"])
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+    """Give the model's next turn in a conversation."""
+    door = door_of(request)
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": door.check_model(body.model)}
+    turns = await door.begin(_request(request, body, door))
+    outputs = merged(turns)
+    if body.stream:
+        chunks = _Chunks(door, body, head, turns)
+        return EventStream(await begun(chunks.of(outputs)), lambda failure: event(failure.openai()))
+    logprobs: list[list[TokenLogprob]] = [[] for _ in turns]
+    async for index, delta in outputs:
+        logprobs[index] += delta.logprobs
+    choices = [_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns)]
+    return answer({**head, "object": "chat.completion", "choices": choices, "usage": usage_of(turns)})
+
+
+def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
+    body.refuse_unserved()
+    session, final = session_of(request, body.session_id)
+    return ChatRequest(
+        tenant=tenant_of(request, body.cache_salt),
+        params=body.sampling(
+            door.defaults,
+            body.max_completion_tokens or body.max_tokens,
+            (body.top_logprobs or 0) if body.logprobs else None,
+        ),
+        n=body.n or 1,
+        constraint=body.constraint(),
+        session=session,
+        final=final,
+        messages=[message.plain() for message in body.messages],
+        tools=[{"type": "function", "function": tool.function.plain()} for tool in body.tools or ()],
+        tool_choice=body.choice(),
+        parallel_calls=body.parallel_tool_calls is not False,
+        template_arguments=body.template_arguments(),
+    )
+
+
+def _choice(
+    door: Door, body: ChatCompletionRequest, index: int, turn: Turn, logprobs: Sequence[TokenLogprob]
+) -> dict[str, Any]:
+    reply = turn.reply
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": reply.text or (None if reply.calls else ""),
+        "refusal": None,
+    }
+    if reply.thought:
+        message |= {"reasoning": reply.thought, "reasoning_content": reply.thought}
+    if reply.calls:
+        message["tool_calls"] = [_call(call) for call in reply.calls]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": chat_logprobs(door.engine.tokenizer, logprobs) if body.logprobs else None,
+        "finish_reason": turn.finish_reason,
+        "stop_reason": turn.stop_sequence,
+    }
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+    }
+
+
+class _Chunks:
+    """Makes the chunks of a stream.
+
+    Args:
+        door: has the tokenizer.
+        body: of the request.
+        head: fields that every chunk has.
+        turns: the choices.
+    """
+
+    def __init__(self, door: Door, body: ChatCompletionRequest, head: dict[str, Any], turns: Sequence[Turn]):
+        self._tokenizer = door.engine.tokenizer
+        self._body, self._turns = body, turns
+        usage = {"usage": None} if body.include_usage else {}
+        self._head = {**head, "object": "chat.completion.chunk", **usage}
+
+    async def of(self, outputs: AsyncIterator[tuple[int, TurnDelta]]) -> AsyncIterator[bytes]:
+        """Server-sent events of what the turns give."""
+        told: set[int] = set()
+        async for index, output in outputs:
+            if index not in told:
+                told.add(index)
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            delta = _delta(output)
+            if delta or output.logprobs:
+                yield self._chunk(index, delta, output.logprobs)
+            if (reason := self._turns[index].finish_reason) is not None:
+                yield self._chunk(index, {}, reason=reason, stop=self._turns[index].stop_sequence)
+        if self._body.include_usage:
+            yield event({**self._head, "choices": [], "usage": usage_of(self._turns)})
+        yield DONE
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: Sequence[TokenLogprob] = (),
+        reason: str | None = None,
+        stop: str | None = None,
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        if logprobs:
+            choice["logprobs"] = chat_logprobs(self._tokenizer, logprobs)
+        if reason is not None:
+            choice["stop_reason"] = stop
+        return event({**self._head, "choices": [choice]})
+
+
+def _delta(output: TurnDelta) -> dict[str, Any]:
+    """What a chunk says; calls that it continues, each in one entry."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for part in output.parts:
+        match part:
+            case Said(text):
+                delta["content"] = delta.get("content", "") + text
+            case Thought(text):
+                delta["reasoning"] = delta["reasoning_content"] = delta.get("reasoning", "") + text
+            case CallBegan(index, id, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"index": index, "id": id, "type": "function", "function": function}
+            case CallArguments(index, text):
+                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += text
+    if calls:
+        delta["tool_calls"] = [*calls.values()]
+    return delta

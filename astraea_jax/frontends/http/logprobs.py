@@ -1,0 +1,51 @@
+"""Log-probabilities in the two shapes in which OpenAI's APIs write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from astraea_jax.engine.generation import TokenLogprob
+from astraea_jax.models.tokenizer import Tokenizer
+
+LOWEST = -9999.0
+"""What JSON gets for the logarithm of 0."""
+
+
+def chat_logprobs(tokenizer: Tokenizer, found: Iterable[TokenLogprob]) -> dict[str, Any]:
+    """As chat completions have them."""
+    return {"content": [_entry(tokenizer, one) for one in found], "refusal": None}
+
+
+def _entry(tokenizer: Tokenizer, one: TokenLogprob) -> dict[str, Any]:
+    top = [_token(tokenizer, token, logprob) for token, logprob in one.top]
+    return {**_token(tokenizer, one.token_id, one.logprob), "top_logprobs": top}
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    text = token_text(tokenizer, token)
+    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": [*text.encode()]}
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Text of one token by itself; U+FFFD for a part of a character."""
+    return tokenizer.delimiters.get(token) or tokenizer.decode([token])
+
+
+def text_logprobs(tokenizer: Tokenizer, found: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+    """As completions have them; ``offset`` is where their text begins."""
+    found = [*found]
+    texts = [token_text(tokenizer, one.token_id) for one in found]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [max(one.logprob, LOWEST) for one in found],
+        "top_logprobs": [
+            {token_text(tokenizer, token): max(logprob, LOWEST) for token, logprob in (*one.top, one[:2])}
+            for one in found
+        ],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,104 @@
+"""What routes have in common: bodies read as JSON within bounds, and answers as streams of events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import pydantic_core
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
+
+from astraea_jax.frontends.http.errors import Failure, failure_of
+
+T = TypeVar("T")
+
+EVENT_STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Headers that keep proxies from holding events back."""
+
+
+class _JsonRequest(Request):
+    """A request whose body is read by a parser with bounds: no deep nesting, no half surrogate pairs, no NaN."""
+
+    async def json(self) -> Any:
+        return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is JSON; make routers with ``APIRouter(route_class=JsonRoute)``."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        """Handle requests."""
+        handle = super().get_route_handler()
+
+        async def read(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return read
+
+
+class EventStream(Response):
+    """An answer of server-sent events.
+
+    Args:
+        events: their bytes, as they are written. Its first one has come already, so that errors up to there have got
+            an answer of their own.
+        failed: makes the last event of a failure.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], failed: Callable[[Failure], bytes]):
+        super().__init__(headers=EVENT_STREAM)
+        del self.headers["content-length"]
+        self._events, self._failed = events, failed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async with aclosing(self._events) as events:  # type: ignore[type-var]
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:  # the client takes nothing
+            raise
+        except Exception as error:
+            await send({"type": "http.response.body", "body": self._failed(failure_of(error)), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def json_bytes(data: Any) -> bytes:
+    """Return JSON, whatever strings a model has made: half a surrogate pair, too, can be escaped in it."""
+    try:
+        return pydantic_core.to_json(data)
+    except (pydantic_core.PydanticSerializationError, UnicodeEncodeError):
+        return json.dumps(data).encode()
+
+
+def answer(data: Any) -> Response:
+    """Make an answer in JSON."""
+    return Response(json_bytes(data), media_type="application/json")
+
+
+def event(data: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json_bytes(data) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def begun(items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Wait for the first item, so that what goes wrong up to there is raised here; return all of them."""
+    first = await anext(items, None)
+
+    async def all_items() -> AsyncIterator[T]:
+        async with aclosing(items) as rest:  # type: ignore[type-var]
+            if first is not None:
+                yield first
+                async for item in rest:
+                    yield item
+
+    return all_items()

@@ -1,0 +1,34 @@
+"""The bundled model behind HTTP, in the test's own event loop, so that what one test compiles serves all."""
+
+import dataclasses
+
+import openai
+import pytest
+from support.http import serving
+from support.sizes import SMALL
+
+from astraea_jax.engine.engine import Engine
+from astraea_jax.models import resolve
+
+CHAT = dataclasses.replace(SMALL, max_context=512)
+
+
+@pytest.fixture(scope="session")
+def chatty():
+    """astraea-tiny, which speaks and calls tools."""
+    engine = Engine.from_folder(resolve("astraea-tiny"), CHAT)
+    engine.start()
+    yield engine
+    engine.shutdown(grace_s=0)
+
+
+@pytest.fixture
+async def server(chatty):
+    async with serving(chatty) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server):
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
