@@ -44,7 +44,7 @@ from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import EngineDead, StartupError
 from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
-from astraea_jax.frontends.http.flags import http_flags, key_flags, warning
+from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.logs import log_flags
@@ -62,8 +62,8 @@ flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for ever
 flags.DEFINE_integer("port", 9000, "Port of gRPC; 0 takes a free one, named in the ready line.", 0, 65535)
 flags.DEFINE_bool("grpc", True, "Serve gRPC.")
 flags.DEFINE_bool("http", True, "Serve HTTP.")
-http_server, door_keys, server_tools = http_flags(), key_flags(), tool_flags()
-make_operator = operator_flags()
+http_server, door_keys, door_tls = http_flags(), key_flags(), tls_flags()
+server_tools, make_operator = tool_flags(), operator_flags()
 options = engine_flags(*OPTIONS)
 set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
@@ -212,13 +212,14 @@ def make_doors(engine: Serving, tools: Sequence[Tool]) -> dict[str, Server | Htt
     Raises:
         StartupError: there is none, or a flag cannot be followed.
     """
-    keys, operator = door_keys(), make_operator(engine, FLAGS.model)
+    keys, tls = door_keys(), door_tls()
     doors: dict[str, Server | HttpServer] = {}
     if FLAGS.http:
         folder = None if FLAGS.random_weights else Path(model())
-        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys, operator, tools)
+        operator = make_operator(engine, FLAGS.model)
+        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys=keys, operator=operator, tls=tls, tools=tools)
     if FLAGS.grpc:
-        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port)
+        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls)
     if not doors:
         raise StartupError("--nogrpc and --nohttp leave no door to serve through")
     if line := warning(FLAGS.host, keys):

@@ -18,6 +18,7 @@ from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
 from astraea_jax.engine.interface import Serving
+from astraea_jax.engine.pacing import Pace
 from astraea_jax.engine.sampling import Grammar, SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.frontends.http.constraints import Constraints
@@ -76,6 +77,7 @@ class Door:
         self._tools = {tool.name: tool for tool in tools}
         self._format = call_format
         self._constraints = Constraints(engine.tokenizer, call_format.name)
+        self._pace = Pace()
         self._busy: set[tuple[str, str]] = set()
         """Owner and name of sessions with a turn in progress."""
 
@@ -233,7 +235,7 @@ class Door:
         if session:
             self._busy.add(key)
         return ModelTurn(
-            generation,
+            generation.paced(self._pace),
             reader,
             prompt_tokens=len(prompt),
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
