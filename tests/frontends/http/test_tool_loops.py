@@ -33,11 +33,11 @@ async def server(shop):
         yield server
 
 
-def schemas(task: Task) -> list[Any]:
+def schemas(task: Task) -> list[dict[str, Any]]:
     return [tool(function).schema()["function"] for function in task.tools()]
 
 
-async def run(task: Task, name: str, arguments: Any) -> str:
+async def run(task: Task, name: str, arguments: object) -> str:
     [function] = [function for function in task.tools() if function.__name__ == name]
     return str(function(**arguments))
 
@@ -46,7 +46,7 @@ async def run(task: Task, name: str, arguments: Any) -> str:
 async def test_anthropics_client_does_tasks(server, streamed):
     async with AsyncAnthropic(base_url=server.url, api_key="none") as client:
         for task in TASKS:
-            tools: list[Any] = [
+            tools = [
                 {"name": f["name"], "description": f["description"], "input_schema": f["parameters"]}
                 for f in schemas(task)
             ]
@@ -81,7 +81,7 @@ async def test_anthropics_client_does_tasks(server, streamed):
 async def test_openais_client_does_tasks(server, stored):
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         for task in TASKS:
-            tools: list[Any] = [{"type": "function", **function, "strict": False} for function in schemas(task)]
+            tools = [{"type": "function", **function, "strict": False} for function in schemas(task)]
             asked: dict[str, Any] = {"model": MODEL, "instructions": SYSTEM, "tools": tools, "temperature": 0}
             told: list[Any] = [{"role": "user", "content": task.question}]
             response = await client.responses.create(**asked, input=told, store=stored)
