@@ -37,6 +37,8 @@ class Delta(NamedTuple):
     """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``token_ids``, if the request asked for them."""
+    stop: str | None = None
+    """The stop string that has ended the request, if one has."""
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
@@ -48,6 +50,7 @@ class Delta(NamedTuple):
             tuple(chain.from_iterable([delta.token_ids for delta in deltas])),
             deltas[-1].finish_reason,
             tuple(chain.from_iterable([delta.logprobs for delta in deltas])),
+            deltas[-1].stop,
         )
 
 
