@@ -23,7 +23,7 @@ SHOP = f"{sys.executable} {ROOT / 'examples' / 'mcp_shop.py'}"
 
 def test_a_server_calls_the_tools_of_an_mcp_server(serve):
     with serve("--model=astraea-tiny", "--kv_bytes=4194304", f"--mcp={SHOP}") as server:
-        [url] = re.findall(r"HTTP: (\S+)", server.said)
+        [url] = re.findall(r"HTTP: (\S+),", server.said)
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             said = client.chat.completions.create(model="astraea-tiny", messages=CHAT, temperature=0)
     assert said.choices[0].message.content == "The total is 60."
