@@ -53,7 +53,7 @@ async def _request(client: httpx.AsyncClient, body: Mapping[str, Any], session: 
     first = None
     said: Message = {"role": "assistant", "content": ""}
     calls: dict[int, dict[str, Any]] = {}
-    reason, counts = "", {"prompt_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}}
+    reason, counts = "", dict[str, Any]()
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"x-session-id": session}
     async with client.stream("POST", "chat/completions", json=asked, headers=headers) as response:
