@@ -115,13 +115,8 @@ def wide_engine(random_folder: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def greedy(random_folder: Path) -> Callable[..., list[int]]:
-    """``greedy(prompt, n)``: n tokens by dense attention over the whole text, without any cache.
-
-    A text whose every token is the likeliest after those before it can only be the greedy one. So one is guessed and
-    each token replaced by the likeliest at its place until none changes: every turn one more is right at least, and
-    the right ``guess`` takes one turn.
-    """
+def dense(random_folder: Path) -> Callable[[Sequence[int]], np.ndarray]:
+    """``dense(tokens)``: logits ``[n, V]`` after each of n tokens, by dense attention, without any cache."""
     decoder = load_hf(random_folder, jnp.float32)
     graph, state = nnx.split(decoder)
     length = RANDOM.max_position
@@ -130,22 +125,35 @@ def greedy(random_folder: Path) -> Callable[..., list[int]]:
         return jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0], cache
 
     @jax.jit
-    def likeliest(state, tokens):
+    def logits(state, tokens):
         model = nnx.merge(graph, state)
         hidden, _ = model(tokens, jnp.arange(length), (None,) * RANDOM.num_layers, attend)
-        return model.logits(hidden).argmax(-1)
+        return model.logits(hidden)
+
+    def compute(tokens: Sequence[int]) -> np.ndarray:
+        padded = np.zeros(length, np.int32)  # fresh: on a CPU the device may still read an old one
+        padded[: len(tokens)] = tokens
+        return np.asarray(logits(state, padded))[: len(tokens)]
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def greedy(dense: Callable[[Sequence[int]], np.ndarray]) -> Callable[..., list[int]]:
+    """``greedy(prompt, n)``: n tokens by dense attention over the whole text, without any cache.
+
+    A text whose every token is the likeliest after those before it can only be the greedy one. So one is guessed and
+    each token replaced by the likeliest at its place until none changes: every turn one more is right at least, and
+    the right ``guess`` takes one turn.
+    """
 
     def generate(prompt: list[int], n: int, guess: Sequence[int] = ()) -> list[int]:
-        begin, end = len(prompt), len(prompt) + n
-        tokens = np.zeros(length, np.int32)
-        tokens[:begin] = prompt
-        tokens[begin:end][: len(guess)] = guess[:n]
+        text = [*guess[:n], *[0] * (n - len(guess))]
         while True:
-            better = np.asarray(likeliest(state, tokens))[begin - 1 : end - 1]
-            if np.array_equal(tokens[begin:end], better):
-                return better.tolist()
-            tokens = tokens.copy()  # on a CPU the device may still read the old ones
-            tokens[begin:end] = better
+            better = dense([*prompt, *text])[len(prompt) - 1 : -1].argmax(-1).tolist()
+            if text == better:
+                return text
+            text = better
 
     return generate
 

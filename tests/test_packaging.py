@@ -30,11 +30,15 @@ import importlib, importlib.util, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
 import astraea_jax
 assert astraea_jax.__file__.startswith(sys.argv[1]), astraea_jax.__file__
+from absl import flags
 names = [module.name for module in pkgutil.walk_packages(astraea_jax.__path__, "astraea_jax.")]
 for name in names:
     if name == "astraea_jax.kernels.triton_kernels" and importlib.util.find_spec("triton") is None:
         continue  # needs the [cuda] extra
+    known = set(flags.FLAGS)
     importlib.import_module(name)
+    for flag in set(flags.FLAGS) - known:  # commands have flags of equal names
+        delattr(flags.FLAGS, flag)
 for name in ("models", "scheduler"):
     assert importlib.util.find_spec(name) is None, f"{name} is a top-level import"
 print(*names)

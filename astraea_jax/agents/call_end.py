@@ -11,7 +11,7 @@ import regex
 from astraea_jax.agents.json_calls import MAX_CALL_CHARS, ToolCall, reason
 from astraea_jax.agents.response_templates import ResponseTemplateField
 
-DOUBLE, SINGLE = ('"', r'\\.|"'), ("'", r"\\.|'")
+DOUBLE, SINGLE = ('"', r'(?:\\.)++|"'), ("'", r"(?:\\.)++|'")
 LONGEST_QUOTE = 512
 """No delimiter of strings is longer."""
 

@@ -14,7 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from astraea_jax.agents.tool_calls import ToolCall, assistant_message, parse
+from astraea_jax.agents import formats
+from astraea_jax.agents.call_bodies import Tools
+from astraea_jax.agents.json_calls import ToolCall
+from astraea_jax.agents.tool_calls import read_turn
 from astraea_jax.agents.tools import Tool, error_text
 from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.events import MAX_NAME
@@ -76,6 +79,7 @@ async def run_program(
     max_steps: int = 16,
     session: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
+    call_format: str | None = None,
     return_error: bool = False,
 ) -> ProgramResult:
     """Run one agent until it answers without calling a tool. The calls of one turn run at the same time.
@@ -91,6 +95,8 @@ async def run_program(
         max_steps: bound on requests; calls made in the last one are not run.
         session: names the program; a fresh name by default. The session is ended here, whatever happens.
         template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
+        call_format: how the model writes tool calls, one of :data:`astraea_jax.agents.formats.NAMES`; by default what
+            its tokenizer or its chat template shows.
         return_error: put an error that ends the program into its result, beside the conversation up to there, instead
             of raising it.
 
@@ -101,21 +107,24 @@ async def run_program(
     by_name = check_tools(tools, max_steps)
     session = uuid.uuid4().hex if session is None else session
     conversation: list[Message] = []
-    schemas = [tool.schema() for tool in tools] or None
+    schemas = [tool.schema() for tool in tools]
+    known = Tools.of(schemas)
+    format = formats.choose(model.tokenizer, call_format)
     records: list[RequestRecord] = []
     try:
         conversation += normalise_messages(messages)
         while True:
-            prompt = await _prompt(model, conversation, schemas, template_arguments or {})
+            prompt = await _prompt(model, conversation, schemas or None, template_arguments or {})
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
-            content, calls = parse(text, sum(len(one.tools) for one in records), by_name)
-            conversation.append(assistant_message(text, content, calls))
+            turn = read_turn(text, sum(len(one.tools) for one in records), known, format)
+            calls = turn.calls
+            conversation.append(turn.message())
             cut = record.finish_reason == "cancelled"
             if final or cut or not calls:
                 records.append(record)
                 reason = "max_steps" if calls and not cut else record.finish_reason
-                return ProgramResult(session, content, conversation, reason, tuple(records))
+                return ProgramResult(session, turn.content, conversation, reason, tuple(records))
             done = await _run_tools(model, session, calls, by_name)
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))

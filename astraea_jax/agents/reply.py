@@ -35,6 +35,8 @@ __all__ = [
 
 SLICE = 512
 """Characters that are split at once: what follows the opening tag of a call is split again."""
+LONGEST_FEED = 4096
+"""Characters that are taken at once: what is still to be read is copied again and again."""
 MAX_BARE = 8
 """Places of a turn at which calls without any tag are looked for."""
 
@@ -107,7 +109,8 @@ class ReplyReader:
 
     def feed(self, text: str) -> list[Part]:
         """Take the next piece of text and return what it completes."""
-        self._advance(text)
+        for at in range(0, len(text), LONGEST_FEED):
+            self._advance(text[at : at + LONGEST_FEED])
         return self._take_parts()
 
     def finish(self) -> list[Part]:

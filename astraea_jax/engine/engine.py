@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import use_cache
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.dispatch import StepRunner
 from astraea_jax.engine.events import (
     Cancel,
     Check,
@@ -35,7 +36,7 @@ from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loading import load_model
-from astraea_jax.engine.loop import ServingLoop, StepRunner
+from astraea_jax.engine.loop import ServingLoop
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.times import StepTimes, Work

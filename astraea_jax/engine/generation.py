@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
+from astraea_jax.engine.pacing import Pace
 from astraea_jax.scheduler.program import Program, Request
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,18 @@ class Delta(NamedTuple):
     """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``token_ids``, if the request asked for them."""
+
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        """Return consecutive ones, of which there is at least one, as one."""
+        if len(deltas) == 1:
+            return deltas[0]
+        return cls(
+            "".join([delta.text for delta in deltas]),
+            tuple(chain.from_iterable([delta.token_ids for delta in deltas])),
+            deltas[-1].finish_reason,
+            tuple(chain.from_iterable([delta.logprobs for delta in deltas])),
+        )
 
 
 @dataclass(frozen=True)
@@ -99,11 +114,53 @@ class Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop, observers: Sequence[Observer] = ()):
         self.loop = loop
         self.observers = observers
-        self.items: asyncio.Queue[Delta | Exception] = asyncio.Queue()  # bounded by the request's max_tokens
         self.usage: Usage | None = None
         """Set before the last item is delivered."""
         self.program: Program | None = None
         """The same."""
+        self.pace: Pace | None = None
+        self._items: deque[Delta | Exception] = deque()  # bounded by the request's max_tokens
+        self._reader: asyncio.Future[None] | None = None
+        self._begun = self._ended = self._waits = False
+
+    def put(self, item: Delta | Exception) -> None:
+        """Add an item; called in the event loop."""
+        self._items.append(item)
+        self._ended = self._ended or is_last(item)
+        if self._reader is not None:
+            self._wake_in_turn()
+
+    async def take(self) -> Delta | Exception:
+        """Wait for the next item, with a pace until its next turn, which neither the first item nor the last awaits."""
+        if not self._items or (self.pace is not None and not self._ended):
+            self._reader = self.loop.create_future()
+            if self._items:
+                self._wake_in_turn()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        self._begun = True
+        if self.pace is None or isinstance(self._items[0], Exception):
+            return self._items.popleft()
+        deltas = []
+        while self._items and not isinstance(item := self._items[0], Exception):
+            deltas.append(item)
+            self._items.popleft()
+        return Delta.joined(deltas)
+
+    def wake(self) -> None:
+        """Wake the reader, if there is one: its turn has come."""
+        self._waits = False
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _wake_in_turn(self) -> None:
+        if self.pace is None or self._ended or not self._begun:
+            self.wake()
+        elif not self._waits:
+            self._waits = True
+            self.pace.wake(self)
 
     def tell(self, last: Delta | Exception) -> None:
         """Tell the observers how the request has ended."""
@@ -143,7 +200,7 @@ class Generation:
         if asyncio.get_running_loop() is not self._mailbox.loop:
             raise RuntimeError("a generation can be read only in the event loop in which generate() was called")
         try:
-            item = await self._mailbox.items.get()
+            item = await self._mailbox.take()
         except BaseException:  # the caller's task was cancelled or closed
             self.cancel()
             self._ended = True
@@ -152,6 +209,11 @@ class Generation:
         if isinstance(item, Exception):
             raise item
         return item
+
+    def paced(self, pace: Pace) -> Generation:
+        """Return itself; from now on a Delta may be several in one, and comes in the turns of ``pace``."""
+        self._mailbox.pace = pace
+        return self
 
     async def text(self) -> str:
         """Wait for the end and return the whole text."""
@@ -200,6 +262,6 @@ class Outbox:
 
 def _put_all(items: list[tuple[Mailbox, Delta | Exception]]) -> None:
     for mailbox, item in items:
-        mailbox.items.put_nowait(item)
+        mailbox.put(item)
         if mailbox.observers and is_last(item):
             mailbox.tell(item)

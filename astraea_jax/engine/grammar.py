@@ -24,7 +24,7 @@ from astraea_jax.errors import RequestError, shown
 from astraea_jax.models.tokenizer import Tokenizer
 
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=250_000,
+    initial_lexer_fuel=100_000,
     step_lexer_fuel=50_000,
     max_lexer_states=20_000,
     max_grammar_size=50_000,
@@ -41,13 +41,17 @@ class Matcher:
     """Follows one text through a grammar, token by token.
 
     Args:
-        matcher: of the library, at the start of a text.
+        grammar: what it follows.
+        start: of the library, at the start of a text, for this matcher only.
         vocabulary: tokens that it knows.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int):
-        self._matcher = matcher
+    def __init__(self, grammar: Grammar, start: LLMatcher, vocabulary: int):
+        self._grammar = grammar
+        self._matcher = start
         self._mask = allocate_token_bitmask(1, vocabulary)
+        self._accepted: list[int] = []
+        self._alone = False
 
     @property
     def finished(self) -> bool:
@@ -64,6 +68,8 @@ class Matcher:
             RequestError: the grammar has become too complex.
         """
         fill_next_token_bitmask(self._matcher, self._mask)
+        if self._matcher.is_error() and self._start_over():
+            fill_next_token_bitmask(self._matcher, self._mask)
         if self._matcher.is_error():  # the library has filled in the end of the turn
             raise RequestError(f"the grammar became too complex: {_first_line(self._matcher.get_error())}")
         words = min(row.size, self._mask.size)
@@ -72,24 +78,68 @@ class Matcher:
 
     def accept(self, token: int) -> bool:
         """Go on by a token; False: the grammar does not allow it here, and the matcher is of no more use."""
-        return self._matcher.consume_token(token)
+        accepted = self._matcher.consume_token(token) or (self._start_over() and self._matcher.consume_token(token))
+        self._accepted.append(token)
+        return accepted
+
+    def _start_over(self) -> bool:
+        """Follow the text again with a lexer of its own, if other texts may have brought the shared one to its limits.
+
+        False: that fails, too, or would not help.
+        """
+        if self._alone or "lexer error" not in self._matcher.get_error():
+            return False
+        self._alone = True
+        self._matcher = self._grammar.start_alone()
+        return self._matcher.consume_tokens(self._accepted)
 
 
 class Grammar:
     """A compiled grammar, which any number of requests may share.
 
+    Its matchers share a lexer, which learns from each of them, so that it gets faster, and has limits, so that it may
+    fail one day; then the grammar is compiled again.
+
     Args:
-        start: of the library, at the start of a text; nobody else uses it.
+        build: makes a matcher of the library, at the start of a text.
         vocabulary: tokens that it knows.
+
+    Raises:
+        RequestError: the grammar cannot be compiled.
     """
 
-    def __init__(self, start: LLMatcher, vocabulary: int):
-        self._start = start
+    def __init__(self, build: Callable[[], LLMatcher], vocabulary: int):
+        self._build = build
         self._vocabulary = vocabulary
+        self._start: LLMatcher | None = _usable(build())
 
     def matcher(self) -> Matcher:
         """Begin at the start of a text."""
-        return Matcher(self._start.deep_copy(), self._vocabulary)
+        start = self._start = self._start or self._build()
+        return Matcher(self, start.deep_copy(), self._vocabulary)
+
+    def start_alone(self) -> LLMatcher:
+        """Compile again for one text, because the shared lexer has failed; texts that begin from now share another."""
+        self._start = None
+        return self._build()
+
+
+def _usable(start: LLMatcher) -> LLMatcher:
+    """The same if some text can begin with it: what shows only at the first step would fail a running request.
+
+    Raises:
+        RequestError: it cannot be used; the message says why.
+    """
+    error: str = start.get_error()
+    for _ in range(2):  # the lexer notes at one step what it reports at the next
+        first = start.deep_copy()
+        mask = np.frombuffer(first.compute_bitmask(), np.uint8)
+        error = error or first.get_error()
+    if error and not error.startswith("NoExtension"):
+        raise RequestError(f"the grammar cannot be compiled: {_first_line(error)}")
+    if error or not mask.any() or (first.is_stopped() and not first.is_accepting()):
+        raise RequestError("the grammar cannot be compiled: no text matches it")
+    return start
 
 
 class GrammarCompiler:
@@ -198,21 +248,13 @@ class GrammarCompiler:
         return grammar
 
     def _compile(self, text: str) -> Grammar:
-        """Compile, and look at the first step: what shows only there would otherwise fail a running request."""
+        tokens = self._tokens
         try:
-            start = LLMatcher(self._tokens, text, log_level=0, limits=LIMITS)
-            first = start.deep_copy()
-            mask = np.frombuffer(first.compute_bitmask(), np.uint8)
-            error = start.get_error() or first.get_error()
-        except (KeyboardInterrupt, SystemExit):
+            return Grammar(lambda: LLMatcher(tokens, text, log_level=0, limits=LIMITS), tokens.vocab_size)
+        except (KeyboardInterrupt, SystemExit, RequestError):
             raise
         except BaseException as panic:  # panics of the library are no Exception
             raise RequestError("the grammar cannot be compiled; simplify it") from panic
-        if error:
-            raise RequestError(f"the grammar cannot be compiled: {_first_line(error)}")
-        if not mask.any() or (first.is_stopped() and not first.is_accepting()):
-            raise RequestError("the grammar cannot be compiled: no text matches it")
-        return Grammar(start, self._tokens.vocab_size)
 
 
 def _read_tokens(tokenizer: Tokenizer) -> LLTokenizer:

@@ -14,23 +14,22 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, assert_never
+from typing import TypeVar, assert_never
 
 import numpy as np
 
 from astraea_jax.engine.compilation import CompileGuard
+from astraea_jax.engine.dispatch import InFlight, StepRunner
 from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Look, Stop, Submit, ToolCalled
-from astraea_jax.engine.extras import Collector, Extras, GrammarFault, Tracker, token_logprob
+from astraea_jax.engine.extras import Collector, GrammarFault, Tracker, token_logprob
 from astraea_jax.engine.generation import Delta, Mailbox, Outbox, TokenLogprob, Usage
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.output import Output
-from astraea_jax.engine.runner import InFlight
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.times import StepTimes, Work
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
-from astraea_jax.kv_cache.offload import HostStore, Pools
+from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.scheduler.plan import Plan
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Request
 from astraea_jax.scheduler.scheduler import Scheduler
@@ -46,29 +45,6 @@ MAX_FAILURES = 3
 
 A = TypeVar("A")
 T = TypeVar("T")
-
-
-class StepRunner(Pools, Protocol):
-    """The interface through which the loop uses the device; :class:`~.runner.Runner` implements it.
-
-    Only the loop's thread calls it, but for :meth:`compile`, which comes before.
-    """
-
-    block_sharding: Any
-    """Sharding of a block of pages on the device."""
-
-    @property
-    def executables(self) -> int: ...
-    def compile(self, progress: Callable[[int, int], None]) -> None: ...
-    def set_sampling(self, slot: int, params: SamplingParams) -> None: ...
-    def dispatch(self, plan: Plan) -> InFlight: ...
-    def resample(self, step: InFlight, extras: Extras) -> InFlight: ...
-    def read(self, step: InFlight) -> list[int]: ...
-    def put(self, block: Any, sharding: Any) -> Any: ...
-    def reset(self) -> None:
-        """Make the arrays anew, all pages empty, after a step has raised; raises if the device is gone."""
-
-    def close(self) -> None: ...
 
 
 class _DeviceError(Exception):
@@ -204,7 +180,8 @@ class ServingLoop:
             case Check(answer):
                 self._check(answer)
             case Look(answer=asked, limit=limit, owner=owner):
-                asked.set_result(self._scheduler.look(limit, owner, now))
+                if asked.set_running_or_notify_cancel():  # whoever asked may have given up
+                    asked.set_result(self._scheduler.look(limit, owner, now))
             case Stop():
                 self._stopping = True
             case _:

@@ -25,11 +25,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.loading import ModelOnDevices
 from astraea_jax.engine.peers import Peer, join, joined
 from astraea_jax.engine.resampling import ENTRY
-from astraea_jax.engine.runner import InFlight, Progress, Runner
+from astraea_jax.engine.runner import Progress, Runner
 from astraea_jax.engine.step import COLUMNS, StepShape
 from astraea_jax.errors import EngineDead
 from astraea_jax.kv_cache.offload import PINNED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.compilation import compile_all
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.extras import Extras
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.resampling import ENTRIES, ENTRY, lowerings, mask_words
@@ -32,24 +33,6 @@ TABLE_UPDATES = 2048
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A dispatched step; its tokens are read after the next step has been dispatched."""
-
-    plan: Plan
-    tokens: jax.Array
-    """``[R]`` int32, the sampled token of each row; -1 where the logits were not finite."""
-    dispatched: float
-    """Time of dispatch by ``time.perf_counter``."""
-    logprobs: jax.Array | None = None
-    """Of every row, see :func:`.resampling.logprobs`; None: no row wants them."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the device has finished it."""
-        return all(array.is_ready() for array in (self.tokens, self.logprobs) if array is not None)  # type: ignore[attr-defined]
 
 
 class Runner:

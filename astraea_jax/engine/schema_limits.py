@@ -15,9 +15,9 @@ from typing import Any
 from astraea_jax.errors import RequestError, shown
 
 MAX_SCHEMA_CHARS = 131_072
-MAX_LARK_CHARS = 32_768
+MAX_LARK_CHARS = 16_384
 MAX_REGEX_CHARS = 8_192
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 """Values in a schema."""
 
 MAX_DEPTH = 64
@@ -25,7 +25,13 @@ MAX_LITERAL_CHARS = 4_096
 """Length of a string that becomes part of the grammar, such as a value of an enum."""
 
 MAX_DIVISOR = 1_000
-"""A number that is a multiple of n is recognised by n states."""
+"""Multiples of n are recognised by n states, and multiples of several numbers by their least common multiple."""
+
+MAX_PROPERTIES = 400
+"""Properties of an object, all of which may come next if none is required."""
+
+MAX_PATTERNS = 16
+"""Patterns for keys of an object, which are compared in pairs."""
 
 ANNOTATIONS = ("description", "title", "default", "$comment", "$schema", "$id")
 """Keys whose strings do not become part of the grammar."""
@@ -48,11 +54,16 @@ def checked_schema(schema: Any) -> dict[str, Any]:
             raise RequestError(f"the JSON schema is no JSON: {_line(error)}") from None
     if not isinstance(schema, dict):
         raise RequestError(f"the JSON schema is {shown(schema)}; it must be an object")
+    divisors = [1]
     for key, value in _walk(schema):
         if isinstance(value, str) and key not in ANNOTATIONS:
             _limit("a string in the JSON schema", len(value), MAX_LITERAL_CHARS, "characters")
-        elif key == "multipleOf" and isinstance(value, int | float) and not _is_small_divisor(value):
-            raise RequestError(f"multipleOf is {shown(value)}; its digits may be at most {MAX_DIVISOR}")
+        elif key in ("properties", "patternProperties") and isinstance(value, dict):
+            _limit(key, len(value), MAX_PROPERTIES if key == "properties" else MAX_PATTERNS, "entries")
+        elif key == "multipleOf" and isinstance(value, int | float):
+            divisors.append(_divisor(value))
+    if math.lcm(*divisors) > MAX_DIVISOR:
+        raise RequestError(f"the least common multiple of the digits of all multipleOf exceeds {MAX_DIVISOR}")
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -116,12 +127,13 @@ def _walk(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             pending += [(key, inner, depth + 1) for inner in value]
 
 
-def _is_small_divisor(value: float) -> bool:
-    if abs(value) > MAX_DIVISOR or not math.isfinite(value):
-        return False
+def _divisor(value: float) -> int:
+    """The number without its decimal point, which is what its multiples are recognised by."""
+    if not 0 < value <= MAX_DIVISOR:
+        raise RequestError(f"multipleOf is {shown(value)}; it must be above 0 and at most {MAX_DIVISOR}")
     divisor = Decimal(str(value)).normalize()
     exponent = divisor.as_tuple().exponent
-    return isinstance(exponent, int) and divisor.scaleb(max(0, -exponent)) <= MAX_DIVISOR
+    return int(divisor.scaleb(max(0, -exponent))) if isinstance(exponent, int) else 1
 
 
 def _limit(what: str, count: int, limit: int, unit: str) -> None:

@@ -20,7 +20,7 @@ from absl import app, flags
 from rich.console import Console
 
 from astraea_jax.engine.config import DTYPES
-from astraea_jax.frontends.flags import run_app
+from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.models.checkpoint import copy_beside, load, save_hf, save_orbax
@@ -63,4 +63,4 @@ def _folders(arguments: list[str]) -> tuple[str, str]:
 
 def run() -> None:
     """Convert a checkpoint."""
-    run_app(main, __name__)
+    run_main(main, __name__)

@@ -65,14 +65,6 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
     return config
 
 
-def run_app(main: Callable[[list[str]], object], module: str) -> None:
-    """Run ``main`` as a program with the docstring and the flags of ``module``, whatever file was started."""
-    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__  # absl prints it above the flags
-    for flag in flags.FLAGS.get_key_flags_for_module(module):  # and those of the program only
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    run_main(main)
-
-
 def _define(name: str, default: Any) -> None:
     match _FIELDS[name].metadata["allowed"]:
         case Whole(least, most):
@@ -98,8 +90,15 @@ def engine_title(engine: Engine) -> str:
     return ", ".join(parts)
 
 
-def run_main(main: Callable[[list[str]], object]) -> None:
-    """Run ``main`` with the flags of the command line, as ``absl`` does, but end with 0 after printing help."""
+def run_main(main: Callable[[list[str]], object], module: str = "__main__") -> None:
+    """Run ``main`` with the flags of the command line, as ``absl`` does, but end with 0 after printing help.
+
+    The help is the docstring of ``module`` and the flags that it defines, whatever file was started.
+    """
+    if module != "__main__":
+        sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     arguments = ["--help" if argument == "-h" else argument for argument in sys.argv]
     try:
         app.run(main, arguments)

@@ -40,10 +40,11 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import EngineDead, StartupError
-from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_app
+from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
 from astraea_jax.frontends.http.flags import http_flags, key_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
+from astraea_jax.frontends.logs import log_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.models.config import PUBLISHED, CheckpointError
@@ -58,6 +59,7 @@ flags.DEFINE_bool("grpc", True, "Serve gRPC.")
 flags.DEFINE_bool("http", True, "Serve HTTP.")
 http_server, door_keys = http_flags(), key_flags()
 options = engine_flags(*OPTIONS)
+set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
 flags.DEFINE_integer(
     "processes",
@@ -256,6 +258,7 @@ def main(arguments: list[str]) -> None:
     if arguments[1:]:
         FLAGS["model"].value = arguments[1]
     logging.use_absl_handler()
+    set_up_logs(logging.get_absl_handler())
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     began = time.monotonic()
@@ -285,4 +288,4 @@ def main(arguments: list[str]) -> None:
 
 def run() -> None:
     """Serve until a signal or a failure ends it."""
-    run_app(main, __name__)
+    run_main(main, __name__)

@@ -188,7 +188,9 @@ def command() -> str:
     values = flags.FLAGS
     given = [values[name] for name in values if values[name].present and name == values[name].name]
     arguments = [text for flag in given if flag.name not in OWN_FLAGS for text in flag.serialize().splitlines()]
-    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
+    program = Path(sys.argv[0])
+    began = ["python", f"scripts/{program.name}"] if program.suffix == ".py" else program.name.split()
+    return shlex.join([*began, *arguments])
 
 
 def _revision(root: Path) -> tuple[str | None, bool]:

@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
+from support.grammars import EVEN
 from support.sizes import SMALL
 from support.wide import PAGE_BYTES, PROMPTS, TIGHT, WIDE, run_programs, tokens, wide_decoder
 
@@ -59,6 +61,24 @@ def test_draws_are_those_of_one_device(shared, wide_engine):
         return await asyncio.gather(*[tokens(engine.generate(prompt, params)) for prompt in PROMPTS[:4]])
 
     assert asyncio.run(draw(shared)) == asyncio.run(draw(wide_engine))
+
+
+def test_rows_drawn_again_are_those_of_one_device(shared, wide_engine):
+    params = [
+        SamplingParams(max_tokens=12, ignore_eos=True, grammar=EVEN, temperature=1.0, seed=3),
+        SamplingParams(max_tokens=12, ignore_eos=True, repetition_penalty=1.4, frequency_penalty=0.5, logprobs=2),
+    ]
+
+    async def draw(engine):
+        work = [engine.generate(prompt, params[i % 2]) for i, prompt in enumerate(PROMPTS[:6])]
+        deltas = [[delta async for delta in generation] for generation in work]
+        reported = [one.logprob for said in deltas for delta in said for one in delta.logprobs]
+        return [[t for delta in said for t in delta.token_ids] for said in deltas], reported
+
+    (ours, reported), (theirs, expected) = asyncio.run(draw(shared)), asyncio.run(draw(wide_engine))
+    assert ours == theirs
+    assert len(reported) == 36
+    np.testing.assert_allclose(reported, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

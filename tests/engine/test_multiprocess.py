@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -14,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support import extras_process
 from support.wide import PAGE_BYTES, programs, run_programs, tokens
 
+from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.multiprocess import LeaderRunner
-from astraea_jax.engine.runner import InFlight
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.rpc.client import Client
@@ -27,16 +29,25 @@ LONG = SamplingParams(max_tokens=60, ignore_eos=True)
 SERVE = str(Path(__file__).parents[2] / "scripts" / "serve.py")
 
 
+def two_devices() -> dict[str, str]:
+    """The environment of a process that has two."""
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    return {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 @contextmanager
 def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
     """The processes, and the address of the first; their pool is small, and they have a host tier."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     flags = {
         "model": folder,
         "port": 0,
         "tensor_parallel": 4,
-        "coordinator": coordinator,
+        "coordinator": free_address(),
         "processes": 2,
         "max_seqs": 4,
         "max_step_tokens": 16,
@@ -48,10 +59,8 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
         "dtype": "float32",
     }
     command = [sys.executable, SERVE, *(f"--{name}={value}" for name, value in flags.items())]
-    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    devices = {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
     processes = [
-        subprocess.Popen([*command, f"--process={i}"], env={**os.environ, **devices}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, f"--process={i}"], env=two_devices(), stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]
     try:
@@ -87,6 +96,25 @@ def test_two_processes_say_what_one_device_says_and_end_together(wide_folder, wi
         for process in reversed(processes):
             process.send_signal(signal.SIGTERM)
         assert [process.wait(60) for process in processes] == [0, 0], [p.stderr.read() for p in processes]
+
+
+def test_two_processes_draw_again_together(wide_folder, wide_engine):
+    command = [sys.executable, extras_process.__file__, str(wide_folder), free_address()]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i)], env=two_devices(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    try:
+        (out, error), _ = (process.communicate(timeout=300) for process in processes)
+        assert [process.returncode for process in processes] == [0, 0], error
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    expected = asyncio.run(extras_process.said(wide_engine))
+    assert [tuple(one) for one in json.loads(out.splitlines()[-1])] == expected
 
 
 def test_a_process_that_dies_is_named(wide_folder):

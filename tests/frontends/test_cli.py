@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,24 @@ def test_version_and_usage():
     assert all(f"astraea-jax {command}" in said for command in COMMANDS)
 
 
-def test_an_unknown_command_gets_the_usage():
-    status, said = say("sevre")
+@pytest.mark.parametrize("words", [["sevre"], ["bench", "stpe"]])
+def test_an_unknown_command_gets_the_usage(words):
+    status, said = say(*words)
     assert status == 1
-    assert "has no command 'sevre'" in said
+    assert f"has no command {' '.join(words)!r}" in said
     assert "astraea-jax serve" in said
+
+
+def test_a_command_says_what_its_flags_are():
+    status, said = say("bench", "scheduler", "--help")
+    assert status == 0
+    assert said.lstrip().startswith("Measures")
+    assert "--policies" in said
+
+
+@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
+def test_every_command_has_a_module_that_runs(module):
+    assert "\ndef run() -> None:\n" in Path(find_spec(module).origin).read_text()
 
 
 @pytest.mark.parametrize(

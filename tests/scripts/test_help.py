@@ -15,9 +15,9 @@ def test_help_is_printed_and_no_failure(flag):
     assert "--source" in said
 
 
-@pytest.mark.parametrize("name", ["lock", "serving_peers"])
-def test_help_of_scripts_without_absl(name):
-    assert "show this help" in run(f"scripts/{name}.py", "--help")
+@pytest.mark.parametrize("program", [["scripts/lock.py"], ["-m", "astraea_jax.lab.serving_peers"]])
+def test_help_of_programs_without_absl(program):
+    assert "show this help" in run(*program, "--help")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

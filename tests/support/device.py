@@ -5,6 +5,8 @@ Its model is a hash: the next token depends on every token of the context, in or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from astraea_jax.scheduler.plan import Plan
@@ -21,11 +23,13 @@ def next_token(context: list[int]) -> int:
     return value % VOCABULARY
 
 
-def complete(prompt: list[int], max_tokens: int, stops: frozenset[int] = frozenset()) -> list[int]:
-    """Return what a request must output, whatever happens around it."""
+def complete(
+    prompt: list[int], max_tokens: int, stops: frozenset[int] = frozenset(), choose: Callable[[int], int] = int
+) -> list[int]:
+    """Return what a request must output, whatever happens around it; ``choose`` makes another token of the device's."""
     output: list[int] = []
     while len(output) < max_tokens and not (output and output[-1] in stops):
-        output.append(next_token([*prompt, *output]))
+        output.append(choose(next_token([*prompt, *output])))
     return output
 
 

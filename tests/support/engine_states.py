@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 from support.device import VOCABULARY, complete
 from support.engines import break_loop
+from support.grammars import EVEN, Broken
 from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.generation import Generation, Mailbox
@@ -89,6 +90,8 @@ class Asked:
         try:
             async for delta in generation:
                 self.tokens += delta.token_ids
+                told = delta.token_ids if self.params.logprobs is not None else ()
+                assert tuple(one.token_id for one in delta.logprobs) == told
                 if delta.finish_reason is not None:
                     self.ends.append(delta.finish_reason)
         except Exception as error:
@@ -104,6 +107,11 @@ class Asked:
             self.ends = ["dropped"]
         else:
             self.reader.result()
+
+
+def _even(token: int) -> int:
+    """The token of the stub's device, or the first one if :data:`~.grammars.EVEN` forbids it."""
+    return token if token % 2 == 0 else 0
 
 
 class Machine(RuleBasedStateMachine):
@@ -128,9 +136,13 @@ class Machine(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         owner=st.sampled_from(OWNERS),
         final=st.booleans(),
+        grammar=st.sampled_from([None, EVEN, *map(Broken, ("fill", "refuses"))]),
+        logprobs=st.sampled_from([None, 2]),
     )
-    def submit(self, prompt, max_tokens, stop, name, owner, final) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(stop,))
+    def submit(self, prompt, max_tokens, stop, name, owner, final, grammar, logprobs) -> None:
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(stop,), grammar=grammar, logprobs=logprobs
+        )
         self._submit(Asked(prompt, params, None if name is None else (owner, name)), final)
 
     @rule(which=st.integers(0, 99))
@@ -337,7 +349,8 @@ class Machine(RuleBasedStateMachine):
             self.forgotten *= self.may_die
 
     def _judge(self, asked: Asked) -> None:
-        expected = complete(asked.prompt, asked.params.max_tokens, frozenset(asked.params.stop_token_ids))
+        params, choose = asked.params, int if asked.params.grammar is None else _even
+        expected = complete(asked.prompt, params.max_tokens, frozenset(params.stop_token_ids), choose)
         assert asked.tokens == expected[: len(asked.tokens)], "wrong tokens"
         assert len(asked.ends) == 1, asked.ends
         match asked.ends[0]:
@@ -348,7 +361,7 @@ class Machine(RuleBasedStateMachine):
             case Overloaded():
                 assert asked.may_be_busy, "kept out by somebody else"
             case StepFailed():
-                assert self.failures
+                assert self.failures or isinstance(params.grammar, Broken)
             case EngineDead():
                 assert self.may_die
             case other:

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 from support.device import VOCABULARY, Device
+from support.resampled import adjusted, logprobs, masked
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.extras import Extras
-from astraea_jax.engine.resampling import adjusted, logprobs
 from astraea_jax.models import resolve
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.tokenizer import Tokenizer
@@ -90,14 +90,12 @@ class StubRunner:
         """Draws as the real one does, from logits of 1 for the device's token and 0 for the others."""
         logits = np.zeros((len(step.tokens), VOCABULARY), np.float32)
         logits[range(len(logits)), step.tokens] = 1
-        drawn = np.asarray(adjusted(logits, extras.entries)) if len(extras.entries) else logits.copy()
-        for row, mask in zip(extras.masked, extras.masks, strict=True):
-            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCABULARY]
-            drawn[row, allowed == 0] = -np.inf
+        drawn = adjusted(logits, extras.entries)
+        drawn[extras.masked] = masked(drawn[extras.masked], extras.masks)
         tokens = list(step.tokens)
         for row in extras.rows:
             tokens[row] = self.device.last[int(step.plan.slots[row])] = int(drawn[row].argmax())
-        reported = np.asarray(logprobs(logits, np.array(tokens, np.int32))) if extras.logprobs else None
+        reported = logprobs(logits, np.array(tokens)) if extras.logprobs else None
         return replace(step, tokens=tokens, logprobs=reported)
 
     def read(self, step: Launched) -> list[int]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import regex
 
-from astraea_jax.agents.response_templates import ResponseTemplate, ResponseTemplateField, load_response_template
+from astraea_jax.agents.regions import Splitting
+from astraea_jax.agents.response_templates import ResponseTemplateField, load_response_template
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ class CallFormat:
     Args:
         name: of its file, or ``"response_template"`` if the tokenizer has its own.
         fields: regions of a turn, as transformers reads their specifications.
-        split: the same regions, all of them plain text, so that to split a turn cannot fail.
+        split: splits a turn into these regions.
         thoughts_only: ``split`` without calls.
         anchor: pattern of what begins a turn in a prompt.
         bare: content parser of calls without markup, if the model writes such.
@@ -75,8 +76,8 @@ class CallFormat:
 
     name: str
     fields: Mapping[str, ResponseTemplateField]
-    split: ResponseTemplate
-    thoughts_only: ResponseTemplate
+    split: Splitting
+    thoughts_only: Splitting
     anchor: Any
     bare: str | None = None
     thoughts_apart: bool = False
@@ -141,29 +142,22 @@ def _format(name: str, data: Mapping[str, Any]) -> CallFormat:
     return CallFormat(
         name=name,
         fields=load_response_template({**data["response_template"], "fields": fields}).fields,
-        split=_split(fields),
-        thoughts_only=_split(thoughts),
+        split=_splitting(fields),
+        thoughts_only=_splitting(thoughts),
         anchor=whole.start_anchor_re,
         bare=data.get("bare"),
         thoughts_apart=data.get("thoughts_apart", False),
     )
 
 
-def _split(fields: Mapping[str, Mapping[str, Any]]) -> ResponseTemplate:
-    """A template that only splits. What closes a call is not its affair, since that may stand in a string."""
-    plain: dict[str, Any] = {}
-    for name, field in fields.items():
-        delimiters = {key: value for key, value in field.items() if key.startswith(("open", "close"))}
-        if kind(name) == "tool_calls":
-            delimiters = {key: value for key, value in delimiters.items() if key.startswith("open")}
-        plain[name] = {
-            **delimiters,
-            "content": "text",
-            "content_args": {"strip": False},
-            "repeats": True,
-            "transform": {"content": "{content}"},
+def _splitting(fields: Mapping[str, Mapping[str, Any]]) -> Splitting:
+    """What closes a call does not split, since it may stand in a string."""
+    return Splitting(
+        {
+            name: {key: value for key, value in form.items() if kind(name) != "tool_calls" or key.startswith("open")}
+            for name, form in fields.items()
         }
-    return load_response_template({"start_anchor_pattern": "(?!)", "fields": plain})
+    )
 
 
 def _any_case(tag: str) -> str:

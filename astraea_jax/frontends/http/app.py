@@ -15,22 +15,27 @@ from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
 from astraea_jax.frontends.http.tenants import Keys
+from astraea_jax.frontends.operating import Operator
 
 ROUTERS: tuple[APIRouter, ...] = (chat.router, completions.router, tokens.router, operations.router)
 SHAPES: Mapping[str, Shape] = {}
 """Beginning of a path -> shape of its errors. All others are in OpenAI's."""
 
 
-def make_app(door: Door, keys: Keys | None = None, bounds: Bounds | None = None) -> Guard:
+def make_app(
+    door: Door, keys: Keys | None = None, bounds: Bounds | None = None, operator: Operator | None = None
+) -> Guard:
     """Make the ASGI app.
 
     Args:
         door: leads to the engine.
         keys: of the tenants; none by default.
         bounds: on requests.
+        operator: what the operator's routes show.
     """
     app = FastAPI(title="astraea_jax", version=version("astraea-jax"), docs_url=None, redoc_url=None)
     app.state.door = door
+    app.state.operator = operator or Operator.of(door.engine, door.names[0])
     app.state.keys = keys = keys or Keys()
     for router in ROUTERS:
         app.include_router(router)

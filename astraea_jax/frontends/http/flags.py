@@ -20,6 +20,7 @@ from astraea_jax.frontends.http.guard import Bounds
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
+from astraea_jax.frontends.operating import operator_flags
 from astraea_jax.models.config import CheckpointError, read_json
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -45,6 +46,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
     flags.DEFINE_integer(
         "max_connections", None, "HTTP connections of one address; by default half of what open files allow.", 1
     )
+    operator = operator_flags()
     _show("http_port", "served_model_name", "call_format", "max_body_bytes", "max_wait_s", "max_connections")
 
     def server(engine: Serving, model: str, folder: Path | None, keys: Keys) -> Server:
@@ -56,7 +58,7 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
             Limits(wait_s=chosen.max_wait_s),
             sampling_defaults(folder) if folder else None,
         )
-        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes))
+        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator(engine, model))
         limits = ConnectionLimits(per_address=chosen.max_connections)
         return Server(app, door, chosen.host, chosen.http_port, limits)
 

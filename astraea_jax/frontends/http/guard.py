@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from starlette.types import Message, Receive, Scope, Send
 from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.http.errors import Failure, TooLarge, TooSlow, failure_of
 from astraea_jax.frontends.http.tenants import Keys, presented_key
+from astraea_jax.frontends.logs import answered
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Paths that need no key and are answered whatever the load."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/status"})
+"""Paths that need no key, because they tell nothing of anybody, and are answered whatever the load."""
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 
 Shape = Callable[[Failure, str], dict[str, Any]]
@@ -65,7 +67,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(send, request_id, self._bounds.write_s)
+        answer, began = _Answer(send, request_id, self._bounds.write_s), time.monotonic()
         try:
             if scope["path"] not in OPEN_PATHS and self._keys.required:
                 self._keys.tenant(presented_key(headers.get("authorization"), headers.get("x-api-key")), "")
@@ -77,6 +79,11 @@ class Guard:
             if not answer.begun:
                 content = self._shape(scope["path"])(failure, request_id)
                 await JSONResponse(content, failure.status, failure.headers)(scope, receive, answer)
+        finally:
+            if scope["path"] not in OPEN_PATHS:
+                address = (scope.get("client") or ("unknown",))[0]
+                took_s = time.monotonic() - began
+                answered("http", scope["method"], scope["path"], answer.status, request_id, address, took_s)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Read the whole body; None: the client has vanished meanwhile."""
@@ -136,10 +143,12 @@ class _Answer:
     def __init__(self, send: Send, request_id: str, write_s: float):
         self._send, self._id, self._write_s = send, request_id.encode(), write_s
         self.begun = False
+        self.status = 0
+        """0: the client vanished before it had an answer."""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.begun = True
+            self.begun, self.status = True, message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._id)]
         async with asyncio.timeout(self._write_s):
             await self._send(message)

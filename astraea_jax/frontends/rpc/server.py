@@ -38,6 +38,7 @@ from grpc_reflection.v1alpha import reflection
 from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.generation import Delta, Generation
 from astraea_jax.engine.interface import Serving
+from astraea_jax.engine.pacing import Pace
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.health import Health, Status
@@ -83,6 +84,7 @@ class Server:
         self._address = f"{host}:{port}"
         self._health = Health(engine)
         self._draining = self._cutting = False
+        self._pace = Pace()
         self._decoding: dict[grpc.aio.ServicerContext, asyncio.Task[Any] | None] = {}
         self._finishing: frozenset[grpc.aio.ServicerContext] = frozenset()
         """Requests that were running when the end began."""
@@ -145,7 +147,7 @@ class Server:
             generation = await self._generate(request, context)
             context.add_done_callback(lambda _: generation.cancel())
             as_text = request.WhichOneof("content") == "text_content"
-            async for delta in generation:
+            async for delta in generation.paced(self._pace):
                 yield _response(delta, as_text)
             if delta.finish_reason == "cancelled":
                 raise Cancelled("the session was ended")

@@ -21,14 +21,9 @@ HELLO: dict[str, Any] = {
     "temperature": 0,
     "max_tokens": 8,
 }
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "Hello"}],
-    "temperature": 0,
-    "max_tokens": 8,
-}
 
 
-async def run_agent(client, *, stream: bool, **more):
+async def run_agent(client, *, stream: bool, **more) -> Any:
     """The tool loop that every framework has."""
     messages = list(TASK.messages())
     while True:
@@ -47,7 +42,7 @@ async def run_agent(client, *, stream: bool, **more):
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
 
-async def streamed(client, asked):
+async def streamed(client, asked) -> Any:
     """The message that a stream's chunks make."""
     content, calls, reason = "", {}, None
     async for chunk in await client.chat.completions.create(**asked, stream=True):

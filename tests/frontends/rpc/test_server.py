@@ -177,8 +177,7 @@ async def all_run(engine, engine_held) -> None:
         await asyncio.sleep(0.002)
 
 
-async def test_a_deadline_is_honoured_in_the_queue(make_engine):
-    engine = make_engine(SIXTEEN)
+async def test_a_deadline_is_honoured_in_the_queue(engine):
     server = Server(engine)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
         method = channel.unary_stream(f"/{wire.ORCHESTRATOR}/Decode")
@@ -214,9 +213,10 @@ async def test_overload_and_a_dead_engine_are_told_apart(make_engine, random_fol
     server = Server(engine)
     async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
         with held(engine, 2) as engine_held:
-            busy = [asyncio.create_task(tokens_of(client.generate([1], HUNDRED))) for _ in range(8)]
+            one = lambda i: asyncio.create_task(tokens_of(client.generate([1], HUNDRED, salt=f"tenant-{i}")))  # noqa: E731
+            busy = [one(i) for i in range(8)]
             await all_run(engine, engine_held)
-            busy += [asyncio.create_task(tokens_of(client.generate([1], HUNDRED))) for _ in range(8)]
+            busy += [one(i) for i in range(8)]  # one client alone could not fill the queue
             while engine.in_progress < 16:
                 await asyncio.sleep(0.005)
             with pytest.raises(Overloaded) as caught:

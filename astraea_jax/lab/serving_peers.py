@@ -1,6 +1,6 @@
 """Other engines on the load of bench_serving.py, each in a process of its own: weights are random, or the checkpoint's.
 
-  python scripts/serving_peers.py torch LOAD.json RESULT.json
+  python -m astraea_jax.lab.serving_peers torch LOAD.json RESULT.json
 
 LOAD.json, as bench_serving.py writes it: ``hf`` (a Hugging Face configuration), ``folder`` (a checkpoint, or null for
 random weights), ``dtype``, ``prompts`` (lists of token ids), ``outputs`` (tokens each shall make), ``max_seqs`` and

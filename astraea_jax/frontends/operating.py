@@ -1,0 +1,62 @@
+"""What an operator looks at and does: metrics, the status page, profiles; and the flags for them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from absl import flags
+
+from astraea_jax.engine.interface import Serving
+from astraea_jax.frontends.metrics import PREFIX, Metrics
+from astraea_jax.frontends.profiling import Profiler, check_folder
+from astraea_jax.frontends.status import Status
+from astraea_jax.frontends.tracing import tracing_flags
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The parts of a server that are there for its operator."""
+
+    metrics: Metrics
+    status: Status
+    profiler: Profiler
+
+    @classmethod
+    def of(cls, engine: Serving, model: str, prefix: str = PREFIX, profile_dir: str | None = None) -> Operator:
+        """Make them for an engine that serves ``model``.
+
+        Raises:
+            StartupError: there is no such folder for profiles, and it cannot be made.
+        """
+        folder = None if profile_dir is None else check_folder(profile_dir)
+        return cls(Metrics(engine, model, prefix), Status(engine, model), Profiler(folder))
+
+
+def operator_flags() -> Callable[[Serving, str], Operator]:
+    """Define the flags; return a function that makes an :class:`Operator` of their values, an engine and its model.
+
+    It also begins to trace the engine's requests, if the flags say where to.
+    """
+    flags.DEFINE_string("metrics_prefix", PREFIX, "What metrics' names begin with; vllm: for dashboards made for vLLM.")
+    flags.DEFINE_string(
+        "profile_dir", None, "Folder for profiles, which the admin key begins; by default none are taken."
+    )
+    flags.register_validator(
+        "metrics_prefix",
+        lambda prefix: re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,63}", prefix) is not None,
+        "it must be letters, digits, _ and : and not begin with a digit",
+    )
+    for name in ("metrics_prefix", "profile_dir"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    trace = tracing_flags()
+
+    def operator(engine: Serving, model: str) -> Operator:
+        chosen = flags.FLAGS
+        trace(engine, model)
+        return Operator.of(engine, model, chosen.metrics_prefix, chosen.profile_dir)
+
+    return operator

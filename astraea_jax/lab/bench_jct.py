@@ -1,0 +1,276 @@
+"""Job completion times of agent programs under every scheduling policy: which one finishes whole agents soonest?
+
+  python scripts/bench_jct.py                       the shipped trace, five policies, half a minute
+  python scripts/bench_jct.py --policies=all --workload=swe-batch --oversubscription=0.5,1,1.5,2.5 --seeds=5
+  python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --plots=out
+  python scripts/bench_jct.py --backend=engine --policies=fcfs,plas,astraea --workload=infercept-mix --programs=120
+
+The simulator (`scheduler/simulation/`) runs the engine's own scheduler on a virtual clock. Accelerator machines are
+computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
+keep-lru has no host memory; host has a host tier that is never full, with the adaptive strategy or the policy's own;
+the other names are strategies with such a host tier.
+
+The engine backend serves astraea-tiny here, with lengths scaled to its context and tools sped up by --tool_scale, and
+prints beside each run the simulation of that run, with the step costs fitted to it. Programs arrive at the rate that
+this machine can work off, as its steps show before the first run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.frontends.flags import run_main
+from astraea_jax.lab.record import Section, define_flags, publish
+from astraea_jax.lab.roofline import Roofline
+from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
+from astraea_jax.scheduler.simulation.experiment import (
+    PREDICTORS,
+    RESIDENCIES,
+    WORKLOADS,
+    Cell,
+    draw,
+    interval,
+    residency_of,
+    simulate,
+    summary,
+)
+from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
+from astraea_jax.scheduler.simulation.simulator import ProgramRecord
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("backend", "sim", ["sim", "engine"], "Simulate, or replay against the real engine on this machine.")
+flags.DEFINE_multi_string("trace", [], "Trace file to replay; repeatable.")
+flags.DEFINE_list("workload", [], f"Workloads, of {', '.join(WORKLOADS)}; claude-code if neither is given.")
+flags.DEFINE_list(
+    "policies",
+    ["fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant"],
+    f"Some of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time.",
+)
+flags.DEFINE_list("predictor", ["online"], f"Some of {', '.join(PREDICTORS)}.")
+flags.DEFINE_list("residency", ["host"], f"Some of {', '.join(RESIDENCIES)}.")
+flags.DEFINE_list("oversubscription", ["1.5"], "Live contexts over the KV pool.")
+flags.DEFINE_integer("programs", 300, "Programs of a run.", lower_bound=1)
+flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
+flags.DEFINE_float("load", 0.85, "Share of the machine's throughput that arrives.", lower_bound=0.01)
+flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of the simulated machine.")
+flags.DEFINE_float("tool_scale", 0.1, "Factor on tool times of the engine backend.", lower_bound=0.0)
+define_flags("bench_jct")
+flags.DEFINE_string("plots", None, "Draw pictures into this folder.")
+
+console = Console(width=max(140, Console().width))
+
+
+def policies() -> list[str]:
+    names: list[str] = []
+    for name in FLAGS.policies:
+        names += list(POLICIES) if name == "all" else list(ABLATION) if name == "ablation" else [name]
+    known = SERVING if FLAGS.backend == "engine" else [*POLICIES, *ABLATION]
+    for name in names:
+        if name not in known:
+            raise app.UsageError(f"no policy is called {name!r}; --backend={FLAGS.backend} has {', '.join(known)}")
+    return names
+
+
+def one_of(flag: str, allowed: Iterable[str]) -> list[str]:
+    values: list[str] = FLAGS[flag].value or []
+    for value in values:
+        if value not in allowed:
+            raise app.UsageError(f"--{flag}: {value!r} is none of {', '.join(allowed)}")
+    return values
+
+
+def cells() -> list[Cell]:
+    """All cells of the study; those that run the same programs stand together."""
+    try:
+        factors = [float(x) for x in FLAGS.oversubscription]
+    except ValueError:
+        raise app.UsageError(f"--oversubscription: {FLAGS.oversubscription} are not all numbers") from None
+    if not all(0 < x < float("inf") for x in factors):
+        raise app.UsageError("--oversubscription: every factor must be above 0")
+    workloads = [*FLAGS.trace, *FLAGS.workload] or ["claude-code"]
+    for workload in workloads:
+        try:
+            draw(workload, 1, 0)
+        except ValueError as error:
+            raise app.UsageError(str(error)) from None
+    return [
+        Cell(workload, policy, predictor, residency, factor, seed, FLAGS.programs, FLAGS.load, FLAGS.machine)
+        for workload in workloads
+        for seed in range(FLAGS.seeds)
+        for residency in one_of("residency", RESIDENCIES)
+        for factor in factors
+        for predictor in one_of("predictor", PREDICTORS)
+        for policy in policies()
+    ]
+
+
+def run_cell(cell: Cell) -> tuple[dict[str, Any], list[ProgramRecord]]:
+    outcome = simulate(cell)
+    return summary(cell, outcome), outcome.records
+
+
+def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
+    """Every cell, several at a time."""
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=console) as bar, ProcessPoolExecutor(os.cpu_count()) as pool:
+        shown = bar.add_task("runs", total=len(study))
+        chunk = max(1, min(len(policies()), len(study) // (2 * (os.cpu_count() or 1))))
+        for result in pool.map(run_cell, study, chunksize=chunk):
+            results.append(result)
+            bar.update(shown, advance=1)
+    return results
+
+
+def run_on_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
+    """Every cell on the real engine, and its simulation."""
+    from astraea_jax.lab.replay import (
+        Setting,
+        let_arrive_here,
+        measure_machine,
+        run_engine,
+        scale_to_fit,
+        simulate_engine,
+    )
+
+    results = []
+    here: dict[str, Machine] = {}  # as the workload's steps show it; it sets the rate of arrival
+    columns = (TextColumn("programs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        shown = bar.add_task("programs", total=sum(cell.programs for cell in study))
+        for cell in (replace(cell, machine="cpu-tiny") for cell in study):
+            programs = scale_to_fit(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
+            if cell.workload not in here:
+                here[cell.workload] = measure_machine(programs)
+            prepared = let_arrive_here(programs, here[cell.workload], cell.load, cell.seed)
+            pool = max(int(prepared.live_context / cell.oversubscription), 1100)
+            setting = Setting(cell.policy, pool, *residency_of(cell))
+            real, machine = run_engine(prepared.programs, setting, lambda: bar.update(shown, advance=1))
+            for name, outcome in (("", real), (" simulated", simulate_engine(prepared.programs, setting, machine))):
+                row = summary(replace(cell, policy=cell.policy + name), outcome, machine)
+                results.append((row, outcome.records))
+    return results
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]]:
+    """(workload, residency, oversubscription) -> (policy, predictor) -> its rows, one per seed."""
+    found: dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
+    for row in rows:
+        group = found.setdefault((row["workload"], row["residency"], row["oversubscription"]), {})
+        group.setdefault((row["policy"], row["predictor"]), []).append(row)
+    return found
+
+
+def completion_times(rows: Sequence[dict[str, Any]]) -> list[Section]:
+    """A table per workload, residency and oversubscription."""
+    found = []
+    for (workload, residency, factor), group in groups(rows).items():
+        first = next((runs for (policy, _), runs in group.items() if policy == "fcfs"), next(iter(group.values())))
+        title = (
+            f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, "
+            f"{first[0]['programs']} programs, {len(first)} seeds, {first[0]['machine']}"
+        )
+        columns = (
+            *("policy", "mean JCT s", "95 %", f"vs {first[0]['policy']}", "P50", "P90", "P99", "no tools", "max slow-"),
+            *("hit", "again", "moved GB", "preempt", "us/step"),
+        )
+        base = np.array([r["mean_jct_s"] for r in first])
+        table = []
+        for (policy, predictor), runs in group.items():
+            mean = lambda key, runs=runs: float(np.mean([r[key] for r in runs]))  # noqa: E731
+            low, high = interval([r["mean_jct_s"] for r in runs])
+            ratio = float(np.mean(np.array([r["mean_jct_s"] for r in runs]) / base))
+            table.append(
+                (
+                    policy if predictor == "online" else f"{policy} ({predictor})",
+                    f"{mean('mean_jct_s'):.1f}",
+                    f"{low:.0f}-{high:.0f}",
+                    f"{ratio:.3f}",
+                    *(f"{mean(k):.0f}" for k in ("p50_jct_s", "p90_jct_s", "p99_jct_s", "mean_jct_no_tool_s")),
+                    f"{mean('max_slowdown'):.1f}",
+                    f"{mean('prefix_hit'):.0%}",
+                    f"{mean('recomputed_tokens') / 1e6:.1f}M",
+                    f"{mean('moved_bytes') / 1e9:.0f}",
+                    f"{mean('preemptions'):.0f}",
+                    f"{mean('scheduler_us_per_step'):.0f}",
+                )
+            )
+        found.append(Section(title, columns, table))
+    return found
+
+
+def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
+    """Compare residencies per policy, by mean completion time and bytes moved; no table if there is only one."""
+    names = list(dict.fromkeys(row["residency"] for row in rows))
+    if len(names) < 2:
+        return []
+    cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        key = (Path(row["workload"]).stem, row["oversubscription"], row["policy"])
+        cells.setdefault(key, {}).setdefault(row["residency"], []).append(row)
+    table = []
+    for (workload, factor, policy), by_name in cells.items():
+        keys = ("mean_jct_s", "p99_jct_s", "moved_bytes")
+        means = {name: [float(np.mean([r[key] for r in by_name[name]])) for key in keys] for name in names}
+        base_s, base_p99, moved = means[names[0]]
+        others = [
+            f"{mean / base_s:.3f} ({p99 / base_p99:.2f}; {moved / 1e9:,.0f})"
+            for mean, p99, moved in (means[name] for name in names[1:])
+        ]
+        table.append((workload, policy, f"{factor:g}", f"{base_s:.1f} ({moved / 1e9:,.0f})", *others))
+    title = f"Mean JCT against KV {names[0]} (P99 against it; GB moved)"
+    return [Section(title, ("workload", "policy", "x", f"{names[0]}, s", *names[1:]), table, named=2)]
+
+
+def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], folder: Path) -> None:
+    from astraea_jax.lab.plots import distributions, simulated_timelines, sweep
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row, _ in results]
+    lines: dict[tuple[str, str], dict[str, list[tuple[float, float, float, float]]]] = {}
+    for (workload, residency, factor), group in groups(rows).items():
+        name = f"{Path(workload).stem}_{residency}_{factor:g}x"
+        jct: dict[str, list[float]] = {}
+        for (policy, predictor), runs in group.items():
+            label = policy if predictor in ("online", "oracle") else f"{policy} ({predictor})"
+            jct[label] = [r.jct_s for row, records in results if row in runs for r in records]
+            means = [r["mean_jct_s"] for r in runs]
+            lines.setdefault((Path(workload).stem, residency), {}).setdefault(label, []).append(
+                (factor, float(np.mean(means)), *interval(means))
+            )
+        distributions(jct, folder / f"cdf_{name}.png", f"{workload}, KV {residency}, {factor:g}x oversubscribed")
+    for (workload, residency), found in lines.items():
+        if len(next(iter(found.values()))) > 1:
+            sweep(found, folder / f"sweep_{workload}_{residency}.png", f"{workload}, KV {residency}")
+    for row, records in results:
+        if row["seed"] == 0 and row["policy"] in ("fcfs", "astraea") and row["predictor"] == "online":
+            name = f"{Path(row['workload']).stem}_{row['residency']}_{row['oversubscription']:g}x_{row['policy']}"
+            simulated_timelines(records[:100], folder / f"timeline_{name}.png", name.replace("_", ", "))
+    console.print(f"pictures in {folder}")
+
+
+def main(_: list[str]) -> None:
+    on_engine = FLAGS.backend == "engine"
+    study = cells()
+    roofline = Roofline.measure(EngineConfig().weight_dtype()) if on_engine else None
+    results = (run_on_engine if on_engine else run_all)(study)
+    rows = [row for row, _ in results]
+    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, roofline, console=console)
+    if FLAGS.plots:
+        draw_plots(results, Path(FLAGS.plots))
+
+
+def run() -> None:
+    """Run the benchmark."""
+    run_main(main, __name__)

@@ -1,0 +1,257 @@
+"""Measures how fast the serving loop steps, beside the roofline of this machine.
+
+The roofline is measured in the same run (`astraea_jax/lab/roofline.py`).
+
+The device waits for the host only before steps that were dispatched after the one before had ended, and then for no
+longer than the host's work; that bounds the gap.
+
+  python scripts/bench_step.py                                      astraea-tiny, 64 programs of 256 tokens
+  python scripts/bench_step.py --batch=32 --compare_transformers    the same weights in transformers, same machine
+  python scripts/bench_step.py --batch=32 --spread=0.5 --compare_transformers    prompts of 128 to 384 tokens
+  python scripts/bench_step.py --model=llama-3.2-1b --random_weights --batch=8 --context=128
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.replicas import load_engine
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.times import StepTimes
+from astraea_jax.errors import StartupError
+from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title, run_main
+from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab.record import Section, define_flags, publish
+from astraea_jax.lab.roofline import Roofline, Work
+from astraea_jax.models import resolve
+from astraea_jax.models.config import PUBLISHED, CheckpointError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a published shape."
+)
+flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
+flags.DEFINE_integer("batch", 64, "Programs that decode at once.", lower_bound=1)
+flags.DEFINE_integer("context", 256, "Prompt tokens of each program.", lower_bound=1)
+flags.DEFINE_float(
+    "spread",
+    0.0,
+    "Share by which prompts are shorter or longer than --context, evenly.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
+flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
+options = engine_flags(*MODEL, "max_step_tokens")
+flags.DEFINE_bool(
+    "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
+)
+flags.DEFINE_string("compile_cache", None, "Folder where compiled steps are kept for the next run.")
+define_flags("bench_step")
+
+
+@dataclass(frozen=True)
+class Figures:
+    decode_ms: float
+    decode_floor_ms: float
+    decode_tokens_s: float
+    host_ms: float
+    """Wall time of the host per step: the three below together."""
+    host_cpu_ms: float
+    """Processor time of the host per step."""
+    plan_ms: float
+    dispatch_ms: float
+    commit_ms: float
+    starved_share: float
+    prefill_ms: float
+    prefill_floor_ms: float
+    prefill_tokens_s: float
+    compile_s: float
+
+
+def engine_config() -> EngineConfig:
+    return options(max_seqs=FLAGS.batch, max_step_tokens=step_tokens(), compile_cache=FLAGS.compile_cache)
+
+
+def loaded_engine(config: EngineConfig, display: StartupDisplay) -> Engine:
+    span = max(max(context_lengths()) + output_tokens(), FLAGS.prefill + 1)
+    (engine,) = load_engine(FLAGS.model, config, random_weights=FLAGS.random_weights, progress=display.loading).replicas
+    if span > engine.model_config.max_position:
+        raise app.UsageError(f"{span} tokens are needed, the model has {engine.model_config.max_position} positions")
+    return engine
+
+
+def step_tokens() -> int:
+    return max(FLAGS.max_step_tokens, 2 * FLAGS.batch)
+
+
+def output_tokens() -> int:
+    """Output tokens of each program: for the steps measured, and for those until all prompts have been prefilled."""
+    return FLAGS.steps + FLAGS.batch * FLAGS.context // (step_tokens() - FLAGS.batch) + 32
+
+
+def context_lengths() -> list[int]:
+    """Prompt tokens of each program."""
+    low, high = (FLAGS.context * (1 + sign * FLAGS.spread) for sign in (-1, 1))
+    return [max(1, round(n)) for n in np.linspace(low, high, FLAGS.batch)]
+
+
+def prompt(length: int, vocab: int, salt: int) -> list[int]:
+    return [(7 * i + salt) % vocab for i in range(length)]
+
+
+async def decode(engine: Engine) -> tuple[float, StepTimes]:
+    """Seconds of ``--steps`` steps in which every program decodes, and what the loop did in them."""
+    vocab = engine.model_config.vocab_size
+    params = SamplingParams(max_tokens=output_tokens(), ignore_eos=True)
+    running = [aiter(engine.generate(prompt(n, vocab, i), params)) for i, n in enumerate(context_lengths())]
+    for generation in running:  # all prompts are in
+        await anext(generation)
+    before, began = StepTimes(**asdict(engine.times)), time.perf_counter()
+    while engine.times.steps - before.steps < FLAGS.steps:
+        await asyncio.sleep(0.001)
+    took, after = time.perf_counter() - began, StepTimes(**asdict(engine.times))
+    for generation in running:
+        generation.cancel()
+    spent = {name: getattr(after, name) - getattr(before, name) for name in asdict(before)}
+    return took, StepTimes(**spent)
+
+
+async def prefill(engine: Engine) -> float:
+    """Shortest time to the first token of one program alone, in seconds."""
+    times = []
+    for salt in range(5):
+        ids = prompt(FLAGS.prefill, engine.model_config.vocab_size, salt)
+        began = time.perf_counter()
+        await engine.generate(ids, SamplingParams(max_tokens=1, ignore_eos=True)).text()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def measure(engine: Engine, roofline: Roofline, compile_s: float) -> Figures:
+    prefill_s = asyncio.run(prefill(engine))
+    took, spent = asyncio.run(decode(engine))
+    work = Work.of(engine.model_config, engine.config, engine.layout)
+    step_bytes = work.decode_bytes(1, FLAGS.batch * (FLAGS.context + FLAGS.steps / 2))
+    per_step = 1e3 / spent.steps
+    return Figures(
+        decode_ms=took * per_step,
+        decode_floor_ms=1e3 * roofline.read_s(step_bytes),
+        decode_tokens_s=spent.tokens / took,
+        host_ms=(spent.plan_s + spent.dispatch_s + spent.commit_s) * per_step,
+        host_cpu_ms=spent.cpu_s * per_step,
+        plan_ms=spent.plan_s * per_step,
+        dispatch_ms=spent.dispatch_s * per_step,
+        commit_ms=spent.commit_s * per_step,
+        starved_share=spent.starved / spent.steps,
+        prefill_ms=1e3 * prefill_s,
+        prefill_floor_ms=1e3 * roofline.matmul_s(work.prefill_operations([FLAGS.prefill])),
+        prefill_tokens_s=FLAGS.prefill / prefill_s,
+        compile_s=compile_s,
+    )
+
+
+def transformers_tokens_s(folder: Path, dtype: str) -> float:
+    """Tokens per second of ``generate()`` with a static batch of the same prompts, its prefill left out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    lengths = context_lengths()
+    ids, mask = torch.zeros((2, FLAGS.batch, max(lengths)), dtype=torch.long)
+    for i, n in enumerate(lengths):  # padded on the left, as generate() wants
+        ids[i, -n:] = torch.tensor(prompt(n, model.config.vocab_size, i))
+        mask[i, -n:] = 1
+
+    def run(tokens: int) -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return time.perf_counter() - began
+
+    run(4)
+    return FLAGS.batch * FLAGS.steps / (run(FLAGS.steps + 1) - run(1))
+
+
+def sections(engine: Engine, f: Figures, rival: float | None) -> list[Section]:
+    rows = [
+        (
+            "decode step",
+            f"{f.decode_ms:.2f} ms",
+            f"{f.decode_floor_ms:.2f} ms",
+            f"{f.decode_floor_ms / f.decode_ms:.0%}",
+        ),
+        ("decode rate", f"{f.decode_tokens_s:,.0f} tokens/s", "", ""),
+        (
+            f"prefill of {FLAGS.prefill}",
+            f"{f.prefill_ms:.2f} ms",
+            f"{f.prefill_floor_ms:.2f} ms",
+            f"{f.prefill_floor_ms / f.prefill_ms:.0%}",
+        ),
+        ("prefill rate", f"{f.prefill_tokens_s:,.0f} tokens/s", "", ""),
+        (
+            "host work per step",
+            f"{f.host_ms:.2f} ms",
+            "",
+            f"plan {f.plan_ms:.2f}, dispatch {f.dispatch_ms:.2f}, commit {f.commit_ms:.2f}",
+        ),
+        ("  of processor time", f"{f.host_cpu_ms:.2f} ms", "", ""),
+        (
+            "host gap between steps",
+            f"at most {f.starved_share * f.host_ms:.3f} ms",
+            "",
+            f"device idle before {f.starved_share:.1%} of steps",
+        ),
+        (
+            "start-up: compile",
+            f"{f.compile_s:.1f} s",
+            "",
+            f"{engine.executables} executables, cached ones included",
+        ),
+    ]
+    if rival is not None:
+        ratio = f"we are {f.decode_tokens_s / rival:.1f}x"
+        rows.append(("transformers generate()", f"{rival:,.0f} tokens/s", "", ratio))
+    title = f"{FLAGS.model}, batch {FLAGS.batch}, context {FLAGS.context} ± {FLAGS.spread:.0%}"
+    title += f", {engine_title(engine)}"
+    return [Section(title, ("", "measured", "floor", "floor / measured"), rows)]
+
+
+def main(_: list[str]) -> None:
+    with StartupDisplay() as display:
+        try:
+            config = engine_config()
+            roofline = Roofline.measure(config.weight_dtype())
+            engine = loaded_engine(config, display)
+        except (CheckpointError, StartupError) as error:
+            raise SystemExit(f"cannot measure: {error}") from None
+        began = time.perf_counter()
+        engine.start(display.compiling)
+        compile_s = time.perf_counter() - began
+    figures = measure(engine, roofline, compile_s)
+    engine.shutdown(grace_s=0)
+    rival = None
+    if FLAGS.compare_transformers:
+        rival = transformers_tokens_s(resolve(FLAGS.model), engine.layout.dtype.name)
+    found = {**asdict(figures), "transformers_tokens_s": rival}
+    publish("bench_step", sections(engine, figures, rival), found, roofline)
+
+
+def run() -> None:
+    """Run the benchmark."""
+    run_main(main, __name__)
