@@ -149,6 +149,8 @@ class Request:
     """Tokens that it had not to compute when it last got a slot."""
     loading: Transfer | None = None
     """The restore that brings back what the host holds of it; it computes nothing until that has ended."""
+    restore_s: float = 0.0
+    """Seconds that restores took before its first step."""
 
     def __post_init__(self) -> None:
         self.num_at_start = len(self.prompt)

@@ -206,6 +206,8 @@ class Residency:
         self._strategy.predict.transfers.observe(len(transfer.pages), now - transfer.began)
         self.moved[not transfer.to_host] += len(transfer.pages)
         if transfer.request is not None:
+            if transfer.request.first_scheduled is None:
+                transfer.request.restore_s += now - transfer.began
             self.kv.cut_copies(transfer.program, transfer.request.reused // self._size)
 
     def transfer_failed(self, transfer: Transfer) -> None:

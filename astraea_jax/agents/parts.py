@@ -66,7 +66,7 @@ class Reply:
 class Span:
     """A part of the turn exactly as the model wrote it."""
 
-    kind: Literal["thought", "text", "markup", "call", "unreadable"]
+    kind: Literal["thought", "draft", "text", "markup", "call", "unreadable"]
     text: str
     calls: tuple[ToolCall, ...] = ()
 

@@ -136,11 +136,10 @@ class Regions:
                 self._enter(name, found[0])
                 captures = {key: value for key, value in found.groupdict().items() if value is not None}
                 yield Opened(name, found[0], at, captures)
-            else:
-                found = form.close_re and form.close_re.match(text, at)
-                at = found.end() if found else at
+            elif found := form.close_re and form.close_re.match(text, at):  # else the end of the turn closes it
+                at = found.end()
                 self._enter(self._splitting.implicit, "")
-                yield Closed(name, found[0] if found else "", at)
+                yield Closed(name, found[0], at)
 
     def _enter(self, region: str, opening: str) -> None:
         self._region, self._opening = region, opening

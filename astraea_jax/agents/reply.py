@@ -154,7 +154,7 @@ class ReplyReader:
                 case "thinking":
                     self._think(piece)
                 case "draft":
-                    self._say(piece.text, "thought")
+                    self._say(piece.text, "draft")
                     self._may_be_bare = isinstance(piece, Closed)
                 case "markup" if self._after_call or not piece.text:
                     self.spans.append(Span("markup", piece.text))

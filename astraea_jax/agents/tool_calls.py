@@ -92,7 +92,7 @@ def read_turn(
     calls = [replace(call, id=f"call_{first + i}") for i, call in enumerate(reader.outcomes)]
     if format.thoughts_apart:
         return Turn(text, reader.reply.text, calls, reader.reply.thought)
-    content = "".join(span.text for span in reader.spans if span.kind in ("thought", "text"))
+    content = "".join(span.text for span in reader.spans if span.kind in ("thought", "draft", "text"))
     content = text[:begin] + (EMPTY_FENCE.sub("", content) if calls else content)
     return Turn(text, content.strip(), calls)
 

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from astraea_jax.engine.pacing import Pace
-from astraea_jax.scheduler.program import Program, Request
+from astraea_jax.scheduler.program import Request
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class Delta(NamedTuple):
     """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``token_ids``, if the request asked for them."""
+    stop: str | None = None
+    """The stop string that has ended the request, if one has."""
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
@@ -48,6 +50,7 @@ class Delta(NamedTuple):
             tuple(chain.from_iterable([delta.token_ids for delta in deltas])),
             deltas[-1].finish_reason,
             tuple(chain.from_iterable([delta.logprobs for delta in deltas])),
+            deltas[-1].stop,
         )
 
 
@@ -94,6 +97,8 @@ class Ended:
     """Number of its program in this engine; 0: it never had one."""
     tool_wait_s: float
     """How long its program had waited for a tool before it."""
+    restore_s: float
+    """How long its KV took to come back from the host, as the last part of its time in the queue."""
 
 
 Observer = Callable[[Ended], object]
@@ -116,8 +121,8 @@ class Mailbox:
         self.observers = observers
         self.usage: Usage | None = None
         """Set before the last item is delivered."""
-        self.program: Program | None = None
-        """The same."""
+        self.program = 0, 0.0, 0.0
+        """``program``, ``tool_wait_s`` and ``restore_s`` of :class:`Ended`; set at the same time."""
         self.pace: Pace | None = None
         self._items: deque[Delta | Exception] = deque()  # bounded by the request's max_tokens
         self._reader: asyncio.Future[None] | None = None
@@ -165,10 +170,9 @@ class Mailbox:
     def tell(self, last: Delta | Exception) -> None:
         """Tell the observers how the request has ended."""
         reason = "error" if isinstance(last, Exception) else last.finish_reason or ""
-        number, wait_s = (self.program.number, self.program.wait_s) if self.program is not None else (0, 0.0)
         for observer in self.observers:
             try:
-                observer(Ended(reason, self.usage, number, wait_s))
+                observer(Ended(reason, self.usage, *self.program))
             except Exception:  # whoever counts must not cost anybody an answer
                 log.exception("an observer of requests failed")
 

@@ -332,7 +332,7 @@ class ServingLoop:
             self._end(live, StepFailed(f"the tokens cannot be turned into text: {error!r}"))
             return
         reason = "stop" if output.stopped or complete else request.finish_reason
-        self._end(live, Delta(text, (token,), reason, logprobs))
+        self._end(live, Delta(text, (token,), reason, logprobs, output.stop))
 
     def _start_over(self, error: _DeviceError) -> None:
         """After a step has raised: end what was running, and begin again with empty pages.
@@ -374,7 +374,9 @@ class ServingLoop:
     def _end(self, live: _Live, last: Delta | Exception) -> None:
         del self._requests[live.request], self._by_mailbox[live.mailbox]
         self._trackers -= live.tracker is not None
-        live.mailbox.usage, live.mailbox.program = Usage.of(live.request, time.monotonic()), live.request.program
+        request = live.request
+        live.mailbox.usage = Usage.of(request, time.monotonic())
+        live.mailbox.program = request.program.number, request.program.wait_s, request.restore_s
         self._outbox.put(live.mailbox, last)
 
 

@@ -72,6 +72,8 @@ class Runner:
         self._pages: PagedKV = make_pages(self._step.pages)
         self._last = jnp.zeros(slots, jnp.int32, device=self._step.replicated)
         self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.replicated)
+        nothing = jnp.zeros(0, jnp.int32, device=self._step.replicated)
+        self._sampled = self._logits = self._adjusted = nothing  # of the last step: there is none yet
         words = mask_words(self._step.vocab_size)
         self._unmasked = {n: jnp.full((n, words), -1, jnp.int32, device=self._step.replicated) for n in self._rows}
 
@@ -81,7 +83,8 @@ class Runner:
         Raises:
             Exception: the device cannot hold them any more.
         """
-        del self._pages, self._last, self._table, self._unmasked  # or else there would have to be room for both
+        # Dropped first, or else there would have to be room for both.
+        del self._pages, self._last, self._table, self._unmasked, self._logits, self._adjusted
         self._make_arrays(len(self._sampling))
         jax.block_until_ready((self._pages, self._last, self._table))
 

@@ -225,7 +225,7 @@ def _steps(page: _Page, engine: Engine) -> None:
     page.histogram("inter_token_latency_seconds", "Time of a step, for each token that came from it.", work.token_s)
     page.histogram("step_seconds", "Time of a step on the device.", work.step_s)
     page.histogram("plan_seconds", "Time that planning a step took.", work.plan_s)
-    for activity in ("plan", "dispatch", "wait", "commit"):
+    for activity in ("plan", "dispatch", "resample", "wait", "commit"):
         page.counter("loop_seconds", "Time of the loop by activity.", times[f"{activity}_s"], activity=activity)
     page.counter("loop_cpu_seconds", "CPU time of the loop's thread.", times["cpu_s"])
     page.counter("steps", "Steps dispatched.", times["steps"])

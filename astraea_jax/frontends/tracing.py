@@ -1,4 +1,4 @@
-"""Spans for OpenTelemetry: a request, and in it the queue, prefill and decode; before it the wait for a tool.
+"""Spans for OpenTelemetry: a request, and in it queue, restore, prefill and decode; before it the wait for a tool.
 
 They are made when a request has ended, from the times that the engine has taken; nothing happens while it runs. The
 attributes are numbers and the finish reason: no text, and no name that a client has chosen.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from absl import flags
@@ -30,9 +31,9 @@ class Tracing:
     def __init__(self, engine: Serving, tracer: Any, model: str):
         self._tracer, self._model = tracer, model
         for number, replica in enumerate(engine.replicas):
-            replica.observe(lambda ended, number=number: self._ended(ended, number))
+            replica.observe(partial(self._ended, number))
 
-    def _ended(self, ended: Ended, replica: int) -> None:
+    def _ended(self, replica: int, ended: Ended) -> None:
         usage = ended.usage
         if usage is None:
             return
@@ -47,6 +48,8 @@ class Tracing:
         for name, seconds in parts.items():
             self._span(name, began, began + seconds, program, whole)
             began += seconds
+            if name == "queue" and ended.restore_s > 0:
+                self._span("restore", began - ended.restore_s, began, program, whole)
         whole.end(_ns(now))
 
     def _span(self, name: str, began: float, ended: float, attributes: dict[str, Any], inside: Any = None) -> None:

@@ -8,6 +8,7 @@ longer than the host's work; that bounds the gap.
   python scripts/bench_step.py                                      astraea-tiny, 64 programs of 256 tokens
   python scripts/bench_step.py --batch=32 --compare_transformers    the same weights in transformers, same machine
   python scripts/bench_step.py --batch=32 --spread=0.5 --compare_transformers    prompts of 128 to 384 tokens
+  python scripts/bench_step.py --batch=32 --extras                   also rows with penalties, a grammar, log-probs
   python scripts/bench_step.py --model=llama-3.2-1b --random_weights --batch=8 --context=128
 """
 
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -50,12 +53,41 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
+flags.DEFINE_bool("extras", False, "Also measure rows that need more than plain sampling, in turns with plain ones.")
 options = engine_flags(*MODEL, "max_step_tokens")
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )
 flags.DEFINE_string("compile_cache", None, "Folder where compiled steps are kept for the next run.")
 define_flags("bench_step")
+
+
+TURNS = 5
+"""Measurements of plain rows and of each kind of extras, one after the other; the median counts."""
+
+
+class AnyText:
+    """A grammar that allows everything, so what it costs is the engine's part: no mask is computed."""
+
+    finished = False
+
+    def matcher(self) -> AnyText:
+        return self
+
+    def fill(self, row: np.ndarray) -> None:
+        row[:] = -1
+
+    def accept(self, token: int) -> bool:
+        return True
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "frequency penalty": {"frequency_penalty": 0.1},
+    "repetition penalty": {"repetition_penalty": 1.1},
+    "a grammar": {"grammar": AnyText()},
+    "20 log-probabilities": {"logprobs": 20},
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +140,15 @@ def prompt(length: int, vocab: int, salt: int) -> list[int]:
     return [(7 * i + salt) % vocab for i in range(length)]
 
 
-async def decode(engine: Engine) -> tuple[float, StepTimes]:
-    """Seconds of ``--steps`` steps in which every program decodes, and what the loop did in them."""
+async def decode(engine: Engine, extras: Mapping[str, Any]) -> tuple[float, StepTimes]:
+    """Seconds of ``--steps`` steps in which every program decodes, and what the loop did in them.
+
+    Args:
+        engine: idle.
+        extras: parameters of every program beyond plain sampling.
+    """
     vocab = engine.model_config.vocab_size
-    params = SamplingParams(max_tokens=output_tokens(), ignore_eos=True)
+    params = SamplingParams(max_tokens=output_tokens(), ignore_eos=True, **extras)
     running = [aiter(engine.generate(prompt(n, vocab, i), params)) for i, n in enumerate(context_lengths())]
     for generation in running:  # all prompts are in
         await anext(generation)
@@ -138,7 +175,7 @@ async def prefill(engine: Engine) -> float:
 
 def measure(engine: Engine, roofline: Roofline, compile_s: float) -> Figures:
     prefill_s = asyncio.run(prefill(engine))
-    took, spent = asyncio.run(decode(engine))
+    took, spent = asyncio.run(decode(engine, {}))
     work = Work.of(engine.model_config, engine.config, engine.layout)
     step_bytes = work.decode_bytes(1, FLAGS.batch * (FLAGS.context + FLAGS.steps / 2))
     per_step = 1e3 / spent.steps
@@ -157,6 +194,27 @@ def measure(engine: Engine, roofline: Roofline, compile_s: float) -> Figures:
         prefill_tokens_s=FLAGS.prefill / prefill_s,
         compile_s=compile_s,
     )
+
+
+def decode_with_extras(engine: Engine) -> dict[str, dict[str, float]]:
+    """Milliseconds per decode step, and of the host's work on extras in it, for each of :data:`EXTRAS`."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in EXTRAS}
+    for _ in range(TURNS):
+        for name, extras in EXTRAS.items():
+            took, spent = asyncio.run(decode(engine, extras))
+            found[name].append((1e3 * took / spent.steps, 1e3 * spent.resample_s / spent.steps))
+    return {name: dict(zip(("decode_ms", "host_ms"), np.median(runs, 0).tolist())) for name, runs in found.items()}
+
+
+def extras_section(found: Mapping[str, Mapping[str, float]]) -> Section:
+    """A table of what extras cost, beside the floor of the same rows without any."""
+    floor = found["plain"]["decode_ms"]
+    rows = [
+        (name, f"{f['decode_ms']:.2f} ms", f"{floor:.2f} ms", f"{floor / f['decode_ms']:.0%}", f"{f['host_ms']:.2f} ms")
+        for name, f in found.items()
+    ]
+    title = f"rows with extras, batch {FLAGS.batch}, median of {TURNS} turns"
+    return Section(title, ("", "decode step", "plain", "plain / measured", "host work on extras"), rows)
 
 
 def transformers_tokens_s(folder: Path, dtype: str) -> float:
@@ -244,12 +302,14 @@ def main(_: list[str]) -> None:
         engine.start(display.compiling)
         compile_s = time.perf_counter() - began
     figures = measure(engine, roofline, compile_s)
+    extras = decode_with_extras(engine) if FLAGS.extras else None
     engine.shutdown(grace_s=0)
     rival = None
     if FLAGS.compare_transformers:
         rival = transformers_tokens_s(resolve(FLAGS.model), engine.layout.dtype.name)
-    found = {**asdict(figures), "transformers_tokens_s": rival}
-    publish("bench_step", sections(engine, figures, rival), found, roofline)
+    found = {**asdict(figures), "transformers_tokens_s": rival, "extras": extras}
+    tables = sections(engine, figures, rival) + ([extras_section(extras)] if extras is not None else [])
+    publish("bench_step", tables, found, roofline)
 
 
 def run() -> None:

@@ -18,7 +18,7 @@ from astraea_jax.agents.mcp import McpServer, connected
 from astraea_jax.agents.tool_types import ToolError
 from astraea_jax.agents.tools import MAX_RESULT_CHARS, Tool, tool
 
-SERVER = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'mcp_server.py'}"
+SERVER = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'servers' / 'mcp_shop.py'}"
 TIMEOUT_S = 60.0
 
 

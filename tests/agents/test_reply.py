@@ -6,12 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.call_writers import WRITERS
 
-from astraea_jax.agents.formats import named
+from astraea_jax.agents.formats import NAMES, named
+from astraea_jax.agents.json_calls import MAX_CALLS
 from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Reply, ReplyReader, Said, Thought
+from astraea_jax.agents.tool_calls import ToolCall
 
 TYPES = {"item": "string", "count": "integer", "sizes": "array", "more": "object", "price": "number", "now": "boolean"}
 SCHEMA = {"type": "object", "properties": {key: {"type": name} for key, name in TYPES.items()}}
@@ -85,7 +88,7 @@ def read(format: str, pieces: Sequence[str], prompt: str = "", tools: Any = TOOL
         assert own[-1] == CallEnded(index, call)
         assert json.loads("".join(part.text for part in own if isinstance(part, CallArguments))) == call.arguments
     assert "".join(span.text for span in reader.spans) == "".join(pieces)
-    said = "".join(span.text for span in reader.spans if span.kind in ("text", "unreadable"))
+    said = "".join(span.text for span in reader.spans if span.kind in ("text", "draft", "unreadable"))
     assert "".join(said.split()) == "".join(reply.text.split())
     return parts, reply
 
@@ -115,3 +118,253 @@ def test_a_turn_that_is_cut_loses_nothing(turn: Any, data: st.DataObject) -> Non
     whole = read(format, [cut])
     assert read(format, list(cut)) == whole
     assert [(call.name, call.arguments) for call in whole[1].calls] == calls[: len(whole[1].calls)]
+
+
+LAMP = ("price", {"item": "lamp", "count": 2})
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_every_single_cut_of_a_turn_gives_the_same(name: str) -> None:
+    format, write = WRITERS[name]
+    text = "" if name == "llama3_json" else "Let me see:"
+    written = write("They want a lamp.", text, [LAMP, ("stock", {})])
+    whole = read(format, [written])
+    assert [(call.name, call.arguments) for call in whole[1].calls] == [LAMP, ("stock", {})]
+    for at in range(len(written)):
+        assert read(format, [written[:at], written[at:]]) == whole
+
+
+def test_parts_of_a_turn_in_order() -> None:
+    written = WRITERS["hermes"][1]("Hm.", "Look:", [LAMP]) + "\n\nThat is all.\n"
+    call = ToolCall("call_0", *LAMP)
+    assert read("hermes", [written])[0] == [
+        Thought("Hm."),
+        Said("Look:"),
+        CallBegan(0, "call_0", "price"),
+        CallArguments(0, '{"item": "lamp", "count": 2}'),
+        CallEnded(0, call),
+        Said("\n\nThat is all.\n"),
+    ]
+
+
+def test_text_comes_at_once() -> None:
+    reader = ReplyReader(named("hermes"), "", TOOLS)
+    assert [reader.feed(text) for text in ("The", " lamp is ", "14 <", " 15", "<tool", "s>")] == [
+        [Said("The")],
+        [Said(" lamp is")],
+        [Said(" 14")],
+        [Said(" < 15")],
+        [],
+        [Said("<tools>")],
+    ]
+
+
+def test_json_that_cannot_be_a_call_comes_at_once() -> None:
+    reader = ReplyReader(named("hermes"), "", TOOLS)
+    assert reader.feed('{"answer"') == [Said('{"answer"')]
+
+
+def test_without_tools_a_call_is_text() -> None:
+    written = WRITERS["hermes"][1]("Hm.", "", [LAMP])
+    _, reply = read("hermes", [written], tools=None)
+    assert (reply.thought, reply.calls, reply.errors) == ("Hm.", [], [])
+    assert reply.text == written.partition("</think>\n\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("format", "prompt"),
+    [
+        ("hermes", "<|im_start|>user\n<think>?<|im_end|>\n<|im_start|>assistant\n<think>\n"),
+        ("hermes", "some other template: <think>"),
+        ("json", "<|im_start|>user\n</think><|im_end|>\n<|im_start|>assistant\n<think>"),
+        ("mistral", "[INST]Hi[/INST][THINK]"),
+        ("gemma", "<|turn>model\n<|channel>thought\n"),
+        ("harmony", "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>analysis<|message|>"),
+        ("deepseek", "<｜User｜>Hi<｜Assistant｜><think>\n"),
+    ],
+)
+def test_a_prompt_may_open_a_thought(format: str, prompt: str) -> None:
+    end = {"mistral": "[/THINK]", "gemma": "<channel|>", "harmony": "<|end|>"}.get(format, "</think>")
+    for pieces in ([f"Hm, <b>. {end}"], list(f"Hm, <b>. {end}")):
+        _, reply = read(format, pieces, prompt)
+        assert (reply.thought, reply.text) == ("Hm, <b>.", "")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "<|im_start|>user\nOpen <think><|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_start|>assistant\n<think>\n\n</think>",
+    ],
+)
+def test_a_prompt_without_an_open_thought(prompt: str) -> None:
+    _, reply = read("hermes", ['{"name": "price", "arguments": {"item": "lamp"}}'], prompt)
+    assert (reply.thought, reply.text, reply.calls) == ("", "", [ToolCall("call_0", "price", {"item": "lamp"})])
+
+
+def test_drafts_in_a_thought_are_not_run() -> None:
+    draft = WRITERS["hermes"][1]("", "", [("stock", {})])
+    for prompt, begin in (("", "<think>"), ("<|im_start|>assistant\n<think>", "")):
+        _, reply = read("hermes", [f"{begin}Maybe {draft}? No.</think>{WRITERS['hermes'][1]('', '', [LAMP])}"], prompt)
+        assert (reply.thought, reply.calls) == (f"Maybe {draft}? No.", [ToolCall("call_0", *LAMP)])
+
+
+def test_a_call_that_ends_a_thought_which_the_prompt_has_opened_is_run() -> None:
+    """Models forget to close the thought; without the call the agent would stop."""
+    draft, call = (WRITERS["hermes"][1]("", "", [one]) for one in (("stock", {}), LAMP))
+    prompt = "<|im_start|>assistant\n<think>\n"
+    for pieces in ([f"Maybe {draft}, or: {call}\n"], list(f"Maybe {draft}, or: {call}\n")):
+        _, reply = read("hermes", pieces, prompt)
+        assert reply.calls == [ToolCall("call_0", *LAMP)]
+    assert read("hermes", [f"Maybe {draft}, or"], prompt)[1].calls == []
+
+
+@pytest.mark.parametrize(
+    ("format", "written", "reason"),
+    [
+        ("hermes", '<tool_call>{"name": "price", "arguments": {"item": "lamp"', "Expecting ',' delimiter"),
+        ("qwen3_coder", "<tool_call>\n<function=price>\n<parameter=item>\nlamp\n</parameter>\n", "the closing tag is"),
+        ("qwen3_coder", "<tool_call>\n<function=price>\n<parameter=item>\nla</function>", "no whole argument at"),
+        ("qwen3_coder", "<function=f><parameter=a>1</parameter><parameter=a>2</parameter></function>", "appears twice"),
+        ("glm", "<tool_call>price\n<arg_key>item</arg_key></tool_call>", "no whole argument at '<arg_key>item"),
+        ("pythonic", "<|python_start|>[price('lamp')]<|python_end|>", "positional arguments"),
+        ("pythonic", "<|python_start|>[f(x=" + "[" * 5000 + "<|python_end|>", "nested more than"),
+        ("gemma", '<|tool_call>call:price{item:<|"|>lamp}<tool_call|>', "Expecting"),
+        ("harmony", "<|channel|>commentary to=functions.price<|message|>lamp", "Expecting value"),
+        ("harmony", "<|channel|>commentary to=functions.price<|message|>{} {}", "must be one object"),
+        ("mistral", "[TOOL_CALLS]price[ARGS][1]", "must be an object"),
+        ("deepseek", "<｜tool▁call▁begin｜>price<｜tool▁sep｜>{'item': }<｜tool▁call▁end｜>", "Expecting"),
+    ],
+)
+def test_an_unreadable_call_is_text_and_says_why(format: str, written: str, reason: str) -> None:
+    for pieces in ([written], list(written)):
+        _, reply = read(format, pieces)
+        assert (reply.text, reply.calls) == (written, [])
+        [error] = reply.errors
+        assert error.startswith("unreadable tool call: ")
+        assert reason in error
+        assert len(error) < 400
+
+
+@pytest.mark.parametrize(
+    ("format", "written", "found"),
+    [
+        # arguments dropped after a call without any (vLLM 47901)
+        ("qwen3_coder", WRITERS["qwen3_coder"][1]("", "", [("stock", {}), LAMP]), [("stock", {}), LAMP]),
+        ("glm", f"<tool_call>stock</tool_call>{WRITERS['glm'][1]('', '', [LAMP])}", [("stock", {}), LAMP]),
+        # a value that looks like a closing tag
+        (
+            "qwen3_coder",
+            "<tool_call><function=price><parameter=item>a</parameter> b</tool_call></parameter></function>"
+            "\n</tool_call>",
+            [("price", {"item": "a</parameter> b</tool_call>"})],
+        ),
+        (
+            "glm",
+            "<tool_call>price\n<arg_key>item</arg_key><arg_value>a</tool_call></arg_value>b</arg_value></tool_call>",
+            [("price", {"item": "a</tool_call></arg_value>b"})],
+        ),
+        # only one newline on each side belongs to the tags
+        (
+            "qwen3_coder",
+            "<function=price>\n<parameter=item>\n\n  lamp\n\n</parameter>\n</function>",
+            [("price", {"item": "\n  lamp\n"})],
+        ),
+        # the opening tag around a function is often forgotten
+        (
+            "qwen3_coder",
+            "<function=price>\n<parameter=count>\n2\n</parameter>\n</function>\n</tool_call>",
+            [("price", {"count": 2})],
+        ),
+        ("qwen3_coder", WRITERS["hermes"][1]("", "", [LAMP]), [LAMP]),
+        ("glm", WRITERS["hermes"][1]("", "", [LAMP]), [LAMP]),
+        # channels in another order, with a recipient before the channel, or for a tool that is built in
+        ("harmony", " to=functions.price<|channel|>commentary json<|message|>{}", [("price", {})]),
+        ("harmony", "<|channel|>analysis to=functions.price code<|message|>{}", [("price", {})]),
+        (
+            "harmony",
+            '<|channel|>commentary to=functions.price<|message|>{"item": "<|end|><|call|>"}<|call|>',
+            [("price", {"item": "<|end|><|call|>"})],
+        ),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>Hm.<|start|>assistant<|channel|>commentary to=price <|message|>",
+            [("price", {})],
+        ),
+        ("mistral", '[TOOL_CALLS]price[CALL_ID]aB3dE6gH9[ARGS]{"count": 2}', [("price", {"count": 2})]),
+        ("llama3_json", '{"name": "price", "parameters": {"count": 2}}', [("price", {"count": 2})]),
+        ("pythonic", "[price(count=2), stock()]", [("price", {"count": 2}), ("stock", {})]),
+    ],
+)
+def test_turns_that_parsers_are_known_to_misread(format: str, written: str, found: Any) -> None:
+    for pieces in ([written], list(written)):
+        _, reply = read(format, pieces)
+        assert [(call.name, call.arguments) for call in reply.calls] == found
+        assert (reply.text, reply.errors) == ("", [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_are_bounded(name: str) -> None:
+    written = WRITERS[name][1]("", "So:", [("stock", {})] * 100)
+    _, reply = read(name, [written])
+    assert len(reply.calls) == MAX_CALLS
+    assert reply.errors == [f"too many calls: at most {MAX_CALLS} in one turn are run"]
+
+
+MARKUP = [
+    "<think>",
+    "</think>",
+    "<thinking>",
+    "</thinking>",
+    "[THINK]",
+    "[/THINK]",
+    "```",
+    "{",
+    "[",
+    '"',
+    "'",
+    "\\",
+    "\n",
+    " ",
+    "x",
+]
+TAGS = [
+    *("<tool_call>", "</tool_call>", "<function=price>", "<parameter=item>", "</parameter>", "</function>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "[TOOL_CALLS]", "price", "[ARGS]", "<|python_tag|>"),
+    *(
+        "<|channel|>",
+        "analysis",
+        "final",
+        "commentary to=functions.price",
+        "<|message|>",
+        "<|end|>",
+        "<|start|>assistant",
+    ),
+    *("<|tool_call>", "call:price", "<tool_call|>", "<|channel>thought", "<channel|>", "<｜tool▁call▁begin｜>"),
+    *(
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "<|python_start|>",
+        "<|python_end|>",
+        "price(",
+        ")",
+        '{"name": "price", ',
+    ),
+    *('"arguments": ', "{}", "}", "]", ":", ",", "<|call|>"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=st.lists(st.sampled_from([*MARKUP, *TAGS]) | st.text(max_size=3), max_size=25).map("".join))
+def test_any_text_can_be_read(name: str, text: str) -> None:
+    whole = read(name, [text])
+    assert read(name, list(text)) == whole
+    assert read(name, [text], tools=None)[1].calls == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("piece", [*TAGS, '"', "\\", "[{"])
+def test_long_turns_are_read_in_linear_time(name: str, piece: str) -> None:
+    read(name, [piece * 4000])

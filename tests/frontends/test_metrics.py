@@ -13,6 +13,7 @@ from support.engines import held, settled
 from support.stub import stub_engine
 
 from astraea_jax.engine.generation import Ended
+from astraea_jax.engine.replicas import Replicas
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import Overloaded
 from astraea_jax.frontends.metrics import Metrics
@@ -88,6 +89,23 @@ async def test_requests_are_counted_by_their_ends(engine):
     assert found["astraea:sessions"] == found["astraea:programs{state=tool_wait}"] == 1
     assert found["astraea:engine_state{state=serving}"] == 1
     assert found["astraea:num_requests_running"] == found["astraea:kv_cache_usage_perc"] == 0
+
+
+async def test_replicas_have_their_own_numbers():
+    both = Replicas([stub_engine()[0], stub_engine()[0]])
+    metrics = Metrics(both, "m")
+    await asyncio.to_thread(both.start)
+    try:
+        for _ in range(3):
+            await both.generate([1, 2, 3], PARAMS).text()
+        await settled(both)
+        families = list(text_string_to_metric_families(metrics.text().decode()))
+    finally:
+        both.shutdown(0)
+    [ends] = [family for family in families if family.name == "astraea:request_success"]
+    assert {sample.labels["replica"] for sample in ends.samples} == {"0", "1"}
+    assert sum(sample.value for sample in ends.samples) == 3
+    assert len({family.name for family in families}) == len(families)
 
 
 async def test_pages_add_up(engine):

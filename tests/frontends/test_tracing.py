@@ -8,6 +8,7 @@ import pytest
 from support.engines import settled
 from support.stub import stub_engine
 
+from astraea_jax.engine.generation import Ended, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.tracing import Tracing
 
@@ -49,3 +50,15 @@ async def test_a_request_has_its_phases_inside(exported):
         assert whole.attributes["gen_ai.response.finish_reasons"] == ("length",)
     [wait] = [span for span in spans if span.name == "tool_wait"]
     assert wait.end_time >= wait.start_time
+
+
+async def test_kv_that_comes_back_is_the_end_of_the_queue(exported):
+    exporter, tracer = exported
+    engine, _ = stub_engine()
+    tracing = Tracing(engine, tracer, "m")
+    usage = Usage(9, 8, 2, queue_s=3.0, prefill_s=1.0, decode_s=1.0, preemptions=0)
+    tracing._ended(0, Ended("stop", usage, 1, tool_wait_s=0.0, restore_s=2.0))
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert spans.keys() == {"llm_request", "queue", "restore", "prefill", "decode"}
+    assert spans["restore"].end_time == spans["queue"].end_time == spans["prefill"].start_time
+    assert spans["restore"].end_time - spans["restore"].start_time == pytest.approx(2e9, abs=1e4)

@@ -96,7 +96,7 @@ class Asked:
                     self.ends.append(delta.finish_reason)
         except Exception as error:
             self.ends.append(error)
-        assert generation._mailbox.items.empty(), "something came after the end"
+        assert not generation._mailbox._items, "something came after the end"
 
     async def over(self) -> None:
         """Wait for the end."""

@@ -132,8 +132,12 @@ def named(name: str) -> CallFormat:
 def _format(name: str, data: Mapping[str, Any]) -> CallFormat:
     whole = load_response_template(data["response_template"])
     fields = dict(data["response_template"]["fields"])
-    if whole.implicit is None:
-        fields["content"] = {}
+    implicit = dict(fields.get(whole.implicit, {}))
+    closing = {key: implicit.pop(key) for key in ("close", "close_pattern") if key in implicit}
+    if closing:  # is markup: nothing is lost with it, and nothing else begins behind it
+        fields["content.end"] = {key.replace("close", "open"): value for key, value in closing.items()}
+        fields["content.end"]["close_pattern"] = ""
+    fields[whole.implicit or "content.rest"] = implicit
     known = [field.open_re for field in whole.fields.values() if field.open_re]
     for number, (begin, end) in enumerate(DRAFT_TAGS.items()):
         if not any(pattern.match(begin) for pattern in known):

@@ -1,4 +1,4 @@
-"""An MCP server for the tests: ``python mcp_server.py`` speaks over stdio, ``python mcp_server.py PORT`` over HTTP."""
+"""An MCP server for the tests: ``python mcp_shop.py`` speaks over stdio, ``python mcp_shop.py PORT`` over HTTP."""
 
 from __future__ import annotations
 
