@@ -50,6 +50,7 @@ class ToolTurn:
         self._done: list[Turn] = []
         self._shown: dict[int, int] = {}  # index of a client's call in the model's turn -> in the answer
         self._over = False
+        self.prompt_tokens = turn.prompt_tokens
         self.finish_reason: str | None = None
         self.stop_sequence: str | None = None
 

@@ -113,6 +113,8 @@ class PlainReader:
 class Turn(Protocol):
     """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong."""
 
+    prompt_tokens: int
+    """Of the prompt, known at once."""
     finish_reason: str | None
     """``"stop"``, ``"length"`` or ``"tool_calls"``; None until the turn has ended."""
     stop_sequence: str | None

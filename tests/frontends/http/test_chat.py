@@ -160,8 +160,9 @@ async def test_what_cannot_be_served_gets_one_clear_error(client, chatty, change
     with pytest.raises(openai.APIStatusError) as caught:
         await client.chat.completions.create(**{**HELLO, **change})
     assert caught.value.status_code == status
-    assert named in caught.value.body["message"]
-    assert caught.value.body["type"]
+    told: Any = caught.value.body
+    assert named in told["message"]
+    assert told["type"]
     await settled(chatty)
 
 

@@ -214,7 +214,7 @@ def test_the_flags_of_a_server_reach_its_operator(serve, tmp_path):
         *(f"--profile_dir={tmp_path / 'profiles'}", "--admin_key=the-admin-key"),
     )
     with serve(*flags) as server:
-        url = re.search(r"status page: (\S+)/status", server.said)[1]
+        [url] = re.findall(r"status page: (\S+)/status", server.said)
         assert "vllm:num_requests_running" in httpx.get(f"{url}/metrics").text
         started = httpx.post(f"{url}/start_profile", headers={**ADMIN, "x-request-id": "mine"})
         assert started.json() == {"folder": str(tmp_path / "profiles")}
