@@ -15,7 +15,7 @@ KEY = "key-of-a-tenant"
 
 def test_one_process_has_both_doors_and_keys(serve):
     with serve(f"--api_key={KEY}", "--served_model_name=claude-3", "--max_body_bytes=2000") as server:
-        url = re.search(r"HTTP: ([^,\s]+)", server.said)[1]
+        [url] = re.findall(r"HTTP: ([^,\s]+)", server.said)
         assert f":{server.address.rpartition(':')[2]}/" not in url
         with httpx.Client(base_url=url, timeout=60, headers={"authorization": f"Bearer {KEY}"}) as client:
             names = [model["id"] for model in client.get("/models").json()["data"]]
