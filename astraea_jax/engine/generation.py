@@ -155,9 +155,12 @@ class Mailbox:
         return Delta.joined(deltas)
 
     def wake(self) -> None:
-        """Wake the reader, if there is one: its turn has come."""
+        """Wake the reader, if there is one and something for it: its turn has come.
+
+        There may be nothing: what came between the last turn and its reader's awakening has been taken with the rest.
+        """
         self._waits = False
-        if self._reader is not None and not self._reader.done():
+        if self._reader is not None and self._items and not self._reader.done():
             self._reader.set_result(None)
 
     def _wake_in_turn(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from astraea_jax.engine.generation import Delta, Generation, Mailbox, TokenLogprob
@@ -115,6 +115,7 @@ async def test_an_event_loop_with_nothing_to_do_makes_nobody_wait():
 
 
 @given(st.lists(st.sampled_from(["put", "turn", "run"]), max_size=40), st.booleans())
+@example(["run", "put", "run", "run", "put", "turn", "put", "run", "run", "turn", "run"], True)
 async def test_nothing_is_lost_whenever_turns_come(acts, paced):
     pace = Still()
     mailbox, generation = started(pace if paced else None)

@@ -23,7 +23,7 @@ HELLO: dict[str, Any] = {
 }
 
 
-async def run_agent(client, *, stream: bool, **more):
+async def run_agent(client, *, stream: bool, **more) -> Any:
     """The tool loop that every framework has."""
     messages = list(TASK.messages())
     while True:
@@ -42,7 +42,7 @@ async def run_agent(client, *, stream: bool, **more):
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
 
-async def streamed(client, asked):
+async def streamed(client, asked) -> Any:
     """The message that a stream's chunks make."""
     content, calls, reason = "", {}, None
     async for chunk in await client.chat.completions.create(**asked, stream=True):
