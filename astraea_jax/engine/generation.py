@@ -132,7 +132,7 @@ class Mailbox:
         """Add an item; called in the event loop."""
         self._items.append(item)
         self._ended = self._ended or is_last(item)
-        if self._reader is not None:
+        if self._reader is not None and not self._reader.done():  # or else its turn would come when there is nothing
             self._wake_in_turn()
 
     async def take(self) -> Delta | Exception:
@@ -155,9 +155,12 @@ class Mailbox:
         return Delta.joined(deltas)
 
     def wake(self) -> None:
-        """Wake the reader, if there is one: its turn has come."""
+        """Wake the reader, if there is one and something for it: its turn has come.
+
+        There may be nothing: what came between the last turn and its reader's awakening has been taken with the rest.
+        """
         self._waits = False
-        if self._reader is not None and not self._reader.done():
+        if self._reader is not None and self._items and not self._reader.done():
             self._reader.set_result(None)
 
     def _wake_in_turn(self) -> None:

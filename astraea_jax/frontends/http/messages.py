@@ -1,8 +1,8 @@
 """Anthropic's Messages API, so that its SDKs and Claude Code can be pointed here.
 
-A model answers under each of its served names. A client that insists on names of its own is served by a server that has
-them (``--served_model_name=astraea-tiny,claude-sonnet-4-5``), or is told the model's name (Claude Code reads
-``ANTHROPIC_MODEL`` and ``ANTHROPIC_DEFAULT_HAIKU_MODEL``).
+The model answers under its own name and those of ``--served_model_name``, and no other. So a client with names of its
+own is either told the model's (Claude Code reads ``ANTHROPIC_MODEL`` and ``ANTHROPIC_DEFAULT_HAIKU_MODEL``), or the
+server is given the client's (``--served_model_name=claude-sonnet-4-5``).
 
 A conversation that ends with the assistant's own message (prefill) is refused; so are images, Anthropic's own tools,
 and threads, which leave the conversation with the server: the tool runner of Anthropic's SDK asks for one, and goes on

@@ -110,8 +110,32 @@ class PlainReader:
         return []
 
 
-class Turn:
-    """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong.
+class Turn(Protocol):
+    """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong."""
+
+    prompt_tokens: int
+    """Of the prompt, known at once."""
+    finish_reason: str | None
+    """``"stop"``, ``"length"`` or ``"tool_calls"``; None until the turn has ended."""
+    stop_sequence: str | None
+    """The stop string that has ended the turn, if one has."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts and times; complete once the turn has ended."""
+
+    @property
+    def reply(self) -> Reply:
+        """All that the model has written, once the turn has ended."""
+
+    def __aiter__(self) -> AsyncIterator[TurnDelta]: ...
+    async def __anext__(self) -> TurnDelta: ...
+    def cancel(self) -> None:
+        """Stop the generation; its pages are free within a step."""
+
+
+class ModelTurn:
+    """A :class:`Turn` that is one turn of the model.
 
     Args:
         generation: of the engine.
@@ -132,7 +156,7 @@ class Turn:
         parallel_calls: bool,
         wait_s: float,
         on_begin: Callable[[], None],
-        on_end: Callable[[Turn], None],
+        on_end: Callable[[ModelTurn], None],
     ):
         self._generation = generation
         self._reader = reader
@@ -142,22 +166,18 @@ class Turn:
         self._on_begin, self._on_end = on_begin, on_end
         self._begun = self._over = False
         self.finish_reason: str | None = None
-        """``"stop"``, ``"length"`` or ``"tool_calls"``; None until the turn has ended."""
         self.stop_sequence: str | None = None
-        """The stop string that has ended the turn, if one has."""
 
     @property
     def usage(self) -> Usage | None:
-        """Token counts and times; complete once the turn has ended."""
         return self._generation.usage
 
     @property
     def reply(self) -> Reply:
-        """All that the model has written, once the turn has ended."""
         reply = self._reader.reply
         return reply if self._parallel_calls else replace(reply, calls=reply.calls[:1])
 
-    def __aiter__(self) -> Turn:
+    def __aiter__(self) -> ModelTurn:
         return self
 
     async def __anext__(self) -> TurnDelta:
@@ -182,7 +202,6 @@ class Turn:
         return TurnDelta(parts, delta.logprobs, delta.token_ids)
 
     def cancel(self) -> None:
-        """Stop the generation; its pages are free within a step."""
         self._generation.cancel()
         self._end()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from anthropic import AsyncAnthropic
@@ -32,7 +33,7 @@ async def server(shop):
         yield server
 
 
-def schemas(task: Task) -> list[dict[str, object]]:
+def schemas(task: Task) -> list[dict[str, Any]]:
     return [tool(function).schema()["function"] for function in task.tools()]
 
 
@@ -49,9 +50,15 @@ async def test_anthropics_client_does_tasks(server, streamed):
                 {"name": f["name"], "description": f["description"], "input_schema": f["parameters"]}
                 for f in schemas(task)
             ]
-            messages = [{"role": "user", "content": task.question}]
-            asked = {"model": MODEL, "max_tokens": 200, "system": SYSTEM, "tools": tools, "messages": messages}
-            stop_reason = "tool_use"
+            messages: list[Any] = [{"role": "user", "content": task.question}]
+            asked: dict[str, Any] = {
+                "model": MODEL,
+                "max_tokens": 200,
+                "system": SYSTEM,
+                "tools": tools,
+                "messages": messages,
+            }
+            stop_reason: str | None = "tool_use"
             while stop_reason == "tool_use":
                 if streamed:
                     async with client.messages.stream(**asked, extra_body={"temperature": 0}) as stream:
@@ -75,8 +82,8 @@ async def test_openais_client_does_tasks(server, stored):
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         for task in TASKS:
             tools = [{"type": "function", **function, "strict": False} for function in schemas(task)]
-            asked = {"model": MODEL, "instructions": SYSTEM, "tools": tools, "temperature": 0}
-            told = [{"role": "user", "content": task.question}]
+            asked: dict[str, Any] = {"model": MODEL, "instructions": SYSTEM, "tools": tools, "temperature": 0}
+            told: list[Any] = [{"role": "user", "content": task.question}]
             response = await client.responses.create(**asked, input=told, store=stored)
             while calls := [item for item in response.output if item.type == "function_call"]:
                 results = [
@@ -88,14 +95,16 @@ async def test_openais_client_does_tasks(server, stored):
                     for call in calls
                 ]
                 told += [*(item.to_dict() for item in response.output), *results]
-                later = {"input": results, "previous_response_id": response.id} if stored else {"input": told}
+                later: dict[str, Any] = (
+                    {"input": results, "previous_response_id": response.id} if stored else {"input": told}
+                )
                 async with client.responses.stream(**asked, **later, store=stored) as stream:
                     response = await stream.get_final_response()
             assert task.is_right(response.output_text)
 
 
 async def test_a_call_can_be_required(server):
-    tools = [{"type": "function", **function, "strict": False} for function in schemas(TASKS[0])]
+    tools: list[Any] = [{"type": "function", **function, "strict": False} for function in schemas(TASKS[0])]
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         response = await client.responses.create(
             model=MODEL, input="Hello", tools=tools, tool_choice={"type": "function", "name": "stock"}, temperature=0
