@@ -175,7 +175,8 @@ class ServingProcess:
     @property
     def http(self) -> str:
         """Where HTTP is served."""
-        return re.search(r"HTTP: (\S+)/v1", self.said)[1]
+        [url] = re.findall(r"HTTP: (\S+)/v1", self.said)
+        return url
 
 
 @pytest.fixture(scope="session")
