@@ -152,9 +152,9 @@ class Mailbox:
         return Delta.joined(deltas)
 
     def wake(self) -> None:
-        """Wake the reader, if there is one: its turn has come."""
+        """Wake the reader, if there is one and something for it: its turn has come."""
         self._waits = False
-        if self._reader is not None and not self._reader.done():
+        if self._items and self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
     def _wake_in_turn(self) -> None:
