@@ -16,6 +16,7 @@ from astraea_jax.agents.loop import joined
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
 from astraea_jax.engine.interface import Serving
+from astraea_jax.engine.pacing import Pace
 from astraea_jax.engine.sampling import Grammar, SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.frontends.http.constraints import Constraints
@@ -59,6 +60,7 @@ class Door:
             limits.tokens or 64 * engine.layout.max_context,
         )
         self._wait_s = limits.wait_s
+        self._pace = Pace()
         self._format = call_format
         self._constraints = Constraints(engine.tokenizer, call_format.name)
         self._busy: set[tuple[str, str]] = set()
@@ -185,7 +187,7 @@ class Door:
         if session:
             self._busy.add(key)
         return Turn(
-            generation,
+            generation.paced(self._pace),
             reader,
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
             wait_s=self._wait_s,
