@@ -15,7 +15,6 @@ COMMANDS = {
     "bench offload": ("astraea_jax.lab.bench_offload", "measure the moving of KV against computing it again"),
     "bench scheduler": ("astraea_jax.lab.bench_scheduler", "measure what plans cost"),
     "bench serving": ("astraea_jax.lab.bench_serving", "measure throughput and latency of an engine"),
-    "bench doors": ("astraea_jax.lab.bench_doors", "measure what the front doors cost"),
     "bench step": ("astraea_jax.lab.bench_step", "measure steps, beside the roofline"),
 }
 """Subcommand -> its module, which has a function ``run``; and what it does."""
