@@ -10,10 +10,10 @@ PIP_INSTALL = python -m pip install --disable-pip-version-check --no-input --no-
 INSTALL = $(BIN)/$(PIP_INSTALL)
 SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 
-.PHONY: help demo test lint parity ahead lock
+.PHONY: help demo test lint parity ahead bench-doors lock
 
 help:  ## This list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## 64 agents against a real server on this machine: a table and a timeline picture
 	$(BIN)/python scripts/demo.py
@@ -31,6 +31,10 @@ parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 
 ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not here (installs libtpu)
 	.venv-ahead/bin/python -m pytest -m ahead tests/ahead
+
+bench-doors: .venv/installed  ## What HTTP and gRPC, constrained decoding and overload cost, beside a CPU and a pretended device
+	$(BIN)/python scripts/bench_doors.py
+	$(BIN)/python scripts/bench_doors.py --pretend_ms=5
 
 # The one file with exact versions; users get the ranges of pyproject.toml.
 lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in requirements/ci.lock

@@ -1,0 +1,84 @@
+"""A device that is pretended: it takes the time of a real one and none of the host's processors.
+
+With it a machine without an accelerator can tell what the host's own work costs beside one. Tokens are random, and
+those that a grammar allows where there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from astraea_jax.engine.dispatch import InFlight
+from astraea_jax.engine.extras import Extras
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.scheduler.plan import Plan
+
+
+@dataclass(frozen=True)
+class Pretended(InFlight):
+    """A step that is done when its time has come."""
+
+    ready: float = 0.0
+    """Time by ``time.perf_counter``."""
+
+    @property
+    def done(self) -> bool:
+        return time.perf_counter() >= self.ready
+
+
+class PretendedRunner:
+    """Runs steps of equal length, one after the other.
+
+    Args:
+        step_s: seconds of a step.
+        vocab_size: of the tokens.
+        avoided: tokens that are not drawn where a grammar allows others, so that texts do not end.
+    """
+
+    block_sharding = None
+    executables = 0
+
+    def __init__(self, step_s: float, vocab_size: int, avoided: frozenset[int]):
+        self._step_s, self._vocab_size = step_s, vocab_size
+        self._rng = np.random.default_rng(0)
+        self._avoided = [token for token in avoided if token < vocab_size]
+        self._free = 0.0  # when the device has done all that it was given
+
+    def compile(self, progress: Callable[[int, int], None]) -> None: ...
+
+    def set_sampling(self, slot: int, params: SamplingParams) -> None: ...
+
+    def dispatch(self, plan: Plan) -> InFlight:
+        tokens: Any = self._rng.integers(0, self._vocab_size, plan.samples, np.int32)
+        now = time.perf_counter()
+        self._free = max(self._free, now) + self._step_s
+        return Pretended(plan, tokens, now, ready=self._free)
+
+    def resample(self, step: InFlight, extras: Extras) -> InFlight:
+        tokens: Any = np.array(step.tokens)
+        bits = np.unpackbits(extras.masks.view(np.uint8), axis=1, bitorder="little")[:, : self._vocab_size]
+        weights = bits * self._rng.random(bits.shape, np.float32)
+        weights[:, self._avoided] *= 1e-6
+        tokens[extras.masked] = weights.argmax(axis=1)
+        self._free = max(self._free, time.perf_counter())  # where masks come late, the next step begins late, too
+        return replace(step, tokens=tokens)
+
+    def read(self, step: InFlight) -> list[int]:
+        assert isinstance(step, Pretended)
+        time.sleep(max(0.0, step.ready - time.perf_counter()))
+        return np.asarray(step.tokens).tolist()
+
+    def gather(self, pages: Sequence[int]) -> Any: ...
+
+    def scatter(self, block: Any, pages: np.ndarray) -> None: ...
+
+    def put(self, block: Any, sharding: Any) -> Any: ...
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
