@@ -1,12 +1,14 @@
 """Runs many agents against a real server on this machine: right answers, tables, and a picture of their time.
 
-Starts `scripts/serve.py` with the bundled model in a process of its own, then runs agents against it over gRPC. Each
-agent gets a shopping question and real tools; a tool also waits as long as coding agents' tools were measured to take
-(see scheduler/simulation/workload.py), scaled by --tool_scale so that the whole takes about a minute.
+Starts `scripts/serve.py` with the bundled model in a process of its own, then runs agents against it: over gRPC, and
+once more over HTTP, where they speak OpenAI's chat API as any agent framework does. Each agent gets a shopping question
+and real tools; a tool also waits as long as coding agents' tools were measured to take (see
+scheduler/simulation/workload.py), scaled by --tool_scale so that the whole takes about a minute.
 
 The server's KV pool is deliberately too small for the contexts of all agents. The same agents run once for each way to
 deal with that (--residency): moving the KV of waiting agents to host memory, keeping it until somebody needs the pages
-and computing it again, or dropping it whenever a tool is called. The answers must be the same.
+and computing it again, or dropping it whenever a tool is called. The answers must be the same. While a server runs, the
+page whose address it prints shows its programs.
 
   python scripts/demo.py
   python scripts/demo.py --programs=256 --concurrency=128 --tool_scale=1 --residency=adaptive --kv_bytes=67108864
@@ -30,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 from absl import app, flags
 from rich.console import Console
@@ -41,6 +44,7 @@ from astraea_jax.agents.tools import Tool, tool
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.rpc.client import Client
+from astraea_jax.lab.http_agents import run_http_agent
 from astraea_jax.lab.plots import spans, timelines
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models import resolve
@@ -57,6 +61,7 @@ flags.DEFINE_list(
     ["adaptive", "always-keep", "always-discard"],
     f"Residency strategies to run, some of {', '.join(STRATEGIES)}.",
 )
+flags.DEFINE_bool("http", True, "Run the agents once more over HTTP, with the first of these strategies.")
 flags.DEFINE_integer("kv_bytes", 3 * 2**20, "Device memory for KV; 2 KiB hold a token of astraea-tiny.", 1)
 flags.DEFINE_integer("host_kv_bytes", 64 * 2**20, "Host memory for KV of agents that wait.", 0)
 flags.DEFINE_integer("seed", 1, "Seed of the tasks and the tool times.")
@@ -95,8 +100,11 @@ def relay_all(lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def server(residency: str, cache: str) -> Iterator[str]:
-    """A serving process; yields its address once it is ready. What it compiles, the next one finds in ``cache``."""
+def server(residency: str, cache: str) -> Iterator[tuple[str, str]]:
+    """A serving process; yields its addresses over gRPC and HTTP once it is ready.
+
+    What it compiles, the next one finds in ``cache``.
+    """
     command = [
         sys.executable,
         str(SERVER),
@@ -112,14 +120,17 @@ def server(residency: str, cache: str) -> Iterator[str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     assert process.stderr is not None
     try:
+        url = ""
         for line in process.stderr:
             relay(line)
+            if over_http := re.search(r"HTTP: (\S+),", line):
+                url = over_http[1]
             if found := re.search(r"ready on (\S+)", line):
                 break
         else:
             raise SystemExit(f"the server ended with status {process.wait()} before it was ready")
         threading.Thread(target=relay_all, args=(process.stderr,), daemon=True).start()
-        yield found[1]
+        yield found[1], url
     finally:
         process.terminate()
         process.wait(timeout=60)
@@ -135,8 +146,8 @@ def waiting(inner: Tool, rng: random.Random) -> Tool:
     return inner.wrapped(call)
 
 
-async def run(address: str, tasks: list[Task]) -> tuple[list[Outcome], dict[str, int]]:
-    """Run all agents; returns their results and the engine's counts."""
+async def run(address: str, url: str | None, tasks: list[Task]) -> tuple[list[Outcome], dict[str, int]]:
+    """Run all agents, over HTTP if there is a ``url``; returns their results and the engine's counts."""
     tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
     places = asyncio.Semaphore(FLAGS.concurrency)
     columns = (
@@ -145,7 +156,7 @@ async def run(address: str, tasks: list[Task]) -> tuple[list[Outcome], dict[str,
         MofNCompleteColumn(),
         TextColumn("{task.fields[right]} right"),
     )
-    async with Client(address, tokenizer) as client:
+    async with Client(address, tokenizer) as client, httpx.AsyncClient(base_url=url or "", timeout=None) as http:
         with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
             shown = bar.add_task("agents", total=len(tasks), right=0)
             right = 0
@@ -155,7 +166,10 @@ async def run(address: str, tasks: list[Task]) -> tuple[list[Outcome], dict[str,
                 rng = random.Random(FLAGS.seed * 1_000_003 + number)
                 async with places:
                     tools = [waiting(tool(function), rng) for function in task.tools()]
-                    result = await run_program(client, task.messages(), tools, params=SamplingParams(max_tokens=96))
+                    if url:
+                        result = await run_http_agent(http, task.messages(), tools, max_tokens=96)
+                    else:
+                        result = await run_program(client, task.messages(), tools, params=SamplingParams(max_tokens=96))
                 outcome = Outcome(task, result)
                 right += outcome.right
                 bar.update(shown, advance=1, right=right)
@@ -168,9 +182,9 @@ async def run(address: str, tasks: list[Task]) -> tuple[list[Outcome], dict[str,
 
 @dataclass(frozen=True)
 class Run:
-    """All agents under one residency strategy."""
+    """All agents under one residency strategy, through one door."""
 
-    residency: str
+    name: str
     outcomes: list[Outcome]
     counts: dict[str, int]
     took_s: float
@@ -198,7 +212,7 @@ def report(run: Run) -> None:
     output = sum(s.output_tokens for s in requests)
     usages = [s.usage for s in requests if s.usage is not None]
     prompt, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
-    table = Table(title=f"Agents served, KV {run.residency}", show_header=False)
+    table = Table(title=f"Agents served, KV {run.name}", show_header=False)
     for name, value in [
         (
             "programs",
@@ -236,7 +250,7 @@ def compare(runs: list[Run]) -> None:
     for run in runs:
         counts, jct = run.counts, run.jct_s
         table.add_row(
-            run.residency,
+            run.name,
             f"{run.right}",
             f"{jct.mean():.2f} s",
             f"{np.quantile(jct, 0.99):.2f} s",
@@ -250,20 +264,23 @@ def compare(runs: list[Run]) -> None:
     console.print(table)
 
 
-def serve_and_run(residency: str, tasks: list[Task], cache: str) -> Run:
-    with server(residency, cache) as address:
+def serve_and_run(residency: str, tasks: list[Task], cache: str, *, http: bool = False) -> Run:
+    with server(residency, cache) as (address, url):
         began = time.monotonic()
         try:
-            outcomes, counts = asyncio.run(run(address, tasks))
+            outcomes, counts = asyncio.run(run(address, url if http else None, tasks))
         except TimeoutError:
             raise SystemExit(f"agents still ran after {FLAGS.limit_s:.0f} s: something hangs") from None
-        return Run(residency, outcomes, counts, time.monotonic() - began)
+        return Run(f"{residency}, HTTP" if http else residency, outcomes, counts, time.monotonic() - began)
 
 
 def main(_: list[str]) -> None:
     tasks = make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.programs)
     with tempfile.TemporaryDirectory() as cache:
-        runs = [serve_and_run(residency, tasks, cache) for residency in one_of_strategies()]
+        strategies = one_of_strategies()
+        runs = [serve_and_run(residency, tasks, cache) for residency in strategies]
+        if FLAGS.http:
+            runs.append(serve_and_run(strategies[0], tasks, cache, http=True))
     report(runs[0])
     compare(runs)
     outcomes = runs[0].outcomes
@@ -278,7 +295,7 @@ def main(_: list[str]) -> None:
     for other in runs[1:]:
         changed = sum(a.result.text != b.result.text for a, b in zip(outcomes, other.outcomes, strict=True))
         if changed:
-            raise SystemExit(f"{changed} answers differ between {runs[0].residency} and {other.residency}")
+            raise SystemExit(f"{changed} answers differ between {runs[0].name} and {other.name}")
     share = min(r.right for r in runs) / len(outcomes)
     if share < FLAGS.wanted:
         raise SystemExit(f"only {share:.1%} of the answers are right; at least {FLAGS.wanted:.0%} were wanted")

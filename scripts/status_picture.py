@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 
 from absl import flags
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astraea_jax.agents import formats
@@ -26,6 +27,7 @@ from astraea_jax.frontends.feeding import PatientModel
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.http.app import make_app
 from astraea_jax.frontends.http.door import Door
+from astraea_jax.frontends.http.operations import PAGE
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.scheduler.simulation.workload import CLAUDE_CODE_TOOLS
@@ -38,16 +40,20 @@ flags.DEFINE_integer("seconds", 30, "How long they work before the picture is ta
 CONFIG = EngineConfig(max_seqs=4, kv_bytes=2 * 2**20, host_kv_bytes=16 * 2**20, residency="adaptive", max_context=768)
 
 
-class RealTime:
-    """Answers the page's polls a second late: the browser's own clock stands still meanwhile, and else runs ahead."""
+class Held:
+    """Adds to the page a picture that takes long to load: the browser draws a page when all of it has loaded."""
 
     def __init__(self, inner: ASGIApp):
         self._inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == "/status.json":
-            await asyncio.sleep(1.0)
-        await self._inner(scope, receive, send)
+        if scope["path"] == "/hold":
+            await asyncio.sleep(FLAGS.seconds)
+            await Response(status_code=404)(scope, receive, send)
+        elif scope["path"] == "/status":
+            await HTMLResponse(f"{PAGE}<img src=hold hidden>")(scope, receive, send)
+        else:
+            await self._inner(scope, receive, send)
 
 
 def waiting(inner: Tool, rng: random.Random) -> Tool:
@@ -76,7 +82,7 @@ async def look(url: str, picture: str) -> None:
         process = await asyncio.create_subprocess_exec(
             *(FLAGS.browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={profile}", "--hide-scrollbars", "--window-size=1240,960"),
-            *(f"--virtual-time-budget={1000 * FLAGS.seconds}", f"--screenshot={picture}", url),
+            *(f"--screenshot={picture}", url),
             stderr=subprocess.DEVNULL,
         )
         if await process.wait():
@@ -89,7 +95,7 @@ async def take(picture: str) -> None:
     await asyncio.to_thread(engine.start)
     door = Door(engine, formats.choose(engine.tokenizer), ["astraea-tiny"])
     app_ = make_app(door)
-    app_.app.add_middleware(RealTime)
+    app_.app.add_middleware(Held)
     server = Server(app_, door)
     port = await server.start()
     agents = [asyncio.create_task(work(engine, number)) for number in range(FLAGS.agents)]

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,9 @@ COMPILED = os.environ.get("JAX_COMPILATION_CACHE_DIR", OWN.name)
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test depends on how fast it is
+hypothesis.settings.load_profile("any machine")
 
 jax.config.update("jax_num_cpu_devices", 8)  # simulated; what does not ask for more runs on the first
 
@@ -167,6 +171,12 @@ class ServingProcess:
     address: str
     said: str
     """Until it was ready."""
+
+    @property
+    def http(self) -> str:
+        """Where HTTP is served."""
+        [url] = re.findall(r"HTTP: (\S+)/v1", self.said)
+        return url
 
 
 @pytest.fixture(scope="session")

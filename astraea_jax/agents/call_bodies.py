@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from astraea_jax.agents.call_json import STRING, read_values, without_fence
+from astraea_jax.agents.call_json import read_values, without_fence
 from astraea_jax.agents.call_values import tagged_values, with_json_strings
 from astraea_jax.agents.json_calls import (
     MAX_CALL_CHARS,
@@ -26,7 +26,8 @@ from astraea_jax.agents.response_templates import ResponseTemplateField, parse_c
 
 WHOLE = {"type": "function", "function": "{content}"}
 NAMED = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-NEXT_CALL = re.compile(rf"""({STRING}|{STRING.replace('"', "'")})|\)\s*(?=[A-Za-z_])""", re.DOTALL)
+NEXT_CALL = re.compile(r"""("(?:[^"\\]|\\.)*+"?+|'(?:[^'\\]|\\.)*+'?+)|\)\s*+(?=[A-Za-z_])""", re.DOTALL)
+"""A string, which is kept (also one without an end, so that the search is linear), or what stands between two calls."""
 
 
 @dataclass(frozen=True)

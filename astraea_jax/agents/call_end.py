@@ -17,7 +17,7 @@ LONGEST_QUOTE = 512
 
 
 class Quoting:
-    """Tells whether a position in a growing text lies within quotes, in linear time.
+    """Tells whether the end of a growing text lies within quotes, in linear time.
 
     Args:
         quotes: patterns of what opens a string, and of what closes it or is an escape.
@@ -27,21 +27,19 @@ class Quoting:
         self._open = regex.compile("|".join(f"({begin})" for begin, _ in quotes), regex.DOTALL)
         self._close = [regex.compile(end, regex.DOTALL) for _, end in quotes]
         self._within: int | None = None
-        self._at = 0
+        self._tail = ""
 
-    def encloses(self, text: str, position: int) -> bool:
-        """Whether ``position`` lies within quotes. Positions are asked for in ascending order."""
-        while True:
-            pattern = self._open if self._within is None else self._close[self._within]
-            found = pattern.search(text, self._at, position)
-            if found is None:
-                self._at = max(self._at, position - LONGEST_QUOTE)
-                return self._within is not None
-            self._at = found.end()
+    def encloses(self, more: str) -> bool:
+        """Whether the end lies within quotes, with ``more`` text."""
+        text, at = self._tail + more, 0
+        while found := (self._open if self._within is None else self._close[self._within]).search(text, at):
+            at = found.end()
             if self._within is None:
                 self._within = found.lastindex - 1
             elif not found[0].startswith("\\"):
                 self._within = None
+        self._tail = text[max(at, len(text) - LONGEST_QUOTE) :]
+        return self._within is not None
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,9 @@ class CallBody:
         self._open_quotings = [Quoting(quotes) for quotes in _quotings(form)]
         self._before: list[str] = []
         """The region up to where its closing tag is looked for."""
+        self._length = 0
+        self._looked = 0
+        """Pieces of it in which quotes were looked for."""
         self._window = ""
         self._error: str | None = None
         self._extent = 0
@@ -84,10 +85,10 @@ class CallBody:
         """Take the next text of the turn; returns what is known once the region is over."""
         self._window += text
         while found := self._closing(last):
-            body = "".join([*self._before, self._window[: found.start()]])
-            if ended := self._try(body, found):
+            self._shift(found.start())
+            if ended := self._try(found[0]):
                 return ended
-            self._shift(max(found.end(), found.start() + 1))
+            self._shift(len(found[0]) or 1)
         return self._cut() if last else None
 
     def _closing(self, last: bool) -> regex.Match[str] | None:
@@ -99,18 +100,21 @@ class CallBody:
 
     def _shift(self, count: int) -> None:
         self._before.append(self._window[:count])
+        self._length += len(self._before[-1])
         self._window = self._window[count:]
 
-    def _try(self, body: str, closing: regex.Match[str]) -> Ended | None:
-        enclosing = [quoting for quoting in self._open_quotings if quoting.encloses(body, len(body))]
+    def _try(self, closing: str) -> Ended | None:
+        more, self._looked = "".join(self._before[self._looked :]), len(self._before)
+        enclosing = [quoting for quoting in self._open_quotings if quoting.encloses(more)]
         if self._error is None or len(enclosing) < len(self._open_quotings):
+            body = "".join(self._before)
             try:
-                return Ended(self._read(body), None, body + closing[0], self._window[closing.end() :])
+                return Ended(self._read(body), None, body + closing, self._window[len(closing) :])
             except (ValueError, RecursionError) as error:
                 self._error = self._error or reason(error)
-                self._extent = len(body) + len(closing[0])
+                self._extent = len(body) + len(closing)
         self._open_quotings = enclosing
-        return None if enclosing and len(body) <= MAX_CALL_CHARS else self._refused()
+        return None if enclosing and self._length <= MAX_CALL_CHARS else self._refused()
 
     def _cut(self) -> Ended:
         """The turn ends here; the closing tag may be missing, or stand in a string."""

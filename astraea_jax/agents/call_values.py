@@ -80,7 +80,7 @@ def with_json_strings(body: str, delimiters: list[list[str]], unquoted_keys: boo
 
     def replaced(found: regex.Match[str]) -> str:
         if found["key"] is not None:
-            return json.dumps(found["key"])
+            return found["space"] + json.dumps(found["key"])
         return found[0] if found["text"] is None else json.dumps(found["text"], ensure_ascii=False)
 
     return _strings(json.dumps(delimiters), unquoted_keys).sub(replaced, body)
@@ -89,7 +89,7 @@ def with_json_strings(body: str, delimiters: list[list[str]], unquoted_keys: boo
 @functools.lru_cache(64)
 def _strings(delimiters: str, unquoted_keys: bool) -> regex.Pattern[str]:
     strings = [f"{regex.escape(begin)}(?P<text>.*?){regex.escape(end)}" for begin, end in json.loads(delimiters)]
-    key = r"(?<=[{,]\s*+)(?P<key>[\w.$-]++)(?=\s*+:)" if unquoted_keys else "(?P<key>(?!))"
+    key = r"(?<=[{,])(?P<space>\s*+)(?P<key>[\w.$-]++)(?=\s*+:)" if unquoted_keys else "(?P<key>(?!))"
     return regex.compile("|".join([*(strings or ["(?P<text>(?!))"]), r'"(?:[^"\\]|\\.)*+"?+', key]), regex.DOTALL)
 
 

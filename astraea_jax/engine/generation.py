@@ -37,6 +37,8 @@ class Delta(NamedTuple):
     """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``token_ids``, if the request asked for them."""
+    stop: str | None = None
+    """The stop string that has ended the request, if one has."""
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
@@ -48,6 +50,7 @@ class Delta(NamedTuple):
             tuple(chain.from_iterable([delta.token_ids for delta in deltas])),
             deltas[-1].finish_reason,
             tuple(chain.from_iterable([delta.logprobs for delta in deltas])),
+            deltas[-1].stop,
         )
 
 
@@ -152,9 +155,12 @@ class Mailbox:
         return Delta.joined(deltas)
 
     def wake(self) -> None:
-        """Wake the reader, if there is one: its turn has come."""
+        """Wake the reader, if there is one and something for it: its turn has come.
+
+        There may be nothing: what came between the last turn and its reader's awakening has been taken with the rest.
+        """
         self._waits = False
-        if self._reader is not None and not self._reader.done():
+        if self._reader is not None and self._items and not self._reader.done():
             self._reader.set_result(None)
 
     def _wake_in_turn(self) -> None:

@@ -332,7 +332,7 @@ class ServingLoop:
             self._end(live, StepFailed(f"the tokens cannot be turned into text: {error!r}"))
             return
         reason = "stop" if output.stopped or complete else request.finish_reason
-        self._end(live, Delta(text, (token,), reason, logprobs))
+        self._end(live, Delta(text, (token,), reason, logprobs, output.stop))
 
     def _start_over(self, error: _DeviceError) -> None:
         """After a step has raised: end what was running, and begin again with empty pages.

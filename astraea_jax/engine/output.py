@@ -38,8 +38,13 @@ class Output:
         written = {token for token, text in stream.delimiters.items() if any(text in stop for stop in params.stop)}
         self._silent = (stream.delimiters.keys() - written) | eos.union(params.stop_token_ids)
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+        """The stop string that has appeared."""
+
+    @property
+    def stopped(self) -> bool:
         """Whether a stop string has appeared."""
+        return self.stop is not None
 
     def push(self, token: int) -> str:
         """Return the text that is certain after ``token``."""
@@ -58,10 +63,11 @@ class Output:
 
     def _cut(self, text: str, certain: int) -> str:
         # The stop that is complete first counts, however the text is divided into tokens.
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.stop = min(found)
+            self._held = ""
+            return text[:at]
         certain = max(certain, 0)
         self._held = text[certain:]
         return text[:certain]

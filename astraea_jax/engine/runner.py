@@ -83,7 +83,7 @@ class Runner:
         Raises:
             Exception: the device cannot hold them any more.
         """
-        # Or else there would have to be room for both.
+        # Dropped first, or else there would have to be room for both.
         del self._pages, self._last, self._table, self._unmasked, self._logits, self._adjusted
         self._make_arrays(len(self._sampling))
         jax.block_until_ready((self._pages, self._last, self._table))

@@ -20,6 +20,7 @@ x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging as python_logging
 import os
@@ -27,26 +28,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
+from astraea_jax.agents.mcp import connected
+from astraea_jax.agents.tool_types import ToolError
+from astraea_jax.agents.tools import Tool
 from astraea_jax.engine import multiprocess
 from astraea_jax.engine.compilation import default_cache, use_cache
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
-from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.errors import EngineDead, RequestError, StartupError
 from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
-from astraea_jax.frontends.http.flags import http_flags, key_flags, warning
+from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.logs import log_flags
+from astraea_jax.frontends.operating import operator_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
+from astraea_jax.frontends.tool_flags import tool_flags
 from astraea_jax.models.config import PUBLISHED, CheckpointError
 
 FLAGS = flags.FLAGS
@@ -57,7 +64,8 @@ flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for ever
 flags.DEFINE_integer("port", 9000, "Port of gRPC; 0 takes a free one, named in the ready line.", 0, 65535)
 flags.DEFINE_bool("grpc", True, "Serve gRPC.")
 flags.DEFINE_bool("http", True, "Serve HTTP.")
-http_server, door_keys = http_flags(), key_flags()
+http_server, door_keys, door_tls = http_flags(), key_flags(), tls_flags()
+server_tools, make_operator = tool_flags(), operator_flags()
 options = engine_flags(*OPTIONS)
 set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
@@ -171,8 +179,15 @@ async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
 
     Raises:
         EngineDead: the engine has ended by itself.
+        StartupError, ToolError: a flag cannot be followed, or an MCP server cannot be used.
     """
-    doors = make_doors(engine)
+    async with connected(server_tools()) as tools:
+        return await serve_with(tools, engine, display, began)
+
+
+async def serve_with(tools: Sequence[Tool], engine: Serving, display: StartupDisplay, began: float) -> int:
+    """Serve, with tools that the server calls itself; see :func:`serve`."""
+    doors = make_doors(engine, tools)
     ports = {}
     shutdown, cut = Shutdown(engine, display), 0
     try:
@@ -193,19 +208,25 @@ async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
     return cut
 
 
-def make_doors(engine: Serving) -> dict[str, Server | HttpServer]:
+def make_doors(engine: Serving, tools: Sequence[Tool]) -> dict[str, Server | HttpServer]:
     """Make the front doors that the flags name.
 
     Raises:
         StartupError: there is none, or a flag cannot be followed.
     """
-    keys = door_keys()
+    keys, tls = door_keys(), door_tls()
+    grammars = GrammarCompiler(engine.tokenizer)
+    with contextlib.suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
+        grammars.prepare()  # now, because it holds up the whole process
     doors: dict[str, Server | HttpServer] = {}
     if FLAGS.http:
         folder = None if FLAGS.random_weights else Path(model())
-        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys)
+        operator = make_operator(engine, FLAGS.model)
+        doors["HTTP"] = http_server(
+            engine, FLAGS.model, folder, keys=keys, operator=operator, tls=tls, tools=tools, grammars=grammars
+        )
     if FLAGS.grpc:
-        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port)
+        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls, grammars=grammars)
     if not doors:
         raise StartupError("--nogrpc and --nohttp leave no door to serve through")
     if line := warning(FLAGS.host, keys):
@@ -234,7 +255,8 @@ def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     if "HTTP" in ports:
-        say(f"HTTP: http://{FLAGS.host}:{ports['HTTP']}/v1")
+        url = f"{'https' if FLAGS.tls_cert else 'http'}://{FLAGS.host}:{ports['HTTP']}"
+        say(f"HTTP: {url}/v1, status page: {url}/status")
     port = ports.get("gRPC", ports.get("HTTP"))
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 
@@ -276,7 +298,13 @@ def main(arguments: list[str]) -> None:
     except EngineDead as error:
         say(f"cannot serve: {error}")
         end(1)
-    except (CheckpointError, StartupError, OSError, SystemExit) as error:  # the last is nothing that has served
+    except (
+        CheckpointError,
+        StartupError,
+        ToolError,
+        OSError,
+        SystemExit,
+    ) as error:  # the last is nothing that has served
         fail(repr(error) if isinstance(error, SystemExit) else str(error))
     except MemoryError:
         fail("out of memory; give a smaller --kv_bytes or --max_seqs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from astraea_jax.engine.generation import Delta, Generation, Mailbox, TokenLogprob
@@ -91,6 +91,28 @@ async def test_a_failure_comes_after_what_came_before_it():
         await anext(generation)
 
 
+async def test_what_comes_while_a_reader_wakes_is_read_at_once_and_its_turn_wakes_nobody():
+    pace = Still()
+    mailbox, generation = started(pace)
+    mailbox.put(delta(0))
+    await anext(generation)
+    reading = asyncio.ensure_future(anext(generation))
+    await asyncio.sleep(0)
+    mailbox.put(delta(1))
+    pace._turn()
+    mailbox.put(delta(2))  # its reader is awake, and has not run yet
+    assert (await reading).token_ids == (1, 2)
+    reading = asyncio.ensure_future(anext(generation))
+    await asyncio.sleep(0)
+    pace._turn()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    mailbox.put(delta(3))
+    pace._turn()
+    assert (await reading).token_ids == (3,)
+
+
 async def test_a_reader_that_gives_up_is_not_woken():
     pace = Still()
     mailbox, generation = started(pace)
@@ -114,7 +136,9 @@ async def test_an_event_loop_with_nothing_to_do_makes_nobody_wait():
         assert await anext(generation) == delta(i)
 
 
+@settings(max_examples=500)
 @given(st.lists(st.sampled_from(["put", "turn", "run"]), max_size=40), st.booleans())
+@example(["run", "put", "run", "run", "put", "turn", "put", "run", "run", "turn", "run"], True)
 async def test_nothing_is_lost_whenever_turns_come(acts, paced):
     pace = Still()
     mailbox, generation = started(pace if paced else None)

@@ -64,8 +64,26 @@ def test_what_is_needed_moves_and_comes_back():
     assert (stats.offloaded_pages, stats.dropped_pages) == (6, 0)  # copied together; four of them evicted
     back = serve(loop, "a", [1] * 21 + complete([1] * 21, 3) + [5], 2)
     assert back.cached_tokens == 23
+    assert back.restore_s > 0
     assert loop.scheduler.stats().restored_pages == 4
     assert loop.scheduler.stats().recomputed_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "source"),
+    [
+        ({"pages": 40}, "device"),
+        ({}, "host"),
+        ({"host": HostTier()}, "recomputed"),
+    ],
+)
+def test_every_turn_says_where_its_kv_came_from(more, source):
+    loop = loop_of(**more)
+    serve(loop, "a", [1] * 21, 3)
+    serve(loop, "b", [2] * 40, 1)
+    serve(loop, "a", [1] * 21 + complete([1] * 21, 3) + [5], 2)
+    resumed = {what: n for what, n in loop.scheduler.stats().decisions.items() if what.startswith("resume")}
+    assert resumed == {f"resume: {source}": 1}
 
 
 def test_one_that_is_cancelled_while_its_kv_comes_back_is_not_announced_to_the_device():

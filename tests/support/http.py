@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import httpx
 
 from astraea_jax.agents import formats
+from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.interface import Serving
 from astraea_jax.frontends.http.app import make_app
 from astraea_jax.frontends.http.connections import ConnectionLimits
@@ -39,9 +40,10 @@ async def serving(
     bounds: Bounds | None = None,
     limits: Limits | None = None,
     connections: ConnectionLimits | None = None,
+    tools: Sequence[Tool] = (),
 ) -> AsyncIterator[HttpServer]:
     """A server of the engine, and a client of it."""
-    door = Door(engine, formats.choose(engine.tokenizer), [MODEL], limits)
+    door = Door(engine, formats.choose(engine.tokenizer), [MODEL], limits, tools=tools)
     app = make_app(door, keys, bounds)
     server = Server(app, door, limits=connections)
     port = await server.start()

@@ -10,15 +10,23 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from astraea_jax.frontends.http import chat, completions, operations, tokens
+from astraea_jax.frontends.http import chat, completions, messages, operations, responses, tokens
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
+from astraea_jax.frontends.http.responses_store import ResponseStore
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.operating import Operator
 
-ROUTERS: tuple[APIRouter, ...] = (chat.router, completions.router, tokens.router, operations.router)
-SHAPES: Mapping[str, Shape] = {}
+ROUTERS: tuple[APIRouter, ...] = (
+    chat.router,
+    completions.router,
+    responses.router,
+    messages.router,
+    tokens.router,
+    operations.router,
+)
+SHAPES: Mapping[str, Shape] = {"/v1/messages": messages.error_body}
 """Beginning of a path -> shape of its errors. All others are in OpenAI's."""
 
 
@@ -35,6 +43,7 @@ def make_app(
     """
     app = FastAPI(title="astraea_jax", version=version("astraea-jax"), docs_url=None, redoc_url=None)
     app.state.door = door
+    app.state.responses = ResponseStore()
     app.state.operator = operator or Operator.of(door.engine, door.names[0])
     app.state.keys = keys = keys or Keys()
     for router in ROUTERS:

@@ -5,6 +5,7 @@ A conversation that ends with the assistant's own message is refused: continuing
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,14 +15,26 @@ from typing import Any
 from astraea_jax.agents.formats import CallFormat
 from astraea_jax.agents.loop import joined
 from astraea_jax.agents.reply import ReplyReader
+from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
+from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.engine.sampling import Grammar, SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.frontends.http.constraints import Constraints
 from astraea_jax.frontends.http.errors import NotFound
-from astraea_jax.frontends.http.turns import MAX_CHOICES, ChatRequest, PlainReader, Reader, Request, TextRequest, Turn
+from astraea_jax.frontends.http.tool_turns import ToolTurn
+from astraea_jax.frontends.http.turns import (
+    MAX_CHOICES,
+    ChatRequest,
+    ModelTurn,
+    PlainReader,
+    Reader,
+    Request,
+    TextRequest,
+    Turn,
+)
 from astraea_jax.frontends.http.waiting import Limits, Waiting
 from astraea_jax.models.config import CheckpointError
 
@@ -38,6 +51,8 @@ class Door:
         names: names of the model; the first one is its own.
         limits: bounds on what waits.
         defaults: sampling parameters that count where a client gives none.
+        tools: the server's own; see :mod:`.tool_turns`.
+        grammars: compiles what requests constrain their text by; one of its own by default.
     """
 
     def __init__(
@@ -47,6 +62,8 @@ class Door:
         names: Sequence[str],
         limits: Limits | None = None,
         defaults: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
+        grammars: GrammarCompiler | None = None,
     ):
         limits = limits or Limits()
         config = engine.config
@@ -60,9 +77,11 @@ class Door:
             limits.tokens or 64 * engine.layout.max_context,
         )
         self._wait_s = limits.wait_s
-        self._pace = Pace()
+        self._tools = {tool.name: tool for tool in tools}
         self._format = call_format
-        self._constraints = Constraints(engine.tokenizer, call_format.name)
+        compiler = grammars or GrammarCompiler(engine.tokenizer)
+        self._constraints = Constraints(compiler, engine.tokenizer, call_format.name)
+        self._pace = Pace()
         self._busy: set[tuple[str, str]] = set()
         """Owner and name of sessions with a turn in progress."""
 
@@ -84,6 +103,39 @@ class Door:
             Overloaded: too much is waiting.
             EngineDead: the server does not serve.
         """
+        if not (self._tools and isinstance(request, ChatRequest) and request.tool_choice != "none"):
+            return await self._begin(request)
+        own = set(_tool_names(request))
+        served = {name: tool for name, tool in self._tools.items() if name not in own}
+        first = replace(
+            request,
+            tools=[*request.tools, *(tool.schema() for tool in served.values())],
+            session=request.session or _loop_name(),
+            final=False,
+        )
+        turns = await self._begin(first)
+        later = [first, *(replace(first, session=_loop_name()) for _ in turns[1:])]
+        keep = request.session is not None and not request.final
+        return [
+            self._looped(turn, asked, served, keep=keep and asked is first)
+            for turn, asked in zip(turns, later, strict=True)
+        ]
+
+    def _looped(self, turn: Turn, request: ChatRequest, tools: Mapping[str, Tool], *, keep: bool) -> Turn:
+        """A turn that goes on after calls of the server's tools; then its program is kept, or ends."""
+
+        async def begin(request: ChatRequest) -> Turn:
+            [turn] = await self._begin(request)
+            return turn
+
+        def end() -> None:
+            if not keep:
+                with suppress(Overloaded, EngineDead):  # it will expire
+                    self.engine.end_session(str(request.session), owner=request.tenant.owner)
+
+        return ToolTurn(turn, replace(request, n=1), begin, end, tools)
+
+    async def _begin(self, request: ChatRequest | TextRequest) -> list[Turn]:
         self._check(request)
         waiting = request.n
         self.waiting.enter(waiting)
@@ -173,7 +225,7 @@ class Door:
         params: SamplingParams,
         index: int,
         reader: Reader,
-    ) -> Turn:
+    ) -> ModelTurn:
         tenant, key = request.tenant, (request.tenant.owner, request.session or "")
         session = None if index or key in self._busy else request.session
         generation = self.engine.generate(
@@ -186,9 +238,10 @@ class Door:
         )
         if session:
             self._busy.add(key)
-        return Turn(
+        return ModelTurn(
             generation.paced(self._pace),
             reader,
+            prompt_tokens=len(prompt),
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
             wait_s=self._wait_s,
             on_begin=partial(self.waiting.leave, 1, len(prompt)),
@@ -200,7 +253,7 @@ class Door:
             return PlainReader()
         return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids)
 
-    def _ended(self, turn: Turn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:
+    def _ended(self, turn: ModelTurn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:
         if key is None:
             return
         self._busy.discard(key)
@@ -209,6 +262,11 @@ class Door:
             if names and not request.final:
                 with suppress(Overloaded):  # the engine has too much to do to learn from it
                     self.engine.tool_called(key[1], names, owner=key[0])
+
+
+def _loop_name() -> str:
+    """Name a program whose client has not."""
+    return f"loop-{secrets.token_hex(12)}"
 
 
 def _tool_names(request: ChatRequest) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from astraea_jax.agents import formats
+from astraea_jax.agents.tools import Tool
+from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.http.app import make_app
@@ -20,16 +22,19 @@ from astraea_jax.frontends.http.guard import Bounds
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
+from astraea_jax.frontends.operating import Operator
+from astraea_jax.frontends.tls import Tls
 from astraea_jax.models.config import CheckpointError, read_json
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of ``generation_config.json`` that are defaults for clients."""
 
 
-def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
+def http_flags() -> Callable[..., Server]:
     """Define the flags; return a function that makes a server of their values.
 
-    The function takes an engine, the name and the folder of its model (None: random weights), and the keys.
+    The function takes an engine, the name and the folder of its model (None: random weights); and by keyword the keys,
+    what is there for the operator, what encrypts, the tools that the server calls itself, and what compiles grammars.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -47,7 +52,17 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
     )
     _show("http_port", "served_model_name", "call_format", "max_body_bytes", "max_wait_s", "max_connections")
 
-    def server(engine: Serving, model: str, folder: Path | None, keys: Keys) -> Server:
+    def server(
+        engine: Serving,
+        model: str,
+        folder: Path | None,
+        *,
+        keys: Keys,
+        operator: Operator,
+        tls: Tls | None,
+        tools: Sequence[Tool],
+        grammars: GrammarCompiler,
+    ) -> Server:
         chosen = flags.FLAGS
         door = Door(
             engine,
@@ -55,10 +70,12 @@ def http_flags() -> Callable[[Serving, str, Path | None, Keys], Server]:
             [*chosen.served_model_name, model],
             Limits(wait_s=chosen.max_wait_s),
             sampling_defaults(folder) if folder else None,
+            tools,
+            grammars,
         )
-        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes))
+        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator)
         limits = ConnectionLimits(per_address=chosen.max_connections)
-        return Server(app, door, chosen.host, chosen.http_port, limits)
+        return Server(app, door, chosen.host, chosen.http_port, limits, tls)
 
     return server
 
@@ -69,6 +86,27 @@ def key_flags() -> Callable[[], Keys]:
     flags.DEFINE_multi_string("admin_key", [], "A key, or @FILE, that also opens what concerns all tenants.")
     _show("api_key", "admin_key")
     return lambda: Keys.of(flags.FLAGS.api_key, flags.FLAGS.admin_key)
+
+
+def tls_flags() -> Callable[[], Tls | None]:
+    """Define the flags of encryption, which hold for both doors; return a function that makes :class:`Tls` of them.
+
+    The function raises StartupError if the files cannot serve.
+    """
+    flags.DEFINE_string("tls_cert", None, "Certificate (chain) in PEM format; with --tls_key both doors are encrypted.")
+    flags.DEFINE_string("tls_key", None, "Private key of --tls_cert, in PEM format, without a password.")
+    flags.DEFINE_string("tls_client_ca", None, "Authority in PEM format; clients need a certificate that it signed.")
+    _show("tls_cert", "tls_key", "tls_client_ca")
+
+    def tls() -> Tls | None:
+        certificate, key, ca = (flags.FLAGS[name].value for name in ("tls_cert", "tls_key", "tls_client_ca"))
+        if certificate and key:
+            return Tls(Path(certificate), Path(key), Path(ca) if ca else None)
+        if certificate or key or ca:
+            raise StartupError("TLS needs both --tls_cert and --tls_key")
+        return None
+
+    return tls
 
 
 def warning(host: str, keys: Keys) -> str | None:

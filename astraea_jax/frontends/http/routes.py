@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -85,6 +85,11 @@ def answer(data: Any) -> Response:
 def event(data: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + json_bytes(data) + b"\n\n"
+
+
+def named(events: Iterable[dict[str, Any]]) -> bytes:
+    """Server-sent events with names: the ``type`` of each."""
+    return b"".join(b"event: " + data["type"].encode() + b"\n" + event(data) for data in events)
 
 
 DONE = b"data: [DONE]\n\n"

@@ -14,6 +14,7 @@ import uvicorn
 from astraea_jax.frontends.http.connections import Connection, ConnectionLimits, Connections
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.guard import Guard
+from astraea_jax.frontends.tls import Tls
 
 HANG_UP_S = 1
 """Seconds that clients get to hang up when the server stops; their connections are cut then."""
@@ -31,6 +32,7 @@ class Server:
         host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
         limits: on connections.
+        tls: certificate and key; no encryption by default.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         limits: ConnectionLimits | None = None,
+        tls: Tls | None = None,
     ):
         self._app, self._door = app, door
         self._address = (host, port)
@@ -56,6 +59,7 @@ class Server:
             proxy_headers=False,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=HANG_UP_S,
+            **({} if tls is None else tls.uvicorn_options()),
         )
         self._server = uvicorn.Server(config)
         self._serving: asyncio.Task[None] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
 
@@ -48,7 +49,8 @@ class DetokenizeRequest(Model):
 async def models(request: Request) -> Response:
     """Name the models that are served."""
     door = door_of(request)
-    return answer({"object": "list", "data": [_model(door, name) for name in door.names]})
+    names = {"first_id": door.names[0], "last_id": door.names[-1], "has_more": False}
+    return answer({"object": "list", "data": [_model(door, name) for name in door.names], **names})
 
 
 @router.get("/v1/models/{name:path}")
@@ -59,7 +61,11 @@ async def model(request: Request, name: str) -> Response:
 
 
 def _model(door: Door, name: str) -> dict[str, Any]:
+    """Describe a model in vLLM's words, and in Anthropic's."""
     return {
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(STARTED, UTC).isoformat(),
         "id": name,
         "object": "model",
         "created": STARTED,

@@ -110,12 +110,37 @@ class PlainReader:
         return []
 
 
-class Turn:
-    """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong.
+class Turn(Protocol):
+    """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong."""
+
+    prompt_tokens: int
+    """Of the prompt, known at once."""
+    finish_reason: str | None
+    """``"stop"``, ``"length"`` or ``"tool_calls"``; None until the turn has ended."""
+    stop_sequence: str | None
+    """The stop string that has ended the turn, if one has."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts and times; complete once the turn has ended."""
+
+    @property
+    def reply(self) -> Reply:
+        """All that the model has written, once the turn has ended."""
+
+    def __aiter__(self) -> AsyncIterator[TurnDelta]: ...
+    async def __anext__(self) -> TurnDelta: ...
+    def cancel(self) -> None:
+        """Stop the generation; its pages are free within a step."""
+
+
+class ModelTurn:
+    """A :class:`Turn` that is one turn of the model.
 
     Args:
         generation: of the engine.
         reader: reads its text.
+        prompt_tokens: of the prompt.
         parallel_calls: see :class:`ChatRequest`.
         wait_s: seconds until the first token; then ``Overloaded`` is raised.
         on_begin: called once, when the first tokens are out or none will come.
@@ -127,34 +152,32 @@ class Turn:
         generation: Generation,
         reader: Reader,
         *,
+        prompt_tokens: int,
         parallel_calls: bool,
         wait_s: float,
         on_begin: Callable[[], None],
-        on_end: Callable[[Turn], None],
+        on_end: Callable[[ModelTurn], None],
     ):
         self._generation = generation
         self._reader = reader
+        self.prompt_tokens = prompt_tokens
         self._parallel_calls = parallel_calls
         self._wait_s = wait_s
         self._on_begin, self._on_end = on_begin, on_end
         self._begun = self._over = False
         self.finish_reason: str | None = None
-        """``"stop"``, ``"length"`` or ``"tool_calls"``; None until the turn has ended."""
         self.stop_sequence: str | None = None
-        """The stop string that has ended the turn, if one has."""
 
     @property
     def usage(self) -> Usage | None:
-        """Token counts and times; complete once the turn has ended."""
         return self._generation.usage
 
     @property
     def reply(self) -> Reply:
-        """All that the model has written, once the turn has ended."""
         reply = self._reader.reply
         return reply if self._parallel_calls else replace(reply, calls=reply.calls[:1])
 
-    def __aiter__(self) -> Turn:
+    def __aiter__(self) -> ModelTurn:
         return self
 
     async def __anext__(self) -> TurnDelta:
@@ -172,13 +195,13 @@ class Turn:
             parts = [*parts, *self._reader.finish()]
             called = delta.finish_reason == "stop" and self._reader.reply.calls
             self.finish_reason = "tool_calls" if called else delta.finish_reason
+            self.stop_sequence = delta.stop
             self._end()
         if not self._parallel_calls:
             parts = [part for part in parts if not (isinstance(part, CallPart) and part.index)]
         return TurnDelta(parts, delta.logprobs, delta.token_ids)
 
     def cancel(self) -> None:
-        """Stop the generation; its pages are free within a step."""
         self._generation.cancel()
         self._end()
 

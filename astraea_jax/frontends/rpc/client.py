@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 
-from astraea_jax.engine.generation import Delta, Usage
+from astraea_jax.engine.generation import Delta, TokenLogprob, Usage
 from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed, Unauthorized
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_usage, write_sampling, write_session
 from astraea_jax.models.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ ERRORS: dict[grpc.StatusCode, type[Exception]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.ABORTED: StepFailed,
     grpc.StatusCode.UNAVAILABLE: EngineDead,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthorized,
 }
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 """A connection of its own for each client, since the server tells tenants apart by connection."""
@@ -43,13 +44,28 @@ class Client:
         tokenizer: of the model served there; prompts travel as tokens, and text is made here.
         salt: names the tenant (see :meth:`astraea_jax.engine.engine.Engine.generate`); sessions belong to it. Without
             one they belong to this client's connection.
+        key: API key, if the server needs one; sessions belong to it then.
+        credentials: of TLS, such as ``grpc.ssl_channel_credentials(...)``; None: the connection is not encrypted.
     """
 
-    def __init__(self, address: str, tokenizer: Tokenizer, *, salt: str = ""):
+    def __init__(
+        self,
+        address: str,
+        tokenizer: Tokenizer,
+        *,
+        salt: str = "",
+        key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ):
         self.tokenizer = tokenizer
         self._salt = salt
         self._closed = False
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._key = [] if key is None else [("authorization", f"Bearer {key}")]
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=OPTIONS)
+        )
         self._decode = self._channel.unary_stream(
             f"/{wire.ORCHESTRATOR}/Decode",
             request_serializer=wire.DecodeRequest.SerializeToString,
@@ -113,7 +129,7 @@ class Client:
             raise RequestError("stop_token_ids cannot be sent over this protocol; use stop strings")
         if self._closed:
             raise EngineDead("this client is closed")
-        metadata = write_sampling(params) + write_session(session, final, salt or self._salt)
+        metadata = self._key + write_sampling(params) + write_session(session, final, salt or self._salt)
         request = wire.DecodeRequest(max_tokens=params.max_tokens, has_bos=True)
         try:
             request.token_content.token_ids.extend(prompt)
@@ -133,10 +149,11 @@ class Client:
 
     async def counts(self) -> dict[str, int]:
         """Ask for the server's :meth:`astraea_jax.engine.engine.Engine.counts`."""
-        return {count.name: count.value for count in (await self._stats(wire.StatsRequest())).counts}
+        stats = await self._stats(wire.StatsRequest(), metadata=self._key)
+        return {count.name: count.value for count in stats.counts}
 
     def _tell(self, method: Any, request: Any, salt: str) -> None:
-        metadata = write_session(None, False, salt or self._salt)
+        metadata = self._key + write_session(None, False, salt or self._salt)
         if self._closed or len(self._telling) >= MAX_TELLS:
             log.warning(
                 "the server is not told of %s: %s", type(request).__name__, "closed" if self._closed else "busy"
@@ -178,7 +195,7 @@ class RemoteGeneration:
                 [sample] = response.stream_content.samples
                 if sample.token_ids and not self._output.stopped:
                     text = "".join([self._output.push(token) for token in sample.token_ids])
-                    yield Delta(text, tuple(sample.token_ids))
+                    yield Delta(text, tuple(sample.token_ids), logprobs=tuple(map(_logprob, sample.logprobs)))
             self.usage, reason = read_usage(await self._call.trailing_metadata() or ())
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -192,3 +209,7 @@ class RemoteGeneration:
         finally:
             self._call.cancel()
         yield Delta(self._output.flush(), (), reason or "stop")
+
+
+def _logprob(entry: Any) -> TokenLogprob:
+    return TokenLogprob(entry.token_id, entry.logprob, tuple((other.token_id, other.logprob) for other in entry.top))

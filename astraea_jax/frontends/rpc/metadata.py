@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Usage
-from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.sampling import MAX_BIASES, SamplingParams
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.tenants import Keys, Tenant, presented_key
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -21,12 +22,36 @@ SESSION_KEYS = ("x-session-id", "x-dynamo-session-id", "x-claude-code-session-id
 """Names under which clients already send a session; the first that is there and not empty counts."""
 FINAL_KEYS = ("x-session-final", "x-dynamo-session-final")
 SALT = "x-cache-salt"
-MAX_SALT = MAX_NAME - len("salt:")
-"""Characters of a cache salt, which is part of an owner's name."""
+KEYS = ("authorization", "x-api-key")
+"""``Bearer`` and an API key, or the key alone."""
 
-SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
+SAMPLING = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "seed": int,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
+    "min_tokens": int,
+    "logprobs": int,
+}
 STOPS = ("x-stop", "x-stop-bin")
+BIAS = "x-logit-bias"
+"""``token:bias`` pairs with commas between them."""
+CONSTRAINTS = {"x-json-schema": "json-schema", "x-regex": "regex", "x-grammar": "lark"}
+"""Keys of what the text must look like, each with ``-bin`` behind it if it is not ASCII -> kind."""
 FINISH = "x-finish-reason"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the text of a request must look like, not compiled yet."""
+
+    kind: str
+    """``"json-schema"``, ``"regex"`` or ``"lark"``."""
+    source: str
 
 
 def key_of(field: str) -> str:
@@ -43,7 +68,7 @@ def read_sampling(metadata: Metadata, max_tokens: int) -> SamplingParams:
     Raises:
         RequestError: a value cannot be read or is out of bounds; names its key.
     """
-    values = _single_values(metadata, NUMBERS_AND_FLAGS)
+    values = _single_values(metadata, {*NUMBERS_AND_FLAGS, BIAS})
     given: dict[str, Any] = {}
     for field, kind in SAMPLING.items():
         text = values.get(key_of(field))
@@ -53,16 +78,43 @@ def read_sampling(metadata: Metadata, max_tokens: int) -> SamplingParams:
             given[field] = kind(text)
         except ValueError:
             raise RequestError(f"metadata {key_of(field)} is {text[:60]!r}; it must be a number") from None
+    if BIAS in values:
+        given["logit_bias"] = _biases(values[BIAS])
     stops = tuple(_text(key, value) for key, value in metadata if key in STOPS)
     return SamplingParams(max_tokens=max_tokens, stop=stops, ignore_eos=_flag(values, "x-ignore-eos"), **given)
 
 
 def write_sampling(params: SamplingParams) -> list[tuple[str, str | bytes]]:
-    """The metadata that :func:`read_sampling` reads."""
-    given = {field: value for field in SAMPLING if (value := getattr(params, field)) is not None}
-    pairs: list[tuple[str, str | bytes]] = [(key_of(field), repr(value)) for field, value in given.items()]
-    stops = [("x-stop-bin", stop.encode()) for stop in params.stop]
-    return [*pairs, *stops, ("x-ignore-eos", str(params.ignore_eos).lower())]
+    """The metadata that :func:`read_sampling` reads: what differs from the defaults.
+
+    Raises:
+        RequestError: a grammar has been compiled, and cannot be sent any more.
+    """
+    if params.grammar is not None:
+        raise RequestError("a compiled grammar cannot be sent over this protocol; send its source as metadata")
+    default = SamplingParams()
+    pairs: list[tuple[str, str | bytes]] = [
+        (key_of(field), repr(value))
+        for field in SAMPLING
+        if (value := getattr(params, field)) != getattr(default, field)
+    ]
+    if params.logit_bias:
+        pairs.append((BIAS, ",".join(f"{token}:{bias!r}" for token, bias in params.logit_bias)))
+    pairs += [("x-stop-bin", stop.encode()) for stop in params.stop]
+    return [*pairs, ("x-ignore-eos", "true")] if params.ignore_eos else pairs
+
+
+def read_constraint(metadata: Metadata) -> Constraint | None:
+    """What the text of a request must look like, if it says so.
+
+    Raises:
+        RequestError: there are two constraints, or one that is no text.
+    """
+    keys = {f"{key}{ending}": kind for key, kind in CONSTRAINTS.items() for ending in ("", "-bin")}
+    values = _single_values(metadata, keys)
+    if len(values) > 1:
+        raise RequestError(f"metadata has {' and '.join(sorted(values))}, of which only one may constrain a text")
+    return next((Constraint(keys[key], source) for key, source in values.items()), None)
 
 
 def read_session(metadata: Metadata) -> tuple[str | None, bool]:
@@ -91,18 +143,15 @@ def write_session(session: str | None, final: bool, salt: str) -> list[tuple[str
     return [*pairs]
 
 
-def read_tenant(metadata: Metadata, peer: str) -> tuple[str, str]:
-    """The cache salt of a call, and the owner of the sessions that it names.
-
-    A tenant is a cache salt, over whatever connections it comes, or else a connection: ``peer``.
+def read_tenant(metadata: Metadata, peer: str, keys: Keys) -> Tenant:
+    """The tenant of a call: that of its key, if the server has keys; else its cache salt, or its connection ``peer``.
 
     Raises:
-        RequestError: there are two salts, or one that is too long.
+        Unauthorized: a key is needed, and the one that came is missing or unknown.
+        RequestError: there are two salts or keys, or a salt that is too long.
     """
-    salt = _single_values(metadata, (SALT,)).get(SALT, "")
-    if len(salt) > MAX_SALT:
-        raise RequestError(f"metadata {SALT} has {len(salt)} characters; at most {MAX_SALT} are allowed")
-    return salt, f"salt:{salt}" if salt else f"peer:{peer}"
+    values = _single_values(metadata, (SALT, *KEYS))
+    return keys.tenant(presented_key(*(values.get(key) for key in KEYS)), peer, values.get(SALT, ""))
 
 
 def write_usage(usage: Usage, finish_reason: str) -> list[tuple[str, str]]:
@@ -136,6 +185,16 @@ def _text(key: str, value: str | bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         raise RequestError(f"metadata {key} is not UTF-8") from None
+
+
+def _biases(text: str) -> list[tuple[int, float]]:
+    pairs = text.split(",")[: MAX_BIASES + 1]  # one too many is refused together with the others
+    try:
+        return [(int(token), float(bias)) for token, bias in (pair.split(":") for pair in pairs)]
+    except ValueError:
+        raise RequestError(
+            f"metadata {BIAS} is {text[:60]!r}; it must be token:bias pairs, such as 15:-2.5,7:1"
+        ) from None
 
 
 def _flag(values: Mapping[str, str], key: str) -> bool:

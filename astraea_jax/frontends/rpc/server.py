@@ -8,6 +8,8 @@ or the prompt begins with one. Where JetStream truncates, ignores or dies, the r
 
     INVALID_ARGUMENT     no or malformed content, ``max_tokens`` below 1, more than one sample, a prompt beyond the
                          context or the vocabulary, sampling or a name that cannot be; the message says which
+    UNAUTHENTICATED      the server has keys, and the call brings none of them; health needs none
+    DEADLINE_EXCEEDED    the call has sent no message in time
     NOT_FOUND            an adapter, as none are served
     RESOURCE_EXHAUSTED   too many requests; ``grpc-retry-pushback-ms`` says when to try again
     ABORTED              a step of the engine has failed; the request may be sent again
@@ -15,36 +17,45 @@ or the prompt begins with one. Where JetStream truncates, ignores or dies, the r
     CANCELLED            the session was ended while the request ran
     INTERNAL             a fault of ours; the server's log says which
 
-A session belongs to the tenant that opens it: to the cache salt that its requests carry, or without one to the
-connection. Nobody else can resume it, end it or say what it waits for; the same name means another session to them. A
-client that comes back over another connection, without a salt, begins anew; its tokens are still found by their prefix.
-Sessions of a connection that has closed expire like all that are not resumed.
+A session belongs to the tenant that opens it: to the key of its requests, or else to the cache salt that they carry,
+or without one to the connection. Nobody else can resume it, end it or say what it waits for; the same name means
+another session to them. A client that comes back over another connection, without key or salt, begins anew; its tokens
+are still found by their prefix. Sessions of a connection that has closed expire like all that are not resumed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from astraea_jax.engine.encoding import encode_prompt
+from astraea_jax.engine.encoding import DOORS, LONG_TEXT, check_length, checked_ids
 from astraea_jax.engine.generation import Delta, Generation
+from astraea_jax.engine.grammar import Grammar, GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
+from astraea_jax.errors import EngineDead, RequestError
+from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.rpc import wire
+from astraea_jax.frontends.rpc.gate import CALLER, CallLimits, Gate
 from astraea_jax.frontends.rpc.health import Health, Status
-from astraea_jax.frontends.rpc.metadata import read_sampling, read_session, read_tenant, write_usage
-
-log = logging.getLogger(__name__)
+from astraea_jax.frontends.rpc.metadata import (
+    Constraint,
+    Metadata,
+    read_constraint,
+    read_sampling,
+    read_session,
+    write_usage,
+)
+from astraea_jax.frontends.rpc.status import Cancelled, UnknownAdapter
+from astraea_jax.frontends.tls import Tls
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * 2**20),
@@ -54,20 +65,15 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 60_000),  # a client that has vanished from the network is found, its requests cancelled
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may ping while they wait in the queue
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    (
+        "grpc.server.max_pending_requests",
+        2**16,
+    ),  # from 1,000 on gRPC drops calls of anybody at random; the gate does not
+    ("grpc.server.max_pending_requests_hard_limit", 2**17),
 ]
-MAX_DETAILS = 1024
-"""Characters of a status message; gRPC drops what does not fit into its trailers, status and all."""
-RETRY_AFTER_MS = "1000"
 HANG_UP_S = 0.5
 """Seconds that clients get to hang up when the server stops; their connections are cut then."""
-
-
-class UnknownAdapter(LookupError):
-    """A LoRA adapter that is not served."""
-
-
-class Cancelled(RuntimeError):
-    """A session was ended while its request ran."""
 
 
 class Server:
@@ -77,25 +83,43 @@ class Server:
         engine: serves the requests; until it has started they get ``UNAVAILABLE``.
         host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
+        keys: of those who may call; everybody by default. A key's tenant owns its sessions.
+        tls: certificate and key; no encryption by default.
+        limits: on calls that do nothing.
+        grammars: compiles what requests constrain their text by; one of its own by default.
     """
 
-    def __init__(self, engine: Serving, host: str = "127.0.0.1", port: int = 0):
+    def __init__(
+        self,
+        engine: Serving,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        keys: Keys | None = None,
+        tls: Tls | None = None,
+        limits: CallLimits | None = None,
+        grammars: GrammarCompiler | None = None,
+    ):
         self._engine = engine
         self._address = f"{host}:{port}"
         self._health = Health(engine)
-        self._draining = self._cutting = False
+        self._draining = False
         self._pace = Pace()
         self._decoding: dict[grpc.aio.ServicerContext, asyncio.Task[Any] | None] = {}
         self._finishing: frozenset[grpc.aio.ServicerContext] = frozenset()
         """Requests that were running when the end began."""
         self._cut = 0
         """Those of them whose engine died meanwhile."""
-        limit = engine.config.data_parallel * (engine.config.max_queued + engine.config.max_seqs)
-        self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=2 * limit,  # beyond it gRPC itself answers RESOURCE_EXHAUSTED
-            options=OPTIONS,
-        )
-        self._server.add_generic_rpc_handlers((_handlers(self),))
+        self._tls = tls
+        self._grammars = grammars or GrammarCompiler(engine.tokenizer)
+        self._gate = Gate(keys or Keys(), limits or CallLimits())
+        c = engine.config
+        streams = 2 * c.data_parallel * (c.max_queued + c.max_seqs)  # the queue refuses before, and says why
+        idle_ms = min(2**31 - 1, round(1000 * c.session_ttl_s))  # a connection's sessions have expired by then
+        options = [("grpc.max_concurrent_streams", streams), ("grpc.max_connection_idle_ms", idle_ms)]
+        self._server = grpc.aio.server(interceptors=(self._gate,), options=OPTIONS + options)
+        for service, methods in _handlers(self).items():
+            self._server.add_registered_method_handlers(service, methods)  # each waits in a queue of its own
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (wire.ORCHESTRATOR, wire.SESSIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, pool=wire.POOL)
@@ -107,7 +131,11 @@ class Server:
             OSError: the address cannot be used.
         """
         try:
-            port = self._server.add_insecure_port(self._address)
+            port = (
+                self._server.add_insecure_port(self._address)
+                if self._tls is None
+                else self._server.add_secure_port(self._address, self._tls.grpc_credentials())
+            )
         except RuntimeError as error:
             await self._server.stop(None)
             raise OSError(
@@ -130,7 +158,7 @@ class Server:
         deadline = time.monotonic() + grace_s
         while self._decoding and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        self._cutting = True
+        self._gate.cutting = True
         cut = [task for task in self._decoding.values() if task is not None]
         for task in cut:
             task.cancel()
@@ -138,56 +166,67 @@ class Server:
         await self._server.stop(HANG_UP_S)
         return self._cut + len(cut)
 
-    async def decode(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def decode(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         """Stream one request. The end of the call, by cancel or deadline too, cancels the generation."""
         self._decoding[context] = asyncio.current_task()
         context.add_done_callback(lambda _: self._decoding.pop(context, None))
+        generation = await self._generate(request, tuple(context.invocation_metadata() or ()))
+        context.add_done_callback(lambda _: generation.cancel())
+        as_text = request.WhichOneof("content") == "text_content"
         try:
-            request = _parse(wire.DecodeRequest, data)
-            generation = await self._generate(request, context)
-            context.add_done_callback(lambda _: generation.cancel())
-            as_text = request.WhichOneof("content") == "text_content"
             async for delta in generation.paced(self._pace):
                 yield _response(delta, as_text)
-            if delta.finish_reason == "cancelled":
-                raise Cancelled("the session was ended")
-            if delta.finish_reason == "length":
-                yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
-            if generation.usage is not None and delta.finish_reason is not None:
-                context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
-        except asyncio.CancelledError:
-            if not self._cutting:
-                raise
-            await _abort(context, EngineDead("the server was shut down before the request had ended"))
-        except Exception as error:
-            self._cut += isinstance(error, EngineDead) and context in self._finishing
-            await _abort(context, error)
+        except EngineDead:
+            self._cut += context in self._finishing
+            raise
+        if delta.finish_reason == "cancelled":
+            raise Cancelled("the session was ended")
+        if delta.finish_reason == "length":
+            yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
+        if generation.usage is not None and delta.finish_reason is not None:
+            context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
 
-    async def _generate(self, request: Any, context: grpc.aio.ServicerContext) -> Generation:
+    async def _generate(self, request: Any, metadata: Metadata) -> Generation:
         if self._draining:
             raise EngineDead("the server is shutting down; use another one")
-        metadata = tuple(context.invocation_metadata() or ())
+        tenant = CALLER.get()
         params = read_sampling(metadata, request.max_tokens)
+        constraint = read_constraint(metadata)
         session, final = read_session(metadata)
-        salt, owner = read_tenant(metadata, context.peer())
         if request.num_samples not in (0, 1):
             raise RequestError(f"num_samples is {request.num_samples}; one sample per request is served")
         if request.lora_adapter_id:
             raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
-        prompt = await self._prompt(request)
-        return self._engine.generate(prompt, params, session=session, final=final, salt=salt, owner=owner)
+        prompt = await self._prompt(request, tenant.owner)
+        if constraint is not None:
+            params = replace(params, grammar=await self._grammar(constraint, tenant.owner))
+        return self._engine.generate(prompt, params, session=session, final=final, salt=tenant.salt, owner=tenant.owner)
 
-    async def _prompt(self, request: Any) -> list[int]:
-        tokenizer = self._engine.tokenizer
+    async def _prompt(self, request: Any, owner: str) -> list[int]:
+        """The tokens of a request. What cannot fit is refused before anything is done with it."""
+        tokenizer, context = self._engine.tokenizer, self._engine.layout.max_context
         match request.WhichOneof("content"):
             case "token_content":
+                if (size := len(request.token_content.token_ids)) >= context:
+                    raise RequestError(f"the prompt has {size} tokens, which leave no room in the context of {context}")
                 ids = list(request.token_content.token_ids)
                 bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and not request.has_bos else []
                 return ids if ids[:1] == bos else bos + ids
             case "text_content":
                 text = request.text_content.text
-                return await encode_prompt(len(text), partial(tokenizer.encode, text, add_bos=not request.has_bos))
+                check_length(tokenizer, len(text), context)
+                encode = partial(tokenizer.encode, text, add_bos=not request.has_bos)
+                return await DOORS.run(owner, len(text), lambda: checked_ids(encode(), context))
         raise RequestError("the request has no content; set text_content or token_content")
+
+    async def _grammar(self, constraint: Constraint, owner: str) -> Grammar:
+        compilers = {
+            "json-schema": self._grammars.json_schema,
+            "regex": self._grammars.regex,
+            "lark": self._grammars.lark,
+        }
+        work = partial(compilers[constraint.kind], constraint.source)
+        return await DOORS.run(owner, max(LONG_TEXT, len(constraint.source)), work)  # never in the event loop
 
     def health_check(self, request: Any, owner: str) -> Any:
         """Whether the server accepts requests."""
@@ -212,70 +251,39 @@ class Server:
 
 
 def _unary(message: Any, answer: Callable[[Any, str], Any], response: Any) -> grpc.RpcMethodHandler:
-    """Handle a method with one response, which ``answer`` makes of the request and its caller's name as an owner."""
+    """Handle a method with one response, which ``answer`` makes of the request and the owner of its sessions."""
 
-    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            _, owner = read_tenant(tuple(context.invocation_metadata() or ()), context.peer())
-            return answer(_parse(message, data), owner)
-        except Exception as error:
-            await _abort(context, error)
+    async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        caller = CALLER.get(None)
+        return answer(request, "" if caller is None else caller.owner)
 
-    return grpc.unary_unary_rpc_method_handler(handle, response_serializer=response.SerializeToString)
+    return grpc.unary_unary_rpc_method_handler(handle, message.FromString, response.SerializeToString)
 
 
-def _handlers(server: Server) -> grpc.GenericRpcHandler:
-    """Handle requests as bytes: where gRPC parses them, malformed ones get ``UNKNOWN`` and a traceback."""
-    methods = {
-        f"/{wire.ORCHESTRATOR}/Decode": grpc.unary_stream_rpc_method_handler(
-            server.decode, response_serializer=wire.DecodeResponse.SerializeToString
-        ),
-        f"/{wire.ORCHESTRATOR}/HealthCheck": _unary(
-            wire.HealthCheckRequest, server.health_check, wire.HealthCheckResponse
-        ),
-        f"/{wire.SESSIONS}/End": _unary(wire.EndRequest, server.end, wire.EndResponse),
-        f"/{wire.SESSIONS}/ToolCalled": _unary(wire.ToolCalledRequest, server.tool_called, wire.ToolCalledResponse),
-        f"/{wire.SESSIONS}/Stats": _unary(wire.StatsRequest, server.stats, wire.StatsResponse),
+def _handlers(server: Server) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+    """Service -> method -> its handler."""
+    decode = grpc.unary_stream_rpc_method_handler(
+        server.decode, wire.DecodeRequest.FromString, wire.DecodeResponse.SerializeToString
+    )
+    return {
+        wire.ORCHESTRATOR: {
+            "Decode": decode,
+            "HealthCheck": _unary(wire.HealthCheckRequest, server.health_check, wire.HealthCheckResponse),
+        },
+        wire.SESSIONS: {
+            "End": _unary(wire.EndRequest, server.end, wire.EndResponse),
+            "ToolCalled": _unary(wire.ToolCalledRequest, server.tool_called, wire.ToolCalledResponse),
+            "Stats": _unary(wire.StatsRequest, server.stats, wire.StatsResponse),
+        },
     }
-
-    class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
-        def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-            return methods.get(call.method)
-
-    return Handlers()
-
-
-def _parse(message: Any, data: bytes) -> Any:
-    try:
-        return message.FromString(data)
-    except DecodeError:
-        raise RequestError(f"the request is not a well-formed {message.DESCRIPTOR.full_name}") from None
 
 
 def _response(delta: Delta, as_text: bool) -> Any:
     """Every message has one sample, which JetStream's clients rely on. Token requests get tokens only."""
     response = wire.DecodeResponse()
-    response.stream_content.samples.add(text=delta.text if as_text else "", token_ids=delta.token_ids)
+    sample = response.stream_content.samples.add(text=delta.text if as_text else "", token_ids=delta.token_ids)
+    for token, logprob, top in delta.logprobs:
+        entry = sample.logprobs.add(token_id=token, logprob=logprob)
+        for other, of_other in top:
+            entry.top.add(token_id=other, logprob=of_other)
     return response
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
-    """End the call with the status an error stands for. What is not meant for clients goes to the log only."""
-    retry: tuple[tuple[str, str], ...] = ()
-    match error:
-        case RequestError():
-            status = grpc.StatusCode.INVALID_ARGUMENT
-        case UnknownAdapter():
-            status = grpc.StatusCode.NOT_FOUND
-        case Cancelled():
-            status = grpc.StatusCode.CANCELLED
-        case Overloaded():
-            status, retry = grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", RETRY_AFTER_MS),)
-        case StepFailed():
-            status = grpc.StatusCode.ABORTED
-        case EngineDead():
-            status = grpc.StatusCode.UNAVAILABLE
-        case _:
-            log.error("a request failed", exc_info=error)
-            status, error = grpc.StatusCode.INTERNAL, RuntimeError("internal error; the server's log has more")
-    await context.abort(status, str(error)[:MAX_DETAILS], retry)

@@ -3,6 +3,7 @@
 JetStream's names and numbers are an interface, written down here as data; none of its code is used. The messages live
 in a descriptor pool of their own, so that a process may import JetStream's stubs as well. JetStream (archived in 2026)
 is Apache-2.0, AI-Hypercomputer/JetStream; fields 1 to 3 of its request and 1 of its response are retired and stay free.
+One field is ours: a sample's ``logprobs``, which JetStream's clients skip, and which requests get that ask for it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,16 @@ _JETSTREAM: dict[str, list[tuple[int, str, str]]] = {
     ],
     "DecodeResponse.InitialContent": [],
     "DecodeResponse.StreamContent": [(1, "repeated DecodeResponse.StreamContent.Sample", "samples")],
-    "DecodeResponse.StreamContent.Sample": [(1, "string", "text"), (2, "repeated int32", "token_ids")],
+    "DecodeResponse.StreamContent.Sample": [
+        (1, "string", "text"),
+        (2, "repeated int32", "token_ids"),
+        (1001, "repeated DecodeResponse.StreamContent.Sample.TokenLogprob", "logprobs"),  # ours; only if asked for
+    ],
+    "DecodeResponse.StreamContent.Sample.TokenLogprob": [
+        (1, "int32", "token_id"),
+        (2, "float", "logprob"),
+        (3, "repeated DecodeResponse.StreamContent.Sample.TokenLogprob", "top"),
+    ],
     "HealthCheckRequest": [],
     "HealthCheckResponse": [(1, "bool", "is_live")],
 }

@@ -23,7 +23,7 @@ HELLO: dict[str, Any] = {
 }
 
 
-async def run_agent(client, *, stream: bool, **more):
+async def run_agent(client, *, stream: bool, **more) -> Any:
     """The tool loop that every framework has."""
     messages = list(TASK.messages())
     while True:
@@ -42,7 +42,7 @@ async def run_agent(client, *, stream: bool, **more):
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
 
-async def streamed(client, asked):
+async def streamed(client, asked) -> Any:
     """The message that a stream's chunks make."""
     content, calls, reason = "", {}, None
     async for chunk in await client.chat.completions.create(**asked, stream=True):
@@ -160,8 +160,9 @@ async def test_what_cannot_be_served_gets_one_clear_error(client, chatty, change
     with pytest.raises(openai.APIStatusError) as caught:
         await client.chat.completions.create(**{**HELLO, **change})
     assert caught.value.status_code == status
-    assert named in caught.value.body["message"]
-    assert caught.value.body["type"]
+    told: Any = caught.value.body
+    assert named in told["message"]
+    assert told["type"]
     await settled(chatty)
 
 

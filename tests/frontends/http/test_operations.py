@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import httpx
 import pytest
 from support.browser import BROWSER, page_of
 from support.engines import held, settled, until
@@ -203,3 +205,19 @@ async def test_a_browser_asks_for_the_key():
         page = await page_of(f"{http.url}/status", until_ms=1500)
         assert re.search(r'<form id="ask">', page)
         assert re.search(r'<main hidden="">', page)
+
+
+def test_the_flags_of_a_server_reach_its_operator(serve, tmp_path):
+    """Metrics under another prefix, the access log as JSON, the folder for profiles, and where the status page is."""
+    flags = (
+        *("--http", "--http_port=0", "--metrics_prefix=vllm:", "--log_format=json", "--access_log"),
+        *(f"--profile_dir={tmp_path / 'profiles'}", "--admin_key=the-admin-key"),
+    )
+    with serve(*flags) as server:
+        [url] = re.findall(r"status page: (\S+)/status", server.said)
+        assert "vllm:num_requests_running" in httpx.get(f"{url}/metrics").text
+        started = httpx.post(f"{url}/start_profile", headers={**ADMIN, "x-request-id": "mine"})
+        assert started.json() == {"folder": str(tmp_path / "profiles")}
+        while '"mine"' not in (line := server.process.stderr.readline()):
+            assert line
+        assert json.loads(line)["path"] == "/start_profile"

@@ -7,13 +7,22 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from support.engines import settled
+from support.engines import settled, until
 from support.sizes import SMALL
 
 from astraea_jax.frontends.rpc import wire
-from astraea_jax.frontends.rpc.metadata import FINAL_KEYS, NUMBERS_AND_FLAGS, SALT, SESSION_KEYS, STOPS
+from astraea_jax.frontends.rpc.metadata import (
+    BIAS,
+    CONSTRAINTS,
+    FINAL_KEYS,
+    NUMBERS_AND_FLAGS,
+    SALT,
+    SESSION_KEYS,
+    STOPS,
+)
 
 DECODE = f"{wire.ORCHESTRATOR}/Decode"
 METHODS = {
@@ -22,6 +31,8 @@ METHODS = {
     f"{wire.SESSIONS}/End": wire.EndRequest,
     f"{wire.SESSIONS}/ToolCalled": wire.ToolCalledRequest,
     f"{wire.SESSIONS}/Stats": wire.StatsRequest,
+    "grpc.health.v1.Health/Check": health_pb2.HealthCheckRequest,
+    "grpc.health.v1.Health/List": health_pb2.HealthListRequest,
 }
 ANSWERS = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -53,6 +64,7 @@ names = st.text(max_size=300) | st.sampled_from(["#1", "#2", "s", "peer:", "salt
 messages = {
     wire.DecodeRequest: decodes,
     wire.EndRequest: st.builds(wire.EndRequest, session=names),
+    health_pb2.HealthCheckRequest: st.builds(health_pb2.HealthCheckRequest, service=st.text(max_size=80)),
     wire.ToolCalledRequest: st.builds(wire.ToolCalledRequest, session=names, tool=names),
 }
 
@@ -73,12 +85,15 @@ def calls(draw) -> tuple[str, bytes]:
 
 ascii_text = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=300)
 odd_values = st.sampled_from(["", "-1", "1e999", "nan", "9" * 5000, "None", " 1 ", "1.5", "1_0"]) | ascii_text
+SOURCES = ['{"type": "integer"}', '{"$ref": "#"}', "[ab]+", "(", 'start: "a" | "b"', "start: start"]
 FLAGS = sorted({*FINAL_KEYS, "x-ignore-eos"})
 metadata = st.lists(
     st.tuples(st.sampled_from([*SESSION_KEYS, SALT, STOPS[0], "x-unknown"]), ascii_text)
     | st.tuples(st.sampled_from(sorted(NUMBERS_AND_FLAGS)), st.sampled_from(["0", "1", "0.5"]))
     | st.tuples(st.sampled_from(FLAGS), st.sampled_from(["true", "false", "True"]))
     | st.tuples(st.sampled_from(sorted({*NUMBERS_AND_FLAGS, *FLAGS})), odd_values)
+    | st.tuples(st.just(BIAS), st.sampled_from(["1:-100,2:5", "1:1,1:2", "1", ":", "0:nan", "-1:1"]) | ascii_text)
+    | st.tuples(st.sampled_from(sorted(CONSTRAINTS)), st.sampled_from(SOURCES) | ascii_text)
     | st.tuples(st.just(STOPS[1]), st.binary(max_size=300) | st.text(max_size=80).map(str.encode)),
     max_size=3,
 )
@@ -117,14 +132,39 @@ async def test_anything_gets_one_clear_status(engine, endpoint, caplog, call, me
     assert engine.in_progress == 0
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-async def test_a_call_that_says_nothing_ends_with_its_connection(engine, endpoint, method):
-    """It has been opened and no request follows; others are served meanwhile."""
+PHASES = ["opened", "half sent", "sent", "queued", "running", "read"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_client_that_vanishes_in_any_phase_leaves_nothing_behind(engine, endpoint, phase):
     good = wire.DecodeRequest(max_tokens=2, text_content={"text": "hello"}).SerializeToString()
-    async with grpc.aio.insecure_channel(endpoint, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        silent = [channel.stream_unary(f"/{method}")() for _ in range(20)]
-        async with grpc.aio.insecure_channel(endpoint) as other:
+    long = wire.DecodeRequest(max_tokens=200, text_content={"text": "hello"}).SerializeToString()
+    async with grpc.aio.insecure_channel(endpoint) as other:
+        for by in ("cancel", "closed connection"):
+            channel = grpc.aio.insecure_channel(endpoint, [("grpc.use_local_subchannel_pool", 1)])
+            call = channel.stream_stream(f"/{DECODE}")(metadata=(("x-ignore-eos", "true"),))
+            await call.wait_for_connection()
+            await vanish_at(phase, call, engine, long)
+            if by == "cancel":
+                call.cancel()
+            await channel.close()
             assert await send(other, DECODE, good) == "OK"
-        for call in silent:
-            call.cancel()
     await settled(engine)
+    assert engine.in_progress == 0
+
+
+async def vanish_at(phase: str, call: grpc.aio.StreamStreamCall, engine: Any, request: bytes) -> None:
+    """Bring a call to a phase."""
+    if phase == "opened":
+        return
+    if phase == "half sent":  # the message has come, and the client does not say that there is no other
+        await call.write(request)
+        return
+    await call.write(request)
+    await call.done_writing()
+    if phase == "queued":
+        await until(lambda: engine.in_progress)
+    if phase == "running":
+        await until(lambda: engine.stats().running)
+    if phase == "read":
+        assert await call.read() is not grpc.aio.EOF
