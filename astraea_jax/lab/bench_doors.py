@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -143,15 +143,18 @@ class Client:
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
 
-    async def play(self, run: Run) -> Played:
-        """Have it send a load."""
+    def play(self, run: Run) -> Coroutine[Any, Any, Played]:
+        """Have it send a load, which is written down before the answer is awaited."""
+        return self._play(json.dumps(vars(run)).encode())
+
+    async def _play(self, line: bytes) -> Played:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(run)).encode() + b"\n")
-        line = await self._process.stdout.readline()
-        if not line:
+        self._process.stdin.write(line + b"\n")
+        answer = await self._process.stdout.readline()
+        if not answer:
             raise SystemExit(f"cannot measure: a client ended with status {await self._process.wait()}, as above")
-        found = json.loads(line)
+        found = json.loads(answer)
         return Played(**found | {"ttft": found["ttft"] and Latencies(**found["ttft"])})
 
     async def end(self) -> None:
