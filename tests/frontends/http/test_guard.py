@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 from support.engines import held, settled, until
-from support.http import serving
+from support.http_server import serving
 
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.http.connections import ConnectionLimits

@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 from support.engines import settled
-from support.http import MODEL, serving
+from support.http_server import MODEL, serving
 
 from astraea_jax.frontends.http.tenants import Keys
 
