@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -68,6 +69,8 @@ class Played:
     longest_ttft_s: float
     cpu_s: float
     """Processor time of the process that asked."""
+    process: int
+    """Number of that process."""
 
 
 async def play(ask: Ask, run: Run) -> Played:
@@ -99,6 +102,7 @@ async def play(ask: Ask, run: Run) -> Played:
         ttft=Latencies.of(waits) if waits else None,
         longest_ttft_s=max(waits, default=0.0),
         cpu_s=time.process_time() - spent,
+        process=os.getpid(),
     )
 
 
