@@ -57,7 +57,7 @@ flags.DEFINE_integer("words", 16, "Random words of a prompt.", lower_bound=1)
 flags.DEFINE_integer("output", 256, "Tokens of each stream.", lower_bound=2)
 flags.DEFINE_integer("rounds", 3, "Times that every way is measured, in turns.", lower_bound=1)
 flags.DEFINE_integer("rows", 32, "Rows that decode at once, with and without a JSON schema; 0: leave it out.", 0)
-flags.DEFINE_integer("arrivals", 256, "Requests that capacity is measured with, a fourth of overload; 0: leave out.", 0)
+flags.DEFINE_integer("arrivals", 512, "Requests that capacity is measured with, and half of overload; 0: leave out.", 0)
 flags.DEFINE_float(
     "pretend_ms", 0.0, "Pretend a device that takes this long for a step and none of the host; 0: the real one.", 0.0
 )
@@ -183,12 +183,19 @@ class Prompts:
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(0)
 
-    def run(self, door: str, count: int, output: int, at: Sequence[float] | None = None, limit: int = 2**20) -> Run:
-        """Draw ``count`` prompts in the form that a door takes; all arrive at once, if nothing else is said."""
+    def together(self, door: str, count: int, output: int) -> Run:
+        """Draw ``count`` prompts in the form that a door takes, which arrive at once."""
+        return Run(door, self._chats(door, count), [output] * count, [0.0] * count, count)
+
+    def mixed(self, door: str, at: Sequence[float], limit: int) -> Run:
+        """Draw prompts with outputs of half to one and a half of ``--output`` tokens."""
+        outputs = self._rng.integers(FLAGS.output // 2, FLAGS.output * 3 // 2, len(at), endpoint=True)
+        return Run(door, self._chats(door, len(at)), outputs.tolist(), at, limit)
+
+    def _chats(self, door: str, count: int) -> list[Any]:
         letters = self._rng.choice([*"abcdefghijklmnopqrstuvwxyz"], (count, FLAGS.words, 5))
         texts = [" ".join(map("".join, words)) for words in letters]
-        chats = texts if door == "chat" else [self._ids(text) for text in texts]
-        return Run(door, chats, output, at or [0.0] * count, limit)
+        return texts if door == "chat" else [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -209,7 +216,7 @@ async def streams(engine: Engine, client: Client, prompts: Prompts) -> dict[str,
     found: dict[str, list[Measured]] = {name: [] for name in (HERE, *DOORS)}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):  # a short one to warm up
         for name, results in found.items():
-            run = prompts.run(name, FLAGS.streams, output)
+            run = prompts.together(name, FLAGS.streams, output)
             result = await measure(play(here, run) if name == HERE else client.play(run))
             if result.played.refused:
                 raise RuntimeError(f"{name}: {result.played.refused} requests were refused")
@@ -228,19 +235,22 @@ async def constrained(engine: Engine, prompts: Prompts) -> dict[str, list[Measur
     found: dict[str, list[Measured]] = {name: [] for name in ways}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):
         for name, ask in ways.items():
-            result = await measure(play(ask, prompts.run(HERE, FLAGS.rows, output)))
+            result = await measure(play(ask, prompts.together(HERE, FLAGS.rows, output)))
             if output > 2:
                 found[name].append(result)
     return found
 
 
 async def overload(client: Client, door: str, prompts: Prompts) -> tuple[Measured, Measured]:
-    """Measure the capacity, then arrivals at twice that rate, none of which is sent again when it is refused."""
+    """Measure the capacity, then arrivals at twice that rate, none of which is sent again when it is refused.
+
+    Outputs differ, so that in both cases requests begin while others go on: a prefill beside decodes takes longer than
+    many prefills at once.
+    """
     n = FLAGS.arrivals
-    capacity = await measure(client.play(prompts.run(door, n, FLAGS.output, limit=2 * FLAGS.streams)))
-    gaps = np.random.default_rng(1).exponential(capacity.played.seconds / n / 2, 4 * n)
-    arriving = prompts.run(door, 4 * n, FLAGS.output, np.cumsum(gaps).tolist())
-    return capacity, await measure(client.play(arriving))
+    capacity = await measure(client.play(prompts.mixed(door, [0.0] * n, 2 * FLAGS.streams)))
+    gaps = np.random.default_rng(1).exponential(capacity.played.seconds / n / 2, 2 * n)
+    return capacity, await measure(client.play(prompts.mixed(door, np.cumsum(gaps).tolist(), 2 * n)))
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
@@ -302,16 +312,16 @@ def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
     rows = []
     for name, (capacity, over) in found.items():
         played = over.played
-        most, good = (m.played.requests / m.played.seconds for m in (capacity, over))
+        queue_s = 1.5 * FLAGS.streams * FLAGS.output / capacity.rate  # a client gets no more than 3/4 of the queue
         rows.append(
             (
                 name,
-                f"{most:.1f}",
-                f"{good:.1f}",
-                f"{good / most:.1%}",
+                f"{capacity.rate:,.0f}",
+                f"{over.rate:,.0f}",
+                f"{over.rate / capacity.rate:.1%}",
                 busy_ratio([over], [capacity]),
                 f"{played.requests}, {played.refused}",
-                f"{1.5 * FLAGS.streams / most:.2f}",
+                f"{queue_s:.2f}",
                 played.ttft.text(1, 2) if played.ttft else "",
                 f"{played.longest_ttft_s:.2f}",
             )
@@ -327,8 +337,8 @@ def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
         "TTFT s",
         "longest s",
     )
-    title = f"Poisson arrivals at twice the capacity, {4 * FLAGS.arrivals} requests of {FLAGS.output} tokens: the time "
-    title += "that a full queue takes, and P50 / P90 / P99 of the time to the first token"
+    title = f"Poisson arrivals at twice the capacity, {2 * FLAGS.arrivals} requests of about {FLAGS.output} tokens: "
+    title += "tokens/s, the time that a full queue takes, and P50 / P90 / P99 of the time to the first token"
     return Section(title, columns, rows)
 
 

@@ -40,13 +40,14 @@ Raises :class:`~astraea_jax.errors.Overloaded`."""
 
 @dataclass(frozen=True)
 class Run:
-    """A load: prompts, the tokens to generate after each, and when."""
+    """A load."""
 
     door: str
     """One of :data:`DOORS`."""
     prompts: Sequence[Any]
     """Token ids, or texts for chats."""
-    output: int
+    outputs: Sequence[int]
+    """Tokens to generate after each."""
     at: Sequence[float]
     """Seconds from the beginning at which each prompt arrives."""
     limit: int
@@ -77,20 +78,20 @@ async def play(ask: Ask, run: Run) -> Played:
     """Send a load through a door."""
     spent, zero, gate = time.process_time(), time.perf_counter(), asyncio.Semaphore(run.limit)
 
-    async def one(prompt: Any, at: float) -> tuple[int, list[float]]:
+    async def one(prompt: Any, output: int, at: float) -> tuple[int, list[float]]:
         """Tokens, and the times of sending and of each message."""
         await asyncio.sleep(max(0.0, zero + at - time.perf_counter()))
         async with gate:
             times = [time.perf_counter()]
             try:
-                tokens = await ask(prompt, run.output, lambda: times.append(time.perf_counter()))
+                tokens = await ask(prompt, output, lambda: times.append(time.perf_counter()))
             except Overloaded:
                 return 0, times
-        if tokens != run.output:
-            raise RuntimeError(f"{tokens} tokens came, {run.output} were asked for")
+        if tokens != output:
+            raise RuntimeError(f"{tokens} tokens came, {output} were asked for")
         return tokens, times
 
-    asked = await asyncio.gather(*(one(*each) for each in zip(run.prompts, run.at, strict=True)))
+    asked = await asyncio.gather(*(one(*each) for each in zip(run.prompts, run.outputs, run.at, strict=True)))
     answered = [(tokens, times) for tokens, times in asked if tokens]
     waits = [times[1] - times[0] for _, times in answered]
     return Played(

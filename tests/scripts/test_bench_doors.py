@@ -25,5 +25,5 @@ def test_every_way_makes_as_many_tokens(device, random_folder, tmp_path):
             assert all(one["played"]["requests"] <= one["played"]["messages"] for one in measured)
     for capacity, over in [[one["played"] for one in pair] for pair in figures["overload"].values()]:
         assert (capacity["requests"], capacity["refused"]) == (6, 0)
-        assert over["requests"] + over["refused"] == 24
-        assert over["tokens"] == 6 * over["requests"]
+        assert over["requests"] + over["refused"] == 12
+        assert 3 * over["requests"] <= over["tokens"] <= 9 * over["requests"]
