@@ -328,8 +328,8 @@ def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
         )
     columns = (
         "",
-        "capacity /s",
-        "goodput /s",
+        "capacity",
+        "goodput",
         "of it",
         "if busy",
         "answered, refused",

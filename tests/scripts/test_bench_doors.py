@@ -14,7 +14,7 @@ TINY = ("--streams=3", "--words=2", "--output=6", "--rounds=2", "--rows=2", "--a
 def test_every_way_makes_as_many_tokens(device, random_folder, tmp_path):
     path = tmp_path / "runs.jsonl"
     said = run("scripts/bench_doors.py", *TINY, *device, f"--model={random_folder}", f"--json={path}")
-    for word in ("of this process", "tokens per message", "JSON schema", "goodput"):
+    for word in ("of this process", "tokens/message", "JSON schema", "goodput"):
         assert word in said
     [line] = path.read_text().splitlines()
     figures = json.loads(line)["figures"]
