@@ -27,6 +27,9 @@ MAX_BIASES = 300
 MAX_LOGPROBS = 20
 """Most probable tokens that are reported beside the chosen one."""
 
+LEAST_REPETITION_PENALTY = 0.01
+"""Below it logits that are divided by it may leave what float32 holds."""
+
 MIN_TEMPERATURE = 1e-5
 """Below it a request is greedy: float32 cannot tell a draw from argmax any more."""
 
@@ -103,9 +106,7 @@ class SamplingParams:
             raise RequestError("top_p is 0.0; use a value in (0, 1], or temperature 0 for greedy sampling")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
-        repetition_penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0)
-        if repetition_penalty == 0:
-            raise RequestError("repetition_penalty is 0.0; use a value in (0, 10], where 1 changes nothing")
+        repetition_penalty = _number("repetition_penalty", self.repetition_penalty, LEAST_REPETITION_PENALTY, 10.0)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise RequestError(f"grammar is {shown(self.grammar)}; it must be a compiled grammar")
         max_tokens = _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)

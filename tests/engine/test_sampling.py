@@ -168,7 +168,7 @@ BAD = {
     "ignore_eos": [None, 1, "false", np.bool_(True)],
     "presence_penalty": [math.nan, -2.1, 2.1, None, "1", True, HUGE],
     "frequency_penalty": [math.inf, -2.1, 2.1, None, "1", False],
-    "repetition_penalty": [0, 0.0, -1.0, math.nan, math.inf, 10.1, None, True],
+    "repetition_penalty": [0, 0.0, 1e-320, 1e-30, 0.0099, -1.0, math.nan, math.inf, 10.1, None, True],
     "min_tokens": [-1, 257, 1.0, None, True, HUGE],
     "logit_bias": [
         {1: 101},
@@ -220,6 +220,7 @@ def test_bad_values_are_named(field):
         ("presence_penalty", -2, -2.0),
         ("frequency_penalty", np.float32(2), 2.0),
         ("repetition_penalty", 10, 10.0),
+        ("repetition_penalty", 0.01, 0.01),
         ("min_tokens", np.int64(256), 256),
         ("logit_bias", {3: -100, np.int64(0): np.float32(0.5)}, ((3, -100.0), (0, 0.5))),
         ("logit_bias", [[2**31 - 1, 100]], ((2**31 - 1, 100.0),)),

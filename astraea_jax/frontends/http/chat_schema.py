@@ -45,9 +45,9 @@ class Message(Model):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[MessageCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[MessageCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
@@ -126,8 +126,8 @@ class ResponseFormat(Model):
 class ChatCompletionRequest(SamplingFields):
     """The body."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -138,8 +138,8 @@ class ChatCompletionRequest(SamplingFields):
     reasoning_effort: Annotated[str, StringConstraints(max_length=32)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     continue_final_message: bool | None = None
-    functions: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None
-    modalities: Annotated[list[Name], Field(max_length=8)] | None = None
+    functions: Annotated[list[Any], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    modalities: Annotated[list[Name], Field(max_length=8, fail_fast=True)] | None = None
 
     def constraint(self) -> dict[str, Any] | None:
         """As :class:`.turns.Request` has it.

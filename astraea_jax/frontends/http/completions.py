@@ -30,7 +30,7 @@ MAX_CHOICES = 256
 DEFAULT_TOKENS = 16
 """OpenAI's ``max_tokens`` where none is given."""
 
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
@@ -39,8 +39,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         Text
         | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from astraea_jax.engine.sampling import MAX_STOP_CHARS, MAX_STOPS
 from astraea_jax.frontends.http.wire_model import WireModel
 
-MAX_MESSAGES = 100_000
+MAX_MESSAGES = 16_384
 MAX_BLOCKS = 10_000
 MAX_TOOLS = 1_024
 MAX_NAME = 256
@@ -66,7 +66,7 @@ class ToolReference(WireModel):
 
 ResultBlock = Annotated[TextBlock | ToolReference, Field(discriminator="type")]
 ResultContent = Annotated[
-    list[ResultBlock], Field(max_length=MAX_BLOCKS), BeforeValidator(_as_blocks, str | list[ResultBlock])
+    list[ResultBlock], Field(max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[ResultBlock])
 ]
 
 
@@ -84,10 +84,10 @@ Block = Annotated[
     Field(discriminator="type"),
 ]
 Content = Annotated[
-    list[Block], Field(min_length=1, max_length=MAX_BLOCKS), BeforeValidator(_as_blocks, str | list[Block])
+    list[Block], Field(min_length=1, max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[Block])
 ]
 SystemContent = Annotated[
-    list[TextBlock], Field(max_length=MAX_BLOCKS), BeforeValidator(_as_blocks, str | list[TextBlock])
+    list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[TextBlock])
 ]
 
 
@@ -169,9 +169,9 @@ class CountRequest(WireModel):
     """A prompt whose tokens are counted."""
 
     model: str = Field(min_length=1, max_length=MAX_NAME)
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     system: SystemContent = Field(default_factory=list)
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -186,7 +186,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int = Field(ge=1, le=LARGEST)
     stream: bool = False
-    stop_sequences: list[StopSequence] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop_sequences: list[StopSequence] = Field(default_factory=list, max_length=MAX_STOPS, fail_fast=True)
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=0, le=LARGEST)

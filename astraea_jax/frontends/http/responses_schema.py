@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from astraea_jax.frontends.http.wire_model import WireModel
+from astraea_jax.frontends.http.wire_model import WireModel, few
 
-MAX_ITEMS = 100_000
+MAX_ITEMS = 16_384
 MAX_PARTS = 10_000
 MAX_TOOLS = 1_024
 MAX_NAME = 256
@@ -42,7 +42,7 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-Parts = Annotated[list[Part], Field(max_length=MAX_PARTS), BeforeValidator(_as_parts, str | list[Part])]
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), BeforeValidator(_as_parts, str | list[Part])]
 
 
 class MessageItem(WireModel):
@@ -137,7 +137,7 @@ class AllowedTools(WireModel):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"] = "auto"
-    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
 
 
 ToolChoice = Literal["auto", "none", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
@@ -170,9 +170,9 @@ class Reasoning(WireModel):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
-def _few_pairs(metadata: dict[str, str]) -> dict[str, str]:
-    if len(metadata) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
-        raise ValueError("at most 16 keys of 64 characters, with values of 512")
+def _short_pairs(metadata: dict[str, str]) -> dict[str, str]:
+    if any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
+        raise ValueError("keys have at most 64 characters, and values 512")
     return metadata
 
 
@@ -180,14 +180,14 @@ class ResponsesRequest(WireModel):
     """Input items and how to answer them."""
 
     model: Name
-    input: Annotated[list[Item], Field(max_length=MAX_ITEMS), BeforeValidator(_as_items, str | list[Item])] = Field(
+    input: Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True), BeforeValidator(_as_items, str | list[Item])] = Field(
         default_factory=list
     )
     instructions: str | None = None
     previous_response_id: Name | None = None
     store: bool = True
     stream: bool = False
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig = TextConfig()
@@ -198,8 +198,8 @@ class ResponsesRequest(WireModel):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    include: list[Name] = Field(default_factory=list, max_length=64)
-    metadata: Annotated[dict[str, str], AfterValidator(_few_pairs)] = Field(default_factory=dict)
+    include: list[Name] = Field(default_factory=list, max_length=64, fail_fast=True)
+    metadata: Annotated[dict[str, str], few(16), AfterValidator(_short_pairs)] = Field(default_factory=dict)
     prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
     background: Literal[False] = False

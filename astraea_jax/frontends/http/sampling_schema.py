@@ -8,10 +8,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from astraea_jax.engine.events import MAX_NAME
-from astraea_jax.engine.sampling import MAX_BIASES, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
+from astraea_jax.engine.sampling import (
+    LEAST_REPETITION_PENALTY,
+    MAX_BIASES,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    SamplingParams,
+)
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.tenants import MAX_SALT
 from astraea_jax.frontends.http.turns import MAX_CHOICES
+from astraea_jax.frontends.http.wire_model import few
 
 MAX_TEXT = 2**24
 """Characters of a text; bodies are bounded further."""
@@ -46,7 +53,7 @@ class StructuredOutputs(Model):
 
     json_: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     grammar: Text | None = None
     json_object: bool | None = None
 
@@ -82,18 +89,18 @@ class SamplingFields(Model):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION_PENALTY, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=LARGE)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_BIASES),
+            few(MAX_BIASES),
         ]
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None

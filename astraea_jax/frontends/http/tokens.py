@@ -31,8 +31,8 @@ class TokenizeRequest(Model):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -42,7 +42,7 @@ class DetokenizeRequest(Model):
     """The body of ``/detokenize``."""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_IDS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
 
 
 @router.get("/v1/models")
