@@ -65,7 +65,9 @@ class ToolReference(WireModel):
 
 ResultBlock = Annotated[TextBlock | ToolReference, Field(discriminator="type")]
 ResultContent = Annotated[
-    list[ResultBlock], Field(max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[ResultBlock])
+    list[ResultBlock],
+    Field(max_length=MAX_BLOCKS, fail_fast=True),
+    BeforeValidator(_as_blocks, str | list[ResultBlock]),
 ]
 
 
@@ -83,7 +85,9 @@ Block = Annotated[
     Field(discriminator="type"),
 ]
 Content = Annotated[
-    list[Block], Field(min_length=1, max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[Block])
+    list[Block],
+    Field(min_length=1, max_length=MAX_BLOCKS, fail_fast=True),
+    BeforeValidator(_as_blocks, str | list[Block]),
 ]
 SystemContent = Annotated[
     list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[TextBlock])

@@ -180,9 +180,9 @@ class ResponsesRequest(WireModel):
     """Input items and how to answer them."""
 
     model: Name
-    input: Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True), BeforeValidator(_as_items, str | list[Item])] = Field(
-        default_factory=list
-    )
+    input: Annotated[
+        list[Item], Field(max_length=MAX_ITEMS, fail_fast=True), BeforeValidator(_as_items, str | list[Item])
+    ] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: Name | None = None
     store: bool = True
