@@ -26,6 +26,8 @@ from astraea_jax.frontends.logs import answered
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/status"})
 """Paths that need no key, because they tell nothing of anybody, and are answered whatever the load."""
+LAST_EVENT = "last_event"
+"""In the state of a request that is answered by a stream: makes the event that tells a failure."""
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 
 Shape = Callable[[Failure, str], dict[str, Any]]
@@ -79,6 +81,8 @@ class Guard:
             if not answer.begun:
                 content = self._shape(scope["path"])(failure, request_id)
                 await JSONResponse(content, failure.status, failure.headers)(scope, receive, answer)
+            elif isinstance(error, EngineDead) and (last_event := scope["state"].get(LAST_EVENT)):
+                await answer({"type": "http.response.body", "body": last_event(failure), "more_body": False})
         finally:
             if scope["path"] not in OPEN_PATHS:
                 address = (scope.get("client") or ("unknown",))[0]

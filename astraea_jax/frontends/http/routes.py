@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
 from astraea_jax.frontends.http.errors import Failure, failure_of
+from astraea_jax.frontends.http.guard import LAST_EVENT
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class EventStream(Response):
         self._events, self._failed = events, failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"][LAST_EVENT] = self._failed  # for who cancels this
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async with aclosing(self._events) as events:  # type: ignore[type-var]

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 from support.engines import held, settled, until
-from support.http_server import serving
+from support.http_server import MODEL, serving
 
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.http.connections import ConnectionLimits
@@ -198,4 +198,26 @@ async def test_what_the_end_of_a_server_cuts_is_counted_and_told(chatty):
             await engine.still()
             assert await server.server.stop(0) == 1
             assert (await running).status_code == 503
+    await settled(chatty)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "event"),
+    [
+        (PATH, CHAT, b'data: {"error":{'),
+        ("/v1/completions", {"prompt": "Hello", "ignore_eos": True}, b'data: {"error":{'),
+        ("/v1/messages", {"model": MODEL, "messages": CHAT["messages"]}, b"event: error\n"),
+        ("/v1/responses", {"model": MODEL, "input": "Hello"}, b"event: response.failed\n"),
+    ],
+)
+async def test_a_stream_that_the_end_of_a_server_cuts_is_told(chatty, path, body, event):
+    many = {"max_output_tokens": 400} if "input" in body else {"max_tokens": 400}
+    async with serving(chatty) as server:
+        with held(chatty, 3) as engine:
+            async with server.client.stream("POST", path, json={**body, **many, "stream": True}) as answer:
+                await engine.still()
+                assert await server.server.stop(0) == 1
+                received = await answer.aread()
+    assert event in received
+    assert b"the server was shut down" in received
     await settled(chatty)
