@@ -34,3 +34,26 @@ def shown(value: object) -> str:
     except Exception:  # an integer of too many digits, or anybody's __repr__
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+class Fault(str):
+    """Text of an error that says what has failed inside, for callers in this process; front doors tell :attr:`told`.
+
+    Args:
+        what: has failed.
+        error: the exception that says why. Its text may hold anything, so only its class leaves the process.
+    """
+
+    told: str
+    """The text for clients."""
+
+    def __new__(cls, what: str, error: BaseException | None) -> Fault:
+        text = super().__new__(cls, f"{what}: {error!r}")
+        text.told = f"{what}: {error if isinstance(error, EngineDead) else type(error).__name__}"
+        return text
+
+
+def told(error: BaseException) -> str:
+    """Return what the clients of a front door are told of an error that has an answer of its own."""
+    text = error.args[0] if error.args else ""
+    return text.told if isinstance(text, Fault) else str(error)

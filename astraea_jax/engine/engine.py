@@ -40,7 +40,7 @@ from astraea_jax.engine.loop import ServingLoop
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.times import StepTimes, Work
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError, shown
+from astraea_jax.errors import EngineDead, Fault, Overloaded, RequestError, StartupError, shown
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
@@ -151,7 +151,7 @@ class Engine:
             self._thread.start()
             threading.Thread(target=self._watch_steps, name="astraea-watchdog", daemon=True).start()
         except BaseException as error:
-            self._die(f"the engine did not start: {error!r}")
+            self._die(Fault("the engine did not start", error))
             raise
 
     def shutdown(self, grace_s: float = 30.0) -> int:
@@ -364,7 +364,7 @@ class Engine:
             reason = self._loop.run()
         except BaseException as error:  # SystemExit, too: a thread that ends in silence leaves its callers waiting
             log.critical("the serving loop failed", exc_info=True)
-            reason = f"the serving loop failed: {error!r}"
+            reason = Fault("the serving loop failed", error)
         finally:
             self._die(reason)
 

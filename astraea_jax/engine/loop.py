@@ -27,7 +27,7 @@ from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.times import StepTimes, Work
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
+from astraea_jax.errors import EngineDead, Fault, Overloaded, RequestError, StepFailed
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.prefix import salted
@@ -329,7 +329,7 @@ class ServingLoop:
         except Exception as error:  # the tokenizer's, so it is this request's alone
             log.exception("tokens cannot be turned into text")
             self._scheduler.finish(request, "error", now)
-            self._end(live, StepFailed(f"the tokens cannot be turned into text: {error!r}"))
+            self._end(live, StepFailed(Fault("the tokens cannot be turned into text", error)))
             return
         reason = "stop" if output.stopped or complete else request.finish_reason
         self._end(live, Delta(text, (token,), reason, logprobs, output.stop))
@@ -348,7 +348,7 @@ class ServingLoop:
             raise error.__cause__ or error
         log.error("a step failed; what was running ends with an error", exc_info=error.__cause__)
         for request in self._scheduler.lose_device(time.monotonic()):
-            self._end(self._requests[request], StepFailed(f"the step failed: {error.__cause__!r}; try again"))
+            self._end(self._requests[request], StepFailed(Fault("the step failed, try again", error.__cause__)))
         transfers, dropped = self._scheduler.take_transfers()
         if self._store is not None:
             self._store.abandon(dropped)

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed, Unauthorized
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed, Unauthorized, told
 from astraea_jax.models.config import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ _ANSWERS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int, str, s
 
 def failure_of(error: BaseException) -> Failure:
     """Return what a client is told about an exception; what was not made for clients goes to the log only."""
-    text = str(error)[:MAX_MESSAGE]
+    text = told(error)[:MAX_MESSAGE]
     for kinds, status, kind, code in _ANSWERS:
         if isinstance(error, kinds):
             return Failure(status, kind, text, code, retry_after_s=RETRY_AFTER_S if status in (429, 503) else None)

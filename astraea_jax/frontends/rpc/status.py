@@ -6,7 +6,7 @@ import logging
 
 import grpc
 
-from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed, Unauthorized
+from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed, Unauthorized, told
 
 log = logging.getLogger(__name__)
 
@@ -52,4 +52,4 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
         case _:
             log.error("a request failed", exc_info=error)
             status, error = grpc.StatusCode.INTERNAL, RuntimeError("internal error; the server's log has more")
-    await context.abort(status, str(error)[:MAX_DETAILS], retry)
+    await context.abort(status, told(error)[:MAX_DETAILS], retry)

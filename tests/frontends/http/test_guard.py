@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 
 import pytest
-from support.engines import held, settled, until
+from support.engines import break_loop, held, settled, until
 from support.http_server import MODEL, serving
+from support.stub import stub_engine
 
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.http.connections import ConnectionLimits
@@ -221,3 +222,25 @@ async def test_a_stream_that_the_end_of_a_server_cuts_is_told(chatty, path, body
     assert event in received
     assert b"the server was shut down" in received
     await settled(chatty)
+
+
+async def test_an_engine_that_dies_answers_everybody_at_once():
+    engine, runner = stub_engine()
+    engine.start()
+    runner.go.clear()
+    async with serving(engine) as server:
+        body = {"prompt": [1, 2, 3], "max_tokens": 20, "ignore_eos": True}
+        running = [
+            asyncio.create_task(server.client.post("/v1/completions", json={**body, "stream": stream}))
+            for stream in (False, True)
+        ]
+        await until(lambda: engine.in_progress == 2)
+        break_loop(engine, ZeroDivisionError("a secret"))
+        runner.go.set()
+        for answer in await asyncio.gather(*running):
+            assert answer.status_code == 503 or b'"code":"not_serving"' in answer.content
+            assert b"a secret" not in answer.content
+        late = await server.client.post("/v1/completions", json=body)
+        assert (late.status_code, "retry-after" in late.headers) == (503, True)
+        assert (await server.client.get("/health")).status_code == 503
+        assert (await server.client.get("/metrics")).status_code == 200
