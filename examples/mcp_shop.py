@@ -9,32 +9,14 @@ from __future__ import annotations
 import sys
 
 from mcp.server import MCPServer
+from shop import calculator, price, stock
 
-PRICES, STOCKS = {47: 14, 82: 9}, {47: 120, 82: 8}
-
-shop = MCPServer("shop", log_level="ERROR")
-
-
-@shop.tool()
-def price(article: int) -> int:
-    """Price of one piece."""
-    return PRICES[article]
-
-
-@shop.tool()
-def stock(article: int) -> int:
-    """How many are in stock."""
-    return STOCKS[article]
-
-
-@shop.tool()
-def calculator(expression: str) -> int:
-    """Value of a sum."""
-    return sum(int(a) * int(b) for a, b in (product.split("*") for product in expression.split("+")))
-
+server = MCPServer("shop", log_level="ERROR")
+for function in (price, stock, calculator):
+    server.add_tool(function)
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        shop.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+        server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
     else:
-        shop.run("stdio")
+        server.run("stdio")

@@ -19,6 +19,7 @@ Exits non-zero if too few answers are right, if they differ between the runs, or
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import re
@@ -275,6 +276,7 @@ def serve_and_run(residency: str, tasks: list[Task], cache: str, *, http: bool =
 
 
 def main(_: list[str]) -> None:
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     tasks = make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.programs)
     with tempfile.TemporaryDirectory() as cache:
         strategies = one_of_strategies()

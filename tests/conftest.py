@@ -172,6 +172,12 @@ class ServingProcess:
     said: str
     """Until it was ready."""
 
+    @property
+    def http(self) -> str:
+        """Where HTTP is served."""
+        [url] = re.findall(r"HTTP: (\S+)/v1", self.said)
+        return url
+
 
 @pytest.fixture(scope="session")
 def serve(random_folder: Path) -> Callable[..., AbstractContextManager[ServingProcess]]:

@@ -132,7 +132,7 @@ class Mailbox:
         """Add an item; called in the event loop."""
         self._items.append(item)
         self._ended = self._ended or is_last(item)
-        if self._reader is not None and not self._reader.done():  # or else its turn would come when there is nothing
+        if self._reader is not None:
             self._wake_in_turn()
 
     async def take(self) -> Delta | Exception:

@@ -20,6 +20,7 @@ x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging as python_logging
 import os
@@ -39,10 +40,11 @@ from astraea_jax.agents.tools import Tool
 from astraea_jax.engine import multiprocess
 from astraea_jax.engine.compilation import default_cache, use_cache
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.replicas import load_engine
-from astraea_jax.errors import EngineDead, StartupError
+from astraea_jax.errors import EngineDead, RequestError, StartupError
 from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
 from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
@@ -213,13 +215,18 @@ def make_doors(engine: Serving, tools: Sequence[Tool]) -> dict[str, Server | Htt
         StartupError: there is none, or a flag cannot be followed.
     """
     keys, tls = door_keys(), door_tls()
+    grammars = GrammarCompiler(engine.tokenizer)
+    with contextlib.suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
+        grammars.prepare()  # now, because it holds up the whole process
     doors: dict[str, Server | HttpServer] = {}
     if FLAGS.http:
         folder = None if FLAGS.random_weights else Path(model())
         operator = make_operator(engine, FLAGS.model)
-        doors["HTTP"] = http_server(engine, FLAGS.model, folder, keys=keys, operator=operator, tls=tls, tools=tools)
+        doors["HTTP"] = http_server(
+            engine, FLAGS.model, folder, keys=keys, operator=operator, tls=tls, tools=tools, grammars=grammars
+        )
     if FLAGS.grpc:
-        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls)
+        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls, grammars=grammars)
     if not doors:
         raise StartupError("--nogrpc and --nohttp leave no door to serve through")
     if line := warning(FLAGS.host, keys):
@@ -248,7 +255,8 @@ def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")
     if "HTTP" in ports:
-        say(f"HTTP: http://{FLAGS.host}:{ports['HTTP']}/v1, status page: http://{FLAGS.host}:{ports['HTTP']}/status")
+        url = f"{'https' if FLAGS.tls_cert else 'http'}://{FLAGS.host}:{ports['HTTP']}"
+        say(f"HTTP: {url}/v1, status page: {url}/status")
     port = ports.get("gRPC", ports.get("HTTP"))
     say(f"ready on {FLAGS.host}:{port} in {time.monotonic() - began:.1f} s")
 

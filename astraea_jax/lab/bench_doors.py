@@ -2,8 +2,9 @@
 
 Clients are in a process of their own. Rounds take each door in turn, and a ratio is the median of those of the rounds,
 each to what was measured in this process in the same round. On few processors the clients, the doors and a CPU's steps
-share them; the processor time of each says what a door costs where they do not. Two more parts: what constrained
-decoding costs, and what becomes of accepted requests when twice as many arrive as can be served.
+share them; the processor time of each says what a door costs where they do not, and "if busy" the ratio that follows
+where nothing is ever idle. Two more parts: what constrained decoding costs, and what becomes of accepted requests when
+twice as many arrive as can be served.
 
   python scripts/bench_doors.py                   astraea-tiny, 64 streams, on this machine's device
   python scripts/bench_doors.py --pretend_ms=5    the host's work alone, beside a device that takes 5 ms for a step
@@ -15,10 +16,11 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,7 +54,7 @@ flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape
 options = engine_flags(*MODEL, "max_step_tokens")
 flags.DEFINE_integer("streams", 64, "Streams at once.", lower_bound=1)
 flags.DEFINE_integer("words", 16, "Random words of a prompt.", lower_bound=1)
-flags.DEFINE_integer("output", 128, "Tokens of each stream.", lower_bound=2)
+flags.DEFINE_integer("output", 256, "Tokens of each stream.", lower_bound=2)
 flags.DEFINE_integer("rounds", 3, "Times that every way is measured, in turns.", lower_bound=1)
 flags.DEFINE_integer("rows", 32, "Rows that decode at once, with and without a JSON schema; 0: leave it out.", 0)
 flags.DEFINE_integer("arrivals", 512, "Requests that capacity is measured with, and half of overload; 0: leave out.", 0)
@@ -96,6 +98,9 @@ class Measured:
     """All threads; on a CPU the steps are among them."""
     loop_s: float
     """The thread of the event loop, which all doors run in."""
+
+    client_s: float
+    """Of the client's process."""
 
     @property
     def rate(self) -> float:
@@ -143,15 +148,18 @@ class Client:
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
 
-    async def play(self, run: Run) -> Played:
-        """Have it send a load."""
+    def play(self, run: Run) -> Coroutine[Any, Any, Played]:
+        """Have it send a load, which is written down before the answer is awaited."""
+        return self._play(json.dumps(vars(run)).encode())
+
+    async def _play(self, line: bytes) -> Played:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(run)).encode() + b"\n")
-        line = await self._process.stdout.readline()
-        if not line:
+        self._process.stdin.write(line + b"\n")
+        answer = await self._process.stdout.readline()
+        if not answer:
             raise SystemExit(f"cannot measure: a client ended with status {await self._process.wait()}, as above")
-        found = json.loads(line)
+        found = json.loads(answer)
         return Played(**found | {"ttft": found["ttft"] and Latencies(**found["ttft"])})
 
     async def end(self) -> None:
@@ -175,12 +183,19 @@ class Prompts:
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(0)
 
-    def run(self, door: str, count: int, output: int, at: Sequence[float] | None = None, limit: int = 2**20) -> Run:
-        """Draw ``count`` prompts in the form that a door takes; all arrive at once, if nothing else is said."""
+    def together(self, door: str, count: int, output: int) -> Run:
+        """Draw ``count`` prompts in the form that a door takes, which arrive at once."""
+        return Run(door, self._chats(door, count), [output] * count, [0.0] * count, count)
+
+    def mixed(self, door: str, at: Sequence[float], limit: int) -> Run:
+        """Draw prompts with outputs of half to one and a half of ``--output`` tokens."""
+        outputs = self._rng.integers(FLAGS.output // 2, FLAGS.output * 3 // 2, len(at), endpoint=True)
+        return Run(door, self._chats(door, len(at)), outputs.tolist(), at, limit)
+
+    def _chats(self, door: str, count: int) -> list[Any]:
         letters = self._rng.choice([*"abcdefghijklmnopqrstuvwxyz"], (count, FLAGS.words, 5))
         texts = [" ".join(map("".join, words)) for words in letters]
-        chats = texts if door == "chat" else [self._ids(text) for text in texts]
-        return Run(door, chats, output, at or [0.0] * count, limit)
+        return texts if door == "chat" else [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -190,7 +205,9 @@ async def measure(playing: Awaitable[Played]) -> Measured:
     """Wait for a load, and look at the clocks before and after."""
     cpu_s, loop_s = time.process_time(), time.thread_time()
     played = await playing
-    return Measured(played, time.process_time() - cpu_s, time.thread_time() - loop_s)
+    here = played.process == os.getpid()
+    spent = time.process_time() - cpu_s, time.thread_time() - loop_s
+    return Measured(played, *spent, client_s=0.0 if here else played.cpu_s)
 
 
 async def streams(engine: Engine, client: Client, prompts: Prompts) -> dict[str, list[Measured]]:
@@ -199,7 +216,7 @@ async def streams(engine: Engine, client: Client, prompts: Prompts) -> dict[str,
     found: dict[str, list[Measured]] = {name: [] for name in (HERE, *DOORS)}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):  # a short one to warm up
         for name, results in found.items():
-            run = prompts.run(name, FLAGS.streams, output)
+            run = prompts.together(name, FLAGS.streams, output)
             result = await measure(play(here, run) if name == HERE else client.play(run))
             if result.played.refused:
                 raise RuntimeError(f"{name}: {result.played.refused} requests were refused")
@@ -218,18 +235,22 @@ async def constrained(engine: Engine, prompts: Prompts) -> dict[str, list[Measur
     found: dict[str, list[Measured]] = {name: [] for name in ways}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):
         for name, ask in ways.items():
-            result = await measure(play(ask, prompts.run(HERE, FLAGS.rows, output)))
+            result = await measure(play(ask, prompts.together(HERE, FLAGS.rows, output)))
             if output > 2:
                 found[name].append(result)
     return found
 
 
-async def overload(client: Client, door: str, prompts: Prompts) -> tuple[Played, Played]:
-    """Measure the capacity, then arrivals at twice that rate, none of which is sent again when it is refused."""
+async def overload(client: Client, door: str, prompts: Prompts) -> tuple[Measured, Measured]:
+    """Measure the capacity, then arrivals at twice that rate, none of which is sent again when it is refused.
+
+    Outputs differ, so that in both cases requests begin while others go on: a prefill beside decodes takes longer than
+    many prefills at once.
+    """
     n = FLAGS.arrivals
-    capacity = await client.play(prompts.run(door, n, FLAGS.output, limit=2 * FLAGS.streams))
-    gaps = np.random.default_rng(1).exponential(capacity.seconds / n / 2, 2 * n)
-    return capacity, await client.play(prompts.run(door, 2 * n, FLAGS.output, np.cumsum(gaps).tolist()))
+    capacity = await measure(client.play(prompts.mixed(door, [0.0] * n, 2 * FLAGS.streams)))
+    gaps = np.random.default_rng(1).exponential(capacity.played.seconds / n / 2, 2 * n)
+    return capacity, await measure(client.play(prompts.mixed(door, np.cumsum(gaps).tolist(), 2 * n)))
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
@@ -239,21 +260,24 @@ def streams_section(found: Mapping[str, Sequence[Measured]], title: str) -> Sect
     rows = []
     for name, results in found.items():
         tokens = sum(m.played.tokens for m in results)
-        microseconds = lambda seconds, tokens=tokens: f"{1e6 * sum(seconds) / tokens:.1f}"  # noqa: E731
-        client = "" if name == HERE else microseconds(m.played.cpu_s for m in results)
+        per_token = lambda seconds, tokens=tokens: f"{1e6 * sum(seconds) / tokens:.1f}"  # noqa: E731
         rows.append(
             (
                 name,
-                f"{statistics.median(m.rate for m in results):,.0f}",
-                "" if name == HERE else ratio(results, found[HERE]),
+                rate(results),
+                *(("", "") if name == HERE else (ratio(results, found[HERE]), busy_ratio(results, found[HERE]))),
                 f"{tokens / sum(m.played.messages for m in results):.1f}",
-                microseconds(m.loop_s for m in results),
-                microseconds(m.cpu_s for m in results),
-                client,
+                per_token(m.loop_s for m in results),
+                per_token(m.cpu_s for m in results),
+                "" if name == HERE else per_token(m.client_s for m in results),
             )
         )
-    columns = ("", "tokens/s", "of this process", "tokens per message", "event loop", "server", "client")
+    columns = ("", "tokens/s", "of this process", "if busy", "tokens/message", "event loop", "server", "client")
     return Section(f"{title}; processor time in microseconds per token", columns, rows)
+
+
+def rate(results: Sequence[Measured]) -> str:
+    return f"{statistics.median(m.rate for m in results):,.0f}"
 
 
 def ratio(results: Sequence[Measured], others: Sequence[Measured]) -> str:
@@ -262,33 +286,59 @@ def ratio(results: Sequence[Measured], others: Sequence[Measured]) -> str:
     return f"{statistics.median(ratios):.1%} ({ratios[0]:.0%} to {ratios[-1]:.0%})"
 
 
+def busy_ratio(results: Sequence[Measured], others: Sequence[Measured]) -> str:
+    """The ratio of rates where the processors of this machine, which clients share, have no time left.
+
+    Beside a pretended device they have.
+    """
+    if FLAGS.pretend_ms:
+        return ""
+    per_token = lambda of: sum(m.cpu_s + m.client_s for m in of) / sum(m.played.tokens for m in of)  # noqa: E731
+    return f"{per_token(others) / per_token(results):.1%}"
+
+
 def constrained_section(found: Mapping[str, Sequence[Measured]]) -> Section:
+    free = found["free"]
     rows = []
     for name, results in found.items():
-        rate = f"{statistics.median(m.rate for m in results):,.0f}"
-        rows.append((name, rate, "" if name == "free" else ratio(results, found["free"])))
-    return Section(f"{FLAGS.rows} rows, {FLAGS.output} tokens each", ("", "tokens/s", "of free"), rows)
+        tokens = sum(m.played.tokens for m in results)
+        ratios = ("", "") if name == "free" else (ratio(results, free), busy_ratio(results, free))
+        rows.append((name, rate(results), *ratios, f"{1e6 * sum(m.cpu_s for m in results) / tokens:.1f}"))
+    columns = ("", "tokens/s", "of free", "if busy", "processor time, us per token")
+    return Section(f"{FLAGS.rows} rows, {FLAGS.output} tokens each", columns, rows)
 
 
-def overload_section(found: Mapping[str, tuple[Played, Played]]) -> Section:
+def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
     rows = []
     for name, (capacity, over) in found.items():
-        most, good = capacity.requests / capacity.seconds, over.requests / over.seconds
+        played = over.played
+        queue_s = 1.5 * FLAGS.streams * FLAGS.output / capacity.rate  # a client gets no more than 3/4 of the queue
         rows.append(
             (
                 name,
-                f"{most:.1f}",
-                f"{good:.1f}",
-                f"{good / most:.1%}",
-                f"{over.requests}, {over.refused}",
-                f"{1.5 * FLAGS.streams / most:.2f}",
-                over.ttft.text(1, 2) if over.ttft else "",
-                f"{over.longest_ttft_s:.2f}",
+                f"{capacity.rate:,.0f}",
+                f"{over.rate:,.0f}",
+                f"{over.rate / capacity.rate:.1%}",
+                busy_ratio([over], [capacity]),
+                f"{played.requests}, {played.refused}",
+                f"{queue_s:.2f}",
+                played.ttft.text(1, 2) if played.ttft else "",
+                f"{played.longest_ttft_s:.2f}",
             )
         )
-    columns = ("", "capacity /s", "goodput /s", "of capacity", "answered, refused", "queue s", "TTFT s", "longest s")
-    title = f"Poisson arrivals at twice the capacity, {2 * FLAGS.arrivals} requests of {FLAGS.output} tokens: the time "
-    title += "that a full queue takes, and P50 / P90 / P99 of the time to the first token"
+    columns = (
+        "",
+        "capacity",
+        "goodput",
+        "of it",
+        "if busy",
+        "answered, refused",
+        "queue s",
+        "TTFT s",
+        "longest s",
+    )
+    title = f"Poisson arrivals at twice the capacity, {2 * FLAGS.arrivals} requests of about {FLAGS.output} tokens: "
+    title += "tokens/s, the time that a full queue takes, and P50 / P90 / P99 of the time to the first token"
     return Section(title, columns, rows)
 
 

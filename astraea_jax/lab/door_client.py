@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -39,13 +40,14 @@ Raises :class:`~astraea_jax.errors.Overloaded`."""
 
 @dataclass(frozen=True)
 class Run:
-    """A load: prompts, the tokens to generate after each, and when."""
+    """A load."""
 
     door: str
     """One of :data:`DOORS`."""
     prompts: Sequence[Any]
     """Token ids, or texts for chats."""
-    output: int
+    outputs: Sequence[int]
+    """Tokens to generate after each."""
     at: Sequence[float]
     """Seconds from the beginning at which each prompt arrives."""
     limit: int
@@ -68,26 +70,28 @@ class Played:
     longest_ttft_s: float
     cpu_s: float
     """Processor time of the process that asked."""
+    process: int
+    """Number of that process."""
 
 
 async def play(ask: Ask, run: Run) -> Played:
     """Send a load through a door."""
     spent, zero, gate = time.process_time(), time.perf_counter(), asyncio.Semaphore(run.limit)
 
-    async def one(prompt: Any, at: float) -> tuple[int, list[float]]:
+    async def one(prompt: Any, output: int, at: float) -> tuple[int, list[float]]:
         """Tokens, and the times of sending and of each message."""
         await asyncio.sleep(max(0.0, zero + at - time.perf_counter()))
         async with gate:
             times = [time.perf_counter()]
             try:
-                tokens = await ask(prompt, run.output, lambda: times.append(time.perf_counter()))
+                tokens = await ask(prompt, output, lambda: times.append(time.perf_counter()))
             except Overloaded:
                 return 0, times
-        if tokens != run.output:
-            raise RuntimeError(f"{tokens} tokens came, {run.output} were asked for")
+        if tokens != output:
+            raise RuntimeError(f"{tokens} tokens came, {output} were asked for")
         return tokens, times
 
-    asked = await asyncio.gather(*(one(*each) for each in zip(run.prompts, run.at, strict=True)))
+    asked = await asyncio.gather(*(one(*each) for each in zip(run.prompts, run.outputs, run.at, strict=True)))
     answered = [(tokens, times) for tokens, times in asked if tokens]
     waits = [times[1] - times[0] for _, times in answered]
     return Played(
@@ -99,6 +103,7 @@ async def play(ask: Ask, run: Run) -> Played:
         ttft=Latencies.of(waits) if waits else None,
         longest_ttft_s=max(waits, default=0.0),
         cpu_s=time.process_time() - spent,
+        process=os.getpid(),
     )
 
 

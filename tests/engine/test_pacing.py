@@ -62,26 +62,6 @@ async def test_all_that_wait_are_told_in_one_turn():
     assert [d.token_ids for d in await asyncio.gather(*reading)] == [(1, 2), (1,), (1,)]
 
 
-async def test_what_comes_to_a_reader_that_has_been_woken_asks_for_no_further_turn():
-    pace = Still()
-    mailbox, generation = started(pace)
-    mailbox.put(delta(0))
-    await anext(generation)
-    reading = asyncio.ensure_future(anext(generation))
-    await asyncio.sleep(0)
-    mailbox.put(delta(1))
-    pace._turn()
-    mailbox.put(delta(2))
-    assert (await reading).token_ids == (1, 2)
-    reading = asyncio.ensure_future(anext(generation))
-    await asyncio.sleep(0)
-    pace._turn()
-    await asyncio.sleep(0)
-    mailbox.put(delta(3))
-    pace._turn()
-    assert (await reading).token_ids == (3,)
-
-
 async def test_a_failure_comes_after_what_came_before_it():
     mailbox, generation = started(Still())
     for item in (delta(0), delta(1), StepFailed("gone")):

@@ -28,7 +28,7 @@ def replicas(wide_folder) -> Iterator[Replicas]:
     assert isinstance(made, Replicas)
     seen = []
     made.start(lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (6, 6), "two steps and the page table, of two copies"
+    assert seen[-1] == (12, 12), "two steps, the page table, and three that draw rows again, of two copies"
     assert sorted(seen) == seen
     yield made
     made.shutdown(grace_s=0)

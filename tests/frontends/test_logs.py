@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.http import serving
+from support.http_server import serving
 from support.stub import stub_engine
 
 from astraea_jax.frontends.logs import ACCESS, JsonFormatter, answered, configure

@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
-from support.scripts import ROOT, run
+import pytest
+from support.scripts import ROOT, run, run_shell
+
+EXAMPLES = ROOT / "examples"
+ANSWER = "The total is 60.\n"
 
 
-def test_the_readme_example(tmp_path):
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "example.py").write_text(code)
-    [promised] = re.findall(r"print\(.*?\)  # (.*)", code)
-    assert run(str(tmp_path / "example.py")).strip() == promised
+@dataclass(frozen=True)
+class Section:
+    """Code of a document below a heading."""
+
+    shell: str
+    python: str
+
+    @property
+    def promised(self) -> str:
+        """What its ``print`` says that it prints."""
+        return "".join(f"{line}\n" for line in re.findall(r"^print\(.*\)  # (.*)", self.python, re.MULTILINE))
 
 
-def test_the_client_examples(serve, tmp_path):
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "server.md").read_text(), re.DOTALL)
+def section(document: Path, heading: str) -> Section:
+    [text] = re.findall(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##|\Z)", document.read_text(), re.MULTILINE | re.DOTALL)
+    shell, python = ("".join(re.findall(rf"^```{kind}\n(.*?)```", text, re.M | re.S)) for kind in ("sh", "python"))
+    return Section(shell, python)
+
+
+@pytest.fixture(scope="module")
+def server(serve):
     with serve("--model=astraea-tiny", "--kv_bytes=4194304") as server:
-        (tmp_path / "raw.py").write_text(code.replace("localhost:9000", server.address))
-        assert "'x-finish-reason'" in run(str(tmp_path / "raw.py"))
-        answers = run("examples/client.py", server.address).splitlines()
+        yield server
+
+
+@pytest.fixture
+def execute(server):
+    """Runs code where a reader does, with the addresses of the test's server."""
+
+    def execute(code: Section, shell: str = "") -> str:
+        script = f"{shell}\npython - <<'END'\n{code.python}\nEND\n" if code.python else shell
+        there = script.replace("localhost:8000", server.http.removeprefix("http://"))
+        return run_shell(there.replace("localhost:9000", server.address), EXAMPLES)
+
+    return execute
+
+
+@pytest.mark.parametrize("heading", ["OpenAI's SDK", "Anthropic's SDK and Claude Code", "An agent framework"])
+def test_the_readmes_clients(execute, heading):
+    code = section(ROOT / "README.md", heading)
+    assert code.promised
+    assert execute(code, code.shell) == code.promised
+
+
+@pytest.mark.parametrize("heading", ["From Python", "Tools over MCP"])
+def test_the_readmes_programs(heading):
+    code = section(ROOT / "README.md", heading)
+    assert code.promised == ANSWER
+    assert run_shell(f"python - <<'END'\n{code.python}\nEND\n", EXAMPLES) == ANSWER
+
+
+def test_the_readmes_curl(execute):
+    code = section(ROOT / "README.md", "curl")
+    answer = json.loads(execute(code, code.shell))
+    assert answer["choices"][0]["message"]["content"] in ("yes", "no")
+
+
+def test_the_readmes_grpc(server):
+    [command] = re.findall(r"^python (\S+)", section(ROOT / "README.md", "gRPC").shell)
+    answers = run(command, server.address).splitlines()
     assert len(answers) == 3
     assert all(re.search(r"\?  .*\d", answer) for answer in answers)
+
+
+def test_a_grpc_client_of_ones_own(execute):
+    assert "'x-finish-reason'" in execute(section(ROOT / "docs" / "server.md", "Clients"))
+
+
+@pytest.mark.parametrize("example", ["openai_sdk.py", "anthropic_sdk.py", "framework.py"])
+def test_the_examples_over_http(server, example):
+    assert run(f"examples/{example}", server.http) == ANSWER
 
 
 def test_the_agent_example():

@@ -27,12 +27,13 @@ class Constraints:
     """Compiles what requests ask for.
 
     Args:
+        compiler: compiles them.
         tokenizer: of the model.
         call_format: name of the model's call format.
     """
 
-    def __init__(self, tokenizer: Tokenizer, call_format: str):
-        self._compiler = GrammarCompiler(tokenizer)
+    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: str):
+        self._compiler = compiler
         self._call_format = call_format
         self._thinks = THOUGHT.begin in tokenizer.added_tokens()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="astraea-grammar")

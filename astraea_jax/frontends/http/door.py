@@ -17,6 +17,7 @@ from astraea_jax.agents.loop import joined
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
+from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.engine.sampling import Grammar, SamplingParams
@@ -51,6 +52,7 @@ class Door:
         limits: bounds on what waits.
         defaults: sampling parameters that count where a client gives none.
         tools: the server's own; see :mod:`.tool_turns`.
+        grammars: compiles what requests constrain their text by; one of its own by default.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Door:
         limits: Limits | None = None,
         defaults: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] = (),
+        grammars: GrammarCompiler | None = None,
     ):
         limits = limits or Limits()
         config = engine.config
@@ -76,7 +79,8 @@ class Door:
         self._wait_s = limits.wait_s
         self._tools = {tool.name: tool for tool in tools}
         self._format = call_format
-        self._constraints = Constraints(engine.tokenizer, call_format.name)
+        compiler = grammars or GrammarCompiler(engine.tokenizer)
+        self._constraints = Constraints(compiler, engine.tokenizer, call_format.name)
         self._pace = Pace()
         self._busy: set[tuple[str, str]] = set()
         """Owner and name of sessions with a turn in progress."""

@@ -23,6 +23,10 @@ class NotFound(LookupError):
     """There is no such model, response or route; the message names it."""
 
 
+class ThreadsUnserved(RequestError):
+    """A conversation is to be kept by the server; its client must send all of it."""
+
+
 class TooLarge(ValueError):
     """The request is larger than is read at all; the message says how large it may be."""
 
@@ -63,6 +67,7 @@ class Failure:
 
 
 _ANSWERS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int, str, str], ...] = (
+    (ThreadsUnserved, 400, "invalid_request_error", "thread_unsupported_request"),
     ((RequestError, CheckpointError), 400, "invalid_request_error", "invalid_value"),
     (Unauthorized, 401, "authentication_error", "invalid_api_key"),
     (NotFound, 404, "not_found_error", "not_found"),

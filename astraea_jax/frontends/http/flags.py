@@ -12,6 +12,7 @@ from absl import flags
 
 from astraea_jax.agents import formats
 from astraea_jax.agents.tools import Tool
+from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.http.app import make_app
@@ -33,7 +34,7 @@ def http_flags() -> Callable[..., Server]:
     """Define the flags; return a function that makes a server of their values.
 
     The function takes an engine, the name and the folder of its model (None: random weights); and by keyword the keys,
-    what is there for the operator, what encrypts, and the tools that the server calls itself.
+    what is there for the operator, what encrypts, the tools that the server calls itself, and what compiles grammars.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -60,6 +61,7 @@ def http_flags() -> Callable[..., Server]:
         operator: Operator,
         tls: Tls | None,
         tools: Sequence[Tool],
+        grammars: GrammarCompiler,
     ) -> Server:
         chosen = flags.FLAGS
         door = Door(
@@ -69,6 +71,7 @@ def http_flags() -> Callable[..., Server]:
             Limits(wait_s=chosen.max_wait_s),
             sampling_defaults(folder) if folder else None,
             tools,
+            grammars,
         )
         app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator)
         limits = ConnectionLimits(per_address=chosen.max_connections)

@@ -4,8 +4,9 @@ The model answers under its own name and those of ``--served_model_name``, and n
 own is either told the model's (Claude Code reads ``ANTHROPIC_MODEL`` and ``ANTHROPIC_DEFAULT_HAIKU_MODEL``), or the
 server is given the client's (``--served_model_name=claude-sonnet-4-5``).
 
-A conversation that ends with the assistant's own message (prefill) is refused; so are images and Anthropic's own
-tools.
+A conversation that ends with the assistant's own message (prefill) is refused; so are images, Anthropic's own tools,
+and threads, which leave the conversation with the server: the tool runner of Anthropic's SDK asks for one, and goes on
+without it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.http import messages_input as read
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
-from astraea_jax.frontends.http.errors import Failure
+from astraea_jax.frontends.http.errors import Failure, ThreadsUnserved
 from astraea_jax.frontends.http.messages_output import MessageBuilder
 from astraea_jax.frontends.http.messages_schema import CountRequest, MessagesRequest
 from astraea_jax.frontends.http.routes import EventStream, JsonRoute, answer, begun, named
@@ -77,10 +78,15 @@ async def probe() -> Response:
 def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
     """Return a failure in Anthropic's shape."""
     kind = ERROR_TYPES.get(failure.status, "api_error" if failure.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": failure.message}, "request_id": request_id}
+    error: dict[str, Any] = {"type": kind, "message": failure.message}
+    if failure.code == "thread_unsupported_request":  # what clients go by
+        error["details"] = {"error_code": failure.code, "unsupported": ["thread"]}
+    return {"type": "error", "error": error, "request_id": request_id}
 
 
 def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequest:
+    if body.thread is not None:
+        raise ThreadsUnserved("threads are not served: send all messages, without thread")
     session, final = session_of(request)
     params: dict[str, Any] = {"max_tokens": max_tokens}
     if isinstance(body, MessagesRequest):

@@ -1,7 +1,8 @@
 """Requests of Anthropic's Messages API, as far as a server of text models reads them.
 
 Fields and betas that are not named here are accepted and ignored, since clients such as Claude Code send new ones with
-every release (``context_management``, ``betas``, ``service_tier``, ``cache_control`` …).
+every release (``context_management``, ``betas``, ``service_tier``, ``cache_control`` …). ``thread`` is named to be
+refused: the messages beside it are not the whole conversation.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ Content = Annotated[
     BeforeValidator(_as_blocks, str | list[Block]),
 ]
 SystemContent = Annotated[
-    list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True), BeforeValidator(_as_blocks, str | list[TextBlock])
+    list[TextBlock],
+    Field(max_length=MAX_BLOCKS, fail_fast=True),
+    BeforeValidator(_as_blocks, str | list[TextBlock]),
 ]
 
 
@@ -178,6 +181,7 @@ class CountRequest(WireModel):
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    thread: dict[str, Any] | None = None
 
 
 StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]

@@ -113,9 +113,7 @@ def read_constraint(metadata: Metadata) -> Constraint | None:
     keys = {f"{key}{ending}": kind for key, kind in CONSTRAINTS.items() for ending in ("", "-bin")}
     values = _single_values(metadata, keys)
     if len(values) > 1:
-        raise RequestError(
-            f"metadata has {' and '.join(sorted(values))}; a text can be constrained by one of them only"
-        )
+        raise RequestError(f"metadata has {' and '.join(sorted(values))}, of which only one may constrain a text")
     return next((Constraint(keys[key], source) for key, source in values.items()), None)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import openai
 import pytest
-from support.http import serving
+from support.http_server import serving
 from support.sizes import SMALL
 
 from astraea_jax.engine.engine import Engine

@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 import schemathesis
 from support.engines import settled
-from support.http import MODEL
+from support.http_server import MODEL
 
 from astraea_jax.agents import formats
 from astraea_jax.frontends.http.app import make_app

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 from support.engines import break_loop, held, settled, until
-from support.http import MODEL, serving
+from support.http_server import MODEL, serving
 from support.stub import stub_engine
 
 from astraea_jax.errors import StartupError

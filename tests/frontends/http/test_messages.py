@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 from support.engines import settled
-from support.http import MODEL, serving
+from support.http_server import MODEL, serving
 
 from astraea_jax.frontends.http.tenants import Keys
 
@@ -65,6 +65,16 @@ async def test_a_stop_sequence_ends_the_message(client):
     cut = await client.messages.create(**BRIEF, max_tokens=30, extra_body=GREEDY, stop_sequences=[stop])
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", stop)
     assert cut.content[0].text == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_a_thread_is_refused_so_that_the_client_sends_everything(server, path, thread):
+    answer = await server.client.post(path, json={**BRIEF, "max_tokens": 6, "thread": thread})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert "send all messages" in error["message"]
+    assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 async def test_the_models_are_listed(client):

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from support.browser import BROWSER, page_of
 from support.engines import held, settled, until
-from support.http import MODEL, serving
+from support.http_server import MODEL, serving
 from support.stub import stub_engine
 
 from astraea_jax.engine.sampling import SamplingParams

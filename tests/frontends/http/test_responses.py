@@ -6,7 +6,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 from support.engines import settled
-from support.http import MODEL, serving
+from support.http_server import MODEL, serving
 
 from astraea_jax.frontends.http.tenants import Keys
 

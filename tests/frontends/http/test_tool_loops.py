@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
-from support.http import MODEL, serving
+from support.http_server import MODEL, serving
 
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.config import EngineConfig

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 from support.engines import settled
-from support.http import serving
+from support.http_server import serving
 
 from astraea_jax.agents.tools import tool
 from astraea_jax.frontends.http import tool_turns

@@ -2,7 +2,7 @@
 
 import pytest
 from support.engines import settled
-from support.http import MODEL
+from support.http_server import MODEL
 
 from astraea_jax.agents import formats
 from astraea_jax.engine.sampling import SamplingParams

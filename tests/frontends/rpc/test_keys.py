@@ -80,7 +80,10 @@ async def test_a_session_belongs_to_its_key_whatever_the_connection(guarded, eng
     assert await cached("key-of-alice") == 0
     assert await cached("key-of-bob") == 0  # not even the prefix is shared
     assert await cached("key-of-alice") > 0
-    await settled(engine)
+    for key in ("key-of-alice", "key-of-bob"):
+        async with Client(guarded, engine.tokenizer, key=key) as client:
+            client.end_session("s")
+    await settled(engine, programs=True)
 
 
 async def test_two_keys_in_one_call_are_refused(guarded):

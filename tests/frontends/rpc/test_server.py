@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.engines import break_loop, held, posted, settled, until
 from support.sizes import SMALL
-from support.stub import stub_engine
+from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.sampling import SamplingParams
@@ -18,6 +19,7 @@ from astraea_jax.errors import EngineDead, Overloaded
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.frontends.rpc.server import Server
+from astraea_jax.models.tokenizer import Tokenizer as Tokens
 
 SIXTEEN = dataclasses.replace(SMALL, max_queued=8)
 """Eight run, eight wait."""
@@ -311,3 +313,55 @@ async def test_a_tool_with_an_endless_name_is_refused(client, endpoint):
         )
         with pytest.raises(grpc.aio.AioRpcError, match="the tool's name has 300 characters"):
             await call(wire.ToolCalledRequest(session="s", tool="x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "matches"),
+    [
+        ("x-json-schema", '{"enum": ["yes", "no"]}', r'"(yes|no)"'),
+        ("x-regex", "[ab]{3}", "[ab]{3}"),
+        ("x-grammar", 'start: "left" | "right"', "left|right"),
+        ("x-grammar-bin", 'start: "é" "è"'.encode(), "éè"),
+    ],
+)
+async def test_text_is_constrained_as_metadata_says(key, source, matches, decode):
+    samples, trailing = await decode(text_content={"text": "hello"}, max_tokens=30, metadata=((key, source),))
+    assert re.fullmatch(matches, "".join(text for text, _ in samples))
+    assert trailing["x-finish-reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("key", "source"),
+    [("x-json-schema", '{"type": "no such type"}'), ("x-json-schema", "{"), ("x-regex", "(("), ("x-grammar", "start")],
+)
+async def test_what_cannot_constrain_is_a_bad_request(key, source, decode):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await decode(text_content={"text": "hello"}, max_tokens=3, metadata=((key, source),))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_streams_go_on_while_a_text_of_megabytes_is_tokenised(random_folder):
+    """Counted in messages that come meanwhile. The text could fit by its length, and does not by its tokens."""
+    engine, _ = stub_engine(dataclasses.replace(STUB, max_context=44))
+    engine.start()
+    engine.tokenizer = Tokens.from_folder(random_folder)
+    engine.tokenizer.longest_token = None  # as with a tokenizer that may drop text
+    server = Server(engine)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+        method = channel.unary_stream(f"/{wire.ORCHESTRATOR}/Decode")
+        long = wire.DecodeRequest(max_tokens=1, text_content={"text": "a b " * 1_000_000}).SerializeToString()
+        short = wire.DecodeRequest(max_tokens=1, token_content={"token_ids": [1]}).SerializeToString()
+        refused = asyncio.ensure_future(_all(method(long)))
+        answers = 0
+        while not refused.done():
+            await _all(method(short))
+            answers += 1
+        with pytest.raises(grpc.aio.AioRpcError, match="leave no room in the context of 44"):
+            await refused
+        assert answers > 20
+    await server.stop(0)
+    engine.shutdown(0)
+
+
+async def _all(call) -> list[bytes]:
+    return [response async for response in call]
