@@ -291,6 +291,7 @@ def main(arguments: list[str]) -> None:
             if FLAGS.process > 0:
                 follow(display)
                 return
+            door_keys(), door_tls()  # what is wrong with these files shows before the weights are read
             engine = loaded_engine(display)
             if cut := asyncio.run(serve(engine, display, began)):
                 say(f"requests cut off: {cut}")
