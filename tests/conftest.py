@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.engines import sessions_before
 from support.sizes import SMALL
 from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -98,7 +99,9 @@ def make_engine(random_folder: Path) -> Iterator[Callable[..., Engine]]:
 
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
-    return make_engine()
+    engine = make_engine()
+    sessions_before[engine] = engine.stats().programs
+    return engine
 
 
 @pytest.fixture(scope="session")
