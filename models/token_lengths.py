@@ -1,4 +1,4 @@
-"""How much text one token can stand for, so that a text which cannot fit is refused before it is tokenised."""
+"""A bound on the text of one token, so that a text which cannot fit is refused before it is tokenised."""
 
 from __future__ import annotations
 

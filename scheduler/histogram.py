@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class Histogram:
-    """How often a quantity was at most as large as each of some bounds. One thread adds, any thread reads.
+    """Counts of a quantity's values up to each of some bounds. One thread adds, any thread reads.
 
     Args:
         bounds: upper bounds of the buckets, rising; what lies beyond the last has a bucket of its own.

@@ -29,7 +29,7 @@ WAIT_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 30
 
 
 class ToolWaits:
-    """How long programs have waited for their tools, and how well that was predicted."""
+    """Times that programs have waited for their tools, and errors of their predictions."""
 
     def __init__(self) -> None:
         self.seconds = Histogram(WAIT_S)

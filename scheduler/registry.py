@@ -44,7 +44,7 @@ class IdlePrograms:
         return next(iter(self._all))
 
     def latest(self, owner: Hashable | None) -> Iterator[Program]:
-        """Those of an owner, or (None) all of them; the one whose wait began last is the first."""
+        """List the programs of an owner, or (None) all of them; the one whose wait began last is the first."""
         return reversed(self._all if owner is None else self._of.get(owner, OrderedDict()))
 
     def of_largest_owner(self) -> Program:

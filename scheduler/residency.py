@@ -183,7 +183,7 @@ class Residency:
         return pages + new
 
     def _source(self, offer: Offer) -> str:
-        """Where the tokens come from that a request shares with its program's last one, the slowest source of them."""
+        """Return the slowest source of the tokens that a request shares with its program's last one."""
         if offer.tokens < offer.request.matched - self._size:  # a last page that was not full, or is shared, is cheap
             return RECOMPUTED
         return FROM_HOST if offer.parts else FROM_DEVICE

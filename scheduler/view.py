@@ -10,7 +10,7 @@ from .program import Program, Request
 
 @dataclass(frozen=True)
 class ProgramView:
-    """What a status page shows of a program. Times are seconds before the moment of the picture."""
+    """A program as a status page shows it. Times are seconds before the moment of the picture."""
 
     number: int
     key: Hashable | None

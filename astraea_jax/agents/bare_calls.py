@@ -12,7 +12,7 @@ BEGINNINGS = {
     "json": regex.compile(rf"""\s*+(?:```\w{{0,16}}\s*+)?\[?\s*+\{{\s*+(?:"(?:{_KEY})"|'(?:{_KEY})')\s*+:"""),
     "python-call-list": regex.compile(r"\s*+\[\s*+[A-Za-z_][\w.-]{0,127}\s{0,4}\("),
 }
-"""How a text begins that may be calls, by content parser; other texts need not be held back."""
+"""Beginning of a text that may be calls, by content parser; other texts need not be held back."""
 
 
 class BareCalls:

@@ -44,7 +44,7 @@ class Tools:
 
     @classmethod
     def of(cls, schemas: Sequence[Mapping[str, Any]]) -> Tools:
-        """Those of OpenAI-shaped function schemas; what is not such a schema is left out."""
+        """Collect the tools of OpenAI-shaped function schemas; anything else is left out."""
         properties: dict[str, Mapping[str, Any]] = {}
         for schema in schemas:
             function = schema.get("function", schema)

@@ -79,7 +79,7 @@ class CallBody:
         self._window = ""
         self._error: str | None = None
         self._extent = 0
-        """Where the region ends if nothing in it can be read."""
+        """End of the region if nothing in it can be read."""
 
     def feed(self, text: str, last: bool = False) -> Ended | None:
         """Take the next text of the turn; returns what is known once the region is over."""

@@ -26,7 +26,7 @@ CALL_TYPES = ("function", "function_call", "tool_call", "tool_use")
 EXPECTED = 'expected {"name": "<tool>", "arguments": {…}}'
 
 SEPARATOR = re.compile(r"[\s;,]++|<tool_call>|<\|python_tag\|>|\[TOOL_CALLS\]")
-"""What may stand between calls; models also forget a closing tag."""
+"""Separators of calls; models also forget a closing tag."""
 UNREADABLE_BARE = re.compile(
     rf"""[\[{{\s]*+(["'])(?:{"|".join(NAME_KEYS)})\1\s*+:\s*+(["'])(?P<name>[\w-]++)\2.*?["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:""",
     re.DOTALL,

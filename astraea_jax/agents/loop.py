@@ -95,10 +95,8 @@ async def run_program(
         max_steps: bound on requests; calls made in the last one are not run.
         session: names the program; a fresh name by default. The session is ended here, whatever happens.
         template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
-        call_format: how the model writes tool calls, one of :data:`astraea_jax.agents.formats.NAMES`; by default what
-            its tokenizer or its chat template shows.
-        return_error: put an error that ends the program into its result, beside the conversation up to there, instead
-            of raising it.
+        call_format: how the model writes tool calls, of :data:`.formats.NAMES`; by default as its template shows.
+        return_error: put an error that ends the program into its result, beside the conversation; do not raise it.
 
     Raises:
         TypeError, ValueError: the arguments cannot be used, or the chat template refuses them.
@@ -108,8 +106,7 @@ async def run_program(
     session = uuid.uuid4().hex if session is None else session
     conversation: list[Message] = []
     schemas = [tool.schema() for tool in tools]
-    known = Tools.of(schemas)
-    format = formats.choose(model.tokenizer, call_format)
+    known, format = Tools.of(schemas), formats.choose(model.tokenizer, call_format)
     records: list[RequestRecord] = []
     try:
         conversation += normalise_messages(messages)
@@ -118,14 +115,13 @@ async def run_program(
             final = len(records) + 1 == max_steps
             text, record = await _request(model, prompt, params, session, final)
             turn = read_turn(text, sum(len(one.tools) for one in records), known, format)
-            calls = turn.calls
             conversation.append(turn.message())
             cut = record.finish_reason == "cancelled"
-            if final or cut or not calls:
+            if final or cut or not turn.calls:
                 records.append(record)
-                reason = "max_steps" if calls and not cut else record.finish_reason
+                reason = "max_steps" if turn.calls and not cut else record.finish_reason
                 return ProgramResult(session, turn.content, conversation, reason, tuple(records))
-            done = await _run_tools(model, session, calls, by_name)
+            done = await _run_tools(model, session, turn.calls, by_name)
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))
     except Exception as error:

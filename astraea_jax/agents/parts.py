@@ -1,4 +1,4 @@
-"""What a model's turn consists of, as it streams and as a whole."""
+"""The parts of a model's turn, as it streams, and the whole turn."""
 
 from __future__ import annotations
 

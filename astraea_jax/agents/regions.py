@@ -43,7 +43,7 @@ class Inside(Piece):
 
 
 class Splitting:
-    """What splits turns: a template of transformers whose regions are all plain text, so that splitting cannot fail.
+    """A template of transformers that splits turns; its regions are all plain text, so that splitting cannot fail.
 
     Args:
         fields: of the template; their contents are not looked at.

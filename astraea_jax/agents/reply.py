@@ -103,7 +103,7 @@ class ReplyReader:
 
     @property
     def reply(self) -> Reply:
-        """What has been read so far: the whole turn, once it is finished."""
+        """The turn as read so far: all of it, once it is finished."""
         errors = [call.error for call in self.outcomes if call.error is not None]
         return Reply(self._thought.shown, self._said.shown, list(self._calls), errors)
 

@@ -1,4 +1,4 @@
-"""What passes between the serving loop and the runner: steps under way, and the calls that the loop makes."""
+"""The seam between the serving loop and the runner: steps under way, and the calls that the loop makes."""
 
 from __future__ import annotations
 

@@ -295,12 +295,12 @@ class Engine:
 
     @property
     def work(self) -> Work:
-        """What passed through the loop, by step and token."""
+        """Counts of the loop's work, by step and token."""
         return self._loop.work
 
     @property
     def tool_waits(self) -> ToolWaits:
-        """How long programs have waited for tools, and how well that was predicted."""
+        """Times that programs have waited for tools, and errors of their predictions."""
         return self._predictor.waits
 
     @property

@@ -1,4 +1,4 @@
-"""What a request needs beyond plain sampling: adjustments of its logits, a grammar, log-probabilities.
+"""The needs of requests beyond plain sampling: adjustments of logits, grammars, log-probabilities.
 
 A :class:`Tracker` follows the tokens of one request on the host; :class:`Extras` is what the trackers of a step's rows
 have for the device.
@@ -190,7 +190,7 @@ class Collector:
 
 
 def token_logprob(reported: np.ndarray, token: int, top: int) -> TokenLogprob:
-    """What a request hears of its ``token``, with ``top`` others, from its row of :func:`~.resampling.logprobs`."""
+    """Read the log-probabilities of a ``token`` and ``top`` others from a row of :func:`~.resampling.logprobs`."""
     ids = reported[1 + len(reported) // 2 :]
     values = reported[: 1 + len(ids)].view(np.float32).tolist()
     return TokenLogprob(token, values[0], tuple(zip(ids[:top].tolist(), values[1:], strict=False)))

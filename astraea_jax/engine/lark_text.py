@@ -16,7 +16,7 @@ TEXT = "TEXT: /(?s:.*)/\n"
 
 @dataclass(frozen=True)
 class Thought:
-    """What a turn may hold before the constrained part: a thought, whose text is free."""
+    """A thought that a turn may hold before its constrained part; its text is free."""
 
     begin: str = "<think>"
     end: str = "</think>"

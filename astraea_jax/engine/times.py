@@ -1,4 +1,4 @@
-"""What a serving loop has done so far, and how long it took: numbers that the loop adds up and anybody reads."""
+"""The work of a serving loop and its times: numbers that the loop adds up and anybody reads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StepTimes:
 
 @dataclass
 class Work:
-    """What passed through a loop, for metrics: a few additions per step, however many rows it has."""
+    """Counts of a loop's work, for metrics: a few additions per step, however many rows it has."""
 
     prompt_tokens: int = 0
     """Of the requests that have got a slot."""

@@ -1,4 +1,4 @@
-"""What the process logs: text or JSON, requests by their ids, and never a prompt or an answer."""
+"""Logs of the process: text or JSON, requests by their ids, and never a prompt or an answer."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _figures(usage: Usage) -> Iterator[tuple[str, float]]:
 
 
 class Metrics:
-    """What Prometheus is told about an engine.
+    """The metrics of an engine for Prometheus.
 
     Args:
         engine: its replicas are watched from now on.

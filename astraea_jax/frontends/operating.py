@@ -1,4 +1,4 @@
-"""What an operator looks at and does: metrics, the status page, profiles; and the flags for them."""
+"""The operator's means: metrics, the status page, profiles; and the flags for them."""
 
 from __future__ import annotations
 

@@ -229,6 +229,8 @@ def make_doors(engine: Serving, tools: Sequence[Tool]) -> dict[str, Server | Htt
         doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls, grammars=grammars)
     if not doors:
         raise StartupError("--nogrpc and --nohttp leave no door to serve through")
+    if tools and not FLAGS.http:
+        raise StartupError("--mcp and --tools are called for clients of HTTP only; leave out --nohttp")
     if line := warning(FLAGS.host, keys):
         say(line)
     return doors

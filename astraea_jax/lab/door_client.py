@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Played:
-    """What became of a load."""
+    """The outcome of a load."""
 
     seconds: float
     """From the first arrival to the last message."""

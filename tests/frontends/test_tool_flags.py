@@ -34,6 +34,7 @@ def test_a_server_whose_tools_cannot_be_had_does_not_start(serve_fails):
     assert "cannot serve: MCP server 'no-such-command' cannot be used" in serve_fails("--mcp=no-such-command")
     assert "has no tools ['prize']" in serve_fails(f"--mcp={SHOP}", "--mcp_allow=prize")
     assert "cannot serve: --tools=no_such_module cannot be loaded" in serve_fails("--tools=no_such_module")
+    assert "for clients of HTTP only" in serve_fails("--nohttp", f"--mcp={SHOP}")
 
 
 def test_the_tools_of_a_file(tmp_path):

@@ -40,7 +40,7 @@ SIGNS = (
     ("<function_calls>", "pythonic"),
     ("<|start_header_id|>", "llama3_json"),
 )
-"""What stands in a model's chat template -> its format; the first that does."""
+"""Text in a model's chat template -> its format; the first one found counts."""
 
 DRAFT_TAGS = {
     "<think>": "</think>",
@@ -83,7 +83,7 @@ class CallFormat:
     thoughts_apart: bool = False
 
     def begun(self, prompt: str) -> str:
-        """What the prompt has already written of the turn, such as ``<think>``."""
+        """Return the part of the turn that the prompt has already written, such as ``<think>``."""
         tail = prompt[-PROMPT_END:]
         if anchors := list(self.anchor.finditer(tail)):
             return tail[anchors[-1].end() :]
@@ -93,7 +93,7 @@ class CallFormat:
 
 
 def kind(field: str) -> Kind:
-    """What a field is."""
+    """Return the kind of a field."""
     stem = field.partition(".")[0]
     if stem in ("reasoning_content", "reasoning"):
         return "thinking"
@@ -155,7 +155,7 @@ def _format(name: str, data: Mapping[str, Any]) -> CallFormat:
 
 
 def _splitting(fields: Mapping[str, Mapping[str, Any]]) -> Splitting:
-    """What closes a call does not split, since it may stand in a string."""
+    """Make the template that splits turns; closing tags of calls do not split, since they may stand in strings."""
     return Splitting(
         {
             name: {key: value for key, value in form.items() if kind(name) != "tool_calls" or key.startswith("open")}

@@ -1,4 +1,4 @@
-"""What routes read of a call beside its body: who calls, on whose behalf, and in which session."""
+"""Reads of a call beside its body: the caller, the tenant, and the session."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class _Chunks:
 
 
 def _delta(output: TurnDelta) -> dict[str, Any]:
-    """What a chunk says; calls that it continues, each in one entry."""
+    """Make the delta of a chunk; each call that it continues has one entry."""
     delta: dict[str, Any] = {}
     calls: dict[int, dict[str, Any]] = {}
     for part in output.parts:

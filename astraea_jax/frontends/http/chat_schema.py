@@ -53,7 +53,7 @@ class Message(Model):
     reasoning_content: Text | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """Return it in the shape that chat templates expect."""
         message = self.model_dump(exclude_none=True)
         if self.role == "developer":
             message["role"] = "system"  # few templates know the newer name
@@ -71,7 +71,7 @@ class Function(Model):
     strict: bool | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """Return it in the shape that chat templates expect."""
         parameters = {"type": "object", "properties": {}, **(self.parameters or {})}
         strict = {"strict": True} if self.strict else {}
         return {"name": self.name, "description": self.description or "", "parameters": parameters, **strict}
@@ -111,7 +111,7 @@ class ResponseFormat(Model):
     json_schema: JsonSchema | None = None
 
     def constraint(self) -> dict[str, Any] | None:
-        """As :class:`.turns.Request` has it.
+        """Return the constraint of :class:`.turns.Request`.
 
         Raises:
             RequestError: the schema is missing.
@@ -142,7 +142,7 @@ class ChatCompletionRequest(SamplingFields):
     modalities: Annotated[list[Name], Field(max_length=8, fail_fast=True)] | None = None
 
     def constraint(self) -> dict[str, Any] | None:
-        """As :class:`.turns.Request` has it.
+        """Return the constraint of :class:`.turns.Request`.
 
         Raises:
             RequestError: it is given twice.
@@ -154,7 +154,7 @@ class ChatCompletionRequest(SamplingFields):
         return given[0] if given else None
 
     def choice(self) -> str:
-        """As ``tool_choice`` of :class:`.turns.ChatRequest`.
+        """Return the ``tool_choice`` of :class:`.turns.ChatRequest`.
 
         Raises:
             RequestError: a tool with one of the words for a name is chosen.

@@ -41,7 +41,7 @@ class SessionEnded(RuntimeError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a client is told. Every API puts it into its own shape."""
+    """An answer to a client whose request has failed. Every API puts it into its own shape."""
 
     status: int
     """HTTP status."""

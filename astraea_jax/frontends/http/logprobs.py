@@ -13,7 +13,7 @@ LOWEST = -9999.0
 
 
 def chat_logprobs(tokenizer: Tokenizer, found: Iterable[TokenLogprob]) -> dict[str, Any]:
-    """As chat completions have them."""
+    """Write log-probabilities in the shape of chat completions."""
     return {"content": [_entry(tokenizer, one) for one in found], "refusal": None}
 
 
@@ -33,7 +33,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def text_logprobs(tokenizer: Tokenizer, found: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
-    """As completions have them; ``offset`` is where their text begins."""
+    """Write log-probabilities in the shape of completions, whose text begins at ``offset``."""
     found = [*found]
     texts = [token_text(tokenizer, one.token_id) for one in found]
     offsets = []

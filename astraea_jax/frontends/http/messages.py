@@ -112,7 +112,7 @@ def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequ
 
 
 def _end_of(turn: Turn) -> tuple[str, str | None, Usage]:
-    """How a turn has ended, as builders take it."""
+    """Return how a turn has ended, in the form that builders take."""
     assert turn.finish_reason is not None  # its last delta is out
     assert turn.usage is not None
     return turn.finish_reason, turn.stop_sequence, turn.usage

@@ -140,5 +140,5 @@ def _stop_reason(reason: str, stop_sequence: str | None) -> str:
 
 
 def _signature(thought: str) -> str:
-    """What clients keep with a thought and send back. Nothing is proven by it."""
+    """Make the signature that clients keep with a thought and send back. It proves nothing."""
     return hashlib.sha256(thought.encode("utf-8", "surrogatepass")).hexdigest()

@@ -73,7 +73,7 @@ ResultContent = Annotated[
 
 
 class ToolResultBlock(WireModel):
-    """What a call has given."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: str = Field(min_length=1, max_length=MAX_NAME)
@@ -159,7 +159,7 @@ class OutputFormat(WireModel):
 
 
 class OutputConfig(WireModel):
-    """How much to think, and the form of the reply."""
+    """The effort of thinking, and the form of the reply."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None

@@ -116,7 +116,7 @@ def _store_of(request: Request) -> ResponseStore:
 
 
 def _asked(body: ResponsesRequest, request: Request) -> tuple[_Asked, bool]:
-    """What is asked, and whether its program ends with it."""
+    """Return the chat that a body asks for, and whether its program ends with it."""
     id, tenant, store = f"resp_{secrets.token_hex(24)}", tenant_of(request), _store_of(request)
     before = store.get(tenant.owner, body.previous_response_id) if body.previous_response_id else None
     told = before.messages if before else ()
@@ -140,7 +140,7 @@ def _sampling(body: ResponsesRequest) -> dict[str, Any]:
 
 
 def _response(asked: _Asked, model: str, params: SamplingParams) -> dict[str, Any]:
-    """What is known of a response before it begins."""
+    """Make the fields of a response that are known before it begins."""
     body = asked.body
     return {
         "id": asked.id,

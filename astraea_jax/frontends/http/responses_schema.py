@@ -28,7 +28,7 @@ class TextPart(WireModel):
 
 
 class RefusalPart(WireModel):
-    """What a model has said instead of an answer."""
+    """A model's refusal to answer."""
 
     type: Literal["refusal"]
     refusal: str
@@ -46,7 +46,7 @@ Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), Befor
 
 
 class MessageItem(WireModel):
-    """What somebody has said."""
+    """A message of one party."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -71,7 +71,7 @@ class CallItem(WireModel):
 
 
 class CallOutputItem(WireModel):
-    """What a call has given."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: Name
@@ -165,7 +165,7 @@ class TextConfig(WireModel):
 
 
 class Reasoning(WireModel):
-    """How much the model thinks. A summary is accepted, but thoughts come as they are."""
+    """The effort of thinking. A summary is accepted, but thoughts come as they are."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 

@@ -1,4 +1,4 @@
-"""What routes have in common: bodies read as JSON within bounds, and answers as streams of events."""
+"""The common part of routes: bodies read as JSON within bounds, and answers as streams of events."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class StreamOptions(Model):
 
 
 class StructuredOutputs(Model):
-    """What the text must look like, as vLLM has it; one of these."""
+    """The form that the text must have, in vLLM's shape; one of these."""
 
     json_: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
@@ -58,7 +58,7 @@ class StructuredOutputs(Model):
     json_object: bool | None = None
 
     def constraint(self) -> dict[str, Any] | None:
-        """As :class:`.turns.Request` has it.
+        """Return the constraint of :class:`.turns.Request`.
 
         Raises:
             RequestError: there are several.

@@ -1,4 +1,4 @@
-"""Who calls: API keys, and the tenant that each of them stands for. Both front doors use it.
+"""API keys, and the tenant that each of them stands for. Both front doors use them.
 
 A *tenant* owns sessions and a share of the queue, and shares cached prompts with nobody who has another salt. With
 keys, a tenant is a key, whatever connection or salt it comes with. Without keys everybody may call; a tenant is then

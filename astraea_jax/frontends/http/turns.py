@@ -32,7 +32,7 @@ def call_id() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What chats and completions have in common."""
+    """The common fields of chats and completions."""
 
     tenant: Tenant
     params: SamplingParams = UNBOUNDED

@@ -47,7 +47,7 @@ FINISH = "x-finish-reason"
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the text of a request must look like, not compiled yet."""
+    """A form that the text of a request must have, not compiled yet."""
 
     kind: str
     """``"json-schema"``, ``"regex"`` or ``"lark"``."""
@@ -105,7 +105,7 @@ def write_sampling(params: SamplingParams) -> list[tuple[str, str | bytes]]:
 
 
 def read_constraint(metadata: Metadata) -> Constraint | None:
-    """What the text of a request must look like, if it says so.
+    """Read the form that the text of a request must have, if it asks for one.
 
     Raises:
         RequestError: there are two constraints, or one that is no text.
