@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.engines import sessions_before
+from support.engines import end_all_sessions
 from support.sizes import SMALL
 from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -100,7 +100,7 @@ def make_engine(random_folder: Path) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     engine = make_engine()
-    sessions_before[engine] = engine.stats().programs
+    end_all_sessions(engine)
     return engine
 
 

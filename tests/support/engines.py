@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.interface import Serving
@@ -85,14 +84,18 @@ def break_loop(engine: Engine, error: BaseException) -> None:
     engine.tool_called("nobody", "nothing")  # so that an idle loop plans
 
 
-sessions_before: WeakKeyDictionary[Serving, int] = WeakKeyDictionary()
-"""Programs that earlier tests have left in an engine which several tests use."""
+def end_all_sessions(engine: Engine) -> None:
+    """End the sessions that earlier tests have left in an engine which several tests use."""
+    limit = time.monotonic() + WAIT_S
+    while left := engine.look(1_000).result(WAIT_S):
+        assert time.monotonic() < limit, f"requests of another test never end: {left}"
+        for owner, session in [program.key for program in left if program.key is not None]:
+            engine.end_session(session, owner=owner)
 
 
 async def settled(engine: Serving, *, programs: bool = False) -> None:
-    """Wait until no request is left and nothing moves, with ``programs`` none of this test; check all accounts."""
-    before = sessions_before.get(engine, 0)
-    await until(lambda: not (engine.in_progress or (programs and engine.stats().programs > before) or _moving(engine)))
+    """Wait until no request is left and nothing moves, with ``programs`` no program either; check all accounts."""
+    await until(lambda: not (engine.in_progress or (programs and engine.stats().programs) or _moving(engine)))
     for replica in engine.replicas:
         for _ in range(2):
             await asyncio.to_thread(replica.check)
