@@ -89,8 +89,10 @@ def end_all_sessions(engine: Engine) -> None:
     limit = time.monotonic() + WAIT_S
     while left := engine.look(1_000).result(WAIT_S):
         assert time.monotonic() < limit, f"requests of another test never end: {left}"
-        for owner, session in [program.key for program in left if program.key is not None]:
-            engine.end_session(session, owner=owner)
+        for program in left:
+            if isinstance(program.key, tuple):
+                owner, session = program.key
+                engine.end_session(session, owner=owner)
 
 
 async def settled(engine: Serving, *, programs: bool = False) -> None:
