@@ -64,12 +64,13 @@ class CallBody:
     Args:
         form: the region's field.
         read: reads the calls of a body, or raises ValueError or RecursionError.
+        see: called with the text of the body piece by piece; closing tags are among it if they do not end it.
     """
 
-    def __init__(self, form: ResponseTemplateField, read: Callable[[str], list[ToolCall]]):
+    def __init__(self, form: ResponseTemplateField, read: Callable[[str], list[ToolCall]], see: Callable[[str], None]):
         self._close = form.close_re
         self._needs_close = form.content == "xml-inline"  # else a call that was cut could pass for a whole one
-        self._read = read
+        self._read, self._see = read, see
         self._open_quotings = [Quoting(quotes) for quotes in _quotings(form)]
         self._before: list[str] = []
         """The region up to where its closing tag is looked for."""
@@ -99,6 +100,7 @@ class CallBody:
         return None
 
     def _shift(self, count: int) -> None:
+        self._see(self._window[:count])
         self._before.append(self._window[:count])
         self._length += len(self._before[-1])
         self._window = self._window[count:]

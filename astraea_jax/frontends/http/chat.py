@@ -2,6 +2,10 @@
 
 Reasoning travels as ``reasoning`` and as ``reasoning_content``, in and out. A message of the assistant's at the end is
 refused. ``chat_template_kwargs`` may hold what :data:`.chat_schema.TEMPLATE_ARGUMENTS` names.
+
+A stream has a call's name as soon as it is known, and its arguments as the model writes them. They are whole JSON as
+soon as the call is complete, and not before, so a client may run the tool then. What turns out to be no call, or is cut
+off by ``max_tokens``, never is, and its text follows as content.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatR
         tool_choice=body.choice(),
         parallel_calls=body.parallel_tool_calls is not False,
         template_arguments=body.template_arguments(),
+        early_calls=bool(body.stream),
     )
 
 

@@ -251,7 +251,7 @@ class Door:
     def _reader(self, request: ChatRequest | TextRequest, tail: str) -> Reader:
         if not isinstance(request, ChatRequest):
             return PlainReader()
-        return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids)
+        return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids, early=request.early_calls)
 
     def _ended(self, turn: ModelTurn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:
         if key is None:

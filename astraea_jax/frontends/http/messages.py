@@ -112,6 +112,7 @@ def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequ
         template_arguments=read.template_arguments(body),
         session=session,
         final=final,
+        early_calls=isinstance(body, MessagesRequest) and body.stream,
         call_ids=lambda: f"toolu_{secrets.token_hex(12)}",
     )
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Said, Thought
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.engine.generation import Usage
 from astraea_jax.frontends.http.blank import Blank
 
@@ -91,6 +91,8 @@ class MessageBuilder:
                 return self._grow({"type": "input_json_delta", "partial_json": text})
             case CallEnded(call=call):
                 self.content[-1]["input"] = call.arguments
+                return self._close()
+            case CallDropped():
                 return self._close()
 
     def _write(self, kind: str, empty: dict[str, str], text: str) -> list[Event]:

@@ -83,6 +83,7 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
         params=SamplingParams(**{"temperature": 1.0, **door.defaults, **_sampling(body)}),
         constraint=read.constraint(body),
         template_arguments=read.template_arguments(body),
+        early_calls=body.stream,
         session=asked.session,
         final=final,
     )

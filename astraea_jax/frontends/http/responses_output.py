@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Said, Thought
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.engine.generation import Usage
 from astraea_jax.frontends.http.blank import Blank
 
@@ -103,6 +103,8 @@ class ResponseBuilder:
                 return [self._of_item("response.function_call_arguments.delta", delta=text)]
             case CallEnded():
                 return self._close("completed")
+            case CallDropped():
+                return self._close("incomplete")
 
     def _write(self, kind: str, empty: dict[str, Any], text: str) -> list[Event]:
         """Add to an item of text or thought; white space alone does not begin one."""
@@ -179,7 +181,7 @@ def reply_messages(output: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 turn["content"] += item["content"][0]["text"]
             case "reasoning":
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + item["content"][0]["text"]
-            case "function_call":
+            case "function_call" if item["status"] == "completed":
                 function = {"name": item["name"], "arguments": json.loads(item["arguments"])}
                 call = {"id": item["call_id"], "type": "function", "function": function}
                 turn.setdefault("tool_calls", []).append(call)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Reply, Said
+from astraea_jax.agents.parts import CallEnded, CallPart, Part, Reply, Said
 from astraea_jax.engine.generation import Delta, Generation, TokenLogprob, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import Overloaded
@@ -62,6 +62,8 @@ class ChatRequest(Request):
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     call_ids: Callable[[], str] = call_id
     """Makes the ids of tool calls."""
+    early_calls: bool = True
+    """Whether calls are told while they are written, and dropped if they turn out unreadable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,8 @@ class ModelTurn:
         self._wait_s = wait_s
         self._on_begin, self._on_end = on_begin, on_end
         self._begun = self._over = False
+        self._called: int | None = None
+        """Index of the first call that is complete, if no other one counts."""
         self.finish_reason: str | None = None
         self.stop_sequence: str | None = None
 
@@ -198,8 +202,16 @@ class ModelTurn:
             self.stop_sequence = delta.stop
             self._end()
         if not self._parallel_calls:
-            parts = [part for part in parts if not (isinstance(part, CallPart) and part.index)]
+            parts = list(self._first_call(parts))
         return TurnDelta(parts, delta.logprobs, delta.token_ids)
+
+    def _first_call(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """The parts without calls after the first that is complete."""
+        for part in parts:
+            if self._called is None or not isinstance(part, CallPart):
+                yield part
+            if self._called is None and isinstance(part, CallEnded):
+                self._called = part.index
 
     def cancel(self) -> None:
         self._generation.cancel()
@@ -227,9 +239,6 @@ class ModelTurn:
 
     def __del__(self) -> None:
         self.cancel()
-
-
-CallPart = CallBegan | CallArguments | CallEnded
 
 
 async def merged(turns: Sequence[Turn]) -> AsyncIterator[tuple[int, TurnDelta]]:
