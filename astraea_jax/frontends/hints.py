@@ -75,7 +75,7 @@ class Hints:
         return max(known) if len(known) == len(tools) else self.expected_s
 
 
-NONE = Hints()
+NO_HINTS = Hints()
 
 
 def read_hints(body: HintFields, ttls: Iterable[str] = ()) -> Hints:

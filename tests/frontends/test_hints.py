@@ -14,7 +14,7 @@ from astraea_jax.frontends.hints import (
     LONGEST_EXPECTED_S,
     LONGEST_KEEP_S,
     LOWEST_PRIORITY,
-    NONE,
+    NO_HINTS,
     Outcome,
     read_hints,
 )
@@ -37,9 +37,9 @@ def outcomes(read):
 
 
 def test_no_hints_are_no_hints():
-    assert hints() == NONE
-    assert NONE.expected_of([]) is None
-    assert NONE.expected_of(["search"]) is None
+    assert hints() == NO_HINTS
+    assert NO_HINTS.expected_of([]) is None
+    assert NO_HINTS.expected_of(["search"]) is None
 
 
 def test_an_announced_wait_counts_for_tools_only():

@@ -1,17 +1,32 @@
-"""Reads of a call beside its body: the caller, the tenant, and the session."""
+"""Reads of a call what all APIs share: the caller, the tenant, and the program that it belongs to."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypedDict
 
 from fastapi import Request
 
 from astraea_jax.errors import RequestError, Unauthorized
+from astraea_jax.frontends.hints import Hints, read_hints
+from astraea_jax.frontends.http.agent_fields import AgentFields
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.tenants import Tenant, presented_key
+from astraea_jax.frontends.identity import identify
 
-SESSION_HEADERS = ("x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "thread-id", "session-id")
-"""Headers by which clients already name a session; the first that is there and not empty counts."""
-FINAL_HEADERS = ("x-session-final", "x-dynamo-session-final")
 SALT_HEADER = "x-cache-salt"
+REPORT_HEADER = "x-astraea-report"
+"""``true`` asks for an account of what was reused, in the usage of the answer."""
+
+
+class ProgramFields(TypedDict):
+    """Fields of :class:`.turns.Request` that say which program a request belongs to, and what is known of it."""
+
+    session: str | None
+    parent: str | None
+    final: bool
+    hints: Hints
+    report: bool
 
 
 def door_of(request: Request) -> Door:
@@ -49,18 +64,34 @@ def administrator(request: Request) -> Tenant:
     return tenant
 
 
-def session_of(request: Request, session: str | None = None) -> tuple[str | None, bool]:
-    """Return the name of a call's session, and whether its program ends with it.
+def program_of(
+    request: Request, body: AgentFields, *, user_id: str | None = None, ttls: Iterable[str] = ()
+) -> ProgramFields:
+    """Return what a call says about its program.
 
     Args:
         request: the call.
-        session: the name in its body, which counts more than a header's.
+        body: its body.
+        user_id: Anthropic's ``metadata.user_id``.
+        ttls: lifetimes at parts of the prompt, in Anthropic's API.
 
     Raises:
         RequestError: a header is not what it may be.
     """
-    named = session or next((value for name in SESSION_HEADERS if (value := request.headers.get(name))), None)
-    final = next((value for name in FINAL_HEADERS if (value := request.headers.get(name))), "false").lower()
-    if final not in ("true", "false"):
-        raise RequestError(f"header {FINAL_HEADERS[0]} is {final[:60]!r}; it must be true or false")
-    return named, final == "true"
+    identity = identify(
+        request.headers,
+        session_id=body.session_id,
+        parent_session_id=body.parent_session_id,
+        prompt_cache_key=body.prompt_cache_key,
+        user_id=user_id,
+    )
+    asked = request.headers.get(REPORT_HEADER, "false").lower()
+    if asked not in ("true", "false", "1", "0"):
+        raise RequestError(f"header {REPORT_HEADER} is {asked[:60]!r}; it must be true or false")
+    return ProgramFields(
+        session=identity.session,
+        parent=identity.parent,
+        final=identity.final,
+        hints=read_hints(body, ttls),
+        report=body.astraea_report or asked in ("true", "1"),
+    )

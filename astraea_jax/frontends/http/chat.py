@@ -21,7 +21,7 @@ from fastapi import APIRouter, Request, Response
 from astraea_jax.agents.reply import CallArguments, CallBegan, Said, Thought
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import TokenLogprob
-from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
+from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import chat_logprobs
@@ -51,7 +51,6 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
 
 def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
     body.refuse_unserved()
-    session, final = session_of(request, body.session_id)
     return ChatRequest(
         tenant=tenant_of(request, body.cache_salt),
         params=body.sampling(
@@ -61,13 +60,12 @@ def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatR
         ),
         n=body.n or 1,
         constraint=body.constraint(),
-        session=session,
-        final=final,
         messages=[message.plain() for message in body.messages],
         tools=[{"type": "function", "function": tool.function.plain()} for tool in body.tools or ()],
         tool_choice=body.choice(),
         parallel_calls=body.parallel_tool_calls is not False,
         template_arguments=body.template_arguments(),
+        **program_of(request, body),
         early_calls=bool(body.stream),
     )
 

@@ -14,7 +14,7 @@ from astraea_jax.agents.reply import Said
 from astraea_jax.engine.generation import TokenLogprob
 from astraea_jax.engine.sampling import MAX_LOGPROBS
 from astraea_jax.errors import RequestError
-from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
+from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import text_logprobs
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
@@ -87,7 +87,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 
 def _requests(request: Request, body: CompletionRequest, door: Door) -> list[TextRequest]:
-    session, final = session_of(request, body.session_id)
+    program = program_of(request, body)
     params = body.sampling(door.defaults, body.max_tokens or DEFAULT_TOKENS, body.logprobs)
     constraint = None if body.structured_outputs is None else body.structured_outputs.constraint()
     tenant = tenant_of(request, body.cache_salt)
@@ -97,9 +97,8 @@ def _requests(request: Request, body: CompletionRequest, door: Door) -> list[Tex
             params=params,
             n=body.n or 1,
             constraint=constraint,
-            session=session,
-            final=final,
             prompt=prompt,
+            **program,
         )
         for prompt in body.prompts
     ]

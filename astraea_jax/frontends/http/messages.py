@@ -21,15 +21,13 @@ from starlette.responses import Response
 from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.http import messages_input as read
-from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
+from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.errors import Failure, ThreadsUnserved
 from astraea_jax.frontends.http.messages_output import PING, MessageBuilder
 from astraea_jax.frontends.http.messages_schema import CountRequest, MessagesRequest
 from astraea_jax.frontends.http.routes import JsonRoute, answer, named, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn
 
-AGENT_HEADER = "x-claude-code-agent-id"
-"""Names a sub-agent: a program of its own within the session."""
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -92,15 +90,13 @@ def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
 def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequest:
     if body.thread is not None:
         raise ThreadsUnserved("threads are not served: send all messages, without thread")
-    session, final = session_of(request)
     params: dict[str, Any] = {"max_tokens": max_tokens}
+    user_id = None
     if isinstance(body, MessagesRequest):
-        session = session or read.session_of(body.metadata.user_id if body.metadata else None)
+        user_id = body.metadata.user_id if body.metadata else None
         params["stop"] = tuple(body.stop_sequences)
         given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
         params |= {name: value for name, value in given.items() if value is not None}
-    if session and (agent := request.headers.get(AGENT_HEADER)):
-        session = f"{session}/{agent}"
     return ChatRequest(
         messages=read.chat_messages(body),
         tenant=tenant_of(request),
@@ -110,8 +106,7 @@ def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequ
         params=SamplingParams(**{"temperature": 1.0, **door_of(request).defaults, **params}),
         constraint=read.constraint(body),
         template_arguments=read.template_arguments(body),
-        session=session,
-        final=final,
+        **program_of(request, body, user_id=user_id, ttls=read.lifetimes(body)),
         early_calls=isinstance(body, MessagesRequest) and body.stream,
         call_ids=lambda: f"toolu_{secrets.token_hex(12)}",
     )

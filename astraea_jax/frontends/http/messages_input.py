@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -99,16 +97,12 @@ def template_arguments(request: CountRequest) -> dict[str, Any]:
     return {"enable_thinking": thinks} | ({"reasoning_effort": EFFORTS.get(effort, effort)} if effort else {})
 
 
-def session_of(user_id: str | None) -> str | None:
-    """Return the session that Claude Code names within ``metadata.user_id``, if there is one."""
-    if user_id is None:
-        return None
-    try:
-        session = json.loads(user_id)["session_id"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        found = re.search(r"_session_([\w-]{1,128})$", user_id)
-        return found[1] if found else None
-    return session if isinstance(session, str) and 0 < len(session) <= 128 else None
+def lifetimes(request: CountRequest) -> Iterator[str]:
+    """Yield the lifetimes that the client gives to parts of its prompt in the cache."""
+    blocks = (block for message in request.messages for block in message.content)
+    for part in (*request.system, *request.tools, *blocks):
+        if part.cache_control is not None and part.cache_control.ttl is not None:
+            yield part.cache_control.ttl
 
 
 def _without_billing(text: str) -> str:

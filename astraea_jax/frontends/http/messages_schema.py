@@ -1,7 +1,7 @@
 """Requests of Anthropic's Messages API, as far as a server of text models reads them.
 
 Fields and betas that are not named here are accepted and ignored, since clients such as Claude Code send new ones with
-every release (``context_management``, ``betas``, ``service_tier``, ``cache_control`` …). ``thread`` is named to be
+every release (``context_management``, ``betas``, ``service_tier`` …). ``thread`` is named to be
 refused: the messages beside it are not the whole conversation.
 """
 
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from astraea_jax.engine.sampling import MAX_STOP_CHARS, MAX_STOPS
+from astraea_jax.frontends.hint_fields import CacheControl
+from astraea_jax.frontends.http.agent_fields import AgentFields
 from astraea_jax.frontends.http.wire_model import WireModel
 
 MAX_MESSAGES = 16_384
@@ -26,14 +28,20 @@ def _as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class TextBlock(WireModel):
+class Cacheable(WireModel):
+    """A part of a prompt, up to which the prompt may be used again."""
+
+    cache_control: CacheControl | None = None
+
+
+class TextBlock(Cacheable):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(WireModel):
+class ThinkingBlock(Cacheable):
     """A thought of an earlier reply. Its signature is not checked: thoughts of other servers are served too."""
 
     type: Literal["thinking"]
@@ -41,14 +49,14 @@ class ThinkingBlock(WireModel):
     signature: str = ""
 
 
-class RedactedThinkingBlock(WireModel):
+class RedactedThinkingBlock(Cacheable):
     """A thought that only Anthropic's servers can read; it is left out."""
 
     type: Literal["redacted_thinking"]
     data: str = ""
 
 
-class ToolUseBlock(WireModel):
+class ToolUseBlock(Cacheable):
     """A call of an earlier reply."""
 
     type: Literal["tool_use"]
@@ -72,7 +80,7 @@ ResultContent = Annotated[
 ]
 
 
-class ToolResultBlock(WireModel):
+class ToolResultBlock(Cacheable):
     """The result of a call."""
 
     type: Literal["tool_result"]
@@ -104,7 +112,7 @@ class Message(WireModel):
     content: Content
 
 
-class Tool(WireModel):
+class Tool(Cacheable):
     """A function that the client runs."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME)
@@ -171,7 +179,7 @@ class Metadata(WireModel):
     user_id: str | None = Field(default=None, max_length=4_096)
 
 
-class CountRequest(WireModel):
+class CountRequest(WireModel, AgentFields):
     """A prompt whose tokens are counted."""
 
     model: str = Field(min_length=1, max_length=MAX_NAME)

@@ -23,7 +23,8 @@ from starlette.responses import Response
 
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.http import responses_input as read
-from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
+from astraea_jax.frontends.http.calls import ProgramFields, door_of, program_of, tenant_of
+from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure
 from astraea_jax.frontends.http.logprobs import chat_logprobs
 from astraea_jax.frontends.http.responses_output import ResponseBuilder, reply_messages
@@ -54,7 +55,24 @@ class _Asked:
     """What it continues."""
     messages: list[dict[str, Any]]
     """The conversation, without instructions."""
-    session: str | None
+    program: ProgramFields
+
+    def chat(self, door: Door) -> ChatRequest:
+        """Return the chat that is asked for."""
+        body = self.body
+        tools, choice = read.chosen_tools(body)
+        return ChatRequest(
+            messages=read.with_instructions(body.instructions, self.messages),
+            tenant=self.tenant,
+            tools=read.chat_tools(tools),
+            tool_choice=choice,
+            parallel_calls=body.parallel_tool_calls,
+            params=SamplingParams(**{"temperature": 1.0, **door.defaults, **_sampling(body)}),
+            constraint=read.constraint(body),
+            template_arguments=read.template_arguments(body),
+            early_calls=body.stream,
+            **self.program,
+        )
 
     def keep(self, builder: ResponseBuilder, response: dict[str, Any]) -> None:
         """Store a response that has ended."""
@@ -63,7 +81,7 @@ class _Asked:
         known = len(self.before.messages) if self.before else 0
         messages = [*self.messages, *reply_messages(builder.output)]
         size = len(json.dumps([response, messages[known:]])) + (self.before.size if self.before else 0)
-        self.store.put(self.tenant.owner, self.id, Stored(response, messages, self.session, size))
+        self.store.put(self.tenant.owner, self.id, Stored(response, messages, self.program["session"], size))
 
 
 @router.post("")
@@ -72,21 +90,8 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
     door = door_of(request)
     tokenizer = door.engine.tokenizer
     model = door.check_model(body.model)
-    asked, final = _asked(body, request)
-    tools, choice = read.chosen_tools(body)
-    chat = ChatRequest(
-        messages=read.with_instructions(body.instructions, asked.messages),
-        tenant=asked.tenant,
-        tools=read.chat_tools(tools),
-        tool_choice=choice,
-        parallel_calls=body.parallel_tool_calls,
-        params=SamplingParams(**{"temperature": 1.0, **door.defaults, **_sampling(body)}),
-        constraint=read.constraint(body),
-        template_arguments=read.template_arguments(body),
-        early_calls=body.stream,
-        session=asked.session,
-        final=final,
-    )
+    asked = _asked(body, request)
+    chat = asked.chat(door)
     (turn,) = await door.begin(chat)
     builder = ResponseBuilder(_response(asked, model, chat.params))
     if body.stream:
@@ -117,18 +122,18 @@ def _store_of(request: Request) -> ResponseStore:
     return store
 
 
-def _asked(body: ResponsesRequest, request: Request) -> tuple[_Asked, bool]:
-    """Return the chat that a body asks for, and whether its program ends with it."""
+def _asked(body: ResponsesRequest, request: Request) -> _Asked:
+    """Return what a body asks for."""
     id, tenant, store = f"resp_{secrets.token_hex(24)}", tenant_of(request), _store_of(request)
     before = store.get(tenant.owner, body.previous_response_id) if body.previous_response_id else None
     told = before.messages if before else ()
     messages = [*told, *read.conversation(body.input, told)]
-    session, final = session_of(request)
-    if session is None and before is not None:
-        session = before.session
-    elif session is None and body.store and body.tools:  # whoever has tools will come back
-        session = id
-    return _Asked(id, body, tenant, store, before, messages, session), final
+    program = program_of(request, body)
+    if program["session"] is None and before is not None:
+        program["session"] = before.session
+    elif program["session"] is None and body.store and body.tools:  # whoever has tools will come back
+        program["session"] = id
+    return _Asked(id, body, tenant, store, before, messages, program)
 
 
 def _sampling(body: ResponsesRequest) -> dict[str, Any]:

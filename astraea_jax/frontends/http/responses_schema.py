@@ -1,6 +1,6 @@
 """Requests of OpenAI's Responses API (Open Responses' core), as far as a server of text models reads them.
 
-Fields that are not named here are accepted and ignored (``prompt_cache_key``, ``service_tier``, ``include`` …).
+Fields that are not named here are accepted and ignored (``service_tier``, ``include`` …).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
+from astraea_jax.frontends.http.agent_fields import AgentFields
 from astraea_jax.frontends.http.wire_model import WireModel, few
 
 MAX_ITEMS = 16_384
@@ -176,7 +177,7 @@ def _short_pairs(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-class ResponsesRequest(WireModel):
+class ResponsesRequest(WireModel, AgentFields):
     """Input items and how to answer them."""
 
     model: Name
@@ -200,7 +201,6 @@ class ResponsesRequest(WireModel):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     include: list[Name] = Field(default_factory=list, max_length=64, fail_fast=True)
     metadata: Annotated[dict[str, str], few(16), AfterValidator(_short_pairs)] = Field(default_factory=dict)
-    prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
     background: Literal[False] = False
     conversation: None = None

@@ -16,6 +16,7 @@ from astraea_jax.engine.sampling import (
     SamplingParams,
 )
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.agent_fields import AgentFields
 from astraea_jax.frontends.http.tenants import MAX_SALT
 from astraea_jax.frontends.http.turns import MAX_CHOICES
 from astraea_jax.frontends.http.wire_model import few
@@ -79,7 +80,7 @@ class StructuredOutputs(Model):
         return given[0] if given else None
 
 
-class SamplingFields(Model):
+class SamplingFields(Model, AgentFields):
     """Sampling in OpenAI's words, and vLLM's where OpenAI has none."""
 
     model: Name | None = None
@@ -106,13 +107,12 @@ class SamplingFields(Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
-    session_id: Name | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=MAX_SALT)] | None = None
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        """Whether a stream ends with its usage, where a report of what was reused has its place, too."""
+        return bool(self.astraea_report) or (self.stream_options is not None and self.stream_options.include_usage)
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return the sampling that is asked for.

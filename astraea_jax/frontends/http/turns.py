@@ -17,6 +17,7 @@ from astraea_jax.agents.parts import CallEnded, CallPart, Part, Reply, Said
 from astraea_jax.engine.generation import Delta, Generation, TokenLogprob, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import Overloaded
+from astraea_jax.frontends.hints import NO_HINTS, Hints
 from astraea_jax.frontends.http.errors import SessionEnded
 from astraea_jax.frontends.http.tenants import Tenant
 
@@ -45,8 +46,14 @@ class Request:
     session: str | None = None
     """Names the program. While it has a request in progress, another one is a program of its own, as are all choices
     but the first."""
+    parent: str | None = None
+    """Session that this one is a child of: it takes part in its job, and shares its KV."""
     final: bool = False
     """Whether the program ends with this request."""
+    hints: Hints = NO_HINTS
+    """What the client says about what comes next."""
+    report: bool = False
+    """Whether the client is told what was reused, and why not more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,11 @@ from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import MAX_BIASES, SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.tenants import Keys, Tenant, presented_key
+from astraea_jax.frontends.identity import FINAL, NAMINGS, Identity, identify
+from astraea_jax.frontends.identity import KEYS as KEYS_OF_SESSIONS
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
-SESSION_KEYS = ("x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "thread-id", "session-id")
-"""Names under which clients already send a session; the first that is there and not empty counts."""
-FINAL_KEYS = ("x-session-final", "x-dynamo-session-final")
 SALT = "x-cache-salt"
 KEYS = ("authorization", "x-api-key")
 """``Bearer`` and an API key, or the key alone."""
@@ -117,24 +116,22 @@ def read_constraint(metadata: Metadata) -> Constraint | None:
     return next((Constraint(keys[key], source) for key, source in values.items()), None)
 
 
-def read_session(metadata: Metadata) -> tuple[str | None, bool]:
-    """The program a request belongs to, if it says so, and whether it ends with this request.
+def read_identity(metadata: Metadata) -> Identity:
+    """The program a request belongs to, as :mod:`~astraea_jax.frontends.identity` has it.
 
     Raises:
-        RequestError: a key comes twice, or the flag is neither true nor false.
+        RequestError: a key comes twice, a name is too long, or the flag is neither true nor false.
     """
-    values = _single_values(metadata, SESSION_KEYS + FINAL_KEYS)
-    session = next((values[key] for key in SESSION_KEYS if values.get(key)), None)
-    return session, any(_flag(values, key) for key in FINAL_KEYS)
+    return identify(_single_values(metadata, KEYS_OF_SESSIONS))
 
 
 def write_session(session: str | None, final: bool, salt: str) -> list[tuple[str, str | bytes]]:
-    """The metadata that :func:`read_session` and :func:`read_tenant` read.
+    """The metadata that :func:`read_identity` and :func:`read_tenant` read.
 
     Raises:
         RequestError: a name cannot travel as metadata.
     """
-    pairs = [] if session is None else [(SESSION_KEYS[0], session), (FINAL_KEYS[0], str(final).lower())]
+    pairs = [] if session is None else [(NAMINGS[0].session, session), (FINAL[0], str(final).lower())]
     if salt:
         pairs.append((SALT, salt))
     for key, value in pairs:

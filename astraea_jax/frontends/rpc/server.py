@@ -50,8 +50,8 @@ from astraea_jax.frontends.rpc.metadata import (
     Constraint,
     Metadata,
     read_constraint,
+    read_identity,
     read_sampling,
-    read_session,
     write_usage,
 )
 from astraea_jax.frontends.rpc.status import Cancelled, UnknownAdapter
@@ -192,7 +192,7 @@ class Server:
         tenant = CALLER.get()
         params = read_sampling(metadata, request.max_tokens)
         constraint = read_constraint(metadata)
-        session, final = read_session(metadata)
+        identity = read_identity(metadata)
         if request.num_samples not in (0, 1):
             raise RequestError(f"num_samples is {request.num_samples}; one sample per request is served")
         if request.lora_adapter_id:
@@ -200,7 +200,9 @@ class Server:
         prompt = await self._prompt(request, tenant.owner)
         if constraint is not None:
             params = replace(params, grammar=await self._grammar(constraint, tenant.owner))
-        return self._engine.generate(prompt, params, session=session, final=final, salt=tenant.salt, owner=tenant.owner)
+        return self._engine.generate(
+            prompt, params, session=identity.session, final=identity.final, salt=tenant.salt, owner=tenant.owner
+        )
 
     async def _prompt(self, request: Any, owner: str) -> list[int]:
         """The tokens of a request. What cannot fit is refused before anything is done with it."""

@@ -16,7 +16,6 @@ from astraea_jax.frontends.http.messages_input import (
     chat_tools,
     constraint,
     parallel_calls,
-    session_of,
     template_arguments,
     tool_choice,
 )
@@ -136,22 +135,6 @@ def test_what_claude_code_sends_beside_is_accepted():
         diagnostics={},
         tools=[{**TOOLS[0], "eager_input_streaming": True, "cache_control": None, "type": "custom"}],
     )
-
-
-@pytest.mark.parametrize(
-    ("user_id", "session"),
-    [
-        (None, None),
-        ("me", None),
-        ("user_abc_account__session_0c3e-1", "0c3e-1"),
-        (json.dumps({"device_id": "d", "session_id": "0c3e"}), "0c3e"),
-        (json.dumps({"session_id": ["x"]}), None),
-        ("[" * 4000, None),
-        ('"x"', None),
-    ],
-)
-def test_sessions_of_claude_code(user_id, session):
-    assert session_of(user_id) == session
 
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://example.com/x.png"}}

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from support.engines import settled, until
 from support.sizes import SMALL
 
+from astraea_jax.frontends.identity import FINAL, KEYS
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import (
     BIAS,
     CONSTRAINTS,
-    FINAL_KEYS,
     NUMBERS_AND_FLAGS,
     SALT,
-    SESSION_KEYS,
     STOPS,
 )
 
@@ -86,9 +85,9 @@ def calls(draw) -> tuple[str, bytes]:
 ascii_text = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=300)
 odd_values = st.sampled_from(["", "-1", "1e999", "nan", "9" * 5000, "None", " 1 ", "1.5", "1_0"]) | ascii_text
 SOURCES = ['{"type": "integer"}', '{"$ref": "#"}', "[ab]+", "(", 'start: "a" | "b"', "start: start"]
-FLAGS = sorted({*FINAL_KEYS, "x-ignore-eos"})
+FLAGS = sorted({*FINAL, "x-ignore-eos"})
 metadata = st.lists(
-    st.tuples(st.sampled_from([*SESSION_KEYS, SALT, STOPS[0], "x-unknown"]), ascii_text)
+    st.tuples(st.sampled_from([*sorted(KEYS - {*FINAL}), SALT, STOPS[0], "x-unknown"]), ascii_text)
     | st.tuples(st.sampled_from(sorted(NUMBERS_AND_FLAGS)), st.sampled_from(["0", "1", "0.5"]))
     | st.tuples(st.sampled_from(FLAGS), st.sampled_from(["true", "false", "True"]))
     | st.tuples(st.sampled_from(sorted({*NUMBERS_AND_FLAGS, *FLAGS})), odd_values)
