@@ -2,14 +2,15 @@
 
 Without this, a web page that a tool returns could end its turn and begin another one. Before a chat is rendered, every
 control token in its strings becomes a private-use character of its own, which templates leave alone (they trim, split
-and print strings as JSON); afterwards the text is cut at these characters.
+and print strings as JSON); afterwards each of these becomes a *mark*, a pair of surrogates, which no text can hold. So
+marked texts of different chats can be compared.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .chat_template import ChatTemplate
@@ -21,6 +22,19 @@ OPERATORS = ("assistant", "system", "developer")
 """Roles whose text may hold such markup: the model's own, and instructions that show it."""
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
+
+MARKS = re.compile("([\ud800-\udbff][\udc00-\udfff])")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def mark(token: int) -> str:
+    """Two halves of surrogate pairs that stand for a token whose id is below 2**20."""
+    return chr(0xD800 + token // 1024) + chr(0xDC00 + token % 1024)
+
+
+def marked(mark: str) -> int:
+    """Id of the token that ``mark`` stands for."""
+    return 1024 * (ord(mark[0]) - 0xD800) + ord(mark[1]) - 0xDC00
 
 
 class ControlTokens:
@@ -71,11 +85,19 @@ class StandIns:
                 return [self.put(item, tokens) for item in value]
         return value
 
-    def split(self, rendered: str) -> list[str]:
-        """Pieces of a rendered chat: text, a token that was hidden, text, another token, …, text."""
+    def to_marks(self, rendered: str, ids: Mapping[str, int]) -> str:
+        """A rendered chat with marks for the tokens that were hidden, of which ``ids`` has the ids.
+
+        Raises:
+            ValueError: it holds half a surrogate pair, which is no text.
+        """
+        if not rendered.isascii() and (half := SURROGATE.search(rendered)):
+            around = rendered[max(0, half.start() - 20) : half.start() + 20]
+            raise ValueError(f"the tokenizer cannot encode {around!r}: half a surrogate pair is no text")
         tokens = {written: token for token, char in self._of.items() for written in (char, json.dumps(char)[1:-1])}
-        pieces = re.split(f"({_alternation(list(tokens)).pattern})", rendered)
-        return [tokens[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
+        if not tokens:
+            return rendered
+        return _alternation(list(tokens)).sub(lambda found: mark(ids[tokens[found[0]]]), rendered)
 
     def _char(self, token: str) -> str:
         if token not in self._of:

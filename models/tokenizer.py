@@ -13,7 +13,7 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 from .chat import normalise_messages, plain
 from .chat_template import ChatTemplate, ChatTemplates
 from .config import CheckpointError, read_json
-from .control_tokens import ControlTokens
+from .control_tokens import MARKS, ControlTokens, marked
 from .token_lengths import longest_token
 from .tokenizer_classes import build_like_its_class
 
@@ -109,9 +109,18 @@ class Tokenizer:
         before, after = self._around_text
         return before + ids + after
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without :attr:`delimiters`. Other special tokens, such as ``<tool_call>``, are text."""
-        text: str = self._tokenizer.decode([i for i in ids if i not in self.delimiters], skip_special_tokens=False)
+    def encode_after(self, text: str) -> list[int]:
+        """Token ids of ``text`` that follows other text, so that nothing is put before it.
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        return self._encode_within(self._tokenizer, text)
+
+    def decode(self, ids: Sequence[int], *, delimiters: bool = False) -> str:
+        """Text of ``ids``. Special tokens such as ``<tool_call>`` are text, :attr:`delimiters` only if asked for."""
+        shown = [i for i in ids if delimiters or i not in self.delimiters]
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
         return text
 
     def to_json(self) -> str:
@@ -121,6 +130,10 @@ class Tokenizer:
 
     def added_tokens(self) -> dict[str, int]:
         """Text and id of the tokens that stand beside the vocabulary proper, such as ``<tool_call>``."""
+        return dict(self._added)
+
+    @functools.cached_property
+    def _added(self) -> dict[str, int]:
         return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def stream(self) -> TextStream:
@@ -152,6 +165,39 @@ class Tokenizer:
         fitted = template.fit(normalise_messages(messages))
         return template.render(fitted, self._context(plain(tools), add_generation_prompt, plain(template_arguments)))
 
+    def render_chat(
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> str:
+        """The chat as :meth:`render` returns it, with marks for control tokens that its template did not write.
+
+        A piece of it that begins with one of the template's own control tokens can be encoded by itself.
+
+        Args and Raises: as :meth:`render`.
+        """
+        template = self._templates.choose(tools)
+        fitted = template.fit(normalise_messages(messages))
+        stand_ins, (hidden, hidden_tools, arguments) = self._control_tokens(template).hide(
+            fitted, plain(tools), plain(template_arguments)
+        )
+        rendered = template.render(hidden, self._context(hidden_tools, add_generation_prompt, arguments))
+        return stand_ins.to_marks(rendered, self._added)
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """Token ids of what :meth:`render_chat` returns; tokens that are marked are encoded as the text they are."""
+        first, *rest = MARKS.split(rendered)
+        ids = self.encode(first)
+        for i, piece in enumerate(rest):
+            if i % 2:
+                ids += self._encode_within(self._tokenizer, piece)
+            else:
+                ids += self._ids_as_text(self._tokenizer.id_to_token(marked(piece)))
+        return ids
+
     def encode_chat(
         self,
         messages: Sequence[Any],
@@ -167,17 +213,9 @@ class Tokenizer:
 
         Args and Raises: as :meth:`render`.
         """
-        template = self._templates.choose(tools)
-        fitted = template.fit(normalise_messages(messages))
-        stand_ins, (hidden, hidden_tools, arguments) = self._control_tokens(template).hide(
-            fitted, plain(tools), plain(template_arguments)
+        return self.encode_rendered(
+            self.render_chat(messages, tools, add_generation_prompt=add_generation_prompt, **template_arguments)
         )
-        rendered = template.render(hidden, self._context(hidden_tools, add_generation_prompt, arguments))
-        first, *rest = stand_ins.split(rendered)
-        ids = self.encode(first)
-        for i, piece in enumerate(rest):
-            ids += self._encode_within(self._tokenizer, piece) if i % 2 else self._ids_as_text(piece)
-        return ids
 
     def _context(self, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
         context = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}

@@ -1,0 +1,279 @@
+"""Recognises conversations in requests, names their programs, and continues them from their own tokens.
+
+Clients send the whole history with every request. :meth:`Conversations.begin` finds the longest beginning of it that is
+known to mean the same, which says whose next request this is; :meth:`Opened.ended` takes in the turn that was made of
+it. A request that goes on from a turn that another request already continues is a program of its own, a branch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from astraea_jax.agents import meaning
+from astraea_jax.agents.continuity import Chat, Continuity, Mode, Prompt, Why
+from astraea_jax.agents.opened import Continuation, Opened, Running
+from astraea_jax.agents.plain_texts import beginnings, text_hash, text_prompt
+from astraea_jax.agents.recognition import Match, best, program_of, recognise
+from astraea_jax.agents.turns import OVERHEAD, Owner, Owners, Piece, Program, Turn
+from astraea_jax.agents.volatile import without_volatile
+from astraea_jax.errors import RequestError
+from astraea_jax.models.chat import normalise_messages, plain
+from astraea_jax.models.tokenizer import Tokenizer
+
+MAX_BYTES = 2**29
+MAX_TURNS = 2**16
+"""Turns of one owner."""
+
+
+class Conversations:
+    """The conversations of all owners. All methods may be called from any thread; those that tokenise take a while.
+
+    Args:
+        tokenizer: of the model.
+        mode: ``"job"`` or ``"session"``, see :class:`.continuity.Continuity`; ``"off"``: prompts are what the template
+            makes of the messages, and conversations are only recognised.
+        normalise: leave out what known clients change at every request (:mod:`.volatile`), unless the mode is off.
+        max_bytes: bound on what all turns take.
+        max_turns: bound on the turns of one owner.
+        ttl_s: seconds after which an unused turn is forgotten.
+        clock: tells seconds.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        mode: Mode = "job",
+        *,
+        normalise: bool = True,
+        max_bytes: int = MAX_BYTES,
+        max_turns: int = MAX_TURNS,
+        ttl_s: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.mode = mode
+        self._tokenizer = tokenizer
+        self._normalise = normalise and mode != "off"
+        self._continuity = Continuity(tokenizer, mode)
+        self._owners = Owners(max_bytes, max_turns, ttl_s)
+        self._clock = clock
+        self._jobs = itertools.count(1)
+        self._lock = threading.Lock()
+        self._dropped: deque[Running] = deque()
+        """Requests that nobody holds any more; a queue, since they may be dropped in any thread at any time."""
+
+    def begin(
+        self,
+        owner: str,
+        session: str | None,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> Opened:
+        """Open a request for the next turn of a conversation.
+
+        Args:
+            owner: whose conversations these are; those of others are never seen.
+            session: the client's name for it; None: it is recognised by its content alone.
+            messages: as in :meth:`astraea_jax.models.tokenizer.Tokenizer.render`.
+            tools: in the same way.
+            template_arguments: in the same way.
+
+        Raises:
+            CheckpointError, TypeError, ValueError: as :meth:`~astraea_jax.models.tokenizer.Tokenizer.render`.
+        """
+        given = normalise_messages(messages)
+        given, places = without_volatile(given) if self._normalise else (given, [*range(len(given))])
+        digests = meaning.digests(given)
+        tools, arguments = plain(tools), plain(template_arguments or {})
+        with self._lock:
+            state = self._owner(owner)
+            match = recognise(state, session, given, digests)
+            running = self._run(state, program_of(state, session, match.turn), match.turn)
+        turn, program = running.turn, running.program
+        end = 0 if turn is None else turn.end
+        goes_on = turn is not None and meaning.answers_calls(given[end:])
+        job = turn.job if turn is not None and goes_on else next(self._jobs)
+        try:
+            prompt = self._prompt(Chat(match.restored(given), tools, arguments), match, job)
+            ids, size = array("i", prompt.ids[prompt.new :]), OVERHEAD + len(repr(given[end:])) + len(prompt.text)
+        except BaseException:
+            self._end(running)
+            raise
+        program.tools, program.template_arguments = tools, arguments
+
+        def ended(output_ids: Sequence[int], message: Any, whole: bool) -> None:
+            new = None
+            if message is not None:
+                answers = normalise_messages([message])
+                chain = (*digests[end:], meaning.extended(digests[-1], answers[0]))
+                piece = self._piece(prompt, ids, output_ids) if whole else None
+                said = (*given[end:], *answers)
+                new = Turn(chain[-1], turn, said, chain, len(given) + 1, program, job, piece, size=size)
+            self._end(running, new)
+
+        return Opened(
+            running, _report(prompt, match, places), not goes_on, ended, partial(self._dropped.append, running)
+        )
+
+    def begin_text(self, owner: str, session: str | None, text: str, add_bos: bool = True) -> Opened:
+        """Open a request for what follows a text, which may begin with the text of earlier requests and their answers.
+
+        Args:
+            owner: as in :meth:`begin`.
+            session: in the same way.
+            text: the prompt.
+            add_bos: as in :meth:`astraea_jax.models.tokenizer.Tokenizer.encode`.
+
+        Raises:
+            ValueError: as :meth:`~astraea_jax.models.tokenizer.Tokenizer.encode`.
+        """
+        with self._lock:
+            state = self._owner(owner)
+            ends = sorted(end for end in state.text_ends if end <= len(text))
+        digests = beginnings(text, ends, add_bos)
+        with self._lock:
+            turn = next((found for digest in reversed(digests) if (found := best(state.at(digest), session))), None)
+            running = self._run(state, program_of(state, session, turn), turn)
+        job = next(self._jobs) if turn is None else turn.job
+        try:
+            prompt = text_prompt(self._tokenizer, text, add_bos, None if self.mode == "off" else turn)
+            ids = array("i", prompt.ids[prompt.new :])
+        except BaseException:
+            self._end(running)
+            raise
+
+        def ended(output_ids: Sequence[int], message: Any, whole: bool) -> None:
+            new = None
+            if message is not None:
+                digest = text_hash(text + message, add_bos).digest()
+                piece = self._piece(prompt, ids, output_ids) if whole else None
+                end = len(text) + len(message)
+                new = Turn(digest, turn, (), (), end, running.program, job, piece, plain=True)
+            self._end(running, new)
+
+        why: Why = "off" if self.mode == "off" else prompt.why
+        report = Continuation(prompt.ids, prompt.kept, None, why)
+        return Opened(running, report, turn is None, ended, partial(self._dropped.append, running))
+
+    def fork(self, owner: str, session: str, child: str) -> None:
+        """Let a new session begin where another one is: its first request branches from there.
+
+        Raises:
+            RequestError: the session is not known or has expired, or the child is known already.
+        """
+        with self._lock:
+            state = self._owner(owner)
+            tip = _tip(state, session)
+            if child in state.programs:
+                raise RequestError(f"the session {child!r} exists already; fork into one with another name")
+            program = program_of(state, child, tip)
+            state.add(Turn(tip.digest, tip, (), (), tip.end, program, tip.job, None, used=self._clock()))
+            self._owners.bound(state)
+
+    def forget(self, owner: str, session: str) -> None:
+        """Forget the conversations of a session; what branches of other sessions share stays with them."""
+        with self._lock:
+            state = self._owner(owner)
+            state.forget([one for one in state.programs.values() if session in (one.session, one.name)])
+
+    def replace(self, owner: str, session: str, keep_messages: int, messages: Sequence[Any]) -> list[int]:
+        """Replace the end of a session's history, for example by a summary.
+
+        Args:
+            owner: as in :meth:`begin`.
+            session: in the same way.
+            keep_messages: how many messages at its beginning stay as they are.
+            messages: come after these, instead of all others.
+
+        Returns:
+            The tokens with which the prompt of a request begins that continues the new history.
+
+        Raises:
+            RequestError: the session is not known, has expired, runs a request, or has fewer messages.
+            CheckpointError, TypeError, ValueError: as :meth:`begin`.
+        """
+        new = normalise_messages(messages)
+        with self._lock:
+            state = self._owner(owner)
+            tip = _tip(state, session)
+            program = tip.program
+            old = [message for turn in tip.history() for message in turn.messages]
+            if program.busy:
+                raise RequestError(f"the session {session!r} runs a request; replace its history between two requests")
+            if tip.plain or not 0 <= keep_messages <= len(old):
+                raise RequestError(f"keep_messages is {keep_messages}; the history has {len(old)} messages")
+            given = [*old[:keep_messages], *new]
+            digests = meaning.digests(given)
+            match = recognise(state, session, given, digests)
+            running = self._run(state, program, match.turn)
+        turn, marker = match.turn, None
+        end = 0 if turn is None else turn.end
+        try:
+            chat = Chat(match.restored(given), program.tools, program.template_arguments)
+            prompt = self._prompt(chat, match, tip.job, generation_prompt=False)
+            said, size = tuple(given[end:]), OVERHEAD + len(repr(given[end:]))
+            marker = Turn(digests[-1], turn, said, tuple(digests[end:]), len(given), program, tip.job, None, size=size)
+        finally:
+            self._end(running, marker)
+        return prompt.ids
+
+    def _owner(self, name: str) -> Owner:
+        while self._dropped:
+            self._finish(self._dropped.popleft(), None)
+        return self._owners.get(name, self._clock())
+
+    def _run(self, owner: Owner, program: Program, turn: Turn | None) -> Running:
+        program.busy = True
+        if turn is not None:
+            owner.hold(turn)
+        return Running(owner, program, turn)
+
+    def _end(self, running: Running, turn: Turn | None = None) -> None:
+        with self._lock:
+            self._finish(running, turn)
+
+    def _finish(self, running: Running, turn: Turn | None) -> None:
+        owner, program, now = running.owner, running.program, self._clock()
+        program.busy = False
+        if turn is not None and owner.programs.get(program.name) is program:
+            turn.used = now
+            owner.add(turn)
+        if running.turn is not None:
+            owner.release(running.turn, now)
+        owner.settle(program)
+        self._owners.bound(owner)
+
+    def _prompt(self, chat: Chat, match: Match, job: int, *, generation_prompt: bool = True) -> Prompt:
+        if self.mode != "off":
+            return self._continuity.prompt(chat, match.turns, job, generation_prompt=generation_prompt)
+        ids = self._tokenizer.encode_chat(
+            chat.messages, chat.tools, add_generation_prompt=generation_prompt, **chat.template_arguments
+        )
+        return Prompt(ids, "off")
+
+    def _piece(self, prompt: Prompt, ids: array[int], output_ids: Sequence[int]) -> Piece | None:
+        if self.mode == "off":
+            return None
+        stop = self._continuity.stops.get(output_ids[-1]) if output_ids else None
+        return Piece(prompt.base, prompt.text, ids + array("i", output_ids), stop, prompt.undo)
+
+
+def _tip(owner: Owner, session: str) -> Turn:
+    program = owner.programs.get(session)
+    if program is None or program.tip is None:
+        raise RequestError(f"the session {session!r} is not known, or has expired")
+    return program.tip
+
+
+def _report(prompt: Prompt, match: Match, places: Sequence[int]) -> Continuation:
+    why, message = prompt.why, prompt.message
+    if why in ("new", "same") and match.differs is not None:
+        why, message = "messages", match.differs
+    return Continuation(prompt.ids, prompt.kept, None if message is None else places[message], why)

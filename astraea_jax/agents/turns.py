@@ -1,0 +1,241 @@
+"""The turns that are known, as trees: histories with a common beginning share it.
+
+Nothing here renders or tokenises, and nothing locks: whoever uses it does.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+OVERHEAD = 1024
+"""Bytes that a turn takes beside its texts and tokens."""
+
+
+@dataclass(eq=False)
+class Program:
+    """One line of turns: what the scheduler calls a program."""
+
+    name: str
+    session: str | None
+    """The name under which its client knows it, alone or together with others."""
+    parent: str | None = None
+    """The program from whose history it branches."""
+    tip: Turn | None = None
+    """Its newest turn."""
+    busy: bool = False
+    """A request of it runs."""
+    tools: Sequence[Any] | None = None
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Piece:
+    """The true tokens of a turn and of the text before it, up to the turn on which that text was built."""
+
+    base: Turn | None
+    """The turn, an earlier one of the same history, whose tokens come before these; None: these are the first."""
+    text: str
+    """The text between both turns as the template rendered it, without a generation prompt."""
+    ids: array[int]
+    """Tokens of that text, of the generation prompt, and all that were generated."""
+    stop: str | None
+    """Text of the stop token that was generated last; None if the turn ended without one."""
+    undo: int = 0
+    """Tokens at the end of the base that do not come before these: a stop token that a client has left out."""
+    rendered: str | None = None
+    """The turn as the template rendered it when its job went on, up to its stop text; None: not known yet."""
+
+
+@dataclass(eq=False)
+class Turn:
+    """What a history has grown by: messages, of which the model has generated the last one."""
+
+    digest: bytes
+    """Of the whole history."""
+    previous: Turn | None
+    messages: tuple[dict[str, Any], ...]
+    """Since the previous turn; none in a plain text, nor where a program only branches."""
+    digests: tuple[bytes, ...]
+    """Of the history up to each of the messages."""
+    end: int
+    """Messages of the whole history; of a plain text, characters."""
+    program: Program
+    job: int
+    piece: Piece | None
+    """None if the client was not given all that was generated, or nothing was: then its text is tokenised anew."""
+    plain: bool = False
+    """The history is a plain text."""
+    used: float = 0.0
+    followers: int = 0
+    """Turns and running requests that build on it."""
+    size: int = OVERHEAD
+    """Bytes it takes, about."""
+
+    @property
+    def answer(self) -> dict[str, Any] | None:
+        """The message that the model has generated, if there is one."""
+        return self.messages[-1] if self.messages and self.messages[-1]["role"] == "assistant" else None
+
+    def history(self) -> list[Turn]:
+        """All turns of the history, this one the last."""
+        return _chain(self, lambda turn: turn.previous)
+
+    def pieces(self) -> list[Turn]:
+        """The turns whose tokens, laid end to end, are those of the history, as far as they are known."""
+        last: Turn | None = self
+        while last is not None and last.piece is None:
+            last = last.previous
+        return _chain(last, lambda turn: turn.piece.base if turn.piece else None)
+
+
+def ids_of(turns: Sequence[Turn]) -> list[int]:
+    """The tokens of turns whose pieces follow on each other."""
+    ids: list[int] = []
+    for turn in turns:
+        if turn.piece is not None:
+            del ids[len(ids) - turn.piece.undo :]
+            ids += turn.piece.ids
+    return ids
+
+
+def _chain(turn: Turn | None, before: Callable[[Turn], Turn | None]) -> list[Turn]:
+    found = []
+    while turn is not None:
+        found.append(turn)
+        turn = before(turn)
+    return found[::-1]
+
+
+class Owner:
+    """The turns and programs of one owner. A program is here while a request of it runs, or it has a turn."""
+
+    def __init__(self) -> None:
+        self.programs: dict[str, Program] = {}
+        self.size = 0
+        self.count = 0
+        self.text_ends: Counter[int] = Counter()
+        """Characters of a known plain text -> how many texts have as many."""
+        self.leaves: OrderedDict[Turn, None] = OrderedDict()
+        """Turns on which nothing builds, as they were used, the longest unused first."""
+        self._by_digest: dict[bytes, list[Turn]] = {}
+
+    def at(self, digest: bytes) -> Sequence[Turn]:
+        """The turns that end a history of this digest, in the order in which they ended."""
+        return self._by_digest.get(digest, ())
+
+    def add(self, turn: Turn) -> None:
+        """Take in a new turn, the newest of its program."""
+        if turn.previous is not None:
+            self.hold(turn.previous)
+        self._by_digest.setdefault(turn.digest, []).append(turn)
+        self.leaves[turn] = None
+        self.size += turn.size
+        self.count += 1
+        if turn.plain:
+            self.text_ends[turn.end] += 1
+        turn.program.tip = turn
+
+    def hold(self, turn: Turn) -> None:
+        """Something builds on the turn: it stays."""
+        turn.followers += 1
+        self.leaves.pop(turn, None)
+
+    def release(self, turn: Turn, now: float) -> None:
+        """Something that was built on the turn does so no longer; it has been used until now."""
+        turn.followers -= 1
+        turn.used = now
+        if not turn.followers:
+            self.leaves[turn] = None
+
+    def evict(self, turn: Turn) -> None:
+        """Forget a turn on which nothing builds. The one before it is the next to go unless something builds on it."""
+        del self.leaves[turn]
+        self._by_digest[turn.digest].remove(turn)
+        if not self._by_digest[turn.digest]:
+            del self._by_digest[turn.digest]
+        self.size -= turn.size
+        self.count -= 1
+        if turn.plain:
+            self.text_ends -= Counter([turn.end])
+        before = turn.previous
+        if turn.program.tip is turn:
+            turn.program.tip = before if before is not None and before.program is turn.program else None
+            self.settle(turn.program)
+        if before is not None:
+            before.followers -= 1
+            if not before.followers:
+                self.leaves[before] = None
+                self.leaves.move_to_end(before, last=False)
+
+    def forget(self, programs: Sequence[Program]) -> None:
+        """Forget programs, and their turns on which no others build."""
+        for program in programs:
+            self.programs.pop(program.name, None)
+        gone = set(programs)
+        leaves: list[Turn | None] = [turn for turn in self.leaves if turn.program in gone]
+        for leaf in leaves:
+            turn = leaf
+            while turn is not None and turn.program in gone and not turn.followers:
+                before = turn.previous
+                self.evict(turn)
+                turn = before
+        for program in gone:
+            program.tip = None
+
+    def settle(self, program: Program) -> None:
+        """Forget a program that neither runs nor has a turn."""
+        if not program.busy and program.tip is None and self.programs.get(program.name) is program:
+            del self.programs[program.name]
+
+
+class Owners:
+    """The turns of all owners, bounded in bytes, in number for each owner, and in the time they go unused.
+
+    Args:
+        max_bytes: of all turns; above it, the owner who takes most loses the longest unused ones.
+        max_turns: of one owner.
+        ttl_s: seconds after which an unused turn is forgotten.
+    """
+
+    def __init__(self, max_bytes: int, max_turns: int, ttl_s: float):
+        self._max_bytes, self._max_turns, self._ttl_s = max_bytes, max_turns, ttl_s
+        self._owners: OrderedDict[str, Owner] = OrderedDict()
+        """By name, the longest unused first."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that all turns take, about."""
+        return sum(owner.size for owner in self._owners.values())
+
+    def get(self, name: str, now: float) -> Owner:
+        """The turns of an owner, after those have gone whose time is over."""
+        owner = self._owners.setdefault(name, Owner())
+        self._owners.move_to_end(name)
+        self._expire(owner, now)
+        while (oldest := next(iter(self._owners))) != name:  # everybody before it has been unused for longer
+            self._expire(self._owners[oldest], now)
+            if self._owners[oldest].programs:
+                break
+            del self._owners[oldest]
+        return owner
+
+    def bound(self, owner: Owner) -> None:
+        """Forget turns, of ``owner`` first, until all bounds hold or everything left is in use."""
+        while owner.count > self._max_turns and owner.leaves:
+            owner.evict(next(iter(owner.leaves)))
+        excess = self.size - self._max_bytes
+        while excess > 0:
+            largest = max((one for one in self._owners.values() if one.leaves), key=lambda one: one.size, default=None)
+            if largest is None:
+                return
+            before = largest.size
+            largest.evict(next(iter(largest.leaves)))
+            excess -= before - largest.size
+
+    def _expire(self, owner: Owner, now: float) -> None:
+        while owner.leaves and (oldest := next(iter(owner.leaves))).used + self._ttl_s < now:
+            owner.evict(oldest)
