@@ -177,11 +177,20 @@ class Conversations:
             state.add(Turn(tip.digest, tip, (), (), tip.end, program, tip.job, None, used=self._clock()))
             self._owners.bound(state)
 
+    def programs(self, owner: str, session: str) -> list[str]:
+        """Names of the programs of a session."""
+        with self._lock:
+            return [one.name for one in self._programs(self._owner(owner), session)]
+
     def forget(self, owner: str, session: str) -> None:
         """Forget the conversations of a session; what branches of other sessions share stays with them."""
         with self._lock:
             state = self._owner(owner)
-            state.forget([one for one in state.programs.values() if session in (one.session, one.name)])
+            state.forget(self._programs(state, session))
+
+    @staticmethod
+    def _programs(owner: Owner, session: str) -> list[Program]:
+        return [one for one in owner.programs.values() if session in (one.session, one.name)]
 
     def replace(self, owner: str, session: str, keep_messages: int, messages: Sequence[Any]) -> list[int]:
         """Replace the end of a session's history, for example by a summary.

@@ -10,7 +10,6 @@ off by ``max_tokens``, never is, and its text follows as content.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -19,14 +18,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from astraea_jax.agents.reply import CallArguments, CallBegan, Said, Thought
-from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import TokenLogprob
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import chat_logprobs
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
-from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged
+from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged, written_call
 from astraea_jax.frontends.http.usage import usage_of
 
 router = APIRouter(route_class=JsonRoute, tags=["chat"])
@@ -82,21 +80,13 @@ def _choice(
     if reply.thought:
         message |= {"reasoning": reply.thought, "reasoning_content": reply.thought}
     if reply.calls:
-        message["tool_calls"] = [_call(call) for call in reply.calls]
+        message["tool_calls"] = [written_call(call) for call in reply.calls]
     return {
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(door.engine.tokenizer, logprobs) if body.logprobs else None,
         "finish_reason": turn.finish_reason,
         "stop_reason": turn.stop_sequence,
-    }
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
     }
 
 

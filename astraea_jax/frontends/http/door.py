@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from astraea_jax.agents.formats import CallFormat
-from astraea_jax.agents.loop import joined
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
@@ -27,6 +26,7 @@ from astraea_jax.frontends.http.errors import NotFound
 from astraea_jax.frontends.http.tool_turns import ToolTurn
 from astraea_jax.frontends.http.turns import (
     MAX_CHOICES,
+    About,
     ChatRequest,
     ModelTurn,
     PlainReader,
@@ -34,8 +34,10 @@ from astraea_jax.frontends.http.turns import (
     Request,
     TextRequest,
     Turn,
+    reply_message,
 )
 from astraea_jax.frontends.http.waiting import Limits, Waiting
+from astraea_jax.frontends.programs import End, Opening, Programs
 from astraea_jax.models.config import CheckpointError
 
 TAIL = 64
@@ -53,6 +55,7 @@ class Door:
         defaults: sampling parameters that count where a client gives none.
         tools: the server's own; see :mod:`.tool_turns`.
         grammars: compiles what requests constrain their text by; one of its own by default.
+        programs: names the programs of turns and continues them; shared with other doors of the engine.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Door:
         defaults: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] = (),
         grammars: GrammarCompiler | None = None,
+        programs: Programs | None = None,
     ):
         limits = limits or Limits()
         config = engine.config
@@ -82,8 +86,7 @@ class Door:
         compiler = grammars or GrammarCompiler(engine.tokenizer)
         self._constraints = Constraints(compiler, engine.tokenizer, call_format.name)
         self._pace = Pace()
-        self._busy: set[tuple[str, str]] = set()
-        """Owner and name of sessions with a turn in progress."""
+        self.programs = programs or Programs(engine)
 
     def check_model(self, name: str | None) -> str:
         """Return the name that an answer carries; None is the model's own.
@@ -131,7 +134,7 @@ class Door:
         def end() -> None:
             if not keep:
                 with suppress(Overloaded, EngineDead):  # it will expire
-                    self.engine.end_session(str(request.session), owner=request.tenant.owner)
+                    self.programs.end_session(request.tenant, str(request.session))
 
         return ToolTurn(turn, replace(request, n=1), begin, end, tools)
 
@@ -140,25 +143,44 @@ class Door:
         waiting = request.n
         self.waiting.enter(waiting)
         turns: list[Turn] = []
+        opening = None
         try:
-            prompt = await self._make_prompt(request)
+            opening = await self.open(request)
+            prompt = opening.prompt
             tail = self.engine.tokenizer.decode(prompt[-TAIL:])
             params = self._params(request, prompt, await self._constraints.of(request, tail))
             self.waiting.weigh(len(prompt) * waiting)
             try:
                 while waiting:
                     reader = self._reader(request, tail)
-                    turns.append(self._turn(request, prompt, params, len(turns), reader))
+                    turns.append(self._turn(request, opening, params, len(turns), reader))
                     waiting -= 1
             finally:
                 self.waiting.leave(0, len(prompt) * waiting)
         except BaseException:
             for turn in turns:
                 turn.cancel()
+            if opening is not None and not turns:
+                self.programs.end(opening, None, End("error"))
             raise
         finally:
             self.waiting.leave(waiting, 0)
         return turns
+
+    async def open(self, request: ChatRequest | TextRequest) -> Opening:
+        """Make the prompt of a request, and find the program that it goes on with.
+
+        Raises:
+            RequestError, Overloaded: as :meth:`begin`.
+        """
+        tenant, session, parent = request.tenant, request.session, request.parent
+        if isinstance(request, ChatRequest):
+            tools, arguments = _rendered_tools(request), request.template_arguments
+            return await self.programs.open_chat(tenant, session, request.messages, tools, arguments, parent=parent)
+        if isinstance(request.prompt, str):
+            text, add_bos = request.prompt, request.add_bos
+            return await self.programs.open_text(tenant, session, text, add_bos=add_bos, parent=parent)
+        return self.programs.open_tokens(tenant, session, [*request.prompt], parent=parent)
 
     async def prompt(self, request: ChatRequest | TextRequest) -> list[int]:
         """Render and tokenise a request without queueing it.
@@ -221,31 +243,28 @@ class Door:
     def _turn(
         self,
         request: ChatRequest | TextRequest,
-        prompt: Sequence[int],
+        opening: Opening,
         params: SamplingParams,
         index: int,
         reader: Reader,
     ) -> ModelTurn:
-        tenant, key = request.tenant, (request.tenant.owner, request.session or "")
-        session = None if index or key in self._busy else request.session
-        generation = self.engine.generate(
-            prompt,
+        generation, program = self.programs.generate(
+            opening,
             params if params.seed is None else replace(params, seed=(params.seed + index) % 2**32),
-            session=session,
             final=request.final,
-            salt=tenant.salt,
-            owner=tenant.owner,
+            priority=request.hints.priority,
+            first=index == 0,
         )
-        if session:
-            self._busy.add(key)
+        ended = partial(self._ended, request=request, opening=opening, program=program)
         return ModelTurn(
             generation.paced(self._pace),
             reader,
-            prompt_tokens=len(prompt),
+            prompt_tokens=len(opening.prompt),
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
             wait_s=self._wait_s,
-            on_begin=partial(self.waiting.leave, 1, len(prompt)),
-            on_end=partial(self._ended, request=request, key=key if session else None),
+            on_begin=partial(self.waiting.leave, 1, len(opening.prompt)),
+            on_end=_nothing if index else ended,
+            about=About(program, opening.report, request.hints.outcomes, request.report),
         )
 
     def _reader(self, request: ChatRequest | TextRequest, tail: str) -> Reader:
@@ -253,15 +272,27 @@ class Door:
             return PlainReader()
         return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids, early=request.early_calls)
 
-    def _ended(self, turn: ModelTurn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:
-        if key is None:
-            return
-        self._busy.discard(key)
-        if isinstance(request, ChatRequest) and turn.finish_reason == "tool_calls":
-            names = joined({call.name for call in turn.reply.calls} & set(_tool_names(request)))
-            if names and not request.final:
-                with suppress(Overloaded):  # the engine has too much to do to learn from it
-                    self.engine.tool_called(key[1], names, owner=key[0])
+    def _ended(
+        self, turn: ModelTurn, request: ChatRequest | TextRequest, opening: Opening, program: str | None
+    ) -> None:
+        if (reason := turn.finish_reason) is None:
+            end = End("cancelled", final=request.final)
+        else:
+            own_stop = reason != "length" and set(turn.output_ids[-1:]) & {*request.params.stop_token_ids}
+            reply = turn.reply
+            end = End(
+                reason,
+                turn.output_ids,
+                reply_message(reply) if isinstance(request, ChatRequest) else reply.text,
+                whole=turn.stop_sequence is None and not own_stop and not turn.left_out,
+                calls=reply.calls if reason == "tool_calls" else (),
+                final=request.final,
+            )
+        self.programs.end(opening, program, end, request.hints)
+
+
+def _nothing(turn: ModelTurn) -> None:
+    """Choices after the first belong to no conversation."""
 
 
 def _loop_name() -> str:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from astraea_jax.agents.parts import CallBegan, CallPart, Part, Reply
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.generation import Usage
-from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta
+from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, reply_message
 
 MAX_STEPS = 16
 """Turns of the model for one answer; calls made in the last one are not run."""
@@ -53,6 +51,7 @@ class ToolTurn:
         self._numbers = itertools.count()
         self._over = False
         self.prompt_tokens = turn.prompt_tokens
+        self.about = turn.about
         self.finish_reason: str | None = None
         self.stop_sequence: str | None = None
 
@@ -105,13 +104,7 @@ class ToolTurn:
         """Run the tools that the turn has called, and begin the next turn with their results."""
         reply = self._turn.reply
         results = await asyncio.gather(*(self._tools[call.name].call(call.arguments) for call in reply.calls))
-        said: dict[str, Any] = {
-            "role": "assistant",
-            "content": reply.text,
-            "tool_calls": [_written(call) for call in reply.calls],
-        }
-        if reply.thought:
-            said["reasoning_content"] = reply.thought
+        said = reply_message(reply)
         answers = [
             {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result}
             for call, result in zip(reply.calls, results, strict=True)
@@ -142,11 +135,6 @@ class ToolTurn:
         if not self._over:
             self._over = True
             self._end_program()
-
-
-def _written(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-    return {"type": "function", "id": call.id, "function": function}
 
 
 def _total(usages: Sequence[Usage | None]) -> Usage | None:

@@ -8,22 +8,41 @@ cancelled, has cancelled its generation.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from astraea_jax.agents.conversations import Continuation
 from astraea_jax.agents.parts import CallEnded, CallPart, Part, Reply, Said
+from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import Delta, Generation, TokenLogprob, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import Overloaded
-from astraea_jax.frontends.hints import NO_HINTS, Hints
+from astraea_jax.frontends.hints import NO_HINTS, Hints, Outcome
 from astraea_jax.frontends.http.errors import SessionEnded
 from astraea_jax.frontends.http.tenants import Tenant
 
 MAX_CHOICES = 64
 """Choices of one request (``n``)."""
 UNBOUNDED = SamplingParams(max_tokens=2**31 - 1)
+
+
+def reply_message(reply: Reply) -> dict[str, Any]:
+    """Return a reply as the assistant's message, in OpenAI's shape."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+    if reply.thought:
+        message["reasoning_content"] = reply.thought
+    if reply.calls:
+        message["tool_calls"] = [written_call(call) for call in reply.calls]
+    return message
+
+
+def written_call(call: ToolCall) -> dict[str, Any]:
+    """Return a call as OpenAI writes it."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def call_id() -> str:
@@ -119,9 +138,24 @@ class PlainReader:
         return []
 
 
+@dataclass(frozen=True)
+class About:
+    """What is known of a turn beside its output, for reports to its client."""
+
+    program: str | None = None
+    """Name of the program that it belongs to; None: it is one of a single request."""
+    known: Continuation | None = None
+    """How much of its prompt was known; None: the client has sent tokens."""
+    outcomes: Sequence[Outcome] = ()
+    """What has become of the client's hints."""
+    told: bool = False
+    """Whether the client wants to know."""
+
+
 class Turn(Protocol):
     """One choice of a request: an async iterator of :class:`TurnDelta`. Iterating raises what went wrong."""
 
+    about: About
     prompt_tokens: int
     """Of the prompt, known at once."""
     finish_reason: str | None
@@ -154,6 +188,7 @@ class ModelTurn:
         wait_s: seconds until the first token; then ``Overloaded`` is raised.
         on_begin: called once, when the first tokens are out or none will come.
         on_end: called once, when the turn has ended, however.
+        about: its program, and what was known of it.
     """
 
     def __init__(
@@ -166,6 +201,7 @@ class ModelTurn:
         wait_s: float,
         on_begin: Callable[[], None],
         on_end: Callable[[ModelTurn], None],
+        about: About,
     ):
         self._generation = generation
         self._reader = reader
@@ -173,6 +209,9 @@ class ModelTurn:
         self._parallel_calls = parallel_calls
         self._wait_s = wait_s
         self._on_begin, self._on_end = on_begin, on_end
+        self.about = about
+        self.output_ids: list[int] = []
+        """All tokens so far."""
         self._begun = self._over = False
         self._called: int | None = None
         """Index of the first call that is complete, if no other one counts."""
@@ -188,6 +227,11 @@ class ModelTurn:
         reply = self._reader.reply
         return reply if self._parallel_calls else replace(reply, calls=reply.calls[:1])
 
+    @property
+    def left_out(self) -> bool:
+        """Whether the model has called more tools than the client wanted to know of."""
+        return not self._parallel_calls and len(self._reader.reply.calls) > 1
+
     def __aiter__(self) -> ModelTurn:
         return self
 
@@ -201,6 +245,7 @@ class ModelTurn:
         except BaseException:
             self._end()
             raise
+        self.output_ids += delta.token_ids
         parts = self._reader.feed(delta.text)
         if delta.finish_reason is not None:
             parts = [*parts, *self._reader.finish()]

@@ -1,0 +1,229 @@
+"""Programs as both front doors begin and end their turns: whose next turn it is, its tokens, and the wait after it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from astraea_jax.agents.conversations import Continuation, Conversations, Opened
+from astraea_jax.agents.tool_calls import ToolCall
+from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
+from astraea_jax.engine.events import MAX_NAME
+from astraea_jax.engine.generation import Generation
+from astraea_jax.engine.interface import Serving
+from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.frontends.hints import NO_HINTS, Hints
+from astraea_jax.frontends.http.tenants import Tenant
+from astraea_jax.frontends.waits import Waiting, Waits
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.scheduler.wait import Wait
+
+
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """A request whose prompt is made, and whose program is known. Whoever holds it hands it to :meth:`Programs.end`."""
+
+    tenant: Tenant
+    prompt: Sequence[int]
+    session: str | None
+    """The client's name for the session."""
+    program: str | None
+    """Name of the program; None: it is one of a single request."""
+    parent: str | None = None
+    """Program that it branches from, or is a child of."""
+    begins_job: bool = False
+    opened: Opened | None = None
+    """The conversation; None: the client has sent tokens."""
+
+    @property
+    def report(self) -> Continuation | None:
+        """How much of the prompt was known."""
+        return None if self.opened is None else self.opened.report
+
+
+@dataclass(frozen=True)
+class End:
+    """How a turn has ended."""
+
+    reason: str
+    """A finish reason, or ``"cancelled"``."""
+    output_ids: Sequence[int] = ()
+    message: Mapping[str, Any] | str | None = None
+    """What the client was given: a message, or a text."""
+    whole: bool = True
+    """Whether it was given all that was generated."""
+    calls: Sequence[ToolCall] = ()
+    """Calls that somebody runs now."""
+    final: bool = False
+    """Whether the program has ended with this turn."""
+
+
+class Programs:
+    """Begins and ends turns. All of it runs in the server's event loop; prompts are made in the pool of the doors.
+
+    Args:
+        engine: runs the programs.
+        conversations: recognises and continues them.
+    """
+
+    def __init__(self, engine: Serving, conversations: Conversations | None = None):
+        self.engine = engine
+        self.conversations = conversations or Conversations(engine.tokenizer, ttl_s=engine.config.session_ttl_s)
+        self.continued: Counter[str] = Counter()
+        """Requests by why the known part of their prompt ended."""
+        self.waits = Waits()
+        self._busy: set[tuple[str, str]] = set()
+        """Owner and name of programs with a request in progress."""
+
+    async def open_chat(
+        self,
+        tenant: Tenant,
+        session: str | None,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None,
+        template_arguments: Mapping[str, Any],
+        *,
+        parent: str | None = None,
+    ) -> Opening:
+        """Open the next turn of a conversation.
+
+        A chat without a name and without tools is a program only once it goes on: most never do.
+
+        Raises:
+            RequestError, CheckpointError: it cannot be rendered or tokenised, or exceeds the context.
+            Overloaded: too much text waits to be tokenised.
+        """
+        begin = partial(self.conversations.begin, _scope(tenant), session, messages, tools, template_arguments)
+        opened = await self._opened(tenant, len(str(messages)) + len(str(tools)), begin)
+        return self._opening(tenant, session, parent, opened, comes_back=bool(tools))
+
+    async def open_text(
+        self, tenant: Tenant, session: str | None, text: str, *, add_bos: bool, parent: str | None = None
+    ) -> Opening:
+        """Open what follows a text.
+
+        Raises:
+            RequestError: it cannot be tokenised, or exceeds the context.
+            Overloaded: too much text waits to be tokenised.
+        """
+        check_length(self.engine.tokenizer, len(text), self.engine.layout.max_context)
+        begin = partial(self.conversations.begin_text, _scope(tenant), session, text, add_bos)
+        opened = await self._opened(tenant, len(text), begin)
+        return self._opening(tenant, session, parent, opened, comes_back=False)
+
+    def open_tokens(
+        self, tenant: Tenant, session: str | None, prompt: Sequence[int], *, parent: str | None = None
+    ) -> Opening:
+        """Open what follows tokens, which nobody looks at."""
+        return Opening(tenant, prompt, session, session, parent)
+
+    def generate(
+        self, opening: Opening, params: SamplingParams, *, final: bool = False, priority: int = 0, first: bool = True
+    ) -> tuple[Generation, str | None]:
+        """Queue the request of an opening; returns its generation, and the program in which it runs.
+
+        Args:
+            opening: the request.
+            params: its sampling.
+            final: the program ends with it.
+            priority: see :meth:`astraea_jax.engine.engine.Engine.generate`.
+            first: it is the first choice of its request; all others are programs of their own.
+
+        Raises:
+            RequestError, Overloaded, EngineDead: see :meth:`astraea_jax.engine.engine.Engine.generate`.
+        """
+        owner, program = opening.tenant.owner, opening.program
+        if not first or program is None or (owner, program) in self._busy:
+            program = None
+        elif opening.begins_job and self.waits.end(owner, program) is not None:
+            self._tell(owner, program, Wait())  # its tools will not be answered any more
+        generation = self.engine.generate(
+            opening.prompt,
+            params,
+            session=program,
+            final=final,
+            salt=opening.tenant.salt,
+            owner=owner,
+            parent=opening.parent,
+            priority=priority,
+        )
+        if program is not None:
+            self.waits.end(owner, program)
+            self._busy.add((owner, program))
+        return generation, program
+
+    def end(self, opening: Opening, program: str | None, end: End, hints: Hints = NO_HINTS) -> None:
+        """End the turn of an opening: its conversation learns it, and its program begins to wait.
+
+        Args:
+            opening: the request.
+            program: in which it ran, as :meth:`generate` has returned it.
+            end: how it has ended.
+            hints: what the client has said of the wait that begins.
+        """
+        owner = opening.tenant.owner
+        if opening.opened is not None:
+            opening.opened.ended(end.output_ids, end.message, end.reason, whole=end.whole)
+        if program is None:
+            return
+        self._busy.discard((owner, program))
+        if end.final:
+            self.conversations.forget(_scope(opening.tenant), program)
+        elif end.message is not None:
+            tools = tuple(sorted(call.name for call in end.calls if call.name and len(call.name) <= MAX_NAME))
+            if tools:
+                calls = frozenset(call.id for call in end.calls)
+                self.waits.begin(owner, Waiting(program, opening.session, tools, calls))
+            self._tell(owner, program, Wait(tools, hints.expected_of(tools), hints.keep_s))
+
+    def end_session(self, tenant: Tenant, session: str) -> None:
+        """End a session and forget its conversations; unknown ones are ignored.
+
+        Raises:
+            RequestError, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.end_session`.
+        """
+        programs = {session, *self.conversations.programs(_scope(tenant), session)}
+        self.conversations.forget(_scope(tenant), session)
+        for program in programs:
+            self.waits.end(tenant.owner, program)
+            self.engine.end_session(program, owner=tenant.owner)
+
+    def _tell(self, owner: str, program: str, wait: Wait) -> None:
+        with suppress(Overloaded, EngineDead):  # the engine has too much to do to learn from it
+            self.engine.waits(program, wait, owner=owner)
+
+    async def _opened(self, tenant: Tenant, characters: int, begin: Callable[[], Opened]) -> Opened:
+        room = self.engine.layout.max_context
+
+        def checked() -> Opened:
+            opened = begin()
+            checked_ids(opened.prompt, room)
+            return opened
+
+        try:
+            return await DOORS.run(tenant.owner, characters, checked)
+        except (RequestError, CheckpointError):
+            raise
+        except (TypeError, ValueError) as error:
+            raise RequestError(str(error)) from error
+
+    def _opening(
+        self, tenant: Tenant, session: str | None, parent: str | None, opened: Opened, *, comes_back: bool
+    ) -> Opening:
+        self.continued[opened.report.why] += 1
+        known = opened.report.why not in ("new", "off")
+        program = opened.program if session or comes_back or known else None
+        above = opened.parent or parent
+        return Opening(
+            tenant, opened.prompt, session, program, above if above != program else None, opened.begins_job, opened
+        )
+
+
+def _scope(tenant: Tenant) -> str:
+    """Whose conversations are recognised: tenants and salts that share no KV share no history either."""
+    return f"{tenant.owner}\n{tenant.salt}"
