@@ -11,7 +11,7 @@ from .view import ProgramView
 
 
 class IdlePrograms:
-    """Programs in a tool wait; the longest idle, and that of the owner with the most of them, are found in O(1)."""
+    """Programs between two requests; the longest idle, and that of the owner with most of them, are found in O(1)."""
 
     def __init__(self) -> None:
         self._all: OrderedDict[Program, None] = OrderedDict()  # longest idle first
@@ -90,6 +90,8 @@ class Registry:
         self.idle = IdlePrograms()
         self.created = self.finished = self.failed = self.expired = 0
         self.io_intensive = 0
+        self.humans = 0
+        """Idle programs that wait for a human. Written by Waits, too."""
         self._limit = limit
         self._forgotten = forgotten
         self._by_key: dict[Hashable, Program] = {}
@@ -111,14 +113,16 @@ class Registry:
     def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
         """Look at up to ``limit`` programs, of one owner or (None) of all.
 
-        Those with a request come first, then those whose tool wait began last.
+        Those with a request come first, then those whose wait began last.
         """
         live = (item for item in self.live.items() if owner in (None, item[0].owner))
         views = [ProgramView.of(program, request, now) for program, request in islice(live, limit)]
         idle = islice(self.idle.latest(owner), limit - len(views))
         return views + [ProgramView.of(program, None, now) for program in idle]
 
-    def open(self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float) -> Program:
+    def open(
+        self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float, parent: Hashable | None = None
+    ) -> Program:
         """The program of that key, or a new one, which must get a request before anything else happens.
 
         Raises:
@@ -131,6 +135,7 @@ class Registry:
                 raise Rejected("this session was begun with another cache salt; end it first, or use its salt")
             if found in self.live:
                 raise QueueFull("this session has a request in progress; try again when it has ended")
+            found.parent = found.parent if parent is None else parent
             return found
         if len(self) >= self._limit:
             if not self.idle:
@@ -139,7 +144,7 @@ class Registry:
             self._forget(self.idle.of_largest_owner())
         self.created += 1
         self.io_intensive += 1
-        program = Program(self.created, now, key=key, owner=owner, salt=salt)
+        program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent)
         if key is not None:
             self._by_key[key] = program
         return program
@@ -151,14 +156,15 @@ class Registry:
         self._forget(program)
 
     def expire(self, before: float) -> None:
-        """Forget programs whose tool wait began earlier."""
+        """Forget programs whose wait began earlier."""
         while self.idle and (program := self.idle.longest()).wait_began <= before:
             self.expired += 1
             self._forget(program)
 
     def classify(self, program: Program, typical: float) -> None:
-        """Say whether a program's requests cost at most ``typical`` tokens."""
-        was, program.io_intensive = program.io_intensive, program.service / program.turns <= typical
+        """Say whether the requests of a program's job cost at most ``typical`` tokens."""
+        job = program.job
+        was, program.io_intensive = program.io_intensive, job.service / job.turns <= typical
         self.io_intensive += program.io_intensive - was
 
     def check(self) -> None:
@@ -166,12 +172,14 @@ class Registry:
         programs = self.programs()
         gone = self.finished + self.failed + self.expired
         assert self.created == len(programs) + gone, "programs do not add up"
-        assert len(set(programs)) == len(programs), "a program is both live and in a tool wait"
+        assert len(set(programs)) == len(programs), "a program is both live and idle"
         assert self._by_key == {p.key: p for p in programs if p.key is not None}, "keys and programs differ"
+        assert self.humans == sum(p.awaits_human for p in self.idle), "humans do not add up"
         assert self.io_intensive == sum(p.io_intensive for p in programs), "classes do not add up"
         self.idle.check()
 
     def _forget(self, program: Program) -> None:
+        self.humans -= program.awaits_human
         self.idle.discard(program)
         if program.key is not None:
             del self._by_key[program.key]

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from astraea_jax.agents.conversations import Continuation, Conversations, Opened
+from astraea_jax.agents.loop import tool_wait
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
-from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Generation
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.sampling import SamplingParams
@@ -175,7 +175,7 @@ class Programs:
         if end.final:
             self.conversations.forget(_scope(opening.tenant), program)
         elif end.message is not None:
-            tools = tuple(sorted(call.name for call in end.calls if call.name and len(call.name) <= MAX_NAME))
+            tools = (tool_wait(call.name for call in end.calls) or Wait()).tools
             if tools:
                 calls = frozenset(call.id for call in end.calls)
                 self.waits.begin(owner, Waiting(program, opening.session, tools, calls))
