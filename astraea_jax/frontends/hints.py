@@ -8,7 +8,6 @@ Dynamo's, in ``nvext``, has the opposite polarity.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,12 +20,10 @@ from astraea_jax.frontends.hint_fields import (
     ToolWaitAction,
     UnknownAction,
 )
+from astraea_jax.scheduler.wait import ACCEPTED, CLIPPED, MAX_HINT_S, BoundedWait, Wait
 
-LONGEST_EXPECTED_S = 86_400.0
-"""The longest wait that a client may announce."""
-LONGEST_KEEP_S = 3_600.0
-"""The longest time for which a client may ask for its KV to be kept."""
 LOWEST_PRIORITY = 2**31 - 1
+Result = Literal["accepted", "clipped", "ignored"]
 TTLS = {"5m": 300.0, "1h": 3_600.0}
 """Values of ``cache_control.ttl`` in seconds."""
 RETENTIONS = {"24h": 86_400.0, "in_memory": None, "in-memory": None}
@@ -41,7 +38,7 @@ class Outcome:
 
     hint: str
     """Where it stands: a field, or the id of an action."""
-    outcome: Literal["accepted", "clipped", "ignored"]
+    outcome: Result
     why: str = ""
 
     def plain(self) -> dict[str, str]:
@@ -130,7 +127,7 @@ class _Reader:
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
 
-    def say(self, where: str, outcome: Literal["accepted", "clipped", "ignored"], why: str = "") -> None:
+    def say(self, where: str, outcome: Result, why: str = "") -> None:
         self.outcomes.append(Outcome(where, outcome, why))
 
     def seconds(self, where: str, ms: float | None) -> float | None:
@@ -172,9 +169,9 @@ class _Reader:
             self.say(where, "ignored", f"it must be one of {', '.join(known)}")
             return None
         seconds = known[word]
-        clipped = seconds is not None and seconds > LONGEST_KEEP_S
-        self.say(where, *(("clipped", f"at most {LONGEST_KEEP_S:.0f} s") if clipped else ("accepted",)))
-        return min(seconds, LONGEST_KEEP_S) if seconds is not None else None
+        clipped = seconds is not None and seconds > MAX_HINT_S
+        self.say(where, *(("clipped", f"at most {MAX_HINT_S:.0f} s") if clipped else ("accepted",)))
+        return min(seconds, MAX_HINT_S) if seconds is not None else None
 
     def priority(self, body: HintFields) -> int:
         agent = body.nvext.agent_hints if body.nvext else None
@@ -194,9 +191,11 @@ class _Reader:
         return min(max(value, 0), LOWEST_PRIORITY)
 
 
-def _bounded(seconds: float) -> tuple[float | None, tuple[Literal["accepted", "clipped", "ignored"], str]]:
-    if not seconds >= 0 or math.isnan(seconds):
-        return None, ("ignored", "a time cannot be negative")
-    if seconds > LONGEST_EXPECTED_S:
-        return LONGEST_EXPECTED_S, ("clipped", f"at most {LONGEST_EXPECTED_S:.0f} s")
-    return seconds, ("accepted", "")
+def _bounded(seconds: float) -> tuple[float | None, tuple[Result, str]]:
+    """Return the time as the scheduler will take it, and what becomes of it."""
+    bounded = BoundedWait.of(Wait(expected_s=seconds))
+    if bounded.hinted == ACCEPTED:
+        return seconds, ("accepted", "")
+    if bounded.hinted == CLIPPED:
+        return bounded.wait.expected_s, ("clipped", f"at most {MAX_HINT_S:.0f} s")
+    return None, ("ignored", "it is no time")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from astraea_jax.agents.conversations import Continuation, Conversations, Opened
+from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.loop import tool_wait
+from astraea_jax.agents.opened import Continuation, Opened
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
 from astraea_jax.engine.generation import Generation

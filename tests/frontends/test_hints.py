@@ -11,13 +11,12 @@ from pydantic import ValidationError
 
 from astraea_jax.frontends.hint_fields import HintFields, KvHints
 from astraea_jax.frontends.hints import (
-    LONGEST_EXPECTED_S,
-    LONGEST_KEEP_S,
     LOWEST_PRIORITY,
     NO_HINTS,
     Outcome,
     read_hints,
 )
+from astraea_jax.scheduler.wait import MAX_HINT_S
 
 
 def action(kind, payload, **more):
@@ -74,7 +73,7 @@ def test_the_time_between_requests_counts_for_every_wait():
         ({"nvext": {"cache_control": {"ttl": "1h"}}}, 3600, [("nvext.cache_control.ttl", "accepted")]),
         ({"cache_control": {"type": "ephemeral"}}, None, []),
         ({"cache_control": {"ttl": "7d"}}, None, [("cache_control.ttl", "ignored")]),
-        ({"prompt_cache_retention": "24h"}, LONGEST_KEEP_S, [("prompt_cache_retention", "clipped")]),
+        ({"prompt_cache_retention": "24h"}, MAX_HINT_S, [("prompt_cache_retention", "clipped")]),
         ({"prompt_cache_retention": "in_memory"}, None, [("prompt_cache_retention", "accepted")]),
         ({"prompt_cache_retention": "for ever"}, None, [("prompt_cache_retention", "ignored")]),
     ],
@@ -113,8 +112,8 @@ def test_priorities_have_one_polarity_and_only_fall(body, priority, said):
 @pytest.mark.parametrize(
     ("payload", "expected_s", "outcome"),
     [
-        ({"expected_ms": 1e300}, LONGEST_EXPECTED_S, "clipped"),
-        ({"expected_ms": math.inf}, LONGEST_EXPECTED_S, "clipped"),
+        ({"expected_ms": 1e300}, MAX_HINT_S, "clipped"),
+        ({"expected_ms": math.inf}, MAX_HINT_S, "clipped"),
         ({"expected_ms": math.nan}, None, "ignored"),
         ({"expected_ms": -1}, None, "ignored"),
         ({"expected_ms": 0}, 0, "accepted"),
@@ -122,7 +121,7 @@ def test_priorities_have_one_polarity_and_only_fall(body, priority, said):
         ({"expected_ms": 5000, "max_ms": -1}, 5, "accepted"),
         ({"expected_ms": 5000, "max_ms": math.nan}, 5, "accepted"),
         ({"expected_ms": math.nan, "max_ms": 1000}, None, "ignored"),
-        ({"expected_ms": 1e308, "max_ms": 1e307}, LONGEST_EXPECTED_S, "clipped"),
+        ({"expected_ms": 1e308, "max_ms": 1e307}, MAX_HINT_S, "clipped"),
     ],
 )
 def test_absurd_times_have_an_outcome(payload, expected_s, outcome):
@@ -186,8 +185,8 @@ def test_whatever_comes_is_within_bounds_and_has_an_outcome(actions, agent, prio
     body = {"kv_hints": envelope(*actions), "nvext": {"agent_hints": agent}, "priority": priority}
     read = hints(**body, cache_control={"ttl": ttl})
     for time in (read.expected_s, read.tools_s, *read.profile.values()):
-        assert time is None or 0 <= time <= LONGEST_EXPECTED_S
-    assert read.keep_s is None or 0 < read.keep_s <= LONGEST_KEEP_S
+        assert time is None or 0 <= time <= MAX_HINT_S
+    assert read.keep_s is None or 0 < read.keep_s <= MAX_HINT_S
     assert 0 <= read.priority <= LOWEST_PRIORITY
     assert len(read.outcomes) == len(actions) + len(agent) + (priority is not None) + (ttl is not None)
     assert all(outcome.why for outcome in read.outcomes if outcome.outcome != "accepted")

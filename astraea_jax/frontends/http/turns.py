@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from astraea_jax.agents.conversations import Continuation
+from astraea_jax.agents.opened import Continuation
 from astraea_jax.agents.parts import CallEnded, CallPart, Part, Reply, Said
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import Delta, Generation, TokenLogprob, Usage

@@ -66,6 +66,7 @@ async def test_an_agent_answers_with_tools(client, chatty, stream):
 
 
 async def test_a_session_keeps_its_tokens(client, chatty):
+    before = chatty.stats().programs
     first = await client.chat.completions.create(**BASE, extra_body={"session_id": "shopper"})
     call = first.choices[0].message.tool_calls[0]
     messages = [*TASK.messages(), first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "14"}]
@@ -74,7 +75,8 @@ async def test_a_session_keeps_its_tokens(client, chatty):
     )
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert cached >= first.usage.prompt_tokens
-    await settled(chatty, programs=True)
+    await settled(chatty)
+    assert chatty.stats().programs == before, "the session has ended"
 
 
 async def test_choices_usage_and_logprobs(client):
