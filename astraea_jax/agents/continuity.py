@@ -138,6 +138,13 @@ class Continuity:
             chat.messages, chat.tools, add_generation_prompt=add_generation_prompt, **chat.template_arguments
         )
 
+    def _render_ended(self, chat: Chat) -> str:
+        """The chat without a generation prompt; nothing if the template refuses that."""
+        try:
+            return self._render(chat, False)
+        except ValueError:
+            return ""
+
     def _find(self, rendered: str, known: Sequence[Turn]) -> list[Place]:
         """Where the turns of ``known`` stand, up to the first that is not found."""
         places: list[Place] = []
@@ -163,7 +170,7 @@ class Continuity:
                 piece.rendered = rendered
             elif self._mode == "job":
                 ended = Chat(chat.messages[: turn.end], chat.tools, chat.template_arguments)
-                before = self._render(ended, False)
+                before = self._render_ended(ended)
                 places = self._find(before, known)
                 if len(places) < len(known):
                     return False
@@ -184,7 +191,7 @@ class Continuity:
         key = (chat.tools is not None, arguments, chat.messages[-1]["role"])
         prompt = self._generation_prompts.get(key)
         if prompt is None or not rendered.endswith(prompt):
-            without = self._render(chat, False)
+            without = self._render_ended(chat)
             prompt = rendered[len(without) if rendered.startswith(without) else _agreeing(rendered, without) :]
             if len(self._generation_prompts) >= MAX_PROMPTS:
                 self._generation_prompts.clear()

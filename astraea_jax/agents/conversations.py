@@ -208,7 +208,7 @@ class Conversations:
             RequestError: the session is not known, has expired, runs a request, or has fewer messages.
             CheckpointError, TypeError, ValueError: as :meth:`begin`.
         """
-        new = normalise_messages(messages)
+        new = normalise_messages(messages) if messages or not keep_messages else []
         with self._lock:
             state = self._owner(owner)
             tip = _tip(state, session)

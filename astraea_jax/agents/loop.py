@@ -12,16 +12,18 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from astraea_jax.agents import formats
 from astraea_jax.agents.call_bodies import Tools
+from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.json_calls import ToolCall
+from astraea_jax.agents.opened import Opened
 from astraea_jax.agents.tool_calls import read_turn
 from astraea_jax.agents.tools import Tool, error_text
 from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.events import MAX_NAME
-from astraea_jax.engine.generation import Usage
+from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.interface import Model
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.chat import normalise_messages
@@ -71,6 +73,15 @@ class ProgramResult:
     """Why the program ended early."""
 
 
+class Output(NamedTuple):
+    """What one request has generated."""
+
+    text: str
+    token_ids: Sequence[int]
+    whole: bool
+    """No stop string or stop token of the request's own has cut it."""
+
+
 async def run_program(
     model: Model,
     messages: Sequence[Any],
@@ -81,6 +92,7 @@ async def run_program(
     session: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     call_format: str | None = None,
+    conversations: Conversations | None = None,
     return_error: bool = False,
 ) -> ProgramResult:
     """Run one agent until it answers without calling a tool. The calls of one turn run at the same time.
@@ -97,6 +109,8 @@ async def run_program(
         session: names the program; a fresh name by default. The session is ended here, whatever happens.
         template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
         call_format: how the model writes tool calls, of :data:`.formats.NAMES`; by default as its template shows.
+        conversations: what is known of earlier turns, so that requests continue from their tokens; by default, of this
+            program only.
         return_error: put an error that ends the program into its result, beside the conversation; do not raise it.
 
     Raises:
@@ -108,15 +122,20 @@ async def run_program(
     conversation: list[Message] = []
     schemas = [tool.schema() for tool in tools]
     known, format = Tools.of(schemas), formats.choose(model.tokenizer, call_format)
+    known_turns = conversations or Conversations(model.tokenizer)
     records: list[RequestRecord] = []
     try:
         conversation += normalise_messages(messages)
         while True:
-            prompt = await _prompt(model, conversation, schemas or None, template_arguments or {})
+            opened = await _open(known_turns, session, conversation, schemas or None, template_arguments)
             final = len(records) + 1 == max_steps
-            text, record = await _request(model, prompt, params, session, final)
-            turn = read_turn(text, sum(len(one.tools) for one in records), known, format)
-            conversation.append(turn.message())
+            try:
+                output, record = await _request(model, opened.prompt, params, session, final)
+                turn = read_turn(output.text, sum(len(one.tools) for one in records), known, format)
+                conversation.append(turn.message())
+                opened.ended(output.token_ids, conversation[-1], record.finish_reason, whole=output.whole)
+            finally:
+                opened.ended()
             cut = record.finish_reason == "cancelled"
             if final or cut or not turn.calls:
                 records.append(record)
@@ -153,12 +172,16 @@ def check_tools(tools: Sequence[Tool], max_steps: int) -> dict[str, Tool]:
     return by_name
 
 
-async def _prompt(
-    model: Model, conversation: Sequence[Message], schemas: Any, template_arguments: Mapping[str, Any]
-) -> list[int]:
+async def _open(
+    conversations: Conversations,
+    session: str,
+    conversation: Sequence[Message],
+    schemas: Any,
+    template_arguments: Mapping[str, Any] | None,
+) -> Opened:
     characters = len(str(schemas)) + sum(len(str(value)) for message in conversation for value in message.values())
-    encode = partial(model.tokenizer.encode_chat, conversation, schemas, **template_arguments)
-    return await encode_prompt(characters, encode)
+    begin = partial(conversations.begin, "", session, conversation, schemas, template_arguments)
+    return await encode_prompt(characters, begin)
 
 
 def tool_wait(names: Iterable[str]) -> Wait | None:
@@ -172,25 +195,26 @@ def tool_wait(names: Iterable[str]) -> Wait | None:
 
 async def _request(
     model: Model, prompt: Sequence[int], params: SamplingParams | None, session: str, final: bool
-) -> tuple[str, RequestRecord]:
+) -> tuple[Output, RequestRecord]:
     submitted = time.monotonic()
     stream = model.generate(prompt, params, session=session, final=final)
     first_token = None
-    text, tokens, reason = [], 0, None
+    deltas = []
     try:
         async for delta in stream:
             if first_token is None:
                 first_token = time.monotonic()
-            text.append(delta.text)
-            tokens += len(delta.token_ids)
-            reason = delta.finish_reason
+            deltas.append(delta)
     finally:
-        if reason is None:
+        if not deltas or deltas[-1].finish_reason is None:
             stream.cancel()
     ended = time.monotonic()
-    return "".join(text), RequestRecord(
-        submitted, first_token or ended, ended, tokens, reason or "cancelled", stream.usage, ()
-    )
+    last = Delta.joined(deltas) if deltas else Delta("", ())
+    own_stops = frozenset(params.stop_token_ids if params else ()) - model.tokenizer.eos_ids
+    output = Output(last.text, last.token_ids, last.stop is None and own_stops.isdisjoint(last.token_ids[-1:]))
+    reason = last.finish_reason or "cancelled"
+    record = RequestRecord(submitted, first_token or ended, ended, len(output.token_ids), reason, stream.usage, ())
+    return output, record
 
 
 async def _run_tools(

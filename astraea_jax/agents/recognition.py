@@ -37,7 +37,7 @@ def recognise(owner: Owner, session: str | None, messages: Sequence[Message], di
 
     Args:
         owner: has the turns.
-        session: its name, if it has one; among turns of the same meaning its own come first.
+        session: its name, if it has one; among turns of the same meaning those of its session come first.
         messages: the history.
         digests: of all its beginnings.
     """
@@ -47,15 +47,16 @@ def recognise(owner: Owner, session: str | None, messages: Sequence[Message], di
         if known.answer is not None and not _same_thoughts(messages[known.end - 1], known.answer):
             before = turns[:i]
             return Match(before[-1] if before else None, before, known.end - 1)
-    rival = turn.program if turn else owner.programs.get(session or "")
-    return Match(turn, turns, _difference(rival.tip, digests) if rival and rival.tip else None)
+    rival = turn.program if turn is not None else None if session is None else owner.programs.get(session)
+    tip = None if rival is None or rival.tip is turn else rival.tip
+    return Match(turn, turns, None if tip is None else _difference(tip, digests))
 
 
 def best(turns: Sequence[Turn], session: str | None) -> Turn | None:
     """Of turns that mean the same, one of the session, if possible one that nobody has continued."""
 
     def rank(turn: Turn) -> tuple[bool, bool]:
-        return session is not None and turn.program.session == session, _open(turn)
+        return turn.program.session == session, _open(turn)
 
     return max(reversed(turns), key=rank, default=None)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 OVERHEAD = 1024
 """Bytes that a turn takes beside its texts and tokens."""
+MAX_ALIKE = 256
+"""Turns of the same meaning that are told apart; of more, the oldest is not recognised any more."""
 
 
 @dataclass(eq=False)
@@ -111,9 +113,14 @@ def _chain(turn: Turn | None, before: Callable[[Turn], Turn | None]) -> list[Tur
 
 
 class Owner:
-    """The turns and programs of one owner. A program is here while a request of it runs, or it has a turn."""
+    """The turns and programs of one owner. A program is here while a request of it runs, or it has a turn.
 
-    def __init__(self) -> None:
+    Args:
+        resized: called with the bytes that come in, or, below zero, go.
+    """
+
+    def __init__(self, resized: Callable[[int], None]) -> None:
+        self._resized = resized
         self.programs: dict[str, Program] = {}
         self.size = 0
         self.count = 0
@@ -131,12 +138,12 @@ class Owner:
         """Take in a new turn, the newest of its program."""
         if turn.previous is not None:
             self.hold(turn.previous)
-        self._by_digest.setdefault(turn.digest, []).append(turn)
+        alike = self._by_digest.setdefault(turn.digest, [])
+        alike.append(turn)
+        if len(alike) > MAX_ALIKE:
+            del alike[0]
         self.leaves[turn] = None
-        self.size += turn.size
-        self.count += 1
-        if turn.plain:
-            self.text_ends[turn.end] += 1
+        self._count(turn, 1)
         turn.program.tip = turn
 
     def hold(self, turn: Turn) -> None:
@@ -154,13 +161,12 @@ class Owner:
     def evict(self, turn: Turn) -> None:
         """Forget a turn on which nothing builds. The one before it is the next to go unless something builds on it."""
         del self.leaves[turn]
-        self._by_digest[turn.digest].remove(turn)
-        if not self._by_digest[turn.digest]:
-            del self._by_digest[turn.digest]
-        self.size -= turn.size
-        self.count -= 1
-        if turn.plain:
-            self.text_ends -= Counter([turn.end])
+        alike = self._by_digest.get(turn.digest, [])
+        if turn in alike:
+            alike.remove(turn)
+            if not alike:
+                del self._by_digest[turn.digest]
+        self._count(turn, -1)
         before = turn.previous
         if turn.program.tip is turn:
             turn.program.tip = before if before is not None and before.program is turn.program else None
@@ -186,6 +192,15 @@ class Owner:
         for program in gone:
             program.tip = None
 
+    def _count(self, turn: Turn, sign: int) -> None:
+        self.size += sign * turn.size
+        self.count += sign
+        self._resized(sign * turn.size)
+        if turn.plain:
+            self.text_ends[turn.end] += sign
+            if not self.text_ends[turn.end]:
+                del self.text_ends[turn.end]
+
     def settle(self, program: Program) -> None:
         """Forget a program that neither runs nor has a turn."""
         if not program.busy and program.tip is None and self.programs.get(program.name) is program:
@@ -205,15 +220,14 @@ class Owners:
         self._max_bytes, self._max_turns, self._ttl_s = max_bytes, max_turns, ttl_s
         self._owners: OrderedDict[str, Owner] = OrderedDict()
         """By name, the longest unused first."""
-
-    @property
-    def size(self) -> int:
+        self.size = 0
         """Bytes that all turns take, about."""
-        return sum(owner.size for owner in self._owners.values())
 
     def get(self, name: str, now: float) -> Owner:
         """The turns of an owner, after those have gone whose time is over."""
-        owner = self._owners.setdefault(name, Owner())
+        if name not in self._owners:
+            self._owners[name] = Owner(self._resized)
+        owner = self._owners[name]
         self._owners.move_to_end(name)
         self._expire(owner, now)
         while (oldest := next(iter(self._owners))) != name:  # everybody before it has been unused for longer
@@ -224,17 +238,19 @@ class Owners:
         return owner
 
     def bound(self, owner: Owner) -> None:
-        """Forget turns, of ``owner`` first, until all bounds hold or everything left is in use."""
+        """Forget turns until all bounds hold or everything left is in use: of ``owner``, if it takes its share."""
         while owner.count > self._max_turns and owner.leaves:
             owner.evict(next(iter(owner.leaves)))
-        excess = self.size - self._max_bytes
-        while excess > 0:
-            largest = max((one for one in self._owners.values() if one.leaves), key=lambda one: one.size, default=None)
-            if largest is None:
-                return
-            before = largest.size
-            largest.evict(next(iter(largest.leaves)))
-            excess -= before - largest.size
+        while self.size > self._max_bytes:
+            if not owner.leaves or owner.size * len(self._owners) < self.size:
+                others = (one for one in self._owners.values() if one.leaves)
+                if (largest := max(others, key=lambda one: one.size, default=None)) is None:
+                    return
+                owner = largest
+            owner.evict(next(iter(owner.leaves)))
+
+    def _resized(self, size: int) -> None:
+        self.size += size
 
     def _expire(self, owner: Owner, now: float) -> None:
         while owner.leaves and (oldest := next(iter(owner.leaves))).used + self._ttl_s < now:

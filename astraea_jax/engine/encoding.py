@@ -30,7 +30,7 @@ _threads = ThreadPoolExecutor(4, thread_name_prefix="astraea-text")
 """An event loop's default threads would not do: tools may fill them while they wait for agents of their own."""
 
 
-async def encode_prompt(characters: int, encode: Callable[[], list[int]]) -> list[int]:
+async def encode_prompt(characters: int, encode: Callable[[], T]) -> T:
     """Return ``encode()``, computed in a thread if its prompt has about ``LONG_TEXT`` characters or more."""
     if characters < LONG_TEXT:
         return encode()

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from astraea_jax.agents.continuity import Mode
+from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.loop import ProgramResult, check_tools, run_program
 from astraea_jax.agents.mcp import McpServer, connected
 from astraea_jax.agents.tools import Tool, thread_lent
@@ -49,6 +51,9 @@ class LLM:
         config: sizes and policy of the engine.
         revision: a branch, tag or commit of a hub id.
         progress: show loading and compilation on the terminal.
+        turn_continuity: how a conversation continues from the tokens of its earlier turns, also of earlier calls:
+            ``"job"``: unless the template intends another text for turns of earlier jobs; ``"session"``: always;
+            ``"off"``: never.
 
     Raises:
         CheckpointError, StartupError: the model cannot be served here; the message says why.
@@ -61,6 +66,7 @@ class LLM:
         *,
         revision: str | None = None,
         progress: bool = False,
+        turn_continuity: Mode = "job",
     ):
         with StartupDisplay(enabled=progress) as display:
             self.engine = load_engine(find_model(model, revision), config, progress=display.loading)
@@ -72,6 +78,7 @@ class LLM:
                 raise
         self._model = PatientModel(self.engine)
         c = self.engine.config
+        self._conversations = Conversations(self.engine.tokenizer, turn_continuity, ttl_s=c.session_ttl_s)
         self._at_once = c.data_parallel * min(c.max_queued + c.max_seqs, c.max_programs)
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
@@ -136,6 +143,7 @@ class LLM:
                     params=params,
                     max_steps=max_steps,
                     template_arguments=template_arguments,
+                    conversations=self._conversations,
                     return_error=True,
                 )
                 return await map_in_order(run, conversations, self._at_once)

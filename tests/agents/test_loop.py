@@ -39,8 +39,9 @@ def characters() -> Tokenizer:
 class Turn:
     """A request that says ``text`` a few characters at a time."""
 
-    def __init__(self, text: str | Exception, finish_reason: str):
+    def __init__(self, text: str | Exception, finish_reason: str, tokenizer: Tokenizer):
         self.usage: Usage | None = None
+        self._tokenizer = tokenizer
         self._text, self._finish_reason = text, finish_reason
         self.cancelled = False
 
@@ -49,10 +50,11 @@ class Turn:
             raise self._text
         for at in range(0, len(self._text), 5):
             await asyncio.sleep(0)
-            yield Delta(self._text[at : at + 5], (0,))
+            piece = self._text[at : at + 5]
+            yield Delta(piece, tuple(self._tokenizer.encode(piece)))
         if self._finish_reason == "never":
             await asyncio.sleep(3600)
-        yield Delta("", (1,), self._finish_reason)
+        yield Delta("", tuple(sorted(self._tokenizer.eos_ids)[-1:]), self._finish_reason)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -79,7 +81,7 @@ class Script:
         self.prompts.append(self.tokenizer.decode(prompt))
         self.finals.append(final)
         text = self._turns[min(len(self.requests), len(self._turns) - 1)]
-        self.requests.append(Turn(text, self._finish_reason))
+        self.requests.append(Turn(text, self._finish_reason, self.tokenizer))
         return self.requests[-1]
 
     def waits(self, session: str, wait: Wait) -> None:
@@ -211,7 +213,7 @@ async def test_records_are_in_order_of_time() -> None:
     assert first.tools[1].ended - first.tools[1].began >= 0.05
     assert first.tools[1].ended <= last.submitted <= last.ended
     assert last.tools == ()
-    assert last.output_tokens == len("It is 14.") // 5 + 2
+    assert last.output_tokens == len("It is 14.")
 
 
 async def test_an_error_of_the_model_ends_the_session() -> None:
@@ -265,13 +267,13 @@ async def test_names_of_many_tools_are_told_as_far_as_they_fit() -> None:
 
 async def test_long_conversations_are_tokenised_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Script("fine")
-    encode, threads = model.tokenizer.encode_chat, []
+    encode, threads = model.tokenizer.encode_rendered, []
 
     def noting(*arguments: Any, **more: Any) -> list[int]:
         threads.append(threading.current_thread())
         return encode(*arguments, **more)
 
-    monkeypatch.setattr(model.tokenizer, "encode_chat", noting)
+    monkeypatch.setattr(model.tokenizer, "encode_rendered", noting)
     for text in ("How much?", "How much? " * 1000):
         await run_program(model, [{"role": "user", "content": text}])
     assert [thread is threading.current_thread() for thread in threads] == [True, False]
