@@ -239,6 +239,7 @@ class Scheduler:
         Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
         """
         self.expire(now)
+        self._residency.end_leases(now)
         return self._planner.plan(now)
 
     def observe(self, plan: Plan, seconds: float) -> None:

@@ -27,7 +27,7 @@ SCHEDULER_FLOORS = (
     {"distribution", "hazards", "histogram", "prefix", "wait"},
     {"program", "transfer"},
     {"config", "decode_batch", "eviction", "pages", "plan", "view"},
-    {"copies", "costs", "registry", "wait_times"},
+    {"copies", "costs", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
     {"strategies"},
     {"policy", "residency"},
