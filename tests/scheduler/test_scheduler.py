@@ -21,7 +21,6 @@ from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 from astraea_jax.scheduler.wait import Wait
 
-
 HINTS = st.none() | st.sampled_from([0.0, -1.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(0, 100)
 """Seconds that clients name."""
 

@@ -25,7 +25,7 @@ from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import chat_logprobs
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged, written_call
-from astraea_jax.frontends.http.usage import usage_of
+from astraea_jax.frontends.http.usage import cached_header, usage_of
 
 router = APIRouter(route_class=JsonRoute, tags=["chat"])
 
@@ -44,7 +44,8 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     async for index, delta in outputs:
         logprobs[index] += delta.logprobs
     choices = [_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns)]
-    return answer({**head, "object": "chat.completion", "choices": choices, "usage": usage_of(turns)})
+    content = {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(turns)}
+    return answer(content, cached_header(turns[0]))
 
 
 def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
@@ -103,7 +104,8 @@ class _Chunks:
     def __init__(self, door: Door, body: ChatCompletionRequest, head: dict[str, Any], turns: Sequence[Turn]):
         self._tokenizer = door.engine.tokenizer
         self._body, self._turns = body, turns
-        usage = {"usage": None} if body.include_usage else {}
+        self._tells_usage = body.include_usage or turns[0].about.told
+        usage = {"usage": None} if self._tells_usage else {}
         self._head = {**head, "object": "chat.completion.chunk", **usage}
 
     async def of(self, outputs: AsyncIterator[tuple[int, TurnDelta]]) -> AsyncIterator[bytes]:
@@ -118,7 +120,7 @@ class _Chunks:
                 yield self._chunk(index, delta, output.logprobs)
             if (reason := self._turns[index].finish_reason) is not None:
                 yield self._chunk(index, {}, reason=reason, stop=self._turns[index].stop_sequence)
-        if self._body.include_usage:
+        if self._tells_usage:
             yield event({**self._head, "choices": [], "usage": usage_of(self._turns)})
         yield DONE
 

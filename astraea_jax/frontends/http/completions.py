@@ -20,7 +20,7 @@ from astraea_jax.frontends.http.logprobs import text_logprobs
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
 from astraea_jax.frontends.http.sampling_schema import LARGE, SamplingFields, Text, TokenId
 from astraea_jax.frontends.http.turns import TextRequest, Turn, merged
-from astraea_jax.frontends.http.usage import usage_of
+from astraea_jax.frontends.http.usage import cached_header, usage_of
 
 router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
@@ -83,7 +83,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     texts = _Texts(door, body, head, await _begin(door, _requests(request, body, door)))
     if body.stream:
         return await stream(request, texts.events(), lambda failure: event(failure.openai()))
-    return answer(await texts.whole())
+    return answer(await texts.whole(), cached_header(*(turns[0] for turns in texts.prompts)))
 
 
 def _requests(request: Request, body: CompletionRequest, door: Door) -> list[TextRequest]:
@@ -130,7 +130,7 @@ class _Texts:
 
     def __init__(self, door: Door, body: CompletionRequest, head: dict[str, Any], turns: Sequence[Sequence[Turn]]):
         self._tokenizer = door.engine.tokenizer
-        self._body, self._head, self._prompts = body, head, turns
+        self._body, self._head, self.prompts = body, head, turns
         self._turns = [turn for of_one in turns for turn in of_one]
         self._lengths = [0] * len(self._turns)
 
@@ -147,7 +147,8 @@ class _Texts:
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events."""
-        head = {**self._head, "usage": None} if self._body.include_usage else self._head
+        tells_usage = self._body.include_usage or self._turns[0].about.told
+        head = {**self._head, "usage": None} if tells_usage else self._head
         echoed: set[int] = set()
         async for index, output in merged(self._turns):
             text = "".join(part.text for part in output.parts if isinstance(part, Said))
@@ -156,7 +157,7 @@ class _Texts:
                 text = self._echo(index) + text
             if text or output.logprobs or self._turns[index].finish_reason:
                 yield event({**head, "choices": [self._choice(index, text, output.logprobs)]})
-        if self._body.include_usage:
+        if tells_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield DONE
 
@@ -181,4 +182,4 @@ class _Texts:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _usage(self) -> dict[str, Any]:
-        return usage_of(*self._prompts)
+        return usage_of(*self.prompts)

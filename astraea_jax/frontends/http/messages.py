@@ -27,6 +27,7 @@ from astraea_jax.frontends.http.messages_output import PING, MessageBuilder
 from astraea_jax.frontends.http.messages_schema import CountRequest, MessagesRequest
 from astraea_jax.frontends.http.routes import JsonRoute, answer, named, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn
+from astraea_jax.frontends.http.usage import cached_header, report_of
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -61,7 +62,7 @@ async def create(body: MessagesRequest, request: Request) -> Response:
         )
     async for delta in turn:
         builder.add(delta.parts)
-    return answer(builder.message(*_end_of(turn)))
+    return answer(builder.message(*_end_of(turn)), cached_header(turn))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -112,11 +113,11 @@ def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequ
     )
 
 
-def _end_of(turn: Turn) -> tuple[str, str | None, Usage]:
+def _end_of(turn: Turn) -> tuple[str, str | None, Usage, dict[str, Any]]:
     """Return how a turn has ended, in the form that builders take."""
     assert turn.finish_reason is not None  # its last delta is out
     assert turn.usage is not None
-    return turn.finish_reason, turn.stop_sequence, turn.usage
+    return turn.finish_reason, turn.stop_sequence, turn.usage, report_of(turn)
 
 
 async def _events(turn: Turn, builder: MessageBuilder) -> AsyncIterator[bytes]:

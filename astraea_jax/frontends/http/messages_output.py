@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
@@ -50,24 +50,29 @@ class MessageBuilder:
         """Take in what the model has written; returns the events that tell it."""
         return [event for part in parts for event in self._add(part)]
 
-    def finish(self, reason: str, stop_sequence: str | None, usage: Usage) -> list[Event]:
-        """Take in the end; returns the last events."""
+    def finish(
+        self, reason: str, stop_sequence: str | None, usage: Usage, report: Mapping[str, Any] | None = None
+    ) -> list[Event]:
+        """Take in the end; returns the last events. ``report`` is a part of their usage."""
         events = self._close()
         if not self.content:  # clients look into the first block
             events += [*self._begin({"type": "text", "text": ""}), *self._close()]
         delta = {"stop_reason": _stop_reason(reason, stop_sequence), "stop_sequence": stop_sequence}
         return [
             *events,
-            {"type": "message_delta", "delta": delta, "usage": usage_of(usage)},
+            {"type": "message_delta", "delta": delta, "usage": {**usage_of(usage), **(report or {})}},
             {"type": "message_stop"},
         ]
 
-    def message(self, reason: str, stop_sequence: str | None, usage: Usage) -> dict[str, Any]:
-        """Take in the end; returns the whole message."""
+    def message(
+        self, reason: str, stop_sequence: str | None, usage: Usage, report: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Take in the end; returns the whole message. ``report`` is a part of its usage."""
         self.finish(reason, stop_sequence, usage)
-        return self._message(_stop_reason(reason, stop_sequence), stop_sequence, usage_of(usage))
+        counts = {**usage_of(usage), **(report or {})}
+        return self._message(_stop_reason(reason, stop_sequence), stop_sequence, counts)
 
-    def _message(self, stop_reason: str | None, stop_sequence: str | None, usage: dict[str, int]) -> dict[str, Any]:
+    def _message(self, stop_reason: str | None, stop_sequence: str | None, usage: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": self._id,
             "type": "message",

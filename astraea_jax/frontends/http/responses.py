@@ -33,6 +33,7 @@ from astraea_jax.frontends.http.responses_store import ResponseStore, Stored
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, named, stream
 from astraea_jax.frontends.http.tenants import Tenant
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta
+from astraea_jax.frontends.http.usage import cached_header, report_of
 from astraea_jax.models.tokenizer import Tokenizer
 
 LOGPROBS = "message.output_text.logprobs"
@@ -101,7 +102,7 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
         _add(builder, delta, tokenizer)
     response = _end(turn, builder)[-1]["response"]
     asked.keep(builder, response)
-    return answer(response)
+    return answer(response, cached_header(turn))
 
 
 @router.get("/{id}")
@@ -187,7 +188,7 @@ def _end(turn: Turn, builder: ResponseBuilder) -> list[dict[str, Any]]:
     """Finish a response; returns the last events."""
     assert turn.finish_reason is not None  # its last delta is out
     assert turn.usage is not None
-    return builder.finish(turn.finish_reason, turn.usage)
+    return builder.finish(turn.finish_reason, turn.usage, report_of(turn))
 
 
 def _add(builder: ResponseBuilder, delta: TurnDelta, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
@@ -68,14 +68,14 @@ class ResponseBuilder:
             self._held_tokens, self._held_logprobs = 0, []
         return events
 
-    def finish(self, reason: str, usage: Usage) -> list[Event]:
+    def finish(self, reason: str, usage: Usage, report: Mapping[str, Any] | None = None) -> list[Event]:
         """Take in the end, and the turn's finish reason; returns the last events."""
         status = "incomplete" if reason == "length" else "completed"
         events = self._close(status)
         if not self.output:
             events += [*self._begin("message", {"role": "assistant", "content": []}), *self._close(status)]
         details = {"reason": "max_output_tokens"} if reason == "length" else None
-        counts = usage_of(usage, self._thought_tokens)
+        counts = {**usage_of(usage, self._thought_tokens), **(report or {})}
         response = self.response(status, counts, incomplete_details=details, completed_at=int(time.time()))
         return [*events, self._event(f"response.{status}", response=response)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -151,9 +151,9 @@ def json_bytes(data: Any) -> bytes:
         return json.dumps(data).encode()
 
 
-def answer(data: Any) -> Response:
+def answer(data: Any, headers: Mapping[str, str] | None = None) -> Response:
     """Make an answer in JSON."""
-    return Response(json_bytes(data), media_type="application/json")
+    return Response(json_bytes(data), media_type="application/json", headers=headers)
 
 
 def event(data: Any) -> bytes:

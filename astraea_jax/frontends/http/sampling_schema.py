@@ -111,8 +111,8 @@ class SamplingFields(Model, AgentFields):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with its usage, where a report of what was reused has its place, too."""
-        return bool(self.astraea_report) or (self.stream_options is not None and self.stream_options.include_usage)
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return the sampling that is asked for.

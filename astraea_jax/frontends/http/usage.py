@@ -1,11 +1,16 @@
-"""Token counts in OpenAI's shape."""
+"""Token counts in OpenAI's shape, and what was reused, in every API's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from astraea_jax.agents.opened import Continuation
 from astraea_jax.frontends.http.turns import Turn
+
+CACHED_HEADER = "x-cached-tokens"
+"""Header of an answer that is no stream: tokens of its prompt that were not computed again."""
 
 
 def usage_of(*prompts: Sequence[Turn]) -> dict[str, Any]:
@@ -18,4 +23,36 @@ def usage_of(*prompts: Sequence[Turn]) -> dict[str, Any]:
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in first)},
+        **report_of(prompts[0][0]),
     }
+
+
+def cached_header(*turns: Turn) -> dict[str, str]:
+    """Return the header that says how many tokens of prompts were reused."""
+    return {CACHED_HEADER: str(sum(turn.usage.cached_tokens for turn in turns if turn.usage is not None))}
+
+
+def report_of(turn: Turn) -> dict[str, Any]:
+    """Return what the usage of an answer says of reuse, if its client asked for that or gave hints.
+
+    ``resumed``: where the KV of the program came from, and why some was computed again; ``known``: how much of the
+    prompt was known, and why not more; ``wait``: the wait before the request, as predicted and as it was; ``hints``:
+    what became of each hint.
+    """
+    about, usage = turn.about, turn.usage
+    if usage is None or not (about.told or about.outcomes):
+        return {}
+    return {
+        "astraea": {
+            "program": about.program,
+            "resumed": asdict(usage.resumed),
+            "known": known_of(about.known),
+            "wait": None if usage.wait is None else asdict(usage.wait),
+            "hints": [outcome.plain() for outcome in about.outcomes],
+        }
+    }
+
+
+def known_of(known: Continuation | None) -> dict[str, Any] | None:
+    """Return how much of a prompt was known: tokens, the message where it ended (None: nowhere), and why."""
+    return None if known is None else {"tokens": known.kept, "message": known.message, "why": known.why}
