@@ -14,6 +14,7 @@ from astraea_jax.frontends.http import chat, completions, messages, operations, 
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
+from astraea_jax.frontends.http.responses_background import Background
 from astraea_jax.frontends.http.responses_store import ResponseStore
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.operating import Operator
@@ -51,7 +52,9 @@ def make_app(
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
-    return Guard(app, keys, shape_of, bounds)
+    guard = Guard(app, keys, shape_of, bounds)
+    app.state.background = Background(guard.running)
+    return guard
 
 
 def shape_of(path: str) -> Shape:
