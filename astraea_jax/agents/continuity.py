@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from astraea_jax.agents.meaning import Message
-from astraea_jax.agents.turns import Turn, ids_of
+from astraea_jax.agents.turns import Piece, Turn, ids_of
 from astraea_jax.models.tokenizer import Tokenizer
 
 Mode = Literal["off", "job", "session"]
@@ -54,12 +55,14 @@ class Prompt(NamedTuple):
     """The first message that is not known like this."""
     kept: int = 0
     """Tokens at its beginning that are those of known turns."""
-    base: Turn | None = None
-    """The last known turn that it continues token by token."""
+    base: Piece | None = None
+    """The last turn before the new text."""
+    fresh: Sequence[Piece] = ()
+    """Turns up to this one that were tokenised anew."""
     new: int = 0
-    """Where the tokens after this turn begin."""
+    """Where the tokens of the new text begin."""
     text: str = ""
-    """The rendering after this turn, without the generation prompt."""
+    """The new text, without the generation prompt."""
     undo: int = 0
     """See :class:`.turns.Piece`."""
 
@@ -69,21 +72,23 @@ class Continuity:
 
     Args:
         tokenizer: of the model.
-        mode: ``"job"``: the template's will is done about turns of earlier jobs; ``"session"``: the tokens of all turns
-            stay, whatever a template leaves out later.
+        mode: ``"job"``: where the template intends another text for turns of earlier jobs, it is tokenised anew;
+            ``"session"``: the tokens of all turns stay, whatever a template leaves out later.
     """
 
     def __init__(self, tokenizer: Tokenizer, mode: Mode):
         self._tokenizer = tokenizer
         self._mode = mode
-        added = tokenizer.added_tokens()
-        self.stops = {i: text for text, i in added.items() if i in tokenizer.eos_ids}
-        """Tokens that end a turn and are always told from the text around them."""
-        texts = sorted(self.stops.values(), key=len, reverse=True)
-        self._stop = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        self._ids = {text: i for i, text in self.stops.items()}
+        self._ids = {text: i for text, i in tokenizer.added_tokens().items() if i in tokenizer.eos_ids}
+        self._texts = {i: text for text, i in self._ids.items()}
+        stops = sorted(self._ids, key=len, reverse=True)
+        self._stop = re.compile("|".join(map(re.escape, stops)) or "(?!)")
         self._generation_prompts: dict[tuple[bool, str, str], str] = {}
         self._ends_turns: dict[tuple[bool, bool, bool], bool] = {}
+
+    def stop_of(self, ids: Sequence[int]) -> str | None:
+        """Text of the stop token with which generated tokens end, if they do."""
+        return self._texts.get(ids[-1]) if ids else None
 
     def prompt(self, chat: Chat, turns: Sequence[Turn], job: int, *, generation_prompt: bool = True) -> Prompt:
         """The prompt of a chat.
@@ -100,38 +105,21 @@ class Continuity:
         rendered = self._render(chat, generation_prompt)
         end = len(rendered) - (len(self._generation_prompt(rendered, chat)) if generation_prompt else 0)
         known = turns[-1].pieces() if turns else []
-        places, why, message = self._places(rendered, chat, turns, known, job)
-        if places:
-            kept, at = known[: len(places)], places[-1]
-            new = self._after(rendered, at, kept[-1])
-            if new is not None:
-                before = ids_of(kept)
-                same = len(before) + common(new, known[len(places) :])
-                return Prompt(before + new, why, message, same, kept[-1], len(before), rendered[at.end : end])
-            why, message = "border", kept[-1].end - 1
-        ids = self._tokenizer.encode_rendered(rendered)
-        return Prompt(ids, why, message, common(ids, known), text=rendered[:end])
-
-    def _places(
-        self, rendered: str, chat: Chat, turns: Sequence[Turn], known: Sequence[Turn], job: int
-    ) -> tuple[list[Place], Why, int | None]:
-        """Where the turns stand whose tokens stay, and why and at which message these end."""
         places = self._find(rendered, known)
         if places and len(places) == len(known) and not self._ends(chat, known[-1]):
-            places = places[:-1]
-        for i, (turn, place) in enumerate(zip(known, places, strict=False)):
-            if not self._accepts(turn, rendered[place.begin : place.end], chat, known[: i + 1], job):
-                return places[:i], "template", turn.end - 1
-        if len(places) < len(known):
-            turn, at = known[len(places)], places[-1].end if places else 0
-            assert turn.piece is not None
-            if rendered.startswith(turn.piece.text, at):
-                return places, "template", turn.end - 1
-            other: Why = "text" if chat.tools == turn.program.tools else "tools"
-            return places, other, 0 if turn.previous is None else turn.previous.end
-        last = known[-1].end if known else 0
-        cut = next((turn.end - 1 for turn in turns if turn.end > last and turn.answer is not None), None)
-        return places, "new" if not turns else "same" if cut is None else "cut", cut
+            places.pop()
+        kept, why, message = self._kept(rendered, chat, turns, known, places, job)
+        before = ids_of(known[:kept])
+        try:
+            fresh, new = self._tokenised(rendered, known, places, kept)
+        except _NoBorder:
+            ids = self._tokenizer.encode_rendered(rendered)
+            return Prompt(ids, "border", 0, agreeing(ids, ids_of(known)), text=rendered[:end])
+        base = fresh[-1] if fresh else known[kept - 1] if kept else None
+        ids = before + ids_of(fresh)
+        same = len(before) + agreeing([*ids[len(before) :], *new], ids_of(known[kept:]))
+        begin = places[-1].end if places else 0
+        return Prompt(ids + new, why, message, same, base, fresh, len(ids), rendered[begin:end])
 
     def _render(self, chat: Chat, add_generation_prompt: bool) -> str:
         return self._tokenizer.render_chat(
@@ -145,13 +133,11 @@ class Continuity:
         except ValueError:
             return ""
 
-    def _find(self, rendered: str, known: Sequence[Turn]) -> list[Place]:
+    def _find(self, rendered: str, known: Sequence[Piece]) -> list[Place]:
         """Where the turns of ``known`` stand, up to the first that is not found."""
         places: list[Place] = []
         at = 0
-        for turn in known:
-            piece = turn.piece
-            assert piece is not None
+        for piece in known:
             begin = at + len(piece.text)
             stop = self._stop.search(rendered, begin)
             found = stop is not None and piece.stop in (None, stop[0]) and rendered.startswith(piece.text, at)
@@ -161,50 +147,93 @@ class Continuity:
             places.append(Place(begin, stop.start(), at))
         return places
 
-    def _accepts(self, turn: Turn, rendered: str, chat: Chat, known: Sequence[Turn], job: int) -> bool:
-        """Whether the tokens of a turn stay: the template intends ``rendered`` now."""
-        piece = turn.piece
-        assert piece is not None
+    def _kept(
+        self,
+        rendered: str,
+        chat: Chat,
+        turns: Sequence[Turn],
+        known: Sequence[Piece],
+        places: Sequence[Place],
+        job: int,
+    ) -> tuple[int, Why, int | None]:
+        """How many of the known turns stay token by token, why no more, and which message is the first other one."""
+        for i, (piece, place) in enumerate(zip(known, places, strict=False)):
+            if not piece.whole:
+                return i, "cut", piece.end - 1
+            if not self._accepts(piece, rendered[place.begin : place.end], chat, known[: i + 1], job):
+                return i, "template", piece.end - 1
+        count = len(places)
+        if count == len(known):
+            return count, "same" if turns else "new", None
+        if rendered.startswith(known[count].text, places[-1].end if places else 0):
+            return count, "template", known[count].end - 1
+        return count, "text" if chat.tools == turns[-1].program.tools else "tools", known[count - 1].end if count else 0
+
+    def _accepts(self, piece: Piece, rendered: str, chat: Chat, known: Sequence[Piece], job: int) -> bool:
+        """Whether the tokens of a turn, the last of ``known``, stay where the template writes ``rendered`` now."""
         if piece.rendered is None:
-            if turn.job == job:
+            if piece.job == job:
                 piece.rendered = rendered
             elif self._mode == "job":
-                ended = Chat(chat.messages[: turn.end], chat.tools, chat.template_arguments)
-                before = self._render_ended(ended)
+                before = self._render_ended(chat._replace(messages=chat.messages[: piece.end]))
                 places = self._find(before, known)
                 if len(places) < len(known):
                     return False
                 piece.rendered = before[places[-1].begin : places[-1].end]
-        return self._mode == "session" or turn.job == job or piece.rendered == rendered
+        return self._mode == "session" or piece.job == job or piece.rendered == rendered
 
-    def _after(self, rendered: str, place: Place, turn: Turn) -> list[int] | None:
-        """Tokens of what follows a turn; None if they cannot be told without what comes before."""
-        assert turn.piece is not None
-        ids = self._tokenizer.encode_rendered(rendered[place.stop :])
-        if ids[:1] != [self._ids[rendered[place.stop : place.end]]]:
-            return None
-        return ids if turn.piece.stop is None else ids[1:]
+    def _tokenised(
+        self, rendered: str, known: Sequence[Piece], places: Sequence[Place], kept: int
+    ) -> tuple[list[Piece], list[int]]:
+        """What follows the turns that stay: further turns as they are rendered now, and the tokens of new text.
+
+        Each turn but the first begins with the stop text of the one before, so that it can be tokenised by itself.
+
+        Raises:
+            _NoBorder: that is not so.
+        """
+        fresh: list[Piece] = []
+        before = known[kept - 1] if kept else None
+        begin = places[kept - 1].stop if kept else 0
+        for piece, place in zip(known[kept:], places[kept:], strict=False):
+            ids = [*self._after(before, rendered[begin : place.stop]), self._ids[rendered[place.stop : place.end]]]
+            turn = rendered[place.begin : place.end]
+            stop = rendered[place.stop : place.end]
+            before = Piece(before, piece.text, array("i", ids), stop, piece.end, piece.job, rendered=turn)
+            fresh.append(before)
+            begin = place.stop
+        return fresh, self._after(before, rendered[begin:])
+
+    def _after(self, before: Piece | None, text: str) -> list[int]:
+        """Tokens of text that begins with the stop text of a turn, without its stop token if the turn has that."""
+        ids = self._tokenizer.encode_rendered(text)
+        if before is None:
+            return ids
+        stop = self._stop.match(text)
+        if stop is None or ids[:1] != [self._ids[stop[0]]]:
+            raise _NoBorder
+        return ids if before.stop is None else ids[1:]
 
     def _generation_prompt(self, rendered: str, chat: Chat) -> str:
         """The end of a rendering that is there for the generation only."""
-        arguments = json.dumps(chat.template_arguments, sort_keys=True, default=str)
+        arguments = json.dumps(chat.template_arguments, sort_keys=True)
         key = (chat.tools is not None, arguments, chat.messages[-1]["role"])
         prompt = self._generation_prompts.get(key)
         if prompt is None or not rendered.endswith(prompt):
             without = self._render_ended(chat)
-            prompt = rendered[len(without) if rendered.startswith(without) else _agreeing(rendered, without) :]
+            prompt = rendered[len(without) if rendered.startswith(without) else agreeing(rendered, without) :]
             if len(self._generation_prompts) >= MAX_PROMPTS:
                 self._generation_prompts.clear()
             self._generation_prompts[key] = prompt
         return prompt
 
-    def _ends(self, chat: Chat, turn: Turn) -> bool:
-        """Whether the template writes a stop text between a turn like ``turn`` and the message after it.
+    def _ends(self, chat: Chat, piece: Piece) -> bool:
+        """Whether the template writes a stop text between a turn like this one and the message after it.
 
         Otherwise the first stop text would be that of the next message, which would be taken for a part of the turn.
         """
-        calls = turn.answer is not None and bool(turn.answer.get("tool_calls"))
-        key = (chat.tools is not None, calls, chat.messages[turn.end]["role"] == "tool")
+        calls = bool(chat.messages[piece.end - 1].get("tool_calls"))
+        key = (chat.tools is not None, calls, chat.messages[piece.end]["role"] == "tool")
         if key not in self._ends_turns:
             self._ends_turns[key] = self._probe(chat.tools, calls, key[2])
         return self._ends_turns[key]
@@ -223,10 +252,10 @@ class Continuity:
         return begin >= 0 and stop is not None and stop.start() < rendered.find(NEXT, begin)
 
 
-def common(ids: Sequence[int], known: Sequence[Turn]) -> int:
-    """How many tokens at the beginning of ``ids`` are those of the known turns."""
-    return _agreeing(ids, ids_of(known))
+class _NoBorder(Exception):
+    """A stop token does not keep the texts before and after it apart."""
 
 
-def _agreeing(one: Sequence[Any], other: Sequence[Any]) -> int:
+def agreeing(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items at the beginning are the same."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

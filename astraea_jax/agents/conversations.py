@@ -102,7 +102,8 @@ class Conversations:
         job = turn.job if turn is not None and goes_on else next(self._jobs)
         try:
             prompt = self._prompt(Chat(match.restored(given), tools, arguments), match, job)
-            ids, size = array("i", prompt.ids[prompt.new :]), OVERHEAD + len(repr(given[end:])) + len(prompt.text)
+            ids, size = array("i", prompt.ids[prompt.new :]), OVERHEAD + len(repr(given[end:]))
+            size += sum(piece.size for piece in prompt.fresh)
         except BaseException:
             self._end(running)
             raise
@@ -113,7 +114,7 @@ class Conversations:
             if message is not None:
                 answers = normalise_messages([message])
                 chain = (*digests[end:], meaning.extended(digests[-1], answers[0]))
-                piece = self._piece(prompt, ids, output_ids) if whole else None
+                piece = self._piece(prompt, ids, output_ids, len(given) + 1, job, whole)
                 said = (*given[end:], *answers)
                 new = Turn(chain[-1], turn, said, chain, len(given) + 1, program, job, piece, size=size)
             self._end(running, new)
@@ -153,8 +154,8 @@ class Conversations:
             new = None
             if message is not None:
                 digest = text_hash(text + message, add_bos).digest()
-                piece = self._piece(prompt, ids, output_ids) if whole else None
                 end = len(text) + len(message)
+                piece = self._piece(prompt, ids, output_ids, end, job, whole)
                 new = Turn(digest, turn, (), (), end, running.program, job, piece, plain=True)
             self._end(running, new)
 
@@ -267,11 +268,14 @@ class Conversations:
         )
         return Prompt(ids, "off")
 
-    def _piece(self, prompt: Prompt, ids: array[int], output_ids: Sequence[int]) -> Piece | None:
+    def _piece(
+        self, prompt: Prompt, ids: array[int], output_ids: Sequence[int], end: int, job: int, whole: bool
+    ) -> Piece | None:
         if self.mode == "off":
             return None
-        stop = self._continuity.stops.get(output_ids[-1]) if output_ids else None
-        return Piece(prompt.base, prompt.text, ids + array("i", output_ids), stop, prompt.undo)
+        stop = self._continuity.stop_of(output_ids) if whole else None
+        every = ids + array("i", output_ids)
+        return Piece(prompt.base, prompt.text, every, stop, end, job, whole, undo=prompt.undo)
 
 
 def _tip(owner: Owner, session: str) -> Turn:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from astraea_jax.agents.continuity import Prompt, Why, common
+from astraea_jax.agents.continuity import Prompt, Why, agreeing
 from astraea_jax.agents.turns import Turn, ids_of
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -41,21 +41,21 @@ def text_prompt(tokenizer: Tokenizer, text: str, add_bos: bool, turn: Turn | Non
         ValueError: it cannot be tokenised.
     """
     known = turn.pieces() if turn is not None else []
-    if turn is not None and turn.piece is not None:
-        ids, rest, stop = ids_of(known), text[turn.end :], turn.piece.stop
+    why: Why = "cut" if known else "new"
+    if turn is not None and known and known[-1].whole and known[-1].end == turn.end:
+        ids, rest, stop, why = ids_of(known), text[turn.end :], known[-1].stop, "border"
         if stop is not None and rest.startswith(stop):
             new = tokenizer.encode(rest)
             if new[:1] == ids[-1:]:
-                return Prompt(ids + new[1:], "same", None, len(ids), turn, len(ids))
+                return Prompt(ids + new[1:], "same", None, len(ids), known[-1], new=len(ids))
         else:
             undo = 0 if stop is None else 1
             ids = ids[: len(ids) - undo]
             new = tokenizer.encode_after(rest)
             if _reads(tokenizer, ids[-CONTEXT:], new, rest):
-                return Prompt(ids + new, "same", None, len(ids), turn, len(ids), undo=undo)
+                return Prompt(ids + new, "same", None, len(ids), known[-1], new=len(ids), undo=undo)
     ids = tokenizer.encode(text, add_bos=add_bos)
-    why: Why = "new" if turn is None else "cut" if turn.piece is None else "border"
-    return Prompt(ids, why, kept=common(ids, known))
+    return Prompt(ids, why, kept=agreeing(ids, ids_of(known)))
 
 
 def _reads(tokenizer: Tokenizer, before: list[int], new: list[int], text: str) -> bool:

@@ -9,7 +9,9 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 OVERHEAD = 1024
 """Bytes that a turn takes beside its texts and tokens."""
@@ -36,20 +38,35 @@ class Program:
 
 @dataclass(eq=False)
 class Piece:
-    """The true tokens of a turn and of the text before it, up to the turn on which that text was built."""
+    """The tokens of one turn and of the text before it, up to the turn before."""
 
-    base: Turn | None
-    """The turn, an earlier one of the same history, whose tokens come before these; None: these are the first."""
+    base: Piece | None
+    """Its tokens come before these; None: these are the first."""
     text: str
-    """The text between both turns as the template rendered it, without a generation prompt."""
+    """The text before the turn as the template rendered it, without a generation prompt; not kept of a plain text."""
     ids: array[int]
     """Tokens of that text, of the generation prompt, and all that were generated."""
     stop: str | None
-    """Text of the stop token that was generated last; None if the turn ended without one."""
-    undo: int = 0
-    """Tokens at the end of the base that do not come before these: a stop token that a client has left out."""
+    """Text of the stop token that these end with; None if they do not."""
+    end: int
+    """Messages (of a plain text: characters) up to the end of the turn."""
+    job: int
+    """The job of the turn."""
+    whole: bool = True
+    """The client was given all that was generated; if not, the turn is rendered again."""
     rendered: str | None = None
     """The turn as the template rendered it when its job went on, up to its stop text; None: not known yet."""
+    undo: int = 0
+    """Tokens at the end of the base that do not come before these: a stop token that a client has left out."""
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes, about."""
+        return OVERHEAD + len(self.text) + len(self.rendered or "") + self.ids.itemsize * len(self.ids)
+
+    def chain(self) -> list[Piece]:
+        """All pieces whose tokens, laid end to end, are those of the history; this one is the last."""
+        return _chain(self, lambda piece: piece.base)
 
 
 @dataclass(eq=False)
@@ -68,14 +85,17 @@ class Turn:
     program: Program
     job: int
     piece: Piece | None
-    """None if the client was not given all that was generated, or nothing was: then its text is tokenised anew."""
+    """None if nothing was generated: then its text is tokenised anew."""
     plain: bool = False
     """The history is a plain text."""
     used: float = 0.0
     followers: int = 0
     """Turns and running requests that build on it."""
     size: int = OVERHEAD
-    """Bytes it takes, about."""
+    """Bytes it takes, about, with its piece."""
+
+    def __post_init__(self) -> None:
+        self.size += self.piece.size if self.piece is not None else 0
 
     @property
     def answer(self) -> dict[str, Any] | None:
@@ -86,29 +106,29 @@ class Turn:
         """All turns of the history, this one the last."""
         return _chain(self, lambda turn: turn.previous)
 
-    def pieces(self) -> list[Turn]:
-        """The turns whose tokens, laid end to end, are those of the history, as far as they are known."""
+    def pieces(self) -> list[Piece]:
+        """The tokens of the history, as far as they are known."""
         last: Turn | None = self
         while last is not None and last.piece is None:
             last = last.previous
-        return _chain(last, lambda turn: turn.piece.base if turn.piece else None)
+        return last.piece.chain() if last is not None and last.piece is not None else []
 
 
-def ids_of(turns: Sequence[Turn]) -> list[int]:
-    """The tokens of turns whose pieces follow on each other."""
+def ids_of(pieces: Sequence[Piece]) -> list[int]:
+    """The tokens of pieces that follow on each other."""
     ids: list[int] = []
-    for turn in turns:
-        if turn.piece is not None:
-            del ids[len(ids) - turn.piece.undo :]
-            ids += turn.piece.ids
+    for piece in pieces:
+        del ids[len(ids) - piece.undo :]
+        ids += piece.ids
     return ids
 
 
-def _chain(turn: Turn | None, before: Callable[[Turn], Turn | None]) -> list[Turn]:
-    found = []
-    while turn is not None:
-        found.append(turn)
-        turn = before(turn)
+def _chain(last: T, before: Callable[[T], T | None]) -> list[T]:
+    found: list[T] = []
+    one: T | None = last
+    while one is not None:
+        found.append(one)
+        one = before(one)
     return found[::-1]
 
 
