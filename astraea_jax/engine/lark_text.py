@@ -22,6 +22,8 @@ class Thought:
     end: str = "</think>"
     opened: bool = False
     """The prompt has written ``begin``, so the turn begins within the thought; otherwise it may do without one."""
+    answer: str = ""
+    """Markup that may stand between the thought and what is constrained."""
 
 
 class LarkText:
@@ -62,6 +64,7 @@ class LarkText:
         """Lark of a whole grammar: the thought, then the grammar named ``body``."""
         rest, definitions = self.until("thought_end", thought.end)
         space = r"/[ \n\r\t]{1,8}/?"
+        body = f"({self.literal(thought.answer)})? @body" if thought.answer else "@body"
         if thought.opened:
-            return f"start: {rest} {space} @body\n{definitions}{TEXT}"
-        return f"start: (thought {space})? @body\nthought: {self.literal(thought.begin)} {rest}\n{definitions}{TEXT}"
+            return f"start: {rest} {space} {body}\n{definitions}{TEXT}"
+        return f"start: (thought {space})? {body}\nthought: {self.literal(thought.begin)} {rest}\n{definitions}{TEXT}"

@@ -19,8 +19,11 @@ EXTRA = 40
 """Tokens that a model has beyond its tokenizer's."""
 
 
-def merged(*special: str) -> Tokenizer:
-    """A byte-level tokenizer with merges across the borders of JSON's tokens, and some special tokens."""
+def merged(*special: str, end: str = "<|end|>") -> Tokenizer:
+    """A byte-level tokenizer with merges across the borders of JSON's tokens, and some special tokens.
+
+    ``end`` is the one that ends a turn.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,9 +38,9 @@ def merged(*special: str) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(["<|end|>", *special])
-    end = tokenizer.token_to_id("<|end|>")
-    return Tokenizer(tokenizer, bos_id=None, eos_ids=frozenset([end]), template=None, special={})
+    tokenizer.add_special_tokens([end, *special])
+    end_id = tokenizer.token_to_id(end)
+    return Tokenizer(tokenizer, bos_id=None, eos_ids=frozenset([end_id]), template=None, special={})
 
 
 MERGED = merged()
