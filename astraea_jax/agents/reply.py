@@ -42,7 +42,6 @@ __all__ = [
     "ReplyReader",
     "Said",
     "Thought",
-    "numbered_ids",
 ]
 
 SLICE = 512
@@ -51,12 +50,6 @@ LONGEST_FEED = 4096
 """Characters that are taken at once: what is still to be read is copied again and again."""
 MAX_BARE = 8
 """Places of a turn at which calls without any tag are looked for."""
-
-
-def numbered_ids(first: int = 0) -> Callable[[], str]:
-    """Make ids: ``call_<first>``, ``call_<first + 1>`` and so on."""
-    numbers = itertools.count(first)
-    return lambda: f"call_{next(numbers)}"
 
 
 class ReplyReader:
@@ -69,7 +62,7 @@ class ReplyReader:
         prompt: text of the prompt, whose end tells whether the model begins within a thought.
         tools: OpenAI-shaped function schemas, or what is known of the tools; None: calls are not looked for and stay
             text.
-        ids: makes the id of the next call.
+        ids: makes the id of the next call; by default they are numbered, as the format has ids.
         early: tell each call while it is written, and drop it if it turns out unreadable; otherwise calls come as a
             whole, and none is dropped.
     """
@@ -84,7 +77,7 @@ class ReplyReader:
         early: bool = True,
     ):
         self._format = format
-        self._calls = ReplyCalls(ids or numbered_ids(), early=early)
+        self._calls = ReplyCalls(ids or map(format.call_id, itertools.count()).__next__, early=early)
         self._looks_for_calls = tools is not None
         self._tools = tools if isinstance(tools, Tools) else Tools.of(tools or ())
         self._regions = Regions(format.split if self._looks_for_calls else format.thoughts_only)

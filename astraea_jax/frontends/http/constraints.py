@@ -7,9 +7,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from astraea_jax.agents.formats import CallFormat
 from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.lark_text import Thought
 from astraea_jax.engine.sampling import Grammar
@@ -19,7 +21,6 @@ from astraea_jax.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-THOUGHT = Thought()
 PROBE = {"name": "probe", "strict": True, "parameters": {"type": "object", "properties": {}}}
 
 
@@ -29,13 +30,13 @@ class Constraints:
     Args:
         compiler: compiles them.
         tokenizer: of the model.
-        call_format: name of the model's call format.
+        call_format: how the model writes calls and thoughts.
     """
 
-    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: str):
+    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: CallFormat):
         self._compiler = compiler
-        self._call_format = call_format
-        self._thinks = THOUGHT.begin in tokenizer.added_tokens()
+        self._format = call_format
+        self._added_tokens = frozenset(tokenizer.added_tokens())
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="astraea-grammar")
         self._strict_in_text: bool | None = None
         """Whether calls in free text can be constrained in this model's format; None: nobody has asked yet."""
@@ -52,14 +53,15 @@ class Constraints:
     def _chosen(self, request: Request, tail: str) -> Callable[[], Grammar | None] | None:
         if not isinstance(request, ChatRequest):
             return None if request.constraint is None else partial(self._form, request.constraint, None)
-        opened = tail.rfind(THOUGHT.begin) > tail.rfind(THOUGHT.end)
-        thought = Thought(opened=opened) if self._thinks or opened else None
+        thought = self._format.thought(tail, self._added_tokens)
         must_call = request.tool_choice not in ("auto", "none")
         if must_call or (request.tools and request.tool_choice == "auto" and _any_strict(request.tools)):
             if request.constraint is not None:
                 raise RequestError("response_format and tools that are required or strict exclude each other")
             return partial(self._calls, request, must_call, thought)
-        return None if request.constraint is None else partial(self._form, request.constraint, thought)
+        if request.constraint is None:
+            return None
+        return partial(self._form, request.constraint, thought and replace(thought, answer=self._format.answer))
 
     def _form(self, constraint: Mapping[str, Any], thought: Thought | None) -> Grammar:
         kind = constraint["type"]
@@ -84,7 +86,7 @@ class Constraints:
             request.tools,
             None if request.tool_choice in ("auto", "required") else request.tool_choice,
             request.parallel_calls,
-            self._call_format,
+            self._format.name,
             required=required,
             thought=thought,
         )
@@ -94,7 +96,7 @@ class Constraints:
         if self._strict_in_text is None:
             try:
                 probe = {"type": "function", "function": PROBE}
-                self._compiler.tool_calls([probe], format=self._call_format, required=False)
+                self._compiler.tool_calls([probe], format=self._format.name, required=False)
                 self._strict_in_text = True
             except RequestError as error:
                 log.warning("strict tools are held to their schemas only where a call is required: %s", error)

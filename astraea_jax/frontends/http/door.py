@@ -35,6 +35,7 @@ from astraea_jax.frontends.http.turns import (
     TextRequest,
     Turn,
     reply_message,
+    short_call_id,
 )
 from astraea_jax.frontends.http.waiting import Limits, Waiting
 from astraea_jax.frontends.programs import End, Opening, Programs
@@ -84,7 +85,7 @@ class Door:
         self._tools = {tool.name: tool for tool in tools}
         self._format = call_format
         compiler = grammars or GrammarCompiler(engine.tokenizer)
-        self._constraints = Constraints(compiler, engine.tokenizer, call_format.name)
+        self._constraints = Constraints(compiler, engine.tokenizer, call_format)
         self._pace = Pace()
         self.programs = programs or Programs(engine)
 
@@ -270,7 +271,9 @@ class Door:
     def _reader(self, request: ChatRequest | TextRequest, tail: str) -> Reader:
         if not isinstance(request, ChatRequest):
             return PlainReader()
-        return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids, early=request.early_calls)
+        length = self._format.call_id_length
+        ids = request.call_ids if length is None else partial(short_call_id, length)
+        return ReplyReader(self._format, tail, _rendered_tools(request), ids, early=request.early_calls)
 
     def _ended(
         self, turn: ModelTurn, request: ChatRequest | TextRequest, opening: Opening, program: str | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import string
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -50,6 +51,11 @@ def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
+def short_call_id(length: int) -> str:
+    """Make the id of a tool call for chat templates that take nothing but so many letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The common fields of chats and completions."""
@@ -87,7 +93,7 @@ class ChatRequest(Request):
     """Whether a turn may call several tools; if not, only the first call counts."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     call_ids: Callable[[], str] = call_id
-    """Makes the ids of tool calls."""
+    """Makes the ids of tool calls, unless the model's chat template takes only some of its own."""
     early_calls: bool = True
     """Whether calls are told while they are written, and dropped if they turn out unreadable."""
 

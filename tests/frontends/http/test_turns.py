@@ -1,5 +1,7 @@
 """Turns as every API begins them."""
 
+import re
+
 import pytest
 from support.engines import settled
 from support.http_server import MODEL
@@ -72,3 +74,17 @@ async def test_a_request_that_cannot_be_served_is_refused(door, change, named):
     with pytest.raises(RequestError, match=named):
         await door.begin(ChatRequest(**{"messages": [USER], "tenant": TENANT, **change}))
     assert door.waiting.tokens == door.waiting.choices == 0
+
+
+async def test_ids_of_calls_are_those_that_the_chat_template_takes(engine):
+    for name, is_right in (
+        ("hermes", lambda id: id == "toolu_1"),
+        ("mistral", re.compile(r"[A-Za-z0-9]{9}").fullmatch),
+    ):
+        door = Door(engine, formats.named(name), [MODEL])
+        request = ChatRequest(messages=[USER], tenant=TENANT, tools=[WEATHER], call_ids=lambda: "toolu_1")
+        reader = door._reader(request, "")
+        reader.feed('{"name": "weather", "arguments": {}}')
+        reader.finish()
+        [call] = reader.reply.calls
+        assert is_right(call.id)
