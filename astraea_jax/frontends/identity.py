@@ -133,7 +133,7 @@ def _session_of_user(user_id: str | None) -> str | None:
 
 
 def _flag(headers: Mapping[str, str], key: str) -> bool:
-    text = headers.get(key, "").strip().lower() or "false"
+    text = headers.get(key, "false").strip().lower()
     if text not in ("true", "false"):
         raise RequestError(f"{key} is {text[:60]!r}; it must be true or false")
     return text == "true"

@@ -58,8 +58,8 @@ class End:
     """What the client was given: a message, or a text."""
     whole: bool = True
     """Whether it was given all that was generated."""
-    calls: Sequence[ToolCall] = ()
-    """Calls that somebody runs now."""
+    calls: Sequence[ToolCall] | None = ()
+    """Calls that somebody runs now; none: the job has ended; None: nobody knows what the text means."""
     final: bool = False
     """Whether the program has ended with this turn."""
 
@@ -175,7 +175,7 @@ class Programs:
         self._busy.discard((owner, program))
         if end.final:
             self.conversations.forget(_scope(opening.tenant), program)
-        elif end.message is not None:
+        elif end.message is not None and end.calls is not None:
             tools = (tool_wait(call.name for call in end.calls) or Wait()).tools
             if tools:
                 calls = frozenset(call.id for call in end.calls)

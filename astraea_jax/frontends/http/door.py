@@ -288,7 +288,7 @@ class Door:
                 turn.output_ids,
                 reply_message(reply) if isinstance(request, ChatRequest) else reply.text,
                 whole=turn.stop_sequence is None and not own_stop and not turn.left_out,
-                calls=reply.calls if reason == "tool_calls" else (),
+                calls=None if isinstance(request, TextRequest) else reply.calls if reason == "tool_calls" else (),
                 final=request.final,
             )
         self.programs.end(opening, program, end, request.hints)

@@ -36,13 +36,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from astraea_jax.engine.encoding import DOORS, LONG_TEXT, check_length, checked_ids
+from astraea_jax.engine.encoding import DOORS, LONG_TEXT
 from astraea_jax.engine.generation import Delta, Generation
 from astraea_jax.engine.grammar import Grammar, GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.errors import EngineDead, RequestError
 from astraea_jax.frontends.http.tenants import Keys
+from astraea_jax.frontends.programs import End, Programs
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.gate import CALLER, CallLimits, Gate
 from astraea_jax.frontends.rpc.health import Health, Status
@@ -55,6 +56,7 @@ from astraea_jax.frontends.rpc.metadata import (
     write_usage,
 )
 from astraea_jax.frontends.rpc.status import Cancelled, UnknownAdapter
+from astraea_jax.frontends.rpc.text_turn import TextTurn
 from astraea_jax.frontends.tls import Tls
 from astraea_jax.scheduler.wait import Wait
 
@@ -88,6 +90,7 @@ class Server:
         tls: certificate and key; no encryption by default.
         limits: on calls that do nothing.
         grammars: compiles what requests constrain their text by; one of its own by default.
+        programs: names the programs of requests in text and continues them; shared with other doors of the engine.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Server:
         tls: Tls | None = None,
         limits: CallLimits | None = None,
         grammars: GrammarCompiler | None = None,
+        programs: Programs | None = None,
     ):
         self._engine = engine
         self._address = f"{host}:{port}"
@@ -112,6 +116,7 @@ class Server:
         self._cut = 0
         """Those of them whose engine died meanwhile."""
         self._tls = tls
+        self._programs = programs or Programs(engine)
         self._grammars = grammars or GrammarCompiler(engine.tokenizer)
         self._gate = Gate(keys or Keys(), limits or CallLimits())
         c = engine.config
@@ -171,15 +176,20 @@ class Server:
         """Stream one request. The end of the call, by cancel or deadline too, cancels the generation."""
         self._decoding[context] = asyncio.current_task()
         context.add_done_callback(lambda _: self._decoding.pop(context, None))
-        generation = await self._generate(request, tuple(context.invocation_metadata() or ()))
+        generation, turn = await self._generate(request, tuple(context.invocation_metadata() or ()))
         context.add_done_callback(lambda _: generation.cancel())
         as_text = request.WhichOneof("content") == "text_content"
         try:
             async for delta in generation.paced(self._pace):
+                if turn is not None:
+                    turn.add(delta)
                 yield _response(delta, as_text)
         except EngineDead:
             self._cut += context in self._finishing
             raise
+        finally:
+            if turn is not None:
+                turn.end()
         if delta.finish_reason == "cancelled":
             raise Cancelled("the session was ended")
         if delta.finish_reason == "length":
@@ -187,7 +197,7 @@ class Server:
         if generation.usage is not None and delta.finish_reason is not None:
             context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
 
-    async def _generate(self, request: Any, metadata: Metadata) -> Generation:
+    async def _generate(self, request: Any, metadata: Metadata) -> tuple[Generation, TextTurn | None]:
         if self._draining:
             raise EngineDead("the server is shutting down; use another one")
         tenant = CALLER.get()
@@ -198,29 +208,44 @@ class Server:
             raise RequestError(f"num_samples is {request.num_samples}; one sample per request is served")
         if request.lora_adapter_id:
             raise UnknownAdapter(f"no LoRA adapter {request.lora_adapter_id[:60]!r}: adapters are not served")
-        prompt = await self._prompt(request, tenant.owner)
+        kind = request.WhichOneof("content")
+        if kind is None:
+            raise RequestError("the request has no content; set text_content or token_content")
         if constraint is not None:
             params = replace(params, grammar=await self._grammar(constraint, tenant.owner))
-        return self._engine.generate(
-            prompt, params, session=identity.session, final=identity.final, salt=tenant.salt, owner=tenant.owner
+        if kind == "token_content":
+            generation = self._engine.generate(
+                self._tokens(request),
+                params,
+                session=identity.session,
+                final=identity.final,
+                salt=tenant.salt,
+                owner=tenant.owner,
+                parent=identity.parent,
+            )
+            return generation, None
+        opening = await self._programs.open_text(
+            tenant,
+            identity.session,
+            request.text_content.text,
+            add_bos=not request.has_bos,
+            parent=identity.parent,
         )
+        try:
+            generation, program = self._programs.generate(opening, params, final=identity.final)
+        except BaseException:
+            self._programs.end(opening, None, End("error"))
+            raise
+        return generation, TextTurn(self._programs, opening, program, identity.final)
 
-    async def _prompt(self, request: Any, owner: str) -> list[int]:
+    def _tokens(self, request: Any) -> list[int]:
         """The tokens of a request. What cannot fit is refused before anything is done with it."""
         tokenizer, context = self._engine.tokenizer, self._engine.layout.max_context
-        match request.WhichOneof("content"):
-            case "token_content":
-                if (size := len(request.token_content.token_ids)) >= context:
-                    raise RequestError(f"the prompt has {size} tokens, which leave no room in the context of {context}")
-                ids = list(request.token_content.token_ids)
-                bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and not request.has_bos else []
-                return ids if ids[:1] == bos else bos + ids
-            case "text_content":
-                text = request.text_content.text
-                check_length(tokenizer, len(text), context)
-                encode = partial(tokenizer.encode, text, add_bos=not request.has_bos)
-                return await DOORS.run(owner, len(text), lambda: checked_ids(encode(), context))
-        raise RequestError("the request has no content; set text_content or token_content")
+        if (size := len(request.token_content.token_ids)) >= context:
+            raise RequestError(f"the prompt has {size} tokens, which leave no room in the context of {context}")
+        ids = list(request.token_content.token_ids)
+        bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and not request.has_bos else []
+        return ids if ids[:1] == bos else bos + ids
 
     async def _grammar(self, constraint: Constraint, owner: str) -> Grammar:
         compilers = {
