@@ -106,20 +106,28 @@ class Play:
         known = self.turns[-1].ids if self.turns else []
         chain = [i for i, turn in enumerate(self.turns) if turn.whole and turn.made is None]
         kept = [i for i in chain if opened.prompt[: len(self.turns[i].ids)] == self.turns[i].ids]
-        full = self.tokenizer.encode_rendered(rendered)
-        assert opened.report.kept == common(opened.prompt, known)
-        if kept:
-            self.check_text(kept[-1], opened.prompt, rendered, full)
-        else:
-            assert opened.prompt == full
         stays = [self.stays(turn, self.turn(rendered, i)) for i, turn in enumerate(self.turns)]
         first = stays.index(False) if False in stays else len(stays)
+        seen = self.as_it_was(rendered, first)
+        full = self.tokenizer.encode_rendered(seen)
+        assert opened.report.kept == common(opened.prompt, known)
+        if kept:
+            self.check_text(kept[-1], opened.prompt, seen, full)
+        else:
+            assert opened.prompt == full
         assert kept == [i for i in chain if i < first]
         assert opened.report.why in (("template", "cut") if False in stays else ("same", "new"))
         assert opened.report.message == (self.turns[first].end - 1 if False in stays else None)
 
         for i in range(first, len(self.turns)):
             self.turns[i].made = self.turn(rendered, i)
+
+    def as_it_was(self, rendered: str, first: int) -> str:
+        """The rendering with turns before ``first`` as they were tokenised while their job ran."""
+        around = self.template.around(rendered, len(self.turns))
+        made = [turn.made if i < first else None for i, turn in enumerate(self.turns)]
+        turns = [text or self.turn(rendered, i) for i, text in enumerate(made)]
+        return "".join(part for pair in zip(around, [*turns, ""], strict=True) for part in pair)
 
     def stays(self, turn: Said, rendered: str) -> bool:
         """Whether the tokens of a turn, generated or tokenised later, must be those that were computed."""
