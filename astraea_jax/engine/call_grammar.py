@@ -204,7 +204,9 @@ class _Call:
                 free = True
                 others += [] if "type" in choice else [self._json({"type": _NO_TEXT})]
             else:
-                shared = {key: self._parameters[key] for key in ("$defs", "definitions") if key in self._parameters}
+                shared: dict[str, Any] = {
+                    key: self._parameters[key] for key in ("$defs", "definitions") if key in self._parameters
+                }
                 others.append(self._json({**shared, **choice}))
         return listed, others, free
 

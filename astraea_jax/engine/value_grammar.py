@@ -90,6 +90,11 @@ def _referred(reference: str, definitions: Mapping[str, Any]) -> Any:
     return found
 
 
+def _length(bound: Any) -> int | None:
+    """A bound of a list's length, if it can be enforced."""
+    return bound if isinstance(bound, int) and 0 <= bound <= MAX_ITEMS else None
+
+
 class ValueGrammar:
     """Writes the rules of values in a notation.
 
@@ -218,14 +223,12 @@ class ValueGrammar:
 
     def _array(self, schema: Mapping[str, Any]) -> str:
         item, comma = self.value(schema.get("items", {})), json.dumps(self._notation.comma)
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
-        least = least if isinstance(least, int) and 0 <= least <= MAX_ITEMS else 0
-        bounded = isinstance(most, int) and least <= most <= MAX_ITEMS
-        if self._strict and (least, most if bounded else None) != (schema.get("minItems", 0), most):
+        least, most = _length(schema.get("minItems")) or 0, _length(schema.get("maxItems"))
+        if self._strict and (schema.get("minItems", 0), schema.get("maxItems")) != (least, most):
             raise self._unenforced("minItems and maxItems")
-        if bounded and most == 0:
+        if most is not None and most < max(least, 1):
             return '"[" "]"'
-        more = f"({comma} {item}){{{max(0, least - 1)},{most - 1 if bounded else ''}}}" if most != 1 else ""
+        more = "" if most == 1 else f"({comma} {item}){{{max(0, least - 1)},{'' if most is None else most - 1}}}"
         return f'"[" {item} {more} "]"' if least else f'"[" ({item} {more})? "]"'
 
     def _free_object(self, schema: Mapping[str, Any]) -> str:
