@@ -14,36 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import NamedTuple
 
 from .copies import HostCopies, copyable, parts_of
 from .eviction import FIRST, LEASED, USUAL
 from .leases import Leases
+from .offer import Offer
 from .pages import PagePool
 from .program import Program, Request
 from .retained import RetainedKV
 from .strategies import DISCARD, EVICT_FIRST, Strategy
-from .transfer import HostCopy, HostTier, Part, Transfer
-from .wait import DEVICE, DIFFERS, EVICTED, FAILED, HOST, RECOMPUTED, Resumed
+from .transfer import HostCopy, HostTier, Transfer
+from .wait import FAILED, RECOMPUTED, Resumed
 
 CHUNK = 32
 """Least pages offloaded together, if a program has as many and staging has room: a guess."""
-
-
-class Offer(NamedTuple):
-    """Pages that a waiting request can start from: some on the device, and after those some on the host."""
-
-    request: Request
-    own: int
-    """Device pages of its program that it goes on with, from the first on."""
-    found: list[int]
-    """Device pages of equal content, computed by anybody, that come after them."""
-    parts: list[Part]
-    """Host pages that come after those."""
-    tokens: int
-    """Tokens on all these pages, which need not be computed."""
-    need: int
-    """Further device pages, for all its known tokens; those that are restored come first."""
 
 
 class Residency:
@@ -201,7 +185,7 @@ class Residency:
             self.kv.cut_copies(program, whole)
         request.num_computed = request.reused = offer.tokens
         if request.preemptions == 0:
-            request.resumed = self._resumed(offer)
+            request.resumed = offer.resumed(self._size)
             if program.computed:
                 why = f", {request.resumed.why}" if request.resumed.why else ""
                 self.kv.note(program, "resume", request.resumed.source + why, len(pages))
@@ -210,20 +194,6 @@ class Residency:
         if offer.parts:
             self._copies.restore(request, new[: sum(part.pages for part in offer.parts)], offer.parts, now)
         return pages + new
-
-    def _resumed(self, offer: Offer) -> Resumed:
-        """Say where the KV of a request's prompt comes from."""
-        request, program = offer.request, offer.request.program
-        device = min(offer.tokens, (offer.own + len(offer.found)) * self._size)
-        host = offer.tokens - device
-        if not program.computed:
-            return Resumed(device_tokens=device)
-        again = max(0, min(request.num_tokens - 1, program.computed) - offer.tokens)
-        lost = min(request.matched, program.computed) - offer.tokens
-        if again <= self._size:  # a last page that was not full, or is shared, is cheap
-            return Resumed(HOST if offer.parts else DEVICE, "", device, host, again)
-        why = (program.lost or EVICTED) if lost > self._size else DIFFERS
-        return Resumed(RECOMPUTED, why, device, host, again)
 
     # -- transfers ---------------------------------------------------------------------------------------------
 

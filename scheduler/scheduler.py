@@ -120,7 +120,7 @@ class Scheduler:
         program.turns += 1
         job.turns += 1
         job.output_tokens += len(request.output)
-        self._policy.predict.ended(request)
+        self._policy.predict.ended(request, now)
         self._policy.ended(request, now)
         cost = job.service / job.turns
         self._programs.classify(program, self._policy.predict.service.mean(cost))
@@ -144,7 +144,8 @@ class Scheduler:
             return None
         request = self._programs.live.get(found)
         if request is None:
-            self._waits.job_over(found)
+            if found.wait is None or found.awaits_human:  # rather than given up, while its tools ran
+                self._waits.job_over(found)
             self._programs.finish(found)
         else:
             request.final = True

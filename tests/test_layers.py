@@ -26,7 +26,7 @@ FLOORS = (
 SCHEDULER_FLOORS = (
     {"distribution", "hazards", "histogram", "prefix", "wait"},
     {"program", "transfer"},
-    {"config", "decode_batch", "eviction", "pages", "plan", "view"},
+    {"config", "decode_batch", "eviction", "offer", "pages", "plan", "view"},
     {"copies", "costs", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
     {"strategies"},

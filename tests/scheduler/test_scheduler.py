@@ -16,7 +16,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
-from astraea_jax.scheduler.program import Program, QueueFull
+from astraea_jax.scheduler.program import DEFER_S, Program, QueueFull
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 from astraea_jax.scheduler.wait import Wait
@@ -170,6 +170,8 @@ class Machine(RuleBasedStateMachine):
             return
         self.scheduler.check()
         for request in self.live:
+            reused = request.resumed.device_tokens + request.resumed.host_tokens
+            assert reused == request.cached_tokens <= len(request.prompt)
             assert request.output == complete(list(request.prompt), len(request.output))
             if request.finish_reason in ("stop", "length"):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
@@ -350,3 +352,43 @@ def test_programs_that_have_ended_are_forgotten(policy, strategy):
     loop.slots.clear()
     gc.collect()
     assert not [x for x in gc.get_objects() if type(x) is Program and x.owner is loop]
+
+
+def served(loop):
+    """Numbers of the requests that have run, in order of their first step."""
+    return list(dict.fromkeys(number for step in loop.log for number, *_ in step))
+
+
+@pytest.mark.parametrize("policy", SERVING)
+def test_a_lower_priority_starts_after_the_others(policy):
+    loop = Loop(make(policy, max_seqs=1, num_pages=60))
+    running = loop.scheduler.submit([1] * 4, 6, now=loop.now)
+    loop.turn()
+    priorities = {
+        loop.scheduler.submit([n] * 4, 2, priority=p, now=loop.now).number: p for n, p in enumerate((1, 0, 9, -5))
+    }
+    loop.drain()
+    assert served(loop)[0] == running.number
+    assert [max(0, priorities[n]) > 0 for n in served(loop)[1:]] == [False, False, True, True]
+
+
+def test_a_lower_priority_does_not_starve():
+    loop = Loop(make(max_seqs=1, num_pages=60))
+    loop.scheduler.submit([1] * 4, 3, now=loop.now)
+    later = loop.scheduler.submit([2] * 4, 2, priority=1, now=loop.now)
+    while loop.scheduler.stats().waiting < 3 or later.slot < 0:
+        loop.scheduler.submit([3] * 4, 3, now=loop.now)
+        loop.turn()
+        assert loop.now < DEFER_S + 20
+    assert loop.now > DEFER_S
+    assert not later.deferred
+
+
+def test_who_started_with_a_lower_priority_is_preempted_first():
+    loop = Loop(make(num_pages=9))
+    later = loop.scheduler.submit([1] * 8, 20, priority=1, now=loop.now)
+    loop.turn()
+    first = loop.scheduler.submit([2] * 8, 20, now=loop.now)
+    loop.drain()
+    assert (first.preemptions, later.preemptions > 0) == (0, True)
+    assert later.output == complete([1] * 8, 20)
