@@ -21,7 +21,7 @@ from .pages import PagePool
 from .program import Program, Request
 from .retained import RetainedKV
 from .strategies import DISCARD, EVICT_FIRST, Strategy
-from .transfer import HostCopy, HostTier, Part, Transfer
+from .transfer import HostPages, HostTier, Part, Transfer
 
 CHUNK = 32
 """Least pages offloaded together, if a program has as many and staging has room: a guess."""
@@ -190,8 +190,8 @@ class Residency:
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
-    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
-        """Transfers begun, and copies dropped, since the last call."""
+    def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
+        """Transfers begun, and host memory given up, since the last call."""
         return self._copies.take_transfers()
 
     def cancel(self, transfer: Transfer) -> None:

@@ -23,7 +23,7 @@ from .program import Program, QueueFull, Request
 from .registry import Registry
 from .residency import Offer, Residency
 from .running import Running
-from .transfer import HostCopy, Transfer
+from .transfer import HostPages, Transfer
 from .view import ProgramView
 
 
@@ -280,8 +280,8 @@ class Scheduler:
         self._counts.computed_tokens += plan.tokens * (times - 1)
         return times
 
-    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
-        """Return transfers begun since the last call, in order, and host copies that may be forgotten after them.
+    def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
+        """Return transfers begun since the last call, in order, and host memory that may be freed after them.
 
         Offloads read their pages before the next step.
         """
