@@ -78,6 +78,9 @@ class Program:
     running: Request | None = None
     """The request of it that runs, and owns the device pages."""
 
+    preparing: Request | None = None
+    """The request that computes its next prompt while it waits. Written by Preparations."""
+
     @property
     def restoring(self) -> bool:
         """Whether its KV is on the way back from the host."""
@@ -99,6 +102,7 @@ class Request:
     program: Program
     prompt: Sequence[int]
     max_tokens: int
+    """0: it only computes the KV of its prompt, ahead of the request that will use it, and samples nothing."""
     stops: frozenset[int]
     """Tokens that end it."""
     final: bool
@@ -177,9 +181,19 @@ class Request:
         return min(self.num_with_pending, self.max_computed) - self.num_computed
 
     @property
+    def prepares(self) -> bool:
+        """Whether it only computes the KV of its prompt."""
+        return self.max_tokens == 0
+
+    @property
+    def most_reusable(self) -> int:
+        """Tokens that it could find computed: one is always left to compute."""
+        return min(self.num_tokens, self.max_computed) - 1
+
+    @property
     def reusable(self) -> int:
-        """Tokens whose KV its program retains, while it waits. One is always left to compute."""
-        return min(self.matched, self.program.kept, self.num_tokens - 1)
+        """Tokens whose KV its program retains, while it waits."""
+        return min(self.matched, self.program.kept, self.most_reusable)
 
     def shared_with(self, prompt: Sequence[int]) -> int:
         """Length of the common prefix of its tokens and ``prompt``."""
