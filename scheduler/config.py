@@ -51,7 +51,9 @@ class SchedulerStats:
     programs: int
     """Programs that have not ended."""
     in_tool_wait: int
-    """Programs without a request."""
+    """Programs without a request, other than those that wait for a human."""
+    in_human_wait: int
+    """Programs whose job has ended, and that a human may go on with."""
     io_intensive: int
     """Programs whose requests cost less than the average; the others are compute-intensive."""
     created: int

@@ -87,7 +87,7 @@ class Policy:
         """A request has got its pages."""
 
     def ended(self, request: Request, now: float) -> None:
-        """A request has ended; its program's history includes it."""
+        """A request has ended; its job's history includes it."""
 
     def forgotten(self, program: Program) -> None:
         """A program has ended."""
@@ -101,6 +101,8 @@ class WaitingQueue:
         self._at: dict[Request, int] = {}
         self._features = np.zeros((64, columns), order="F")  # scores are computed by columns
         self._numbers = np.zeros(64, np.int64)
+        self._defers_until = np.zeros(64)
+        self._num_deferred = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -116,10 +118,13 @@ class WaitingQueue:
         if at == len(self._features):
             self._features = np.asfortranarray(np.concatenate([self._features, np.zeros_like(self._features)]))
             self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
+            self._defers_until = np.concatenate([self._defers_until, np.zeros_like(self._defers_until)])
         self._requests.append(request)
         self._at[request] = at
         self._features[at] = features
         self._numbers[at] = request.number
+        self._defers_until[at] = request.defers_until
+        self._num_deferred += request.priority > 0
 
     def update(self, request: Request, features: Sequence[float]) -> None:
         self._features[self._at[request]] = features
@@ -131,20 +136,41 @@ class WaitingQueue:
             n = len(self._requests)
             self._requests[at], self._at[last] = last, at
             self._features[at], self._numbers[at] = self._features[n], self._numbers[n]
+            self._defers_until[at] = self._defers_until[n]
+        self._num_deferred -= request.priority > 0
 
     def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> Iterator[Request]:
-        """Yield the first ``count`` requests in the order of the policy, each found when it is asked for."""
+        """Yield the first ``count`` requests in the order of the policy, each found when it is asked for.
+
+        Those of priorities above 0 come after the others, until each has waited long enough.
+        """
         n = len(self._requests)
         if n == 0:
             return
-        scores = policy.scores(self._features[:n], now, pressure)
-        yield self._requests[self._lowest(scores, 1)[0]]
-        for at in self._lowest(scores, count)[1:]:  # rarely needed
-            yield self._requests[at]
+        scores, numbers = policy.scores(self._features[:n], now, pressure), self._numbers[:n]
+        if not self._num_deferred:
+            for at in _lowest(scores, numbers, count):
+                yield self._requests[at]
+            return
+        later = self._defers_until[:n] > now
+        for rows in (np.flatnonzero(~later), np.flatnonzero(later)):
+            for at in _lowest(scores[rows], numbers[rows], count):
+                yield self._requests[rows[at]]
+            count -= len(rows)
 
-    def _lowest(self, scores: np.ndarray, count: int) -> list[int]:
-        last = min(count, len(scores)) - 1
-        bound = np.partition(scores, last)[last] if last else scores.min()
-        near = np.flatnonzero(scores <= bound)
-        order: list[int] = near[np.lexsort((self._numbers[near], scores[near]))][:count].tolist()
-        return order
+
+def _lowest(scores: np.ndarray, numbers: np.ndarray, count: int) -> Iterator[int]:
+    """Yield where the ``count`` lowest scores are, in order; equal ones go by number."""
+    count = min(count, len(scores))
+    if count < 1:
+        return
+    yield _lowest_at(scores, numbers, 1)[0]
+    if count > 1:
+        yield from _lowest_at(scores, numbers, count)[1:]  # rarely needed
+
+
+def _lowest_at(scores: np.ndarray, numbers: np.ndarray, count: int) -> list[int]:
+    bound = np.partition(scores, count - 1)[count - 1] if count > 1 else scores.min()
+    near = np.flatnonzero(scores <= bound)
+    order: list[int] = near[np.lexsort((numbers[near], scores[near]))][:count].tolist()
+    return order

@@ -22,7 +22,7 @@ class Preparations:
 
     Args:
         admission: finds what they can start from.
-        vacate: takes one off its slot.
+        vacate: takes one off its slot, at a time.
     """
 
     def __init__(self, admission: Admission, vacate: Callable[[Request, float], None]):
@@ -31,15 +31,15 @@ class Preparations:
         self._started: dict[Request, None] = {}
         self._ended: list[Request] = []  # since they were last taken
 
-    def add(self, request: Request, now: float) -> None:
+    def add(self, request: Request) -> None:
         """Queue a request; one that its program has already is superseded."""
         program = request.program
-        self.end(program, SUPERSEDED, now)
+        self.end(program, SUPERSEDED)
         program.preparing = request
         if request.max_computed > 0:
             self._queued[request] = None
         else:
-            self.end(program, PREPARED, now)
+            self.end(program, PREPARED)
 
     def next(self, now: float) -> Offer | None:
         """What the first in the queue starts from, if it fits."""
@@ -51,23 +51,22 @@ class Preparations:
         del self._queued[request]
         self._started[request] = None
 
-    def step_aside(self, request: Request, now: float) -> None:
+    def step_aside(self, request: Request) -> None:
         """Take a request off its slot; it is the first to start again."""
         request.matched = request.num_tokens
-        self._vacate(request, now)
-        del self._started[request]
+        self._leave(request)
         self._queued[request] = None
         self._queued.move_to_end(request, last=False)
 
-    def settle(self, crowded: bool, now: float) -> None:
+    def settle(self, crowded: bool) -> None:
         """End the requests that dispatched steps complete; if others wait (``crowded``), the rest step aside."""
         for request in list(self._started):
             if request.num_computed == request.max_computed:
-                self.end(request.program, PREPARED, now)
+                self.end(request.program, PREPARED)
             elif crowded:
-                self.step_aside(request, now)
+                self.step_aside(request)
 
-    def end(self, program: Program, reason: str, now: float) -> None:
+    def end(self, program: Program, reason: str) -> None:
         """End the request of a program, if there is one."""
         request, program.preparing = program.preparing, None
         if request is None:
@@ -75,9 +74,12 @@ class Preparations:
         request.finish_reason = reason
         self._queued.pop(request, None)
         if request in self._started:
-            self._vacate(request, now)
-            del self._started[request]
+            self._leave(request)
         self._ended.append(request)
+
+    def _leave(self, request: Request) -> None:
+        del self._started[request]
+        self._vacate(request, request.started)  # the time on its slot is not its job's, which waits
 
     def take_ended(self) -> list[Request]:
         """Requests that have ended since the last call."""

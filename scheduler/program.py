@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .prefix import hash_blocks
+from .wait import UNKNOWN, BoundedWait, Resumed, WaitOutcome
 
 if TYPE_CHECKING:
+    from .distribution import Distribution
     from .transfer import HostCopy, Transfer
+
+
+DEFER_S = 60.0
+"""Seconds for which a request of a priority above 0 lets others start before it: a guess."""
 
 
 class Rejected(ValueError):
@@ -26,8 +32,37 @@ class QueueFull(RuntimeError):
 
 
 @dataclass(slots=True, eq=False)
+class Job:
+    """The work of a program, and of its children, from a user's message to the answer: what policies read.
+
+    Written by Scheduler and its parts, as requests of its programs start and stop.
+    """
+
+    arrival: float
+    """Seconds."""
+    turns: int = 0
+    """Requests that have ended."""
+    service: float = 0.0
+    """Tokens computed for it so far: prefill that was not cached, and decode."""
+    output_tokens: int = 0
+    """Tokens sampled by the requests that have ended."""
+    waited_s: float = 0.0
+    """Seconds in the queue, over all requests so far."""
+    ran_s: float = 0.0
+    """Seconds on a slot, over all requests so far."""
+    tool_s: float = 0.0
+    """Seconds that its programs have waited for tools."""
+    level: int = 0
+    """Its level, in policies that have levels; 0 is served first. Written by the policy."""
+    last_turn: tuple[int, int] | None = None
+    """Number and kind of its last turn as hazards have counted it. Written by the predictor."""
+    ended: bool = False
+    """Whether its end has been learned from."""
+
+
+@dataclass(slots=True, eq=False)
 class Program:
-    """One agent session, and its history as policies see it."""
+    """One conversation of an agent with the model. It works on one job after the other."""
 
     # Written once, by Registry.open.
     number: int
@@ -40,29 +75,25 @@ class Program:
     """The owner among whose idle programs it is counted when the table of programs is full."""
     salt: bytes | None = None
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
+    parent: Hashable | None = None
+    """Key of the program in whose job it takes part while there is one."""
 
-    # Written by Scheduler, as its requests start and stop.
+    # Written by Registry and Scheduler, as its requests start and stop.
+    job: Job = field(init=False)
+    """The work that its present or last request belongs to."""
+    leads: bool = True
+    """Whether the job ends with it; False: the job is its parent's."""
     turns: int = 0
-    """Requests that have ended."""
-    service: float = 0.0
-    """Tokens computed for it so far: prefill that was not cached, and decode."""
-    output_tokens: int = 0
-    """Tokens sampled by the requests that have ended."""
-    waited_s: float = 0.0
-    """Seconds in the queue, over all requests so far."""
-    ran_s: float = 0.0
-    """Seconds on a slot, over all requests so far."""
-    tool: str | None = None
-    """The tool it waits for, if the client has said so."""
+    """Requests that have ended, over all jobs."""
+    wait: BoundedWait | None = None
+    """What it waits for, if anybody has said so."""
     wait_began: float = 0.0
-    """Time at which its present tool wait began."""
-    wait_s: float = 0.0
-    """Seconds that its last tool wait took."""
+    """Time at which its present wait began."""
+    together: Distribution | None = None
+    """How long its parallel tools take together, as known when they were named. Written by Predictor."""
     io_intensive: bool = True
-    """Whether its requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3); new
-    programs count so. Written by Registry.classify."""
-    level: int = 0
-    """Its level, in policies that have levels; 0 is served first. Written by the policy."""
+    """Whether its job's requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3);
+    new programs count so. Written by Registry.classify."""
 
     # Written by Residency and its parts (RetainedKV, HostCopies).
     last: Request | None = None
@@ -77,6 +108,18 @@ class Program:
     copy, or both."""
     running: Request | None = None
     """The request of it that runs, and owns the device pages."""
+    tier: int = 1
+    """Its class in the order of eviction, one of those of :mod:`~.eviction`. Written by EvictionOrder."""
+    lost: str = ""
+    """Why KV of it was lost since its last request ran."""
+
+    def __post_init__(self) -> None:
+        self.job = Job(self.arrival)
+
+    @property
+    def awaits_human(self) -> bool:
+        """Whether its job has ended, and it waits for a human to begin the next."""
+        return self.wait is not None and self.wait.wait.human
 
     preparing: Request | None = None
     """The request that computes its next prompt while it waits. Written by Preparations."""
@@ -109,6 +152,10 @@ class Request:
     """Its program ends with it. Scheduler.end_program sets it, too."""
     submitted: float
     page_size: int
+    priority: int = 0
+    """Above 0: it starts after the others, until it has waited long enough."""
+    wait: WaitOutcome | None = None
+    """How the wait of its program came out that it has ended; None: it is the program's first."""
     max_computed: int = field(init=False)
     """Tokens that are ever computed: the last one it may generate is not fed back."""
 
@@ -119,6 +166,10 @@ class Request:
     """Time at which it last entered the queue."""
     started: float = 0.0
     """Time at which it last got a slot."""
+    deferred: bool = False
+    """Whether it has got its slot as one of those that start after the others."""
+    service: float = 0.0
+    """Tokens computed for it so far."""
     output: list[int] = field(default_factory=list)
     """Tokens sampled so far that the host has read."""
     num_at_start: int = field(init=False)
@@ -155,11 +206,18 @@ class Request:
     """The restore that brings back what the host holds of it; it computes nothing until that has ended."""
     restore_s: float = 0.0
     """Seconds that restores took before its first step."""
+    resumed: Resumed = UNKNOWN
+    """Where its KV came from when it was first admitted."""
 
     def __post_init__(self) -> None:
         self.num_at_start = len(self.prompt)
         self.max_computed = self.num_at_start + self.max_tokens - 1
         self.queued = self.submitted
+
+    @property
+    def defers_until(self) -> float:
+        """Time until which it starts after requests of priority 0."""
+        return self.submitted + DEFER_S if self.priority > 0 else self.submitted
 
     @property
     def num_tokens(self) -> int:
@@ -201,6 +259,11 @@ class Request:
         if shared == len(self.prompt):
             shared += _common(self.output, list(prompt[shared : shared + len(self.output)]))
         return shared
+
+    def matches(self, last: Request) -> None:
+        """Note what it has in common with the last request of its program."""
+        self.matched = last.shared_with(self.prompt)
+        self.block_hashes += last.block_hashes[len(self.block_hashes) : self.matched // self.page_size]
 
     def extend_block_hashes(self) -> None:
         """Hash every full page of known tokens that has no hash yet."""

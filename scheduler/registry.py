@@ -10,11 +10,8 @@ from .program import Program, QueueFull, Rejected, Request
 from .view import ProgramView
 
 
-IN_PROGRESS = "this session has a request in progress; try again when it has ended"
-
-
 class IdlePrograms:
-    """Programs in a tool wait; the longest idle, and that of the owner with the most of them, are found in O(1)."""
+    """Programs between two requests; the longest idle, and that of the owner with most of them, are found in O(1)."""
 
     def __init__(self) -> None:
         self._all: OrderedDict[Program, None] = OrderedDict()  # longest idle first
@@ -50,7 +47,7 @@ class IdlePrograms:
         """List the programs of an owner, or (None) all of them; the one whose wait began last is the first."""
         return reversed(self._all if owner is None else self._of.get(owner, OrderedDict()))
 
-    def of_largest_owner(self, keep: Program | None) -> Program | None:
+    def of_largest_owner(self, keep: Program | None = None) -> Program | None:
         """The longest idle program, other than ``keep``, of the owner with the most idle ones."""
         held = (program for owner in self._owners.get(self._most, ()) for program in self._of[owner])
         return next((program for program in held if program is not keep), None)
@@ -94,6 +91,8 @@ class Registry:
         self.idle = IdlePrograms()
         self.created = self.finished = self.failed = self.expired = 0
         self.io_intensive = 0
+        self.humans = 0
+        """Idle programs that wait for a human. Written by Waits, too."""
         self._limit = limit
         self._forgotten = forgotten
         self._by_key: dict[Hashable, Program] = {}
@@ -115,14 +114,16 @@ class Registry:
     def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
         """Look at up to ``limit`` programs, of one owner or (None) of all.
 
-        Those with a request come first, then those whose tool wait began last.
+        Those with a request come first, then those whose wait began last.
         """
         live = (item for item in self.live.items() if owner in (None, item[0].owner))
         views = [ProgramView.of(program, request, now) for program, request in islice(live, limit)]
         idle = islice(self.idle.latest(owner), limit - len(views))
         return views + [ProgramView.of(program, None, now) for program in idle]
 
-    def open(self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float) -> Program:
+    def open(
+        self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float, parent: Hashable | None = None
+    ) -> Program:
         """The program of that key, or a new one, which must get a request before anything else happens.
 
         Raises:
@@ -131,23 +132,20 @@ class Registry:
         """
         found = self._by_key.get(key) if key is not None else None
         if found is not None:
-            if found.salt != salt:
-                raise Rejected("this session was begun with another cache salt; end it first, or use its salt")
-            if found in self.live:
-                raise QueueFull(IN_PROGRESS)
+            self._check_free(found, salt)
+            found.parent = found.parent if parent is None else parent
             return found
-        return self._add(key, owner, salt, now)
+        return self._add(key, owner, salt, now, parent)
 
-    def waiting(self, key: Hashable) -> Program:
+    def waiting(self, key: Hashable, salt: bytes | None) -> Program:
         """The program of that key, which waits.
 
         Raises:
-            Rejected: there is none.
+            Rejected: there is none, or it was begun with another salt.
             QueueFull: it has a request.
         """
         program = self._known(key)
-        if program in self.live:
-            raise QueueFull(IN_PROGRESS)
+        self._check_free(program, salt)
         return program
 
     def fork(self, key: Hashable, child: Hashable, now: float) -> tuple[Program, Program]:
@@ -160,7 +158,7 @@ class Registry:
         program = self._known(key)
         if child in self._by_key:
             raise Rejected("there is a session of the fork's name already; end it first, or choose another name")
-        return program, self._add(child, program.owner, program.salt, now, keep=program)
+        return program, self._add(child, program.owner, program.salt, now, key, keep=program)
 
     def _known(self, key: Hashable) -> Program:
         program = self._by_key.get(key)
@@ -168,8 +166,20 @@ class Registry:
             raise Rejected("this session has expired, or has never begun; begin it with a request")
         return program
 
+    def _check_free(self, program: Program, salt: bytes | None) -> None:
+        if program.salt != salt:
+            raise Rejected("this session was begun with another cache salt; end it first, or use its salt")
+        if program in self.live:
+            raise QueueFull("this session has a request in progress; try again when it has ended")
+
     def _add(
-        self, key: Hashable | None, owner: Hashable, salt: bytes | None, now: float, keep: Program | None = None
+        self,
+        key: Hashable | None,
+        owner: Hashable,
+        salt: bytes | None,
+        now: float,
+        parent: Hashable | None,
+        keep: Program | None = None,
     ) -> Program:
         if len(self) >= self._limit:
             longest = self.idle.of_largest_owner(keep)
@@ -179,7 +189,7 @@ class Registry:
             self._forget(longest)
         self.created += 1
         self.io_intensive += 1
-        program = Program(self.created, now, key=key, owner=owner, salt=salt)
+        program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent)
         if key is not None:
             self._by_key[key] = program
         return program
@@ -191,14 +201,15 @@ class Registry:
         self._forget(program)
 
     def expire(self, before: float) -> None:
-        """Forget programs whose tool wait began earlier."""
+        """Forget programs whose wait began earlier."""
         while self.idle and (program := self.idle.longest()).wait_began <= before:
             self.expired += 1
             self._forget(program)
 
     def classify(self, program: Program, typical: float) -> None:
-        """Say whether a program's requests cost at most ``typical`` tokens."""
-        was, program.io_intensive = program.io_intensive, program.service / program.turns <= typical
+        """Say whether the requests of a program's job cost at most ``typical`` tokens."""
+        job = program.job
+        was, program.io_intensive = program.io_intensive, job.service / job.turns <= typical
         self.io_intensive += program.io_intensive - was
 
     def check(self) -> None:
@@ -206,12 +217,14 @@ class Registry:
         programs = self.programs()
         gone = self.finished + self.failed + self.expired
         assert self.created == len(programs) + gone, "programs do not add up"
-        assert len(set(programs)) == len(programs), "a program is both live and in a tool wait"
+        assert len(set(programs)) == len(programs), "a program is both live and idle"
         assert self._by_key == {p.key: p for p in programs if p.key is not None}, "keys and programs differ"
+        assert self.humans == sum(p.awaits_human for p in self.idle), "humans do not add up"
         assert self.io_intensive == sum(p.io_intensive for p in programs), "classes do not add up"
         self.idle.check()
 
     def _forget(self, program: Program) -> None:
+        self.humans -= program.awaits_human
         self.idle.discard(program)
         if program.key is not None:
             del self._by_key[program.key]

@@ -92,7 +92,7 @@ class Residency:
         self._order.add(program)
 
     def wait_begins(self, program: Program, now: float) -> None:
-        """A program begins to wait for a tool: decide what becomes of its KV."""
+        """A program begins to wait: decide what becomes of its KV."""
         action, why = self._strategy.waits(program, self._slack, now)
         self.kv.note(program, action, why, len(program.pages))
         if action == DISCARD and program.kept:
@@ -100,10 +100,13 @@ class Residency:
         elif action == EVICT_FIRST:
             self._order.put_first(program)
 
-    def tool_named(self, program: Program, now: float) -> None:
-        """A program that waits has named its tool, which may change when it is evicted, but nothing else."""
+    def wait_told(self, program: Program, now: float) -> None:
+        """A program waits for what has just been said, which may change when it is evicted, but nothing else."""
         if self._strategy.waits(program, self._slack, now).action == EVICT_FIRST:
             self._order.put_first(program)
+
+    def wait_ended(self, program: Program) -> None:
+        """A program has got its next request."""
 
     def forgotten(self, program: Program) -> None:
         """A program has ended. Its full pages can still be found as long as nobody needs the memory."""
@@ -329,7 +332,7 @@ class Residency:
                 return
 
     def _idle_s(self, program: Program, now: float) -> float:
-        return self._strategy.predict.tool_s(program, max(0.0, now - program.wait_began))
+        return self._strategy.predict.wait_s(program, max(0.0, now - program.wait_began))
 
     def check(self, programs: list[Program]) -> None:
         """Raise AssertionError unless both tiers agree with the programs (for tests; O(everything))."""

@@ -11,28 +11,23 @@ away at once, because the device runs steps in the order of dispatch: a late wri
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
-from .admission import Admission
+from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
 from .plan import Plan
+from .planner import Planner
 from .policy import Policy
+from .preparation import SUPERSEDED
 from .program import Program, QueueFull, Request
 from .registry import Registry
-from .residency import Offer, Residency
-from .running import Running
+from .residency import Residency
 from .transfer import HostPages, Transfer
 from .view import ProgramView
-
-
-@dataclass
-class _Counts:
-    preemptions: int = 0
-    computed_tokens: int = 0
-    reused_tokens: int = 0
-    recomputed_tokens: int = 0
+from .wait import Wait
+from .waits import Waits
 
 
 class Scheduler:
@@ -42,13 +37,14 @@ class Scheduler:
         self.config = config
         self._policy = policy
         self._pool = PagePool(config.num_pages)
-        self._running = Running(config, self._pool, policy.rank)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
-        self._admission = Admission(config, policy, self._pool, self._running, self._residency)
+        self._planner = Planner(config, policy, self._pool, self._residency)
+        self._running, self._admission = self._planner.running, self._planner.admission
         self._programs = Registry(config.max_programs, self._forget)
-        self._counts = _Counts()
-        self._submitted = 0
-        self._fresh: list[Request] = []  # admitted since the last plan with rows; some may have ended since
+        self._waits = Waits(self._programs, self._residency, policy.predict)
+        self._numbers = itertools.count(1)
+        self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
+        """Forks, and tails that are replaced."""
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -62,9 +58,11 @@ class Scheduler:
         owner: Hashable = "",
         final: bool = False,
         salt: bytes | None = None,
+        parent: Hashable | None = None,
+        priority: int = 0,
         now: float,
     ) -> Request:
-        """Queue a request; of a program that waits for its tool the next one, which ends the wait.
+        """Queue a request; of a program that waits the next one, which ends the wait.
 
         Args:
             prompt: token ids.
@@ -78,6 +76,9 @@ class Scheduler:
             final: the program ends with this request.
             salt: the program shares the KV of full pages with every program of equal salt (:func:`~.prefix.salted`)
                 whose tokens begin alike; None: with nobody.
+            parent: key of a program of the same owner, in whose job this one takes part as long as that has one. A
+                program that is opened shares the KV of what it begins with in common with its parent.
+            priority: above 0, the request starts after those of 0 or less, until it has waited long enough.
             now: seconds.
 
         Raises:
@@ -87,10 +88,9 @@ class Scheduler:
         self.config.check_size(len(prompt), max_tokens)
         if self._admission.unstarted >= self.config.max_waiting:
             raise QueueFull(f"{self._admission.unstarted} requests are waiting; try again later")
-        opened = self._programs.open(program, owner, salt, now)
-        self._submitted += 1
+        opened = self._programs.open(program, owner, salt, now, parent)
         request = Request(
-            number=self._submitted,
+            number=next(self._numbers),
             program=opened,
             prompt=prompt,
             max_tokens=max_tokens,
@@ -98,52 +98,55 @@ class Scheduler:
             final=final or program is None,
             submitted=now,
             page_size=self.config.page_size,
+            priority=priority,
         )
         if opened.last is not None:
-            self._programs.idle.discard(opened)
-            opened.wait_s = now - opened.wait_began
-            self._policy.predict.returned(opened)
-            request.matched = opened.last.shared_with(prompt)
-            request.block_hashes = opened.last.block_hashes[: request.matched // self.config.page_size]
+            request.wait = self._waits.end(opened, now)
+            self._planner.preparations.end(opened, SUPERSEDED)
+        else:
+            self.branches.inherit(opened)
+        if opened.last is not None:
+            request.matches(opened.last)
             self._residency.kv.trim(opened, request.reusable)
+        self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
-        self._enqueue(request, now)
+        self._planner.enqueue(request, now)
         return request
 
     def finish(self, request: Request, reason: str, now: float) -> None:
         """End a request, wherever it is, and free or retain its pages; a second call does nothing."""
         if request.finish_reason is not None:
             return
+        if request.prepares:
+            self._planner.preparations.end(request.program, reason)
+            return
         request.finish_reason = reason
-        program = request.program
+        program, job = request.program, request.program.job
         del self._programs.live[program]
         if request.slot >= 0:
-            self._vacate(request, now)
+            self._planner.vacate(request, now)
         else:
             self._admission.remove(request)
         program.turns += 1
-        program.output_tokens += len(request.output)
-        program.wait_began, program.tool = now, None
+        job.turns += 1
+        job.output_tokens += len(request.output)
         self._policy.predict.ended(request)
         self._policy.ended(request, now)
-        cost = program.service / program.turns
+        cost = job.service / job.turns
         self._programs.classify(program, self._policy.predict.service.mean(cost))
         if reason == "error":
             self._residency.invalidate(program)
         if request.final:
             self._programs.finish(program, failed=reason == "error")
         else:
-            program.last = program.last or request
-            self._programs.idle.add(program)
-            self._residency.wait_begins(program, now)
+            self._waits.begin(program, request, now)
 
-    def tool_called(self, program: Hashable, tool: str, now: float) -> None:
-        """Say which tool the program of a key waits for. Unknown keys are ignored."""
+    def waits(self, program: Hashable, wait: Wait, now: float) -> None:
+        """Say what the program of a key waits for. Unknown keys, and programs with a request, are ignored."""
         found = self._programs.find(program)
         if found is not None and found in self._programs.idle:
-            found.tool = tool
-            self._residency.tool_named(found, now)
+            self._waits.tell(found, wait, now)
 
     def end_program(self, program: Hashable, now: float) -> Request | None:
         """End the program of a key; returns the live request that was cancelled with it. Unknown keys are ignored."""
@@ -152,6 +155,7 @@ class Scheduler:
             return None
         request = self._programs.live.get(found)
         if request is None:
+            self._waits.job_over(found)
             self._programs.finish(found)
         else:
             request.final = True
@@ -159,7 +163,7 @@ class Scheduler:
         return request
 
     def expire(self, now: float) -> None:
-        """Forget programs whose tool wait has outlasted the session's time to live."""
+        """Forget programs whose wait has outlasted the session's time to live."""
         self._programs.expire(now - self.config.session_ttl_s)
 
     def transferred(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
@@ -171,8 +175,8 @@ class Scheduler:
         expected = request.reused if request is not None else 0
         self._residency.transfer_failed(transfer)
         if request is not None and (missing := expected - request.reused):
-            self._counts.reused_tokens -= missing
-            self._counts.recomputed_tokens += missing
+            self._planner.counts.reused_tokens -= missing
+            self._planner.counts.recomputed_tokens += missing
             if request.preemptions == 0:
                 request.cached_tokens = request.reused
 
@@ -194,12 +198,13 @@ class Scheduler:
         return failed
 
     def stats(self) -> SchedulerStats:
-        counts, residency, programs = self._counts, self._residency, self._programs
+        counts, residency, programs = self._planner.counts, self._residency, self._programs
         return SchedulerStats(
             running=len(self._running),
             waiting=len(self._admission),
             programs=len(programs),
-            in_tool_wait=len(programs.idle),
+            in_tool_wait=len(programs.idle) - programs.humans,
+            in_human_wait=programs.humans,
             io_intensive=programs.io_intensive,
             created=programs.created,
             finished=programs.finished,
@@ -233,7 +238,9 @@ class Scheduler:
         self._residency.check(self._programs.programs())
         self._programs.check()
         self._admission.check()
-        started = {r for r in self._programs.live.values() if r.slot >= 0}
+        self._planner.preparations.check(self._programs.programs())
+        requests = [*self._programs.live.values(), *(p.preparing for p in self._programs.idle)]
+        started = {r for r in requests if r is not None and r.slot >= 0}
         assert started == set(self._running.requests), "a running request is not live"
         self._running.check()
 
@@ -245,27 +252,7 @@ class Scheduler:
         Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
         """
         self.expire(now)
-        self._running.grow_decodes()
-        budget = self.config.max_step_tokens - self._running.num_decodes
-        chosen: dict[Request, int] = {}
-        for request in self._running.others():
-            count = self._hold(request, min(request.num_to_compute, budget), chosen, now)
-            if count > 0:
-                chosen[request] = count
-                budget -= count
-        admitted = self._admit_waiting(budget, now)
-        for request in admitted:
-            if request.loading is None and budget > 0:
-                chosen[request] = min(request.num_to_compute, budget)
-                budget -= chosen[request]
-        self._residency.offload_ahead(now)
-        self._fresh += admitted
-        if not chosen and not self._running.num_decodes:
-            return None
-        fresh, self._fresh = [request for request in self._fresh if request.slot >= 0], []
-        plan = self._running.step(chosen, fresh, now)
-        self._counts.computed_tokens += plan.tokens
-        return plan
+        return self._planner.plan(now)
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Learn how long a step took, for predictions."""
@@ -277,7 +264,7 @@ class Scheduler:
         Returns how many steps it stands for now.
         """
         times = self._running.extend(plan, times)
-        self._counts.computed_tokens += plan.tokens * (times - 1)
+        self._planner.counts.computed_tokens += plan.tokens * (times - 1)
         return times
 
     def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
@@ -311,89 +298,13 @@ class Scheduler:
                 self.finish(request, "length", now)
         return new
 
-    # -- admission -------------------------------------------------------------------------------------------
-
-    def _admit_waiting(self, budget: int, now: float) -> list[Request]:
-        """Give slots and pages to waiting requests, in the order of the policy, while both last."""
-        admitted: list[Request] = []
-        while budget > 0 and self._running.slots and len(self._admission):
-            offer = self._admission.next(now)
-            if offer is None:
-                break
-            request = offer.request
-            self._admit(offer, now)
-            admitted.append(request)
-            budget -= 0 if request.loading else request.num_to_compute
-        return admitted
-
-    def _admit(self, offer: Offer, now: float) -> None:
-        request = offer.request
-        self._admission.remove(request)
-        self._running.add(request, self._residency.take(offer, now))
-        if request.preemptions == 0:
-            request.cached_tokens = request.reused
-        self._counts.reused_tokens += request.reused
-        self._counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
-        request.program.waited_s += now - request.queued
-        request.started = now
-        self._policy.admitted(request, now)
-
-    def _enqueue(self, request: Request, now: float) -> None:
-        request.queued = now
-        self._policy.queued(request, now)
-        self._admission.push(request)
-
     def _on_loss(self, program: Program) -> None:
         request = self._programs.live.get(program)
         if request is not None:
             self._admission.outdate(request)
 
-    # -- pages -----------------------------------------------------------------------------------------------
-
-    def _hold(self, request: Request, count: int, chosen: dict[Request, int], now: float) -> int:
-        """Give ``request`` pages for ``count`` more tokens; returns how many tokens it has pages for, at most that.
-
-        Pages come from the free ones, then from programs that do not run, then from running requests after it in the
-        order of the policy. So the first in order always gets on, and nothing waits for ever.
-        """
-        if request.num_computed + count <= request.capacity:
-            return count
-        need = self._pages_for(request.num_computed + count) - len(request.pages)
-        while not self._residency.evict(need, now, wait=False) and self._running.requests[-1] is not request:
-            victim = self._running.requests[-1]
-            chosen.pop(victim, None)
-            self._preempt(victim, now)
-        self._running.grow(request, min(need, self._pool.free))
-        return min(count, request.capacity - request.num_computed)
-
-    def _preempt(self, victim: Request, now: float) -> None:
-        """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
-        victim.matched = victim.num_at_start = victim.num_with_pending
-        self._vacate(victim, now)
-        victim.preemptions += 1
-        self._counts.preemptions += 1
-        self._enqueue(victim, now)
-
-    def _vacate(self, request: Request, now: float) -> None:
-        """Take a request off its slot; its program retains the KV that has been computed."""
-        request.program.ran_s += now - request.started
-        request.program.service += request.num_computed - request.reused
-        keep = self._pages_for(request.num_computed)
-        if request.loading is not None:  # what it waits for stays in host memory
-            keep -= len(request.loading.pages)
-            self._residency.cancel(request.loading)
-        else:
-            request.extend_block_hashes()
-            self._running.cache_pages(request, 0)
-        pages = self._running.remove(request)
-        self._pool.release(pages[keep:])
-        self._residency.retain(request.program, request, pages[:keep], request.num_computed)
-        request.num_computed = 0
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.config.page_size)
-
     def _forget(self, program: Program) -> None:
+        self._planner.preparations.end(program, "cancelled")
+        self._waits.forget(program)
         self._residency.forgotten(program)
         self._policy.forgotten(program)
-        self._policy.predict.forgotten(program)

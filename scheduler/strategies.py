@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from .prediction import ENOUGH, Predictor
+from .prediction import Predictor
 from .program import Program, Request
 
 KEEP, OFFLOAD, DISCARD, EVICT_FIRST = "keep", "offload", "discard", "evict first"
@@ -123,7 +123,7 @@ class Adaptive(Strategy):
     def waits(self, program: Program, slack: float, now: float) -> Decision:
         if slack > self.ahead[1]:
             return Decision(KEEP, "no pressure")
-        if len(self.predict.tool_times(program.tool)) < ENOUGH:
+        if not self.predict.knows_wait(program):
             return Decision(KEEP, "nothing is known of its tool")
         way_s = 2 * self.predict.transfers.seconds(len(program.pages))
         if self.predict.returns_in(program, now - program.wait_began) > self.LONG * way_s:
@@ -199,7 +199,7 @@ class TimeToLive(Strategy):
         return [*free, *pinned]
 
     def waits(self, program: Program, slack: float, now: float) -> Decision:
-        waits = self.predict.tool_times(program.tool)
+        waits = self.predict.waits.of(program)
         reload_s = self.predict.costs.prefill_s(program.last.num_tokens if program.last else program.kept)
         if len(waits) >= self.KNOWN:
             tau = time_to_live(waits.values, self._queue_s * max(0.0, self.predict.eta()) + reload_s)

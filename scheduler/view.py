@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .program import Program, Request
+
+
+class Held(NamedTuple):
+    """What a request would find computed, in tokens of its prompt."""
+
+    tokens: int
+    """All of them."""
+    matched: int
+    """Those that the program's last request began with; 0 if there is none, or it runs."""
+    device: int
+    """Those whose KV is on the device, computed by anybody of the same salt."""
+    host: int
+    """Those after them whose KV is on the host."""
+
+    @property
+    def nowhere(self) -> int:
+        """Those that would have to be computed."""
+        return self.tokens - self.device - self.host
 
 
 @dataclass(frozen=True)
@@ -16,14 +35,14 @@ class ProgramView:
     key: Hashable | None
     """The caller's name for it."""
     state: str
-    """``"queued"``, ``"restoring"``, ``"prefill"``, ``"decode"`` or ``"tool_wait"``."""
+    """``"queued"``, ``"restoring"``, ``"prefill"``, ``"decode"``, ``"tool_wait"`` or ``"human_wait"``."""
     state_s: float
-    """How long it has been queued, on its slot, or in its tool wait."""
+    """How long it has been queued, on its slot, or in its wait."""
     age_s: float
     turns: int
     """Requests that have ended."""
     tool: str | None
-    """The tool it waits for, if the client has said so."""
+    """The tools it waits for, joined by ``"+"``, if the client has said so."""
     tokens: int
     """Of its present or last request, prompt and output."""
     device_pages: int
@@ -48,7 +67,7 @@ class ProgramView:
             state_s=max(0.0, now - since),
             age_s=max(0.0, now - program.arrival),
             turns=program.turns,
-            tool=program.tool,
+            tool="+".join(program.wait.wait.tools) or None if program.wait is not None else None,
             tokens=shown.num_tokens if shown is not None else 0,
             device_pages=device,
             host_pages=host,
@@ -59,7 +78,7 @@ class ProgramView:
 def _state(program: Program, request: Request | None) -> tuple[str, float]:
     """The state of a program, and when it entered it."""
     if request is None:
-        return "tool_wait", program.wait_began
+        return "human_wait" if program.awaits_human else "tool_wait", program.wait_began
     if request.slot < 0:
         return "queued", request.queued
     if request.loading is not None:

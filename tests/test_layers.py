@@ -24,14 +24,17 @@ FLOORS = (
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
 SCHEDULER_FLOORS = (
-    {"histogram", "prefix"},
+    {"distribution", "hazards", "histogram", "prefix", "wait"},
     {"program", "transfer"},
     {"config", "decode_batch", "eviction", "pages", "plan", "view"},
-    {"copies", "costs", "registry"},
+    {"copies", "costs", "registry", "wait_times"},
     {"prediction", "retained", "running"},
     {"strategies"},
     {"policy", "residency"},
-    {"admission", "policies"},
+    {"admission", "policies", "waits"},
+    {"preparation"},
+    {"planner"},
+    {"branches"},
     {"scheduler"},
     {"simulation"},
 )

@@ -25,6 +25,7 @@ from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.interface import Model
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.chat import normalise_messages
+from astraea_jax.scheduler.wait import Wait
 
 Message = dict[str, Any]
 """A chat message in OpenAI's shape."""
@@ -160,15 +161,13 @@ async def _prompt(
     return await encode_prompt(characters, encode)
 
 
-def joined(names: Iterable[str]) -> str:
-    """Join by "+" as many of ``names`` as one name may hold."""
-    joined = ""
-    for name in sorted(names):
-        longer = f"{joined}+{name}" if joined else name
-        if len(longer) > MAX_NAME:
-            break
-        joined = longer
-    return joined
+def tool_wait(names: Iterable[str]) -> Wait | None:
+    """Return the wait for tools of those names, called together; None if there are none.
+
+    Names too long for an engine are left out.
+    """
+    tools = tuple(sorted(name for name in names if name and len(name) <= MAX_NAME))
+    return Wait(tools) if tools else None
 
 
 async def _request(
@@ -198,8 +197,8 @@ async def _run_tools(
     model: Model, session: str, calls: Sequence[ToolCall], tools: Mapping[str, Tool]
 ) -> list[tuple[Message, ToolRun]]:
     """Run the calls of one turn at the same time, after telling the model what its program waits for."""
-    if names := joined({call.name for call in calls if call.name in tools}):
-        model.tool_called(session, names)
+    if wait := tool_wait(call.name for call in calls if call.name in tools):
+        model.waits(session, wait)
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(_call(call, tools)) for call in calls]
     return [task.result() for task in running]

@@ -26,11 +26,13 @@ from astraea_jax.engine.events import (
     Look,
     Stop,
     Submit,
-    ToolCalled,
+    Waits,
     check_tokens,
     checked_key,
     checked_name,
+    checked_priority,
     checked_prompt,
+    checked_wait,
 )
 from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
 from astraea_jax.engine.layout import Layout
@@ -47,15 +49,18 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.costs import StepFit
+from astraea_jax.scheduler.histogram import Histogram
 from astraea_jax.scheduler.policies import make_policy
-from astraea_jax.scheduler.prediction import Predictor, ToolWaits
+from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.view import ProgramView
+from astraea_jax.scheduler.wait import Wait
+from astraea_jax.scheduler.wait_times import WaitCounts
 
 log = logging.getLogger(__name__)
 
 MAX_EVENTS = 65_536
-"""Events that may wait for the loop; beyond that, ends of sessions and names of tools are refused."""
+"""Events that may wait for the loop; beyond that, ends of sessions and what they wait for are refused."""
 ENGINE_THREAD = "astraea-engine"
 """Name of the thread of the serving loop."""
 STOP_S = 5.0
@@ -210,19 +215,25 @@ class Engine:
         final: bool = False,
         salt: str = "",
         owner: str = "",
+        parent: str | None = None,
+        priority: int = 0,
     ) -> Generation:
         """Queue one request and return it as an async iterator; call it with an event loop running.
 
         Args:
             prompt: token ids.
             params: sampling; greedy by default.
-            session: names the program. When the request ends, the program waits for its tool with its KV kept while
-                memory allows; the next ``generate`` of the session resumes it. None: a program of one request.
+            session: names the program. When the request ends, the program waits with its KV kept while memory allows
+                (:meth:`waits` says for what); the next ``generate`` of the session resumes it. None: a program of one
+                request.
             final: the program ends with this request.
             salt: programs share the KV of equal beginnings of their prompts with those of equal salt only; tenants
                 that must not learn from each other's timing get one each.
             owner: whose request and session it is. Sessions of equal name and different owners have nothing in common,
                 and one owner cannot fill the queue; "" is the process itself, which can.
+            parent: session of the same owner in whose job this one takes part, as that of a sub-agent does.
+            priority: above 0, the request starts after those of others, until it has waited for a minute. Lower values
+                are 0, so that nobody gets before others.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary, or another argument is
@@ -241,9 +252,11 @@ class Engine:
         owner = checked_name("owner", owner, empty=True)
         key = None if session is None else checked_key(session, owner)
         salt = checked_name("cache salt", salt, empty=True)
+        of = None if parent is None else checked_key(parent, owner)
+        later = checked_priority(priority)
         mailbox = Mailbox(asyncio.get_running_loop(), self._observers)
         self._life.accept(mailbox, owner)
-        self._post(Submit(mailbox, ids, params.seeded(), key, final, salt))
+        self._post(Submit(mailbox, ids, params.seeded(), key, final, salt, of, later))
         return Generation(mailbox, self._cancel)
 
     def end_session(self, session: str, *, owner: str = "") -> None:
@@ -254,15 +267,16 @@ class Engine:
         """
         self._post_bounded(EndSession(checked_key(session, owner)))
 
-    def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
-        """Say which tool a waiting program waits for, so that the scheduler learns its times.
+    def waits(self, session: str, wait: Wait, *, owner: str = "") -> None:
+        """Say what a program waits for whose request has ended: tools, or a human, and for how long if that is known.
 
-        Unknown sessions are ignored.
+        The scheduler learns its times, and lets the KV of those go first that wait longest. What is said last counts.
+        Unknown sessions, and those with a request in progress, are ignored.
 
         Raises:
-            RequestError, Overloaded: a name cannot be one; too many events wait.
+            RequestError, Overloaded: a name cannot be one, or a time is no number; too many events wait.
         """
-        self._post_bounded(ToolCalled(checked_key(session, owner), checked_name("tool's name", tool)))
+        self._post_bounded(Waits(checked_key(session, owner), checked_wait(wait)))
 
     def _cancel(self, mailbox: Mailbox) -> None:
         self._post(Cancel(mailbox))
@@ -299,9 +313,19 @@ class Engine:
         return self._loop.work
 
     @property
-    def tool_waits(self) -> ToolWaits:
+    def tool_waits(self) -> WaitCounts:
         """Times that programs have waited for tools, and errors of their predictions."""
-        return self._predictor.waits
+        return self._predictor.waits.tools
+
+    @property
+    def human_waits(self) -> WaitCounts:
+        """The same of waits for humans."""
+        return self._predictor.waits.humans
+
+    @property
+    def job_times(self) -> Histogram:
+        """Completion times of jobs."""
+        return self._predictor.jobs
 
     @property
     def refused(self) -> int:

@@ -15,9 +15,13 @@ from astraea_jax.engine.generation import Mailbox
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.scheduler.view import ProgramView
+from astraea_jax.scheduler.wait import Wait
 
 MAX_NAME = 256
 """Characters of the name of a session, an owner, a cache salt or a tool."""
+
+MAX_TOOLS = 128
+"""Tools that a program may wait for at once; of more, as many are looked at."""
 
 Key = tuple[str, str]
 """A session: its owner and its name."""
@@ -33,6 +37,8 @@ class Submit:
     session: Key | None
     final: bool
     salt: str
+    parent: Key | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +56,11 @@ class EndSession:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCalled:
-    """Name the tool that a program waits for."""
+class Waits:
+    """Say what a program waits for."""
 
     session: Key
-    tool: str
+    wait: Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,7 @@ class Stop:
     """End the loop."""
 
 
-Event = Submit | Cancel | EndSession | ToolCalled | Check | Look | Stop
+Event = Submit | Cancel | EndSession | Waits | Check | Look | Stop
 
 
 def checked_prompt(prompt: Sequence[int], max_tokens: int, max_context: int, vocab_size: int) -> tuple[int, ...]:
@@ -141,3 +147,41 @@ def checked_key(session: str, owner: str) -> Key:
         RequestError: a name cannot be one.
     """
     return checked_name("owner", owner, empty=True), checked_name("session's name", session)
+
+
+def checked_wait(wait: Wait) -> Wait:
+    """``wait`` with plain values; times that make no sense are left to the scheduler, which ignores or clips them.
+
+    Raises:
+        RequestError: it is no Wait, a tool's name cannot be one, or a time is no number.
+    """
+    if not isinstance(wait, Wait):
+        raise RequestError(f"the wait is of type {type(wait).__name__}; it must be a Wait")
+    if not isinstance(wait.tools, tuple):
+        raise RequestError(
+            f"the tools of a wait are of type {type(wait.tools).__name__}; they must be a tuple of names"
+        )
+    tools = tuple(checked_name("tool's name", tool) for tool in wait.tools[:MAX_TOOLS])
+    return Wait(tools, _checked_seconds("expected_s", wait.expected_s), _checked_seconds("keep_s", wait.keep_s))
+
+
+def _checked_seconds(what: str, seconds: float | None) -> float | None:
+    if seconds is None:
+        return None
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise RequestError(f"{what} is of type {type(seconds).__name__}; it must be a number of seconds")
+    try:
+        return float(seconds)
+    except OverflowError:  # of a large integer
+        return float("inf") if seconds > 0 else float("-inf")
+
+
+def checked_priority(priority: int) -> int:
+    """Return 1 for a priority above 0, else 0: a caller may put its own requests behind others, never before them.
+
+    Raises:
+        RequestError: it is no integer.
+    """
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise RequestError(f"priority is of type {type(priority).__name__}; it must be an integer")
+    return int(int.__gt__(priority, 0))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.scheduler.program import Request
+from astraea_jax.scheduler.wait import UNKNOWN, Resumed, WaitOutcome
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,10 @@ class Usage:
     decode_s: float
     """From the first token to the last."""
     preemptions: int
+    wait: WaitOutcome | None = None
+    """How the wait of its program came out that it has ended; None: it is the program's first request."""
+    resumed: Resumed = UNKNOWN
+    """Where the KV of its prompt came from."""
 
     @classmethod
     def of(cls, request: Request, now: float) -> Usage:
@@ -82,6 +87,8 @@ class Usage:
             prefill_s=first - scheduled,
             decode_s=now - first,
             preemptions=request.preemptions,
+            wait=request.wait,
+            resumed=request.resumed,
         )
 
 
@@ -95,8 +102,6 @@ class Ended:
     """None: the whole engine has ended before the request."""
     program: int
     """Number of its program in this engine; 0: it never had one."""
-    tool_wait_s: float
-    """How long its program had waited for a tool before it."""
     restore_s: float
     """How long its KV took to come back from the host, as the last part of its time in the queue."""
 
@@ -121,8 +126,8 @@ class Mailbox:
         self.observers = observers
         self.usage: Usage | None = None
         """Set before the last item is delivered."""
-        self.program = 0, 0.0, 0.0
-        """``program``, ``tool_wait_s`` and ``restore_s`` of :class:`Ended`; set at the same time."""
+        self.program = 0, 0.0
+        """``program`` and ``restore_s`` of :class:`Ended`; set at the same time."""
         self.pace: Pace | None = None
         self._items: deque[Delta | Exception] = deque()  # bounded by the request's max_tokens
         self._reader: asyncio.Future[None] | None = None

@@ -20,7 +20,7 @@ import numpy as np
 
 from astraea_jax.engine.compilation import CompileGuard
 from astraea_jax.engine.dispatch import InFlight, StepRunner
-from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Look, Stop, Submit, ToolCalled
+from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Look, Stop, Submit, Waits
 from astraea_jax.engine.extras import Collector, GrammarFault, Tracker, token_logprob
 from astraea_jax.engine.generation import Delta, Mailbox, Outbox, TokenLogprob, Usage
 from astraea_jax.engine.lifecycle import Lifecycle, State
@@ -178,8 +178,8 @@ class ServingLoop:
             case EndSession(session):
                 if (request := self._scheduler.end_program(session, now)) is not None:
                     self._end_cancelled(self._requests[request])
-            case ToolCalled(session, tool):
-                self._scheduler.tool_called(session, tool, now)
+            case Waits(session, wait):
+                self._scheduler.waits(session, wait, now)
             case Check(answer):
                 self._check(answer)
             case Look(answer=asked, limit=limit, owner=owner):
@@ -204,6 +204,8 @@ class ServingLoop:
                 owner=event.session[0] if event.session is not None else "",
                 final=event.final,
                 salt=salted(event.salt),
+                parent=event.parent,
+                priority=event.priority,
                 now=now,
             )
         except Rejected as error:
@@ -379,7 +381,7 @@ class ServingLoop:
         self._trackers -= live.tracker is not None
         request = live.request
         live.mailbox.usage = Usage.of(request, time.monotonic())
-        live.mailbox.program = request.program.number, request.program.wait_s, request.restore_s
+        live.mailbox.program = request.program.number, request.restore_s
         self._outbox.put(live.mailbox, last)
 
 

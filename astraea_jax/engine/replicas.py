@@ -27,6 +27,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.scheduler.config import SchedulerStats
+from astraea_jax.scheduler.wait import Wait
 
 
 class Replicas:
@@ -108,16 +109,30 @@ class Replicas:
         final: bool = False,
         salt: str = "",
         owner: str = "",
+        parent: str | None = None,
+        priority: int = 0,
     ) -> Generation:
-        """Queue one request on the replica that has the session's KV, or else on the least busy one."""
+        """Queue one request on the replica that has the session's KV, or its parent's, or on the least busy one."""
         key = None if session is None else checked_key(session, owner)
+        of = None if parent is None else checked_key(parent, owner)
         with self._lock:
-            home = None if key is None else self._homes.get(key)
+            home = self._homes.get(key) if key is not None else None
+            if home is None and of is not None:
+                home = self._homes.get(of)
             while True:
                 if home is None or not home.live:
                     home = min(self.replicas, key=lambda e: (not e.live, e.in_progress, self._given[e]))
                 try:
-                    generation = home.generate(prompt, params, session=session, final=final, salt=salt, owner=owner)
+                    generation = home.generate(
+                        prompt,
+                        params,
+                        session=session,
+                        final=final,
+                        salt=salt,
+                        owner=owner,
+                        parent=parent,
+                        priority=priority,
+                    )
                     break
                 except EngineDead:  # between the look at it and the call
                     if not self.live:
@@ -134,13 +149,13 @@ class Replicas:
         if home is not None:
             home.end_session(session, owner=owner)
 
-    def tool_called(self, session: str, tool: str, *, owner: str = "") -> None:
-        """Say which tool a program waits for, to the replica that has it."""
+    def waits(self, session: str, wait: Wait, *, owner: str = "") -> None:
+        """Say what a program waits for, to the replica that has it."""
         key = checked_key(session, owner)
         with self._lock:
             home = self._homes.get(key)
         if home is not None:
-            home.tool_called(session, tool, owner=owner)
+            home.waits(session, wait, owner=owner)
 
     def stats(self) -> SchedulerStats:
         """Sums over all replicas."""

@@ -17,6 +17,7 @@ from absl import flags
 from astraea_jax.engine.generation import Ended, Usage
 from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import StartupError
+from astraea_jax.scheduler.wait import HUMAN_WAIT
 
 
 class Tracing:
@@ -40,8 +41,9 @@ class Tracing:
         now = time.time()
         began = now - usage.queue_s - usage.prefill_s - usage.decode_s
         program = {"astraea.replica": replica, "astraea.program": ended.program}
-        if ended.tool_wait_s > 0:
-            self._span("tool_wait", began - ended.tool_wait_s, began, program)
+        if usage.wait is not None:
+            waited = "human_wait" if usage.wait.kind == HUMAN_WAIT else "tool_wait"
+            self._span(waited, began - usage.wait.actual_s, began, program)
         attributes = {**program, **_attributes(usage, ended.reason), "gen_ai.request.model": self._model}
         whole = self._tracer.start_span("llm_request", start_time=_ns(began), attributes=attributes)
         parts = {"queue": usage.queue_s, "prefill": usage.prefill_s, "decode": usage.decode_s}

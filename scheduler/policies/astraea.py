@@ -80,21 +80,21 @@ class Astraea(Policy):
         program, terms = request.program, self._terms
         size = 1.0
         if terms.turns:
-            size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.turns)
+            size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.job.turns)
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
             size *= request.num_tokens - terms.resident * held
-        return request.queued - program.waited_s, program.ran_s, size**terms.exponent
+        return request.queued - program.job.waited_s, program.job.ran_s, size**terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         since, ran, size = features.T
-        typical = self.predict.program_s()
+        typical = self.predict.job_s()
         wait = now - since
         response = (wait + ran if self._terms.wait else 0.0) + self._terms.typical * typical
         return np.where(wait > PATIENCE * typical, -CLASS - wait, -response / size)
 
     def rank(self, request: Request) -> tuple[float, ...]:
-        return (request.program.arrival, request.number)
+        return (request.program.job.arrival, request.number)
 
     def admits(self, request: Request, now: float, pressure: Pressure) -> bool:
         return pressure.host_tier or not self._terms.gate or self._gate.admits(request, now, pressure)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..policy import CLASS, Policy, Pressure
 from ..prediction import Predictor
-from ..program import Program, Request
+from ..program import Request
 
 THRESHOLDS = (128.0, 256.0, 384.0, 512.0, 640.0)
 """Token cost of a request above which queue k demotes; the last queue has none."""
@@ -35,13 +35,12 @@ class AstraeaPaper(Policy):
 
     def __init__(self, predictor: Predictor):
         super().__init__(predictor)
-        self._cost: dict[Program, float] = {}  # service when the present request was queued
         self._batch: set[Request] = set()
         self._built = 0.0  # when the batch was built
 
     def features(self, request: Request) -> Sequence[float]:
-        waiting_since = request.queued - request.program.waited_s
-        return request.program.level, waiting_since, max(1e-6, self.predict.request_s(request))
+        waiting_since = request.queued - request.program.job.waited_s
+        return request.program.job.level, waiting_since, max(1e-6, self.predict.request_s(request))
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         level, waiting_since, t = features.T
@@ -58,29 +57,24 @@ class AstraeaPaper(Policy):
 
     def admitted(self, request: Request, now: float) -> None:
         self._batch.add(request)
-        if self.ratio(request, now) > ALPHA and request.program.level == len(THRESHOLDS):
-            request.program.level = 0
+        if self.ratio(request, now) > ALPHA and request.program.job.level == len(THRESHOLDS):
+            request.program.job.level = 0
 
     def ratio(self, request: Request, now: float) -> float:
         """Response ratio of a request, equation 4."""
         t = max(1e-6, self.predict.request_s(request))
-        return (request.program.waited_s + t) / t
+        return (request.program.job.waited_s + t) / t
 
     def queued(self, request: Request, now: float) -> None:
         self._batch.discard(request)  # if it was preempted
-        self._cost.setdefault(request.program, request.program.service)
 
     def ended(self, request: Request, now: float) -> None:
         self._batch.discard(request)
-        program = request.program
-        cost = program.service - self._cost.pop(program, 0.0)
-        if program.level < len(THRESHOLDS) and cost > THRESHOLDS[program.level]:
-            program.level += 1
+        job = request.program.job
+        if job.level < len(THRESHOLDS) and request.service > THRESHOLDS[job.level]:
+            job.level += 1
         elif not request.final:
-            program.level = max(0, program.level - 1)
-
-    def forgotten(self, program: Program) -> None:
-        self._cost.pop(program, None)
+            job.level = max(0, job.level - 1)
 
 
 class BatchedFCFS(AstraeaPaper):

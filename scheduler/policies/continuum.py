@@ -20,11 +20,11 @@ class Continuum(Policy):
 
     def features(self, request: Request) -> Sequence[float]:
         pinned = self.strategy.pinned(request.program, request.submitted)
-        return 0 if request.preemptions else 1 if pinned else 2, request.program.arrival
+        return 0 if request.preemptions else 1 if pinned else 2, request.program.job.arrival
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         scores: np.ndarray = features[:, 0] * CLASS + features[:, 1]
         return scores
 
     def rank(self, request: Request) -> tuple[float, ...]:
-        return (request.program.arrival, request.number)
+        return (request.program.job.arrival, request.number)

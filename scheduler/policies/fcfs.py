@@ -22,7 +22,7 @@ class ProgramFCFS(Policy):
     """
 
     def features(self, request: Request) -> Sequence[float]:
-        return (request.program.arrival,)
+        return (request.program.job.arrival,)
 
     def rank(self, request: Request) -> tuple[float, ...]:
-        return (request.program.arrival, request.number)
+        return (request.program.job.arrival, request.number)

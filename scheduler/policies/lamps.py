@@ -29,7 +29,7 @@ class LAMPS(Policy):
         context, end = float(request.num_tokens), request.num_tokens + output
         prefill_s = costs.prefill_s(max(1, request.num_tokens - request.reusable))
         area = prefill_s * context / 2 + self.predict.steps.decode_s(output) * (context + end) / 2
-        wait_s = self.predict.tool_s(request.program)
+        wait_s = self.predict.wait_s(request.program)
         area += end * min(wait_s, costs.prefill_s(round(end)), 2 * end / SWAP_TOKENS_S)
         return area, request.queued
 

@@ -33,8 +33,8 @@ class PLAS(Policy):
     columns = 4
 
     def features(self, request: Request) -> Sequence[float]:
-        program = request.program
-        return queue_of(program.service), request.submitted, request.queued - program.waited_s, program.ran_s
+        job = request.program.job
+        return queue_of(job.service), request.submitted, request.queued - job.waited_s, job.ran_s
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         queue, submitted, waiting_since, ran = features.T

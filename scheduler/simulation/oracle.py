@@ -37,13 +37,13 @@ class Oracle(Predictor):
         total = self._left(request.program)[0].output * self._wrong(request.program, "output")
         return max(1.0, total - len(request.output))
 
-    def tool_s(self, program: Program, elapsed_s: float = 0.0) -> float:
+    def wait_s(self, program: Program, elapsed_s: float = 0.0) -> float:
         requests = self._truth[program.key].requests
-        at = program.turns - 1 if program.tool is not None else min(program.turns, len(requests) - 1)
+        at = program.turns - 1 if program.wait is not None else min(program.turns, len(requests) - 1)
         return max(0.0, requests[at].tool_s * self._wrong(program, "tool") - elapsed_s)
 
     def returns_in(self, program: Program, elapsed_s: float) -> float:
-        return self.tool_s(program, elapsed_s)
+        return self.wait_s(program, elapsed_s)
 
     def remaining_turns(self, program: Program) -> float:
         return max(1.0, len(self._left(program)) * self._wrong(program, "turns"))

@@ -21,6 +21,7 @@ from ..policy import Policy
 from ..program import Rejected, Request
 from ..scheduler import Scheduler
 from ..transfer import HostTier, Transfer
+from ..wait import Wait
 from .machines import Machine
 from .trace import TraceProgram
 
@@ -226,7 +227,7 @@ class Simulator:
         if trace.tool is None:
             self._end(record, now)
         else:
-            self.scheduler.tool_called(record.program.id, trace.tool, now)
+            self.scheduler.waits(record.program.id, Wait((trace.tool,)), now)
             self._at(now + trace.tool_s, partial(self._submit, record, index + 1))
 
     def _end(self, record: ProgramRecord, now: float) -> None:

@@ -16,11 +16,11 @@ from support.engines import held, settled
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.scheduler.wait import Wait
 
 TEMPLATE = Path(__file__).parents[2] / "models/astraea-tiny/chat_template.jinja"
 QUESTION = [{"role": "system", "content": "Help."}, {"role": "user", "content": "How much?"}]
@@ -67,7 +67,7 @@ class Script:
         self.prompts: list[str] = []
         self.finals: list[bool] = []
         self.live: set[str] = set()
-        self.waits: list[str] = []
+        self.waited: list[tuple[str, ...]] = []
         """Tools that a program was said to wait for."""
         self.requests: list[Turn] = []
 
@@ -82,9 +82,9 @@ class Script:
         self.requests.append(Turn(text, self._finish_reason))
         return self.requests[-1]
 
-    def tool_called(self, session: str, tool: str) -> None:
+    def waits(self, session: str, wait: Wait) -> None:
         assert session in self.live
-        self.waits.append(tool)
+        self.waited.append(wait.tools)
 
     def end_session(self, session: str) -> None:
         self.live.discard(session)
@@ -115,7 +115,7 @@ async def test_a_program_from_question_to_answer() -> None:
     program = await run_program(model, QUESTION, [price], session="mine")
     assert (program.text, program.finish_reason, program.session) == ("It is 23.", "stop", "mine")
     assert results(program) == ["14", "9"]
-    assert model.waits == ["price", "price"]
+    assert model.waited == [("price",), ("price",)]
     assert [m["role"] for m in program.messages] == [
         "system",
         "user",
@@ -228,7 +228,7 @@ async def test_cancelling_a_program_ends_its_session(where: str) -> None:
     else:
         model, tools = Script(call("wait")), [tool(name="wait", timeout_s=3600)(hang.function)]
     program = asyncio.create_task(run_program(model, QUESTION, tools))
-    while not (model.live if where == "request" else model.waits):
+    while not (model.live if where == "request" else model.waited):
         await asyncio.sleep(0)
     assert len(model.live) == 1
     program.cancel()
@@ -242,7 +242,7 @@ async def test_a_cancelled_request_runs_no_tool() -> None:
     """A request is cancelled when somebody else ends its session; what it had said by then is not acted on."""
     model = Script(call("price", item="lamp"), finish_reason="cancelled")
     program = await run_program(model, QUESTION, [price])
-    assert (program.finish_reason, results(program), model.waits) == ("cancelled", [], [])
+    assert (program.finish_reason, results(program), model.waited) == ("cancelled", [], [])
     assert [request.tools for request in program.requests] == [()]
 
 
@@ -260,8 +260,7 @@ async def test_names_of_many_tools_are_told_as_far_as_they_fit() -> None:
     tools = [tool(name=letter * 64)(hang.function) for letter in "fedcba"]
     model = Script("".join(call(one.name) for one in tools), "done")
     await run_program(model, QUESTION, [one.wrapped(price.function) for one in tools])
-    assert model.waits == ["+".join(letter * 64 for letter in "abc")]
-    assert len(model.waits[0]) <= MAX_NAME
+    assert model.waited == [tuple(letter * 64 for letter in "abcdef")]
 
 
 async def test_long_conversations_are_tokenised_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.replicas import Replicas
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, RequestError
+from astraea_jax.scheduler.wait import Wait
 
 TWO = SamplingParams(max_tokens=2, ignore_eos=True)
 LONG = SamplingParams(max_tokens=30, ignore_eos=True)
@@ -76,7 +77,7 @@ async def test_text_with_methods_of_its_own_arrives_as_plain_text(arguments, ser
     stop = arguments.pop("stop", ())
     await engine.generate([1], replace(TWO, stop=stop), **arguments).text()
     if "session" in arguments:
-        engine.tool_called(arguments["session"], Trap("t"), owner=arguments.get("owner", ""))
+        engine.waits(arguments["session"], Wait((Trap("t"),)), owner=arguments.get("owner", ""))
         engine.end_session(arguments["session"], owner=arguments.get("owner", ""))
     engine.check()
     assert engine.stats().programs == 0
@@ -90,7 +91,7 @@ async def test_events_that_keep_coming_do_not_keep_the_loop_from_its_steps(serve
     def handle_and_post_another(event):
         take(event)
         if not over.is_set():
-            engine.tool_called("nobody", "nothing")
+            engine.waits("nobody", Wait(("nothing",)))
 
     engine._loop._handle = handle_and_post_another
     try:
@@ -183,7 +184,7 @@ async def test_replicas_refuse_the_names_that_an_engine_refuses(name, served):
         for call in (
             lambda one: one.generate([1], TWO, session=name),
             lambda one: one.end_session(name),
-            lambda one: one.tool_called(name, "t"),
+            lambda one: one.waits(name, Wait(("t",))),
         ):
             with pytest.raises(RequestError, match="session's name"):
                 call(one)

@@ -20,6 +20,7 @@ from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError, StartupError
 from astraea_jax.models.sharding import default_mesh
+from astraea_jax.scheduler.wait import Wait
 
 TIGHT = dataclasses.replace(NARROW, host_kv_bytes=200 * PAGE_BYTES, residency="infercept")
 """The strategy that moves whatever somebody else needs."""
@@ -51,7 +52,7 @@ async def program(engine: Engine, greedy, number: int, rng: random.Random, *, ca
         output = await tokens(generation)
         assert output == greedy(text, n, output)
         cached += generation.usage.cached_tokens
-        engine.tool_called(f"p{number}", rng.choice(["fast", "slow"]))
+        engine.waits(f"p{number}", Wait((rng.choice(["fast", "slow"]),)))
         await asyncio.sleep(rng.random() * 0.03)
         text = [*text, *output, *(rng.randrange(256) for _ in range(rng.randint(1, 6)))]
         if rng.random() < 0.2:  # earlier text is replaced, as by a compaction

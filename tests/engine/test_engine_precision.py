@@ -21,6 +21,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.models.checkpoint import load_hf
 from astraea_jax.models.sharding import default_mesh
+from astraea_jax.scheduler.wait import Wait
 
 LENGTH = 96
 INT8_ALL = dataclasses.replace(
@@ -71,7 +72,7 @@ async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, 
             whole = text + output
             assert output == follow(whole)[len(text) - 1 : len(whole) - 1].tolist()
             text = [*whole, 7]
-            engine.tool_called(f"{number}", "slow")
+            engine.waits(f"{number}", Wait(("slow",)))
 
     await asyncio.gather(*(program(i, text) for i, text in enumerate(work)))
     await settled(engine, programs=True)

@@ -17,6 +17,7 @@ from support.wide import PROMPTS, TIGHT, run_programs, tokens
 from astraea_jax.engine.replicas import Replicas, load_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, RequestError
+from astraea_jax.scheduler.wait import Wait
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
@@ -55,7 +56,7 @@ def test_programs_spread_and_stay(replicas):
             await tokens(replicas.generate(PROMPTS[i][:20], PARAMS, session=f"s{i}"))
         assert [engine.stats().programs for engine in replicas.replicas] == [3, 3]
         for i in reversed(range(6)):
-            replicas.tool_called(f"s{i}", "search")
+            replicas.waits(f"s{i}", Wait(("search",)))
             again = replicas.generate([*PROMPTS[i][:20], 5, 6], PARAMS, session=f"s{i}")
             await tokens(again)
             assert again.usage.cached_tokens > 0, "its KV is where it went"

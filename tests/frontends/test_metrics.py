@@ -17,6 +17,7 @@ from astraea_jax.engine.replicas import Replicas
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import Overloaded
 from astraea_jax.frontends.metrics import Metrics
+from astraea_jax.scheduler.wait import Wait
 
 VLLM = {
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions", "cache_config_info"),
@@ -157,7 +158,7 @@ async def test_no_client_chooses_a_label(engine):
     """Or else whoever makes up names fills the memory of whoever collects them."""
     metrics = Metrics(engine, "m")
     await engine.generate([1], PARAMS, session="tell-tale", owner="tell-tale", salt="tell-tale").text()
-    engine.tool_called("tell-tale", "tell-tale", owner="tell-tale")
+    engine.waits("tell-tale", Wait(("tell-tale",)), owner="tell-tale")
     await settled(engine)
     assert b"tell-tale" not in metrics.text()
 

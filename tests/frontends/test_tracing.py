@@ -57,7 +57,7 @@ async def test_kv_that_comes_back_is_the_end_of_the_queue(exported):
     engine, _ = stub_engine()
     tracing = Tracing(engine, tracer, "m")
     usage = Usage(9, 8, 2, queue_s=3.0, prefill_s=1.0, decode_s=1.0, preemptions=0)
-    tracing._ended(0, Ended("stop", usage, 1, tool_wait_s=0.0, restore_s=2.0))
+    tracing._ended(0, Ended("stop", usage, 1, restore_s=2.0))
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert spans.keys() == {"llm_request", "queue", "restore", "prefill", "decode"}
     assert spans["restore"].end_time == spans["queue"].end_time == spans["prefill"].start_time

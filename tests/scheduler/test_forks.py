@@ -29,7 +29,7 @@ def serve(loop, name, prompt, count=1, **more):
 
 
 def replace_tail(loop, name, prompt):
-    request = loop.scheduler.replace_tail(name, prompt, now=loop.now)
+    request = loop.scheduler.branches.replace_tail(name, prompt, now=loop.now)
     loop.scheduler.check()
     return request
 
@@ -43,7 +43,7 @@ def test_a_fork_shares_every_page(first, salt):
     loop = loop_of()
     serve(loop, "parent", TEXT, 3, salt=salt)
     held = loop.scheduler.stats().retained_pages
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
     stats = loop.scheduler.stats()
     assert stats.retained_pages == held == 6
@@ -60,7 +60,7 @@ def test_a_fork_of_a_program_on_the_host_shares_its_copies():
     serve(loop, None, [2] * 40, 1)  # needs ten of twelve pages: four of the parent's go to the host
     before = loop.scheduler.stats()
     assert before.host_pages > 0
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
     assert loop.scheduler.stats().host_pages == before.host_pages
     loop.scheduler.end_program("parent", loop.now)
@@ -81,7 +81,7 @@ def test_a_copy_on_its_way_to_the_host_is_not_shared():
     other = loop.scheduler.submit([2] * 40, 1, now=loop.now)
     while other.finish_reason is None:
         loop.turn()
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
     loop.delay, loop.faults = 0, 1
     loop.now += 1000
@@ -93,7 +93,7 @@ def test_a_copy_on_its_way_to_the_host_is_not_shared():
 def test_under_pressure_one_of_those_that_share_goes_to_the_host():
     loop = loop_of(pages=12)
     serve(loop, "parent", TEXT, 3)
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     serve(loop, None, [2] * 40, 1)
     stats = loop.scheduler.stats()
     assert stats.offloaded_pages > 0
@@ -106,7 +106,7 @@ def test_a_fork_while_the_program_runs_shares_what_is_computed():
     parent = loop.scheduler.submit(TEXT, 20, program="parent", now=loop.now)
     while len(parent.output) < 5:
         loop.turn()
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
     child = loop.scheduler.submit([*TEXT, *parent.output[:4], 9], 3, program="child", now=loop.now)
     loop.drain()
@@ -124,7 +124,7 @@ def test_a_fork_while_kv_comes_back_shares_what_has_arrived_and_the_copies():
     back = loop.scheduler.submit([*LONGER, 5], 2, program="parent", now=loop.now)
     loop.turn()
     assert back.loading is not None
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
     loop.drain()
     assert serve(loop, "child", [*LONGER, 6], 2).cached_tokens == 23
@@ -134,7 +134,7 @@ def test_a_fork_while_kv_comes_back_shares_what_has_arrived_and_the_copies():
 def test_a_fork_of_a_program_that_has_not_started_shares_nothing():
     loop = loop_of()
     parent = loop.scheduler.submit(TEXT, 3, program="parent", now=loop.now)
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
     loop.scheduler.finish(parent, "cancelled", loop.now)
     assert serve(loop, "child", TEXT, 3).cached_tokens == 0
@@ -143,11 +143,11 @@ def test_a_fork_of_a_program_that_has_not_started_shares_nothing():
 def test_forks_of_forks_end_in_any_order():
     loop = loop_of()
     serve(loop, "a", TEXT, 3)
-    loop.scheduler.fork("a", "b", now=loop.now)
-    loop.scheduler.fork("b", "c", now=loop.now)
+    loop.scheduler.branches.fork("a", "b", now=loop.now)
+    loop.scheduler.branches.fork("b", "c", now=loop.now)
     loop.scheduler.end_program("a", loop.now)
     assert serve(loop, "c", [*LONGER, 5], 3).cached_tokens == 20
-    loop.scheduler.fork("c", "d", now=loop.now)
+    loop.scheduler.branches.fork("c", "d", now=loop.now)
     loop.scheduler.end_program("c", loop.now)
     assert serve(loop, "b", [*LONGER, 6], 2).cached_tokens == 23
     assert serve(loop, "d", [*LONGER, 5, *complete([*LONGER, 5], 3), 7], 1).cached_tokens == 27
@@ -159,7 +159,7 @@ def test_forks_of_forks_end_in_any_order():
 
 def test_what_cannot_be_forked_is_refused():
     loop = loop_of(max_programs=3, session_ttl_s=60)
-    fork = loop.scheduler.fork
+    fork = loop.scheduler.branches.fork
     with pytest.raises(Rejected, match="has expired"):
         fork("parent", "child", now=loop.now)
     serve(loop, "parent", TEXT, 3)
@@ -186,17 +186,17 @@ def test_a_full_table_with_nobody_idle_but_the_parent_forks_nothing():
     serve(loop, "parent", TEXT, 3)
     loop.scheduler.submit(TEXT, 3, program="other", now=loop.now)
     with pytest.raises(QueueFull, match="2 programs are live"):
-        loop.scheduler.fork("parent", "child", now=loop.now)
+        loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.scheduler.check()
 
 
 def test_a_fork_has_waited_for_no_tool():
     loop = loop_of()
     serve(loop, "parent", TEXT, 3)
-    loop.scheduler.fork("parent", "child", now=loop.now)
+    loop.scheduler.branches.fork("parent", "child", now=loop.now)
     loop.now += 50
     serve(loop, "child", [*LONGER, 5], 1)
-    assert loop.scheduler._policy.predict.waits.seconds.count == 0
+    assert sum(loop.scheduler._policy.predict.waits.tools.seconds.counts) == 0
 
 
 # -- prompts prepared ahead --------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_a_tail_replaced_is_found_by_the_next_request():
     loop.drain()
     loop.scheduler.check()
     assert (request.finish_reason, request.output, request.cached_tokens) == ("prepared", [], 10)
-    assert loop.scheduler.take_prepared() == [request]
+    assert loop.scheduler.branches.take_prepared() == [request]
     stats = loop.scheduler.stats()
     assert (stats.in_tool_wait, stats.waiting, stats.running) == (1, 0, 0)
     assert stats.computed_tokens - before.computed_tokens == 7  # the last token is always left
@@ -222,11 +222,11 @@ def test_a_tail_replaced_is_found_by_the_next_request():
 def test_a_wait_goes_on_while_its_tail_is_replaced():
     loop = loop_of(session_ttl_s=60)
     serve(loop, "p", TEXT, 3)
-    began = loop.now
+    program = loop.scheduler._programs.find("p")
+    began = program.wait_began
     loop.now += 30
     replace_tail(loop, "p", [*TEXT, 9, 9, 9, 9])
     loop.drain()
-    program = loop.scheduler._programs.find("p")
     assert (program.wait_began, program.turns) == (began, 1)
     loop.now = began + 61
     loop.turn()
@@ -244,7 +244,7 @@ def test_the_next_request_takes_over_what_is_computed():
     again = serve(loop, "p", [*prompt, 4], 2)
     assert request.finish_reason == "superseded"
     assert again.cached_tokens == 20
-    assert loop.scheduler.take_prepared() == [request]
+    assert loop.scheduler.branches.take_prepared() == [request]
 
 
 def test_a_tail_not_begun_costs_its_program_nothing():
@@ -311,8 +311,8 @@ def test_a_newer_tail_replaces_an_older_one():
     second = replace_tail(loop, "p", [*TEXT[:8], *[7] * 10, 3])
     loop.drain()
     assert (first.finish_reason, second.finish_reason) == ("superseded", "prepared")
-    assert second.cached_tokens == 18
-    assert loop.scheduler.take_prepared() == [first, second]
+    assert second.cached_tokens == 17
+    assert loop.scheduler.branches.take_prepared() == [first, second]
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -335,7 +335,7 @@ def test_a_program_is_forked_while_its_tail_is_computed():
     serve(loop, "p", TEXT, 3)
     request = replace_tail(loop, "p", [*TEXT[:8], *[7] * 30])
     loop.turn()
-    loop.scheduler.fork("p", "child", now=loop.now)
+    loop.scheduler.branches.fork("p", "child", now=loop.now)
     loop.drain()
     loop.scheduler.check()
     assert serve(loop, "child", [*request.prompt, 2], 2).cached_tokens >= 20
@@ -361,14 +361,14 @@ def test_a_lost_device_fails_a_tail_that_runs():
 def test_tails_of_nobody_and_of_the_busy_are_refused():
     loop = loop_of(max_context=48)
     with pytest.raises(Rejected, match="has expired"):
-        loop.scheduler.replace_tail("p", [1, 2], now=loop.now)
+        loop.scheduler.branches.replace_tail("p", [1, 2], now=loop.now)
     busy = loop.scheduler.submit(TEXT, 3, program="p", salt=salted("a"), now=loop.now)
     with pytest.raises(QueueFull, match="in progress"):
-        loop.scheduler.replace_tail("p", [1, 2], salt=salted("a"), now=loop.now)
+        loop.scheduler.branches.replace_tail("p", [1, 2], salt=salted("a"), now=loop.now)
     with pytest.raises(Rejected, match="salt"):
-        loop.scheduler.replace_tail("p", [1, 2], now=loop.now)
+        loop.scheduler.branches.replace_tail("p", [1, 2], now=loop.now)
     with pytest.raises(Rejected, match="exceed"):
-        loop.scheduler.replace_tail("p", [1] * 48, salt=salted("a"), now=loop.now)
+        loop.scheduler.branches.replace_tail("p", [1] * 48, salt=salted("a"), now=loop.now)
     loop.drain()
     assert busy.output == complete(TEXT, 3)
 
@@ -377,7 +377,7 @@ def test_tails_of_nobody_and_of_the_busy_are_refused():
 
 
 def held(loop, prompt, **more):
-    return tuple(loop.scheduler.held(prompt, **more))
+    return tuple(loop.scheduler.branches.held(prompt, **more))
 
 
 def test_what_is_held_is_what_the_next_request_finds():

@@ -28,7 +28,7 @@ ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host
 def request(number, program=None, prompt=100, submitted=0.0, **history) -> Request:
     program = program or Program(number, submitted, key=f"p{number}")
     for name, value in history.items():
-        setattr(program, name, value)
+        setattr(program.job, name, value)
     return Request(number, program, range(prompt), 1000, frozenset(), False, submitted, page_size=16)
 
 
@@ -156,10 +156,10 @@ def test_algorithm_1_of_astraea_on_a_small_case():
         policy.admitted(s, 5.0)
     late = request(4, Program(4, 6.0, key="late"))
     assert not policy.admits(late, 6.0, ROOM)  # the batch runs to completion
-    a.service, b.service, c.service = 510.0, 20.0, 30.0
-    for s in first:
+    for s, service in zip(first, (510.0, 20.0, 30.0), strict=True):
+        s.service = service
         policy.ended(s, 100.0)
-    assert [p.level for p in (a, b, c)] == [
+    assert [p.job.level for p in (a, b, c)] == [
         1,
         0,
         0,
@@ -182,7 +182,9 @@ def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it
             predictor.hazards.observe(turn, last=turn == 4)
         predictor.turns.add(5)
     policy = make_policy("astraea", predictor)
-    assert predictor.turns_index(Program(0, 0, turns=4)) < predictor.turns_index(Program(0, 0, turns=0)) - 1
+    new, ending = Program(0, 0), Program(0, 0)
+    ending.job.turns = 4
+    assert predictor.turns_index(ending) < predictor.turns_index(new) - 1
     small, large = request(1, prompt=100), request(2, prompt=1000)
     assert order(policy, [large, small], now=1.0) == [1, 2]
     begun, done = request(3, turns=0), request(4, turns=4)
@@ -296,12 +298,12 @@ WAITS = st.integers(0, 800).map(lambda n: n / 8)
 @given(st.lists(st.tuples(st.integers(1, 1000), WAITS, WAITS, st.integers(0, 30)), min_size=2, max_size=30))
 def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
     policy = make_policy("astraea")
-    typical = policy.predict.program_s()
+    typical = policy.predict.job_s()
     waiting = [
         request(n, prompt=prompt, waited_s=waits * typical, ran_s=runs * typical, turns=turns)
         for n, (prompt, waits, runs, turns) in enumerate(history, 1)
     ]
-    served = [waiting[number - 1].program.waited_s for number in order(policy, waiting, now=0.0)]
+    served = [waiting[number - 1].program.job.waited_s for number in order(policy, waiting, now=0.0)]
     starving = [w for w in served if w > PATIENCE * typical]
     assert served[: len(starving)] == sorted(starving, reverse=True)
 
@@ -309,7 +311,7 @@ def test_whoever_has_waited_beyond_patience_goes_before_everybody_else(history):
 def test_running_is_not_waiting():
     """Who has run for long, and never waited, does not jump the queue before those who have waited."""
     policy = make_policy("astraea")
-    typical = policy.predict.program_s()
+    typical = policy.predict.job_s()
     ran = request(1, ran_s=1000 * typical, prompt=1000)
     waited = request(2, waited_s=(PATIENCE + 1) * typical, prompt=1000)
     waits = request(3, waited_s=(PATIENCE - 5) * typical, ran_s=0.0, prompt=1)
@@ -317,9 +319,9 @@ def test_running_is_not_waiting():
 
 
 class Steady(Predictor):
-    """Whose typical program runs for 50 ms."""
+    """Whose typical job runs for 50 ms."""
 
-    def program_s(self) -> float:
+    def job_s(self) -> float:
         return 0.05
 
 

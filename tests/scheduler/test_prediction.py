@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import StepCosts, StepFit
+from astraea_jax.scheduler.distribution import Distribution
+from astraea_jax.scheduler.hazards import TurnHazards
 from astraea_jax.scheduler.plan import Plan
-from astraea_jax.scheduler.prediction import Distribution, Predictor, TurnHazards
+from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
@@ -85,6 +87,13 @@ def test_programs_that_live_on_count():
     assert hazards.remaining(5) > 20
 
 
+def begun(turns, output_tokens=0) -> Program:
+    """A program whose job has come so far."""
+    program = Program(0, 0.0)
+    program.job.turns, program.job.output_tokens = turns, output_tokens
+    return program
+
+
 def test_programs_that_output_much_are_told_from_those_that_output_little():
     predictor, rng = Predictor(), random.Random(0)
     programs = [(i, *rng.choice([(10, 12), (50, 6), (200, 3)])) for i in range(300)]
@@ -93,12 +102,10 @@ def test_programs_that_output_much_are_told_from_those_that_output_little():
         for turn in range(turns):
             request = Request(1, program, range(5), 500, frozenset(), turn == turns - 1, 0.0, page_size=16)
             request.output, request.finish_reason = [0] * output, "stop"
-            program.turns += 1
-            program.output_tokens += output
+            program.job.turns += 1
+            program.job.output_tokens += output
             predictor.ended(request)
-    little, middling, much = (
-        predictor.remaining_turns(Program(0, 0.0, turns=2, output_tokens=2 * output)) for output in (10, 50, 200)
-    )
+    little, middling, much = (predictor.remaining_turns(begun(2, 2 * output)) for output in (10, 50, 200))
     assert little == pytest.approx(10, rel=0.3)
     assert middling == pytest.approx(4, rel=0.3)
     assert much < 2  # 1, and what smoothing over turns adds
@@ -112,7 +119,7 @@ def test_eta_by_kind_of_length():
     def eta(lengths):
         predictor = Predictor()
         for n in lengths:
-            predictor.forgotten(Program(0, 0.0, turns=int(n)))
+            predictor.job_ended(begun(int(n)).job)
         return predictor.eta()
 
     assert eta([10] * 100) == pytest.approx(1.0)
@@ -120,24 +127,12 @@ def test_eta_by_kind_of_length():
     assert eta(np.clip(rng.lognormal(np.log(16), 1.75, 3000), 1, 1500)) < -0.05
 
 
-def test_tools_are_known_apart_once_there_is_enough():
-    predictor, program = Predictor(), Program(1, 0.0)
-    for i in range(100):
-        program.tool, program.wait_s = ("slow", 10.0) if i % 2 else ("fast", 0.1)
-        predictor.returned(program)
-    program.tool = "slow"
-    assert predictor.tool_s(program) == pytest.approx(10.0)
-    assert predictor.tool_s(program, elapsed_s=4.0) == pytest.approx(6.0)
-    program.tool = "never seen"
-    assert predictor.tool_s(program) == pytest.approx(5.05)
-
-
 def test_the_oracle_knows_and_its_noise_is_steady():
     truth = TraceProgram("p", (TraceRequest(0, 5, 40, "t", 3.0), TraceRequest(45, 5, 60)))
     request = Request(1, Program(1, 0.0, key="p"), range(5), 100, frozenset(), False, 0.0, page_size=16)
     exact = Oracle([truth])
     assert exact.output_tokens(request) == 40
-    assert exact.tool_s(request.program) == 3.0
+    assert exact.wait_s(request.program) == 3.0
     assert exact.remaining_turns(request.program) == 2
     noisy = [Oracle([truth], 0.5, seed).output_tokens(request) for seed in range(400)]
     assert np.std(noisy) / 40 == pytest.approx(0.5, rel=0.15)

@@ -11,6 +11,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.program import Program, QueueFull, Rejected
 from astraea_jax.scheduler.registry import IdlePrograms
+from astraea_jax.scheduler.wait import Wait
 
 
 def wait(loop: Loop, key, owner="") -> None:
@@ -28,7 +29,7 @@ def test_no_key_meets_a_program_without_one(key):
     named = loop.scheduler.submit([1, 2], 30, program=key, now=0)
     assert loop.scheduler.end_program(key, 0) is named
     assert loop.scheduler.end_program(key, 0) is None
-    loop.scheduler.tool_called(key, "t", 0)
+    loop.scheduler.waits(key, Wait(("t",)), 0)
     loop.drain()
     assert [s.finish_reason for s in (anonymous, other, named)] == ["length", "length", "cancelled"]
     loop.scheduler.check()

@@ -8,9 +8,10 @@ import pytest
 from support.device import complete
 from support.loop import Loop, make
 
-from astraea_jax.scheduler.prediction import Distribution
 from astraea_jax.scheduler.prefix import salted
+from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.wait import BoundedWait, Wait
 
 AMPLE = HostTier(pages=100, staging=100)
 """Pages of four tokens."""
@@ -19,6 +20,13 @@ AMPLE = HostTier(pages=100, staging=100)
 def loop_of(strategy="infercept", host=AMPLE, pages=12, **more) -> Loop:
     """``infercept`` moves what is needed and nothing else."""
     return Loop(make("program-fcfs", strategy, num_pages=pages + 1, host=host, **more))
+
+
+def known(loop, tool, seconds) -> None:
+    """A tool has always taken so long."""
+    program = Program(0, 0.0, wait=BoundedWait.of(Wait((tool,))))
+    for _ in range(40):
+        loop.scheduler._policy.predict.returned(program, seconds)
 
 
 def serve(loop, name, prompt, count=1, **more):
@@ -43,14 +51,12 @@ def test_every_wait_is_decided_once(strategy):
     """However often the client names its tool meanwhile."""
     loop = loop_of(strategy, pages=14)
     for tool in range(3):
-        loop.scheduler._policy.predict.tools[f"t{tool}"] = slow = Distribution()
-        for _ in range(40):
-            slow.add(1000.0)
+        known(loop, f"t{tool}", 1000.0)
     text = [1] * 9
     for turn in range(4):
         text += [*serve(loop, "p", text, 2).output, turn]
         for tool in range(turn):
-            loop.scheduler.tool_called("p", f"t{tool}", loop.now)
+            loop.scheduler.waits("p", Wait((f"t{tool}",)), loop.now)
     words = ("keep", "offload", "discard", "evict first")
     decided = {what: n for what, n in loop.scheduler.stats().decisions.items() if what.startswith(words)}
     assert sum(decided.values()) == 4
@@ -135,12 +141,10 @@ def test_staging_bounds_what_is_on_its_way():
 
 def test_a_full_host_drops_what_is_idle_longest_to_come():
     loop = loop_of(host=HostTier(pages=6, staging=6))
-    predict = loop.scheduler._policy.predict
-    for _ in range(40):
-        predict.tool_waits.add(10.0)
-        predict.tools.setdefault("slow", Distribution()).add(1000.0)
+    known(loop, "slow", 1000.0)
+    known(loop, "fast", 10.0)
     serve(loop, "slow", [1] * 21, 3)
-    loop.scheduler.tool_called("slow", "slow", loop.now)
+    loop.scheduler.waits("slow", Wait(("slow",)), loop.now)
     serve(loop, None, [2] * 40, 1)  # moves "slow" to the host and fills it
     serve(loop, "fast", [3] * 21, 3)
     serve(loop, None, [4] * 40, 1)

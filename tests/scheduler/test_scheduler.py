@@ -18,6 +18,7 @@ from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import Program, QueueFull
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.wait import Wait
 
 
 class Machine(RuleBasedStateMachine):
@@ -113,7 +114,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.history)
     @rule(data=st.data(), tool=st.sampled_from(["a", "b"]))
     def call_tool(self, data, tool):
-        self.scheduler.tool_called(data.draw(st.sampled_from(sorted(self.history))), tool, self.loop.now)
+        self.scheduler.waits(data.draw(st.sampled_from(sorted(self.history))), Wait((tool,)), self.loop.now)
 
     @precondition(lambda self: self.history)
     @rule(data=st.data())

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from astraea_jax.scheduler.prediction import Distribution, Predictor
+from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.strategies import DISCARD, EVICT_FIRST, KEEP, STRATEGIES, make_strategy, time_to_live
+from astraea_jax.scheduler.wait import BoundedWait, Wait
 
 
 def test_infercept_gives_up_what_wastes_most():
@@ -38,15 +39,14 @@ def test_adaptive_keeps_without_pressure_and_gives_long_tools_first():
     predict = Predictor()
     strategy = make_strategy("adaptive", predict)
     for _ in range(50):
-        predict.tool_waits.add(0.1)
+        predict.returned(Program(2, 0.0), 0.1)
     program = Program(1, 0.0, pages=list(range(1, 101)))
     predict.transfers.observe(10_000, 10.0)  # a millisecond a page: 0.2 s there and back
     assert strategy.waits(program, slack=0.9, now=0.0) == (KEEP, "no pressure")
     assert strategy.waits(program, slack=0.1, now=0.0) == (KEEP, "it returns soon")
-    program.tool = "sub-agent"
-    predict.tools["sub-agent"] = Distribution()
+    program.wait = BoundedWait.of(Wait(("sub-agent",)))
     for _ in range(50):
-        predict.tools["sub-agent"].add(100.0)
+        predict.returned(program, 100.0)
     assert strategy.waits(program, slack=0.1, now=0.0) == (EVICT_FIRST, "its tool takes long")
 
 

@@ -31,6 +31,7 @@ from astraea_jax.engine.lifecycle import RESERVE, State
 from astraea_jax.engine.loop import MAX_FAILURES
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
+from astraea_jax.scheduler.wait import Wait
 
 LIMIT_S = 20.0
 """An answer that takes longer is taken for one that never comes."""
@@ -65,9 +66,9 @@ ODD = {
     "salt of half a character": lambda e: e.generate([1], salt="\udfff"),
     "end of a list": lambda e: e.end_session(["a"]),
     "end of nobody": lambda e: e.end_session(None),
-    "tool without a name": lambda e: e.tool_called("a", ""),
-    "tool of a list": lambda e: e.tool_called("a", ["x"]),
-    "long tool": lambda e: e.tool_called("a", "t" * 257),
+    "tool without a name": lambda e: e.waits("a", Wait(("",))),
+    "tool of a list": lambda e: e.waits("a", Wait((["x"],))),
+    "long tool": lambda e: e.waits("a", Wait(("t" * 257,))),
 }
 
 
@@ -231,7 +232,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES[1:]), owner=st.sampled_from(OWNERS), tool=st.sampled_from(["look", "x" * 256]))
     def name_a_tool(self, name, owner, tool) -> None:
-        self.engine.tool_called(name, tool, owner=owner)
+        self.engine.waits(name, Wait((tool,)), owner=owner)
 
     @rule(seeds=st.lists(st.integers(0, 30), min_size=2, max_size=4))
     def ask_and_forget_from_several_threads(self, seeds) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.interface import Serving
+from astraea_jax.scheduler.wait import Wait
 
 WAIT_S = 120.0
 """No wait of a test takes as long, unless it hangs."""
@@ -81,7 +82,7 @@ def break_loop(engine: Engine, error: BaseException) -> None:
         raise error
 
     engine._scheduler.plan = plan
-    engine.tool_called("nobody", "nothing")  # so that an idle loop plans
+    engine.waits("nobody", Wait(("nothing",)))  # so that an idle loop plans
 
 
 def end_all_sessions(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from astraea_jax.agents.formats import CallFormat
-from astraea_jax.agents.loop import joined
+from astraea_jax.agents.loop import tool_wait
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
@@ -258,10 +258,11 @@ class Door:
             return
         self._busy.discard(key)
         if isinstance(request, ChatRequest) and turn.finish_reason == "tool_calls":
-            names = joined({call.name for call in turn.reply.calls} & set(_tool_names(request)))
-            if names and not request.final:
+            known = set(_tool_names(request))
+            wait = tool_wait(call.name for call in turn.reply.calls if call.name in known)
+            if wait and not request.final:
                 with suppress(Overloaded):  # the engine has too much to do to learn from it
-                    self.engine.tool_called(key[1], names, owner=key[0])
+                    self.engine.waits(key[1], wait, owner=key[0])
 
 
 def _loop_name() -> str:

@@ -150,5 +150,6 @@ def _total(usages: Sequence[Usage | None]) -> Usage | None:
     known = [usage for usage in usages if usage is not None]
     if not known:
         return None
-    fields = known[0].__dataclass_fields__
-    return Usage(**{name: sum(getattr(usage, name) for usage in known) for name in fields})
+    first = known[0]
+    counts = [name for name in first.__dataclass_fields__ if name not in ("wait", "resumed")]
+    return replace(first, **{name: sum(getattr(usage, name) for usage in known) for name in counts})

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Delta, TokenLogprob, Usage
 from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
@@ -16,6 +17,7 @@ from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed,
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_usage, write_sampling, write_session
 from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.scheduler.wait import Wait
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +148,11 @@ class Client:
     def tool_called(self, session: str, tool: str, *, salt: str = "") -> None:
         """Tell the server, without waiting, which tool a program waits for."""
         self._tell(self._tool, wire.ToolCalledRequest(session=session, tool=tool), salt)
+
+    def waits(self, session: str, wait: Wait) -> None:
+        """Tell the server, without waiting, what a program waits for, as far as the protocol can: tools by name."""
+        if wait.tools:
+            self.tool_called(session, "+".join(wait.tools)[:MAX_NAME])
 
     async def counts(self) -> dict[str, int]:
         """Ask for the server's :meth:`astraea_jax.engine.engine.Engine.counts`."""

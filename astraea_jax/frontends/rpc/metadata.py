@@ -7,6 +7,7 @@ that counts once and comes twice with different values is refused: what one hop 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import MAX_BIASES, SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.tenants import Keys, Tenant, presented_key
+from astraea_jax.scheduler.wait import Resumed, WaitOutcome
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -155,19 +157,37 @@ def read_tenant(metadata: Metadata, peer: str, keys: Keys) -> Tenant:
 
 
 def write_usage(usage: Usage, finish_reason: str) -> list[tuple[str, str]]:
-    """Trailing metadata: every field of :class:`Usage`, times in seconds, and the finish reason."""
-    return [(FINISH, finish_reason)] + [(key_of(k), repr(v)) for k, v in dataclasses.asdict(usage).items()]
+    """Trailing metadata: every field of :class:`Usage`, times in seconds, and the finish reason.
+
+    Fields of its parts are named after both: ``x-wait-actual-s``.
+    """
+    pairs = [(FINISH, finish_reason)]
+    for name, value in dataclasses.asdict(usage).items():
+        flat = {f"{name}_{inner}": of for inner, of in value.items()} if isinstance(value, dict) else {name: value}
+        pairs += [(key_of(key), str(of)) for key, of in flat.items() if of is not None]
+    return pairs
 
 
 def read_usage(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[Usage | None, str | None]:
     """Usage and finish reason from trailing metadata; None from a server that does not send them."""
     values = {key: value for key, value in metadata if isinstance(value, str)}
-    kinds: dict[str, Any] = {f.name: float if f.name.endswith("_s") else int for f in dataclasses.fields(Usage)}
     try:
-        usage = Usage(**{name: kind(values[key_of(name)]) for name, kind in kinds.items()})
-    except (KeyError, ValueError):
+        wait = WaitOutcome(**_fields(WaitOutcome, values, "wait_")) if key_of("wait_actual_s") in values else None
+        resumed = Resumed(**_fields(Resumed, values, "resumed_"))
+        usage = Usage(**_fields(Usage, values), wait=wait, resumed=resumed)
+    except (TypeError, ValueError):
         usage = None
     return usage, values.get(FINISH)
+
+
+def _fields(of: type[Any], values: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    """Fields of a dataclass, as far as they have come: seconds, texts and counts."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(of).items():
+        value = values.get(key_of(prefix + name))
+        if value is not None:
+            found[name] = value if kind in (str, str | None) else kind(value)
+    return found
 
 
 def _single_values(metadata: Metadata, keys: Collection[str]) -> dict[str, str]:

@@ -56,6 +56,7 @@ from astraea_jax.frontends.rpc.metadata import (
 )
 from astraea_jax.frontends.rpc.status import Cancelled, UnknownAdapter
 from astraea_jax.frontends.tls import Tls
+from astraea_jax.scheduler.wait import Wait
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * 2**20),
@@ -239,7 +240,7 @@ class Server:
 
     def tool_called(self, request: Any, owner: str) -> Any:
         """Note which tool a session of the caller's waits for."""
-        self._engine.tool_called(request.session, request.tool, owner=owner)
+        self._engine.waits(request.session, Wait((request.tool,)), owner=owner)
         return wire.ToolCalledResponse()
 
     def stats(self, request: Any, owner: str) -> Any:

@@ -1,0 +1,162 @@
+"""Plans of steps: which requests compute how many tokens, who starts, and who makes room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .admission import Admission
+from .config import SchedulerConfig
+from .pages import PagePool
+from .plan import Plan
+from .policy import Policy
+from .preparation import Preparations
+from .program import Request
+from .residency import Offer, Residency
+from .running import Running
+
+
+@dataclass
+class Counts:
+    """Counts of what plans have done."""
+
+    preemptions: int = 0
+    computed_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+
+
+class Planner:
+    """Gives slots, pages and tokens of the next step to requests.
+
+    Args:
+        config: sizes.
+        policy: the order of who waits, and of who is preempted.
+        pool: device pages.
+        residency: where the KV of programs lies that do not run.
+    """
+
+    def __init__(self, config: SchedulerConfig, policy: Policy, pool: PagePool, residency: Residency):
+        self.running = Running(config, pool, self._rank)
+        self.admission = Admission(config, policy, pool, self.running, residency)
+        self.preparations = Preparations(self.admission, self.vacate)
+        self.counts = Counts()
+        self._config, self._policy, self._pool, self._residency = config, policy, pool, residency
+        self._fresh: list[Request] = []  # admitted since the last plan with rows; some may have ended since
+
+    def plan(self, now: float) -> Plan | None:
+        """Plan the next step; None: nothing can run."""
+        self.preparations.settle(crowded=len(self.admission) > 0)
+        self.running.grow_decodes()
+        budget = self._config.max_step_tokens - self.running.num_decodes
+        chosen: dict[Request, int] = {}
+        for request in self.running.others():
+            count = self._hold(request, min(request.num_to_compute, budget), chosen, now)
+            if count > 0:
+                chosen[request] = count
+                budget -= count
+        admitted = self._admit_waiting(budget, now)
+        for request in admitted:
+            if request.loading is None and budget > 0:
+                chosen[request] = min(request.num_to_compute, budget)
+                budget -= chosen[request]
+        self._residency.offload_ahead(now)
+        self._fresh += admitted
+        if not chosen and not self.running.num_decodes:
+            return None
+        fresh, self._fresh = [request for request in self._fresh if request.slot >= 0], []
+        plan = self.running.step(chosen, fresh, now)
+        self.counts.computed_tokens += plan.tokens
+        return plan
+
+    def _admit_waiting(self, budget: int, now: float) -> list[Request]:
+        """Give slots and pages to waiting requests, in the order of the policy, while both last.
+
+        If none is left, go on with those that prepare the next prompt of their programs.
+        """
+        admitted: list[Request] = []
+        while budget > 0 and self.running.slots:
+            offer = (self.admission if len(self.admission) else self.preparations).next(now)
+            if offer is None:
+                break
+            request = offer.request
+            self._admit(offer, now)
+            admitted.append(request)
+            budget -= 0 if request.loading else request.num_to_compute
+        return admitted
+
+    def _admit(self, offer: Offer, now: float) -> None:
+        request = offer.request
+        if request.prepares:
+            self.preparations.started(request)
+        else:
+            self.admission.remove(request)
+            request.deferred = request.defers_until > now
+            request.program.job.waited_s += now - request.queued
+        self.running.add(request, self._residency.take(offer, now))
+        if request.preemptions == 0:
+            request.cached_tokens = request.reused
+        self.counts.reused_tokens += request.reused
+        self.counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
+        request.started = now
+        if not request.prepares:
+            self._policy.admitted(request, now)
+
+    def enqueue(self, request: Request, now: float) -> None:
+        """Let a request wait for a slot."""
+        request.queued = now
+        self._policy.queued(request, now)
+        self.admission.push(request)
+
+    def _hold(self, request: Request, count: int, chosen: dict[Request, int], now: float) -> int:
+        """Give ``request`` pages for ``count`` more tokens; returns how many tokens it has pages for, at most that.
+
+        Pages come from the free ones, then from programs that do not run, then from running requests after it in the
+        order of the policy. So the first in order always gets on, and nothing waits for ever.
+        """
+        if request.num_computed + count <= request.capacity:
+            return count
+        need = self._pages_for(request.num_computed + count) - len(request.pages)
+        while not self._residency.evict(need, now, wait=False) and self.running.requests[-1] is not request:
+            victim = self.running.requests[-1]
+            chosen.pop(victim, None)
+            self._preempt(victim, now)
+        self.running.grow(request, min(need, self._pool.free))
+        return min(count, request.capacity - request.num_computed)
+
+    def _preempt(self, victim: Request, now: float) -> None:
+        """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
+        if victim.prepares:
+            self.preparations.step_aside(victim)
+            return
+        victim.matched = victim.num_at_start = victim.num_with_pending
+        self.vacate(victim, now)
+        victim.preemptions += 1
+        self.counts.preemptions += 1
+        self.enqueue(victim, now)
+
+    def vacate(self, request: Request, now: float) -> None:
+        """Take a request off its slot; its program retains the KV that has been computed."""
+        job, computed = request.program.job, request.num_computed - request.reused
+        job.ran_s += now - request.started
+        job.service += computed
+        request.service += computed
+        keep = self._pages_for(request.num_computed)
+        if request.loading is not None:  # what it waits for stays in host memory
+            keep -= len(request.loading.pages)
+            self._residency.cancel(request.loading)
+        else:
+            request.extend_block_hashes()
+            self.running.cache_pages(request, 0)
+        pages = self.running.remove(request)
+        self._pool.release(pages[keep:])
+        self._residency.retain(request.program, request, pages[:keep], request.num_computed)
+        request.num_computed = 0
+
+    def _rank(self, request: Request) -> tuple[float, ...]:
+        """Place among the running requests; the highest is preempted first."""
+        if request.prepares:
+            return 2, request.number
+        return request.deferred, *self._policy.rank(request)
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self._config.page_size)
