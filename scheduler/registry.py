@@ -9,6 +9,9 @@ from itertools import islice
 from .program import Program, QueueFull, Rejected, Request
 from .view import ProgramView
 
+UNKNOWN_SESSION = "this session has expired, or has never begun; begin it with a request"
+NAME_TAKEN = "there is a session of the fork's name already; end it first, or choose another name"
+
 
 class IdlePrograms:
     """Programs between two requests; the longest idle, and that of the owner with most of them, are found in O(1)."""
@@ -157,13 +160,13 @@ class Registry:
         """
         program = self._known(key)
         if child in self._by_key:
-            raise Rejected("there is a session of the fork's name already; end it first, or choose another name")
+            raise Rejected(NAME_TAKEN)
         return program, self._add(child, program.owner, program.salt, now, key, keep=program)
 
     def _known(self, key: Hashable) -> Program:
         program = self._by_key.get(key)
         if program is None:
-            raise Rejected("this session has expired, or has never begun; begin it with a request")
+            raise Rejected(UNKNOWN_SESSION)
         return program
 
     def _check_free(self, program: Program, salt: bytes | None) -> None:

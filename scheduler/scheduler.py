@@ -227,6 +227,10 @@ class Scheduler:
             host_pages=residency.host_pages,
         )
 
+    def knows(self, program: Hashable) -> bool:
+        """Whether there is a program of that key. Any thread may ask."""
+        return self._programs.find(program) is not None
+
     def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
         """Look at up to ``limit`` programs; see :meth:`.registry.Registry.look`."""
         return self._programs.look(limit, owner, now)
