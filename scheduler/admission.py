@@ -60,7 +60,7 @@ class Admission:
         for request in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
             if not policy.admits(request, now, self._pressure()):
                 continue
-            offer = self._fitting(request, now)
+            offer = self.fitting(request, now)
             if offer is not None:
                 if blocked is not None:
                     blocked.skipped += 1
@@ -71,7 +71,7 @@ class Admission:
                     break
         return None
 
-    def _fitting(self, request: Request, now: float) -> Offer | None:
+    def fitting(self, request: Request, now: float) -> Offer | None:
         """Return what a waiting request starts from if it fits now; enough pages are free then."""
         offer = self._residency.offer(request)
         if offer is None:

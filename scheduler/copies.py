@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from itertools import islice
 
 from .pages import PagePool
 from .program import Program, Request
-from .transfer import HostCopy, HostTier, Part, Transfer
+from .transfer import HostCopy, HostPages, HostTier, Part, Transfer
 
 CANDIDATES = 8
 """Programs that are compared when the host is full: a guess, to keep the choice O(1)."""
@@ -30,7 +30,7 @@ class HostCopies:
         self._holders: OrderedDict[Program, None] = OrderedDict()  # least recently used first
         self._under_way: dict[Transfer, None] = {}
         self._begun: list[Transfer] = []  # since they were last taken
-        self._dropped: list[HostCopy] = []  # since they were last taken
+        self._dropped: list[HostPages] = []  # since they were last taken
 
     @property
     def room(self) -> int:
@@ -51,7 +51,7 @@ class HostCopies:
 
     def offload(self, program: Program, first: int, count: int, now: float) -> None:
         """Begin to copy the device pages ``first … first + count - 1`` of a program to the host."""
-        copy = HostCopy(first, count, count)
+        copy = HostCopy(first, count, HostPages(count))
         program.copies = sorted([*program.copies, copy], key=lambda c: c.first)
         self._holders[program] = None
         self._used += count
@@ -71,10 +71,10 @@ class HostCopies:
             transfer.request.loading = None
             return
         self._staged -= len(transfer.pages)
-        copy = transfer.parts[0].copy
-        copy.ready = True
-        if copy.dropped:  # while it was on its way
-            self._used -= copy.pages
+        memory = transfer.parts[0].copy.memory
+        memory.ready = True
+        if not memory.holders:  # it was dropped on its way
+            self._used -= memory.count
 
     def cancel(self, transfer: Transfer) -> None:
         """Give up a transfer under way, and the copy it was to make; its end will have no effect."""
@@ -87,8 +87,8 @@ class HostCopies:
         for transfer in list(self._under_way):
             self.cancel(transfer)
 
-    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
-        """Transfers begun, and copies dropped, since the last call."""
+    def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
+        """Transfers begun, and host memory given up, since the last call."""
         begun, self._begun = self._begun, []
         dropped, self._dropped = self._dropped, []
         return begun, dropped
@@ -104,6 +104,22 @@ class HostCopies:
         if program in self._holders:
             self._holders.move_to_end(program)
 
+    def share(self, program: Program, other: Program, pages: int) -> int:
+        """Let ``other`` hold the copies of a program, too, that continue its first ``pages`` pages without a gap.
+
+        Copies that have not arrived are left out, because what becomes of them concerns one program. Returns how many
+        pages ``other`` has with them.
+        """
+        for copy in program.copies:
+            if copy.first > pages:
+                break
+            if copy.ready:
+                copy.memory.holders += 1
+                other.copies.append(HostCopy(copy.first, copy.used, copy.memory))
+                self._holders[other] = None
+                pages = max(pages, copy.end)
+        return pages
+
     def cut(self, program: Program, keep: int) -> None:
         """Drop the copies of all but a program's first ``keep`` pages."""
         while program.copies and program.copies[-1].end > keep:
@@ -117,9 +133,11 @@ class HostCopies:
         """Drop one copy."""
         program.copies.remove(copy)
         copy.dropped = True
-        self._dropped.append(copy)
-        if copy.ready:
-            self._used -= copy.pages
+        copy.memory.holders -= 1
+        if not copy.memory.holders:
+            self._dropped.append(copy.memory)
+            if copy.ready:
+                self._used -= copy.memory.count
         if not program.copies:
             del self._holders[program]
 
@@ -145,8 +163,10 @@ class HostCopies:
         assert not any(copy.dropped for copy in copies)
         assert self._holders.keys() == {program for program in programs if program.copies}
         assert self._staged == sum(len(transfer.pages) for transfer in self._under_way if transfer.to_host)
-        arriving = [t.parts[0].copy for t in self._under_way if t.to_host]
-        assert self._used == sum(copy.pages for copy in {*copies, *arriving}) <= self.host.pages
+        holders = Counter(copy.memory for copy in copies)
+        assert all(memory.holders == count for memory, count in holders.items())
+        arriving = [t.parts[0].copy.memory for t in self._under_way if t.to_host]
+        assert self._used == sum(memory.count for memory in {*holders, *arriving}) <= self.host.pages
         assert 0 <= self._staged <= max(self.host.staging, 0)
         assert not any(transfer.cancelled for transfer in self._under_way)
 

@@ -10,6 +10,7 @@ from .offer import Offer
 from .pages import PagePool
 from .plan import Plan
 from .policy import Policy
+from .preparation import Preparations
 from .program import Request
 from .residency import Residency
 from .running import Running
@@ -36,14 +37,16 @@ class Planner:
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy, pool: PagePool, residency: Residency):
-        self.running = Running(config, pool, lambda request: (request.deferred, *policy.rank(request)))
+        self.running = Running(config, pool, self._rank)
         self.admission = Admission(config, policy, pool, self.running, residency)
+        self.preparations = Preparations(self.admission, self.vacate)
         self.counts = Counts()
         self._config, self._policy, self._pool, self._residency = config, policy, pool, residency
         self._fresh: list[Request] = []  # admitted since the last plan with rows; some may have ended since
 
     def plan(self, now: float) -> Plan | None:
         """Plan the next step; None: nothing can run."""
+        self.preparations.settle(crowded=len(self.admission) > 0)
         self.running.grow_decodes()
         budget = self._config.max_step_tokens - self.running.num_decodes
         chosen: dict[Request, int] = {}
@@ -67,10 +70,13 @@ class Planner:
         return plan
 
     def _admit_waiting(self, budget: int, now: float) -> list[Request]:
-        """Give slots and pages to waiting requests, in the order of the policy, while both last."""
+        """Give slots and pages to waiting requests, in the order of the policy, while both last.
+
+        If none is left, go on with those that prepare the next prompt of their programs.
+        """
         admitted: list[Request] = []
-        while budget > 0 and self.running.slots and len(self.admission):
-            offer = self.admission.next(now)
+        while budget > 0 and self.running.slots:
+            offer = (self.admission if len(self.admission) else self.preparations).next(now)
             if offer is None:
                 break
             request = offer.request
@@ -81,16 +87,20 @@ class Planner:
 
     def _admit(self, offer: Offer, now: float) -> None:
         request = offer.request
-        self.admission.remove(request)
-        request.deferred = request.defers_until > now
+        if request.prepares:
+            self.preparations.started(request)
+        else:
+            self.admission.remove(request)
+            request.deferred = request.defers_until > now
+            request.program.job.waited_s += now - request.queued
         self.running.add(request, self._residency.take(offer, now))
         if request.preemptions == 0:
             request.cached_tokens = request.reused
         self.counts.reused_tokens += request.reused
         self.counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
-        request.program.job.waited_s += now - request.queued
         request.started = now
-        self._policy.admitted(request, now)
+        if not request.prepares:
+            self._policy.admitted(request, now)
 
     def enqueue(self, request: Request, now: float) -> None:
         """Let a request wait for a slot."""
@@ -116,6 +126,9 @@ class Planner:
 
     def _preempt(self, victim: Request, now: float) -> None:
         """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
+        if victim.prepares:
+            self.preparations.step_aside(victim)
+            return
         victim.matched = victim.num_at_start = victim.num_with_pending
         self.vacate(victim, now)
         victim.preemptions += 1
@@ -139,6 +152,12 @@ class Planner:
         self._pool.release(pages[keep:])
         self._residency.retain(request.program, request, pages[:keep], request.num_computed)
         request.num_computed = 0
+
+    def _rank(self, request: Request) -> tuple[float, ...]:
+        """Place among the running requests; the highest is preempted first."""
+        if request.prepares:
+            return 2, request.number
+        return request.deferred, *self._policy.rank(request)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._config.page_size)

@@ -123,6 +123,9 @@ class Program:
         """Whether its job has ended, and it waits for a human to begin the next."""
         return self.wait is not None and self.wait.wait.human
 
+    preparing: Request | None = None
+    """The request that computes its next prompt while it waits. Written by Preparations."""
+
     @property
     def restoring(self) -> bool:
         """Whether its KV is on the way back from the host."""
@@ -144,6 +147,7 @@ class Request:
     program: Program
     prompt: Sequence[int]
     max_tokens: int
+    """0: it only computes the KV of its prompt, ahead of the request that will use it, and samples nothing."""
     stops: frozenset[int]
     """Tokens that end it."""
     final: bool
@@ -237,9 +241,19 @@ class Request:
         return min(self.num_with_pending, self.max_computed) - self.num_computed
 
     @property
+    def prepares(self) -> bool:
+        """Whether it only computes the KV of its prompt."""
+        return self.max_tokens == 0
+
+    @property
+    def most_reusable(self) -> int:
+        """Tokens that it could find computed: one is always left to compute."""
+        return min(self.num_tokens, self.max_computed) - 1
+
+    @property
     def reusable(self) -> int:
-        """Tokens whose KV its program retains, while it waits. One is always left to compute."""
-        return min(self.matched, self.program.kept, self.num_tokens - 1)
+        """Tokens whose KV its program retains, while it waits."""
+        return min(self.matched, self.program.kept, self.most_reusable)
 
     def shared_with(self, prompt: Sequence[int]) -> int:
         """Length of the common prefix of its tokens and ``prompt``."""
@@ -247,6 +261,11 @@ class Request:
         if shared == len(self.prompt):
             shared += _common(self.output, list(prompt[shared : shared + len(self.output)]))
         return shared
+
+    def matches(self, last: Request) -> None:
+        """Note what it has in common with the last request of its program."""
+        self.matched = last.shared_with(self.prompt)
+        self.block_hashes += last.block_hashes[len(self.block_hashes) : self.matched // self.page_size]
 
     def extend_block_hashes(self) -> None:
         """Hash every full page of known tokens that has no hash yet."""

@@ -9,6 +9,9 @@ from itertools import islice
 from .program import Program, QueueFull, Rejected, Request
 from .view import ProgramView
 
+UNKNOWN_SESSION = "this session has expired, or has never begun; begin it with a request"
+NAME_TAKEN = "there is a session of the fork's name already; end it first, or choose another name"
+
 
 class IdlePrograms:
     """Programs between two requests; the longest idle, and that of the owner with most of them, are found in O(1)."""
@@ -47,9 +50,10 @@ class IdlePrograms:
         """List the programs of an owner, or (None) all of them; the one whose wait began last is the first."""
         return reversed(self._all if owner is None else self._of.get(owner, OrderedDict()))
 
-    def of_largest_owner(self) -> Program:
-        """The longest idle program of the owner with the most idle ones."""
-        return next(iter(self._of[next(iter(self._owners[self._most]))]))
+    def of_largest_owner(self, keep: Program | None = None) -> Program | None:
+        """The longest idle program, other than ``keep``, of the owner with the most idle ones."""
+        held = (program for owner in self._owners.get(self._most, ()) for program in self._of[owner])
+        return next((program for program in held if program is not keep), None)
 
     def _recount(self, owner: Hashable, before: int, after: int) -> None:
         """Move an owner whose number of idle programs has changed by one to its new place."""
@@ -131,17 +135,61 @@ class Registry:
         """
         found = self._by_key.get(key) if key is not None else None
         if found is not None:
-            if found.salt != salt:
-                raise Rejected("this session was begun with another cache salt; end it first, or use its salt")
-            if found in self.live:
-                raise QueueFull("this session has a request in progress; try again when it has ended")
+            self._check_free(found, salt)
             found.parent = found.parent if parent is None else parent
             return found
+        return self._add(key, owner, salt, now, parent)
+
+    def waiting(self, key: Hashable, salt: bytes | None) -> Program:
+        """The program of that key, which waits.
+
+        Raises:
+            Rejected: there is none, or it was begun with another salt.
+            QueueFull: it has a request.
+        """
+        program = self._known(key)
+        self._check_free(program, salt)
+        return program
+
+    def fork(self, key: Hashable, child: Hashable, now: float) -> tuple[Program, Program]:
+        """The program of that key, and a new one of the same owner and salt, which does not wait yet.
+
+        Raises:
+            Rejected: there is none, or the new one's key is taken.
+            QueueFull: there are too many programs and none that could make room.
+        """
+        program = self._known(key)
+        if child in self._by_key:
+            raise Rejected(NAME_TAKEN)
+        return program, self._add(child, program.owner, program.salt, now, key, keep=program)
+
+    def _known(self, key: Hashable) -> Program:
+        program = self._by_key.get(key)
+        if program is None:
+            raise Rejected(UNKNOWN_SESSION)
+        return program
+
+    def _check_free(self, program: Program, salt: bytes | None) -> None:
+        if program.salt != salt:
+            raise Rejected("this session was begun with another cache salt; end it first, or use its salt")
+        if program in self.live:
+            raise QueueFull("this session has a request in progress; try again when it has ended")
+
+    def _add(
+        self,
+        key: Hashable | None,
+        owner: Hashable,
+        salt: bytes | None,
+        now: float,
+        parent: Hashable | None,
+        keep: Program | None = None,
+    ) -> Program:
         if len(self) >= self._limit:
-            if not self.idle:
+            longest = self.idle.of_largest_owner(keep)
+            if longest is None:
                 raise QueueFull(f"{len(self)} programs are live; try again later")
             self.expired += 1
-            self._forget(self.idle.of_largest_owner())
+            self._forget(longest)
         self.created += 1
         self.io_intensive += 1
         program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent)

@@ -23,7 +23,7 @@ from .pages import PagePool
 from .program import Program, Request
 from .retained import RetainedKV
 from .strategies import DISCARD, EVICT_FIRST, Strategy
-from .transfer import HostCopy, HostTier, Transfer
+from .transfer import HostPages, HostTier, Part, Transfer
 from .wait import FAILED, RECOMPUTED, Resumed
 
 CHUNK = 32
@@ -153,20 +153,27 @@ class Residency:
         """
         if request.num_pending:
             return None
+        offer = self._offer(request)
+        return offer if all(part.copy.ready for part in offer.parts) else None
+
+    def held(self, request: Request) -> tuple[int, int]:
+        """Count the tokens of a request that could start now whose KV is on the device, and on the host."""
+        offer = self._offer(request)
+        device = min(offer.tokens, (offer.own + len(offer.found)) * self._size)
+        return device, offer.tokens - device
+
+    def _offer(self, request: Request) -> Offer:
         program, tokens, size = request.program, request.reusable, self._size
         kept = -(-tokens // size)
         own = min(len(program.pages), kept)
         found: list[int] = []
         if own * size <= tokens:
-            last = (request.num_tokens - 1) // size  # one token is always left to compute
-            found = self._pool.find(islice(request.block_hashes, own, last))
+            found = self._pool.find(islice(request.block_hashes, own, request.most_reusable // size))
             tokens = max(tokens, (own + len(found)) * size)
         elif self._pool.shared(program.pages[own - 1]):
             own -= 1
             kept, tokens = own, own * size
         parts = parts_of(program, own + len(found), kept)
-        if not all(part.copy.ready for part in parts):
-            return None
         return Offer(request, own, found, parts, tokens, -(-request.num_tokens // size) - own - len(found))
 
     def take(self, offer: Offer, now: float) -> list[int]:
@@ -197,8 +204,8 @@ class Residency:
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
-    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
-        """Transfers begun, and copies dropped, since the last call."""
+    def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
+        """Transfers begun, and host memory given up, since the last call."""
         return self._copies.take_transfers()
 
     def cancel(self, transfer: Transfer) -> None:
@@ -263,7 +270,7 @@ class Residency:
             if program is not keep and not self._evict_from(program, need, now, wait, keep):
                 return False
         if self._pool.free < min(need, self._pool.obtainable):
-            self._evict_shared(need, keep)
+            self._evict_shared(need, now, wait, keep)
         return self._pool.free >= need
 
     def offload_ahead(self, now: float) -> None:
@@ -321,10 +328,14 @@ class Residency:
             self.kv.drop(program, want, why)
         return True
 
-    def _evict_shared(self, need: int, keep: Program | None) -> None:
-        """Evict, as a last resort, programs that share pages with each other."""
+    def _evict_shared(self, need: int, now: float, wait: bool, keep: Program | None) -> None:
+        """Evict, as a last resort, programs that share pages with each other: all but one of them lose the KV."""
         for program in [p for p in self._order.shared if p is not keep]:
-            if self._pool.unpinned(program.pages):
+            if not self._pool.shared(program.pages[-1]):  # the others have gone
+                self._order.add(program)
+                if not self._evict_from(program, need, now, wait, keep):
+                    return
+            if program in self._order.shared and self._pool.unpinned(program.pages):
                 self.kv.drop(program, len(program.pages), "nothing else is left")
             if self._pool.free >= need:
                 return

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from .copies import HostCopies, parts_of
 from .eviction import EvictionOrder
 from .pages import PagePool
-from .program import Program
+from .program import Program, Request
 from .transfer import HostCopy
 from .wait import DISCARDED, EVICTED
 
@@ -38,6 +38,25 @@ class RetainedKV:
     def at_once(self) -> int:
         """Pages that can be had without waiting for anything or dropping anything."""
         return self._pool.free + self.order.clean_pages
+
+    def share(self, program: Program, request: Request, other: Program) -> None:
+        """Let a new program hold what another has computed of a request, its last one or the one that runs.
+
+        These are its device pages and host copies, from the first token on and as far as nothing is missing. Of a
+        request that runs only full pages are shared, because it writes on the last one; of one that does not run the
+        last page, too, which whoever goes on first leaves to the other.
+        """
+        pages, tokens = program.pages, program.kept
+        if program.running is not None:
+            pages, tokens = request.pages, request.num_computed
+            whole = tokens // self._size
+            if request.loading is not None:  # from here on nothing has arrived
+                whole = min(whole, pages.index(request.loading.pages[0]))
+            pages = pages[:whole]
+        self._pool.share(pages)
+        other.last, other.pages = request, list(pages)
+        other.kept = min(tokens, self._copies.share(program, other, len(pages)) * self._size)
+        self.order.add(other)
 
     def trim(self, program: Program, tokens: int) -> None:
         """Drop the KV of all but a program's first ``tokens`` tokens."""

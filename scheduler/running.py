@@ -127,6 +127,8 @@ class Running:
             columns = np.array([(r.slot, r.num_computed, chosen[r]) for r in rows], np.int32).T
             for request in rows:
                 self._compute(request, chosen[request], now)
+                if request.num_computed == request.max_computed and request.prepares:
+                    self._others.remove(request)
             for request in ending:
                 self._others.remove(request)
                 if request.num_computed < request.max_computed:

@@ -11,17 +11,20 @@ away at once, because the device runs steps in the order of dispatch: a late wri
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 
+from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
 from .pages import PagePool
 from .plan import Plan
 from .planner import Planner
 from .policy import Policy
+from .preparation import SUPERSEDED
 from .program import Program, QueueFull, Request
 from .registry import Registry
 from .residency import Residency
-from .transfer import HostCopy, Transfer
+from .transfer import HostPages, Transfer
 from .view import ProgramView
 from .wait import Wait
 from .waits import Waits
@@ -39,7 +42,9 @@ class Scheduler:
         self._running, self._admission = self._planner.running, self._planner.admission
         self._programs = Registry(config.max_programs, self._forget)
         self._waits = Waits(self._programs, self._residency, policy.predict)
-        self._submitted = 0
+        self._numbers = itertools.count(1)
+        self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
+        """Forks, and tails that are replaced."""
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -71,7 +76,8 @@ class Scheduler:
             final: the program ends with this request.
             salt: the program shares the KV of full pages with every program of equal salt (:func:`~.prefix.salted`)
                 whose tokens begin alike; None: with nobody.
-            parent: key of a program of the same owner, in whose job this one takes part as long as that has one.
+            parent: key of a program of the same owner, in whose job this one takes part as long as that has one. A
+                program that is opened shares the KV of what it begins with in common with its parent.
             priority: above 0, the request starts after those of 0 or less, until it has waited long enough.
             now: seconds.
 
@@ -83,9 +89,8 @@ class Scheduler:
         if self._admission.unstarted >= self.config.max_waiting:
             raise QueueFull(f"{self._admission.unstarted} requests are waiting; try again later")
         opened = self._programs.open(program, owner, salt, now, parent)
-        self._submitted += 1
         request = Request(
-            number=self._submitted,
+            number=next(self._numbers),
             program=opened,
             prompt=prompt,
             max_tokens=max_tokens,
@@ -97,8 +102,11 @@ class Scheduler:
         )
         if opened.last is not None:
             request.wait = self._waits.end(opened, now)
-            request.matched = opened.last.shared_with(prompt)
-            request.block_hashes = opened.last.block_hashes[: request.matched // self.config.page_size]
+            self._planner.preparations.end(opened, SUPERSEDED)
+        else:
+            self.branches.inherit(opened)
+        if opened.last is not None:
+            request.matches(opened.last)
             self._residency.kv.trim(opened, request.reusable)
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
@@ -109,6 +117,9 @@ class Scheduler:
     def finish(self, request: Request, reason: str, now: float) -> None:
         """End a request, wherever it is, and free or retain its pages; a second call does nothing."""
         if request.finish_reason is not None:
+            return
+        if request.prepares:
+            self._planner.preparations.end(request.program, reason)
             return
         request.finish_reason = reason
         program, job = request.program, request.program.job
@@ -217,6 +228,10 @@ class Scheduler:
             host_pages=residency.host_pages,
         )
 
+    def knows(self, program: Hashable) -> bool:
+        """Whether there is a program of that key. Any thread may ask."""
+        return self._programs.find(program) is not None
+
     def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
         """Look at up to ``limit`` programs; see :meth:`.registry.Registry.look`."""
         return self._programs.look(limit, owner, now)
@@ -228,7 +243,9 @@ class Scheduler:
         self._residency.check(self._programs.programs())
         self._programs.check()
         self._admission.check()
-        started = {r for r in self._programs.live.values() if r.slot >= 0}
+        self._planner.preparations.check(self._programs.programs())
+        requests = [*self._programs.live.values(), *(p.preparing for p in self._programs.idle)]
+        started = {r for r in requests if r is not None and r.slot >= 0}
         assert started == set(self._running.requests), "a running request is not live"
         self._running.check()
 
@@ -256,8 +273,8 @@ class Scheduler:
         self._planner.counts.computed_tokens += plan.tokens * (times - 1)
         return times
 
-    def take_transfers(self) -> tuple[list[Transfer], list[HostCopy]]:
-        """Return transfers begun since the last call, in order, and host copies that may be forgotten after them.
+    def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
+        """Return transfers begun since the last call, in order, and host memory that may be freed after them.
 
         Offloads read their pages before the next step.
         """
@@ -293,6 +310,7 @@ class Scheduler:
             self._admission.outdate(request)
 
     def _forget(self, program: Program) -> None:
+        self._planner.preparations.end(program, "cancelled")
         self._waits.forget(program)
         self._residency.forgotten(program)
         self._policy.forgotten(program)

@@ -19,26 +19,40 @@ class HostTier:
 
 
 @dataclass(slots=True, eq=False)
-class HostCopy:
-    """Consecutive pages of one program in host memory, made by one transfer.
+class HostPages:
+    """Pages of host memory written by one transfer; programs with a common history hold them together.
 
     Each is an object of its own and never used for anything else, so a late transfer cannot be taken for a new one:
     that is what generation numbers of host slots are for elsewhere.
     """
 
+    count: int
+    holders: int = 1
+    """Copies that stand on them."""
+    ready: bool = False
+    """Their content has arrived."""
+
+
+@dataclass(slots=True, eq=False)
+class HostCopy:
+    """Consecutive pages of one program in host memory."""
+
     first: int
     """Index of its first page among the program's."""
-    pages: int
-    """Pages of host memory that it takes."""
     used: int
-    """Pages that still count, from the first on."""
-    ready: bool = False
-    """The copy has arrived."""
+    """Pages that count, from the first on."""
+    memory: HostPages
+    """Where they lie, which may be more pages."""
     dropped: bool = False
 
     @property
     def end(self) -> int:
         return self.first + self.used
+
+    @property
+    def ready(self) -> bool:
+        """Whether the copy has arrived."""
+        return self.memory.ready
 
 
 class Part(NamedTuple):

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .program import Program, Request
+
+
+class Held(NamedTuple):
+    """What a request would find computed, in tokens of its prompt."""
+
+    tokens: int
+    """All of them."""
+    matched: int
+    """Those that the program's last request began with; 0 if there is none, or it runs."""
+    device: int
+    """Those whose KV is on the device, computed by anybody of the same salt."""
+    host: int
+    """Those after them whose KV is on the host."""
+
+    @property
+    def nowhere(self) -> int:
+        """Those that would have to be computed."""
+        return self.tokens - self.device - self.host
 
 
 @dataclass(frozen=True)

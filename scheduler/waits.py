@@ -33,6 +33,12 @@ class Waits:
         self._programs.idle.add(program)
         self._residency.wait_begins(program, now)
 
+    def forked(self, program: Program, parent: Program, now: float) -> None:
+        """A program is a fork of another: it waits for its first request, and takes part in the other's job."""
+        program.job, program.leads, program.wait_began = parent.job, False, now
+        self._programs.idle.add(program)
+        self._residency.wait_begins(program, now)
+
     def tell(self, program: Program, wait: Wait, now: float) -> None:
         """Say what an idle program waits for; what was said last counts."""
         self._programs.humans -= program.awaits_human
@@ -45,12 +51,14 @@ class Waits:
         if program.awaits_human:
             self.job_over(program)
 
-    def end(self, program: Program, now: float) -> WaitOutcome:
-        """An idle program has got its next request."""
-        took_s, wait = now - program.wait_began, program.wait
-        predicted_s = self._predict.returned(program, took_s)
+    def end(self, program: Program, now: float) -> WaitOutcome | None:
+        """An idle program has got its next request; None: its first, so it is a fork, which has waited for nobody."""
         self._programs.idle.discard(program)
         self._residency.wait_ended(program)
+        if not program.turns:
+            return None
+        took_s, wait = now - program.wait_began, program.wait
+        predicted_s = self._predict.returned(program, took_s)
         if not program.awaits_human:
             program.job.tool_s += took_s
         if wait is None:

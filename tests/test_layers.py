@@ -32,7 +32,9 @@ SCHEDULER_FLOORS = (
     {"strategies"},
     {"policy", "residency"},
     {"admission", "policies", "waits"},
+    {"preparation"},
     {"planner"},
+    {"branches"},
     {"scheduler"},
     {"simulation"},
 )

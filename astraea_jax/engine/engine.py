@@ -19,20 +19,14 @@ from astraea_jax.engine.compilation import use_cache
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.dispatch import StepRunner
 from astraea_jax.engine.events import (
-    Cancel,
     Check,
-    EndSession,
-    Event,
-    Look,
     Stop,
     Submit,
-    Waits,
     check_tokens,
     checked_key,
     checked_name,
     checked_priority,
     checked_prompt,
-    checked_wait,
 )
 from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
 from astraea_jax.engine.layout import Layout
@@ -41,8 +35,9 @@ from astraea_jax.engine.loading import load_model
 from astraea_jax.engine.loop import ServingLoop
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.sessions import Sessions
 from astraea_jax.engine.times import StepTimes, Work
-from astraea_jax.errors import EngineDead, Fault, Overloaded, RequestError, StartupError, shown
+from astraea_jax.errors import EngineDead, Fault, RequestError, StartupError, shown
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
@@ -53,21 +48,17 @@ from astraea_jax.scheduler.histogram import Histogram
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.scheduler import Scheduler
-from astraea_jax.scheduler.view import ProgramView
-from astraea_jax.scheduler.wait import Wait
 from astraea_jax.scheduler.wait_times import WaitCounts
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 65_536
-"""Events that may wait for the loop; beyond that, ends of sessions and what they wait for are refused."""
 ENGINE_THREAD = "astraea-engine"
 """Name of the thread of the serving loop."""
 STOP_S = 5.0
 """Seconds that the loop gets to stop, once it has been told to."""
 
 
-class Engine:
+class Engine(Sessions):
     """Serves one model. Make it, :meth:`start` it, then call :meth:`generate` from any event loop.
 
     Its life runs from NEW through COMPILING and SERVING to DRAINING and DEAD (:class:`~.lifecycle.State`). Once DEAD,
@@ -259,37 +250,6 @@ class Engine:
         self._post(Submit(mailbox, ids, params.seeded(), key, final, salt, of, later))
         return Generation(mailbox, self._cancel)
 
-    def end_session(self, session: str, *, owner: str = "") -> None:
-        """End a program: its KV is dropped, its request cancelled. Unknown sessions are ignored.
-
-        Raises:
-            RequestError, Overloaded: the name cannot be one; too many events wait.
-        """
-        self._post_bounded(EndSession(checked_key(session, owner)))
-
-    def waits(self, session: str, wait: Wait, *, owner: str = "") -> None:
-        """Say what a program waits for whose request has ended: tools, or a human, and for how long if that is known.
-
-        The scheduler learns its times, and lets the KV of those go first that wait longest. What is said last counts.
-        Unknown sessions, and those with a request in progress, are ignored.
-
-        Raises:
-            RequestError, Overloaded: a name cannot be one, or a time is no number; too many events wait.
-        """
-        self._post_bounded(Waits(checked_key(session, owner), checked_wait(wait)))
-
-    def _cancel(self, mailbox: Mailbox) -> None:
-        self._post(Cancel(mailbox))
-
-    def _post(self, event: Event) -> None:
-        self._loop.events.put(event)
-
-    def _post_bounded(self, event: Event) -> None:
-        if self._loop.events.qsize() >= MAX_EVENTS:
-            raise Overloaded("too many events wait for the serving loop; try again later")
-        if self._life.state is not State.DEAD:
-            self._post(event)
-
     # -- figures, from any thread: each is read at once, together they may be of different moments -------------
 
     @property
@@ -349,20 +309,6 @@ class Engine:
         """
         return {**self.stats().flat(self.layout.page_bytes), "replicas": 1, "live_replicas": int(self.live)}
 
-    def look(self, limit: int, owner: str | None = None) -> Future[list[ProgramView]]:
-        """Ask for a picture of up to ``limit`` live programs, those with a request first; None: of all owners.
-
-        Whoever waits for the answer needs a limit of its own: an engine whose device hangs gives none.
-
-        Raises:
-            RequestError, EngineDead, Overloaded: not an owner's name; no loop runs; too many events wait.
-        """
-        answer: Future[list[ProgramView]] = Future()
-        if self.state not in (State.SERVING, State.DRAINING):
-            raise EngineDead(f"an engine that is {self.state.value} has no programs to show")
-        self._post_bounded(Look(answer, limit, None if owner is None else checked_name("owner", owner, empty=True)))
-        return answer
-
     def check(self, timeout_s: float = 60.0) -> None:
         """Raise AssertionError unless pages, programs and requests are all accounted for (for tests and debugging).
 
@@ -398,6 +344,7 @@ class Engine:
         for mailbox in self._life.die(reason):
             outbox.put(mailbox, EngineDead(reason))
         outbox.deliver(lambda mailbox: True)
+        self._refuse_questions(reason)
 
     def _watch_steps(self) -> None:
         """End the engine if a turn of the loop takes longer than ``step_timeout_s``: the device hangs."""

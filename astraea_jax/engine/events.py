@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from astraea_jax.engine.generation import Mailbox
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
-from astraea_jax.scheduler.view import ProgramView
+from astraea_jax.scheduler.view import Held, ProgramView
 from astraea_jax.scheduler.wait import Wait
 
 MAX_NAME = 256
@@ -23,8 +24,16 @@ MAX_NAME = 256
 MAX_TOOLS = 128
 """Tools that a program may wait for at once; of more, as many are looked at."""
 
+T = TypeVar("T")
 Key = tuple[str, str]
 """A session: its owner and its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[T]):
+    """Answer in the next turn."""
+
+    answer: Future[T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,34 @@ class Waits:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork(Question[None]):
+    """Open a program that shares what another has computed, and answer."""
+
+    session: Key
+    child: Key
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceTail:
+    """Compute the next prompt of a waiting program ahead."""
+
+    mailbox: Mailbox
+    prompt: tuple[int, ...]
+    session: Key
+    salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskHeld(Question[Held]):
+    """Answer with what a request of a session would find computed; None: of a new program."""
+
+    prompt: tuple[int, ...]
+    block_hashes: tuple[bytes, ...]
+    session: Key | None
+    salt: str
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """Answer once everything before has been taken in; with an AssertionError if the accounts do not balance."""
 
@@ -71,10 +108,9 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Look(Question[list[ProgramView]]):
     """Answer with a picture of up to ``limit`` programs of an owner; None: of all."""
 
-    answer: Future[list[ProgramView]]
     limit: int
     owner: str | None
 
@@ -84,7 +120,7 @@ class Stop:
     """End the loop."""
 
 
-Event = Submit | Cancel | EndSession | Waits | Check | Look | Stop
+Event = Submit | Cancel | EndSession | Waits | ReplaceTail | Check | Question[Any] | Stop
 
 
 def checked_prompt(prompt: Sequence[int], max_tokens: int, max_context: int, vocab_size: int) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ class Delta(NamedTuple):
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
-    """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``."""
+    """``"stop"`` (stop token or string, or the end of a grammar), ``"length"`` or ``"cancelled"``; of a prompt computed
+    ahead ``"prepared"`` or ``"superseded"``."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``token_ids``, if the request asked for them."""
     stop: str | None = None

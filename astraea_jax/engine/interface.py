@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 from astraea_jax.engine.config import EngineConfig
@@ -14,6 +15,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerStats
+from astraea_jax.scheduler.view import Held
 from astraea_jax.scheduler.wait import Wait
 
 
@@ -82,6 +84,11 @@ class Serving(Protocol):
         priority: int = 0,
     ) -> Generation: ...
     def waits(self, session: str, wait: Wait, *, owner: str = "") -> None: ...
+    def fork(self, session: str, child: str, *, owner: str = "") -> Future[None]: ...
+    async def replace_tail(self, session: str, prompt: Sequence[int], *, owner: str = "", salt: str = "") -> bool: ...
+    def held(
+        self, prompt: Sequence[int], *, salt: str = "", session: str | None = None, owner: str = ""
+    ) -> Future[Held]: ...
     def end_session(self, session: str, *, owner: str = "") -> None: ...
     def stats(self) -> SchedulerStats: ...
     def counts(self) -> dict[str, int]: ...

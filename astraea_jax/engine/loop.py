@@ -12,22 +12,23 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, assert_never
 
 import numpy as np
 
+from astraea_jax.engine.answers import answer, refusal
 from astraea_jax.engine.compilation import CompileGuard
 from astraea_jax.engine.dispatch import InFlight, StepRunner
-from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Look, Stop, Submit, Waits
+from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Question, ReplaceTail, Stop, Submit, Waits
 from astraea_jax.engine.extras import Collector, GrammarFault, Tracker, token_logprob
 from astraea_jax.engine.generation import Delta, Mailbox, Outbox, TokenLogprob, Usage
 from astraea_jax.engine.lifecycle import Lifecycle, State
+from astraea_jax.engine.live import Live, LiveRequests
 from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.times import StepTimes, Work
-from astraea_jax.errors import EngineDead, Fault, Overloaded, RequestError, StepFailed
+from astraea_jax.errors import EngineDead, Fault, RequestError, StepFailed
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.prefix import salted
@@ -49,18 +50,6 @@ T = TypeVar("T")
 
 class _DeviceError(Exception):
     """A call into the device has raised; the cause says what."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request that the scheduler knows."""
-
-    request: Request
-    mailbox: Mailbox
-    params: SamplingParams
-    output: Output
-    tracker: Tracker | None
-    """Of a request that needs more than plain sampling."""
 
 
 class ServingLoop:
@@ -93,9 +82,7 @@ class ServingLoop:
         self._scheduler, self._runner, self._store = scheduler, runner, store
         self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
         self._guard = CompileGuard()
-        self._requests: dict[Request, _Live] = {}
-        self._by_mailbox: dict[Mailbox, _Live] = {}
-        self._trackers = 0  # of the requests above
+        self._live = LiveRequests()
         self._outbox = Outbox()
         self._step_ended = 0.0
         self._failures = 0
@@ -146,6 +133,7 @@ class ServingLoop:
         except _DeviceError as error:
             self._start_over(error)
             launched = None
+        self._end_prepared()
         for mailbox in self._outbox.deliver(self._life.end):
             self._cancel(mailbox)
         return launched
@@ -177,14 +165,15 @@ class ServingLoop:
                 self._cancel(mailbox)
             case EndSession(session):
                 if (request := self._scheduler.end_program(session, now)) is not None:
-                    self._end_cancelled(self._requests[request])
+                    self._end_cancelled(self._live[request])
             case Waits(session, wait):
                 self._scheduler.waits(session, wait, now)
-            case Check(answer):
-                self._check(answer)
-            case Look(answer=asked, limit=limit, owner=owner):
-                if asked.set_running_or_notify_cancel():  # whoever asked may have given up
-                    asked.set_result(self._scheduler.look(limit, owner, now))
+            case Check(asked):
+                self._check(asked)
+            case ReplaceTail():
+                self._replace_tail(event, now)
+            case Question():
+                answer(event, self._scheduler, now)
             case Stop():
                 self._stopping = True
             case _:
@@ -208,20 +197,26 @@ class ServingLoop:
                 priority=event.priority,
                 now=now,
             )
-        except Rejected as error:
-            self._outbox.put(mailbox, RequestError(str(error)))
-        except QueueFull as error:
-            self._outbox.put(mailbox, Overloaded(str(error)))
+        except (Rejected, QueueFull) as error:
+            self._outbox.put(mailbox, refusal(error))
         except GrammarFault as error:
             log.error("a request fails", exc_info=error)
             self._outbox.put(mailbox, StepFailed(str(error)))
         else:
-            live = _Live(request, mailbox, params, Output(self._tokenizer.stream(), params, stops), tracker)
-            self._trackers += tracker is not None
-            self._requests[request] = self._by_mailbox[mailbox] = live
+            self._live.add(Live(request, mailbox, params, Output(self._tokenizer.stream(), params, stops), tracker))
+
+    def _replace_tail(self, event: ReplaceTail, now: float) -> None:
+        replace_tail, mailbox = self._scheduler.branches.replace_tail, event.mailbox
+        try:
+            request = replace_tail(event.session, event.prompt, salt=salted(event.salt), now=now)
+        except (Rejected, QueueFull) as error:
+            self._outbox.put(mailbox, refusal(error))
+        else:
+            params = SamplingParams()  # greedy, which costs a row that samples nothing least
+            self._live.add(Live(request, mailbox, params, Output(self._tokenizer.stream(), params, frozenset()), None))
 
     def _cancel(self, mailbox: Mailbox) -> None:
-        live = self._by_mailbox.get(mailbox)
+        live = self._live.of(mailbox)
         if live is not None:
             self._scheduler.finish(live.request, "cancelled", time.monotonic())
             self._end_cancelled(live)
@@ -229,9 +224,7 @@ class ServingLoop:
     def _check(self, answer: Future[None]) -> None:
         try:
             self._scheduler.check()
-            assert {live.mailbox for live in self._requests.values()} == self._by_mailbox.keys()
-            assert self._trackers == sum(live.tracker is not None for live in self._requests.values())
-            assert len(self._requests) == len(self._by_mailbox) <= self._life.in_progress
+            self._live.check(self._life.in_progress)
         except AssertionError as error:
             answer.set_exception(error)
         else:
@@ -249,10 +242,10 @@ class ServingLoop:
         if plan is None:
             return None
         for request in plan.admitted:
-            live = self._requests[request]
+            live = self._live[request]
             self._runner.set_sampling(request.slot, live.params)
             self._life.started(live.mailbox)
-            if request.preemptions == 0:
+            if request.preemptions == 0 and not request.prepares:
                 self.work.prompt_tokens += len(request.prompt)
                 self.work.cached_tokens += request.cached_tokens
         self.times.starved += running is None or running.done
@@ -279,7 +272,7 @@ class ServingLoop:
         took = arrived - max(step.dispatched, self._step_ended)
         new = self._scheduler.commit(step.plan, tokens, now)
         for request, token in new:
-            self._push(self._requests[request], token, logprobs.get(request, ()), now)
+            self._push(self._live[request], token, logprobs.get(request, ()), now)
         self._scheduler.observe(step.plan, took)
         self.work.committed(len(new), took)
         self._step_ended = arrived
@@ -288,11 +281,11 @@ class ServingLoop:
 
     def _resample(self, step: InFlight) -> InFlight:
         """Have those rows drawn again that need more than plain sampling."""
-        if not self._trackers:
+        if not self._live.trackers:
             return step
         began, collector = time.perf_counter(), Collector(self._vocab_size)
         for row, request in enumerate(step.plan.requests[: step.plan.samples]):
-            live = self._requests.get(request)
+            live = self._live.get(request)
             if live is not None and live.tracker is not None:
                 try:
                     collector.add(row, live.tracker)
@@ -308,12 +301,12 @@ class ServingLoop:
         """The log-probabilities that requests of the step have asked for."""
         reported, found = _on_device(np.asarray, step.logprobs), {}
         for request, token, row in zip(step.plan.requests, tokens, reported, strict=False):  # some do not sample
-            live = self._requests.get(request)
+            live = self._live.get(request)
             if live is not None and live.params.logprobs is not None:
                 found[request] = (token_logprob(row, token, live.params.logprobs),)
         return found
 
-    def _push(self, live: _Live, token: int, logprobs: tuple[TokenLogprob, ...], now: float) -> None:
+    def _push(self, live: Live, token: int, logprobs: tuple[TokenLogprob, ...], now: float) -> None:
         """Hand the caller a token that has been committed."""
         request, output = live.request, live.output
         if token < 0:
@@ -353,7 +346,7 @@ class ServingLoop:
             raise error.__cause__ or error
         log.error("a step failed; what was running ends with an error", exc_info=error.__cause__)
         for request in self._scheduler.lose_device(time.monotonic()):
-            self._end(self._requests[request], StepFailed(Fault("the step failed, try again", error.__cause__)))
+            self._end(self._live[request], StepFailed(Fault("the step failed, try again", error.__cause__)))
         transfers, dropped = self._scheduler.take_transfers()
         if self._store is not None:
             self._store.abandon(dropped)
@@ -363,7 +356,7 @@ class ServingLoop:
 
     # -- ends ------------------------------------------------------------------------------------------------
 
-    def _end_cancelled(self, live: _Live) -> None:
+    def _end_cancelled(self, live: Live) -> None:
         try:
             text = live.output.flush()
         except Exception:
@@ -371,14 +364,21 @@ class ServingLoop:
             text = ""
         self._end(live, Delta(text, (), "cancelled"))
 
-    def _fail(self, live: _Live, error: GrammarFault) -> None:
+    def _end_prepared(self) -> None:
+        """Answer those whose next prompt was to be computed ahead and is, or never will be."""
+        for request in self._scheduler.branches.take_prepared():
+            if (live := self._live.get(request)) is not None:
+                ended = RequestError("this session has ended or has expired, and with it what was prepared for it")
+                reason = request.finish_reason
+                self._end(live, ended if reason == "cancelled" else Delta("", (), reason))
+
+    def _fail(self, live: Live, error: GrammarFault) -> None:
         log.error("a request fails", exc_info=error)
         self._scheduler.finish(live.request, "error", time.monotonic())
         self._end(live, StepFailed(str(error)))
 
-    def _end(self, live: _Live, last: Delta | Exception) -> None:
-        del self._requests[live.request], self._by_mailbox[live.mailbox]
-        self._trackers -= live.tracker is not None
+    def _end(self, live: Live, last: Delta | Exception) -> None:
+        self._live.remove(live)
         request = live.request
         live.mailbox.usage = Usage.of(request, time.monotonic())
         live.mailbox.program = request.program.number, request.restore_s

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,11 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import EngineDead
+from astraea_jax.errors import EngineDead, RequestError
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.scheduler.config import SchedulerStats
+from astraea_jax.scheduler.registry import NAME_TAKEN, UNKNOWN_SESSION
+from astraea_jax.scheduler.view import Held
 from astraea_jax.scheduler.wait import Wait
 
 
@@ -121,7 +123,7 @@ class Replicas:
                 home = self._homes.get(of)
             while True:
                 if home is None or not home.live:
-                    home = min(self.replicas, key=lambda e: (not e.live, e.in_progress, self._given[e]))
+                    home = self._least_busy()
                 try:
                     generation = home.generate(
                         prompt,
@@ -157,6 +159,34 @@ class Replicas:
         if home is not None:
             home.waits(session, wait, owner=owner)
 
+    def fork(self, session: str, child: str, *, owner: str = "") -> Future[None]:
+        """Fork a session, on the replica that has it."""
+        key = checked_key(child, owner)
+        with self._lock:
+            home = self._home_of(checked_key(session, owner))
+            other = self._homes.get(key)
+            if other not in (None, home) and other.knows(child, owner=owner):
+                raise RequestError(NAME_TAKEN)
+            forked = home.fork(session, child, owner=owner)
+            self._settle(key, home)
+        return forked
+
+    async def replace_tail(self, session: str, prompt: Sequence[int], *, owner: str = "", salt: str = "") -> bool:
+        """Have the next prompt of a waiting session computed ahead, on the replica that has it."""
+        with self._lock:
+            home = self._home_of(checked_key(session, owner))
+        return await home.replace_tail(session, prompt, owner=owner, salt=salt)
+
+    def held(
+        self, prompt: Sequence[int], *, salt: str = "", session: str | None = None, owner: str = ""
+    ) -> Future[Held]:
+        """Ask how much of a prompt would be found computed, on the replica where a request would go."""
+        with self._lock:
+            home = self._homes.get(checked_key(session, owner)) if session is not None else None
+            if home is None or not home.live:
+                home = self._least_busy()
+        return home.held(prompt, salt=salt, session=session, owner=owner)
+
     def stats(self) -> SchedulerStats:
         """Sums over all replicas."""
         fields: dict[str, int] = Counter()
@@ -179,6 +209,15 @@ class Replicas:
         for engine in self.replicas:
             if engine.live:
                 engine.check()
+
+    def _least_busy(self) -> Engine:
+        return min(self.replicas, key=lambda e: (not e.live, e.in_progress, self._given[e]))
+
+    def _home_of(self, session: Key) -> Engine:
+        home = self._homes.get(session)
+        if home is None or not home.live:
+            raise RequestError(UNKNOWN_SESSION)
+        return home
 
     def _settle(self, session: Key, home: Engine) -> None:
         self._forget(session)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from astraea_jax.scheduler.transfer import HostCopy, Transfer
+from astraea_jax.scheduler.transfer import HostPages, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class HostStore:
         self._staged = 0
         self._sizes = block_sizes(staging)
         self._put = put
-        self._copies: dict[HostCopy, list[Block]] = {}
+        self._copies: dict[HostPages, list[Block]] = {}
         self._moving: list[_Moving] = []
 
     @property
@@ -107,8 +107,8 @@ class HostStore:
         """Whether a transfer is in flight."""
         return bool(self._moving)
 
-    def start(self, transfers: Sequence[Transfer], dropped: Sequence[HostCopy]) -> None:
-        """Begin transfers, then drop host copies."""
+    def start(self, transfers: Sequence[Transfer], dropped: Sequence[HostPages]) -> None:
+        """Begin transfers, then free host memory."""
         for transfer in transfers:
             moving = _Moving(transfer, time.monotonic())
             self._moving.append(moving)
@@ -116,8 +116,8 @@ class HostStore:
                 (self._offload if transfer.to_host else self._restore)(moving)
             except Exception as error:  # fails this transfer only; a fault of the device shows in the next step
                 moving.failed = str(error) or type(error).__name__
-        for copy in dropped:
-            self._copies.pop(copy, None)
+        for memory in dropped:
+            self._copies.pop(memory, None)
 
     def poll(self) -> list[tuple[Transfer, bool]]:
         """Transfers that have ended since the last call, and whether each failed."""
@@ -138,15 +138,15 @@ class HostStore:
         self._moving = still
         return ended
 
-    def abandon(self, dropped: Sequence[HostCopy]) -> None:
-        """Forget everything on its way, and these copies: the device's arrays are made anew."""
+    def abandon(self, dropped: Sequence[HostPages]) -> None:
+        """Forget everything on its way, and free this host memory: the device's arrays are made anew."""
         self._moving, self._staged = [], 0
-        for copy in dropped:
-            self._copies.pop(copy, None)
+        for memory in dropped:
+            self._copies.pop(memory, None)
 
     def _offload(self, moving: _Moving) -> None:
         (part,) = moving.transfer.parts
-        blocks = self._copies[part.copy] = []
+        blocks = self._copies[part.copy.memory] = []
         at = 0
         for size in self._cut(len(moving.transfer.pages)):
             block = self._put(self._pools.gather(moving.transfer.pages[at : at + size]), self._host)
@@ -157,10 +157,10 @@ class HostStore:
     def _restore(self, moving: _Moving) -> None:
         at = 0
         for copy, offset, count in moving.transfer.parts:
-            if copy not in self._copies:
+            if copy.memory not in self._copies:
                 raise LookupError("the host copy is missing")
             first = 0
-            for block in self._copies[copy]:
+            for block in self._copies[copy.memory]:
                 low, high = max(offset, first), min(offset + count, first + len(block))
                 if low < high:
                     pages = np.arange(NOWHERE, NOWHERE + len(block), dtype=np.int32)

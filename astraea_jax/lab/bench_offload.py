@@ -39,7 +39,7 @@ from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.scheduler import Scheduler
-from astraea_jax.scheduler.transfer import HostCopy, Part, Transfer
+from astraea_jax.scheduler.transfer import HostCopy, HostPages, Part, Transfer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
@@ -136,11 +136,11 @@ class Bench:
         """Seconds to the host and back."""
         there, back = self.transfers(pages)
         took = self.move(there), self.move(back)
-        self.store.start([], [there.parts[0].copy])
+        self.store.start([], [there.parts[0].copy.memory])
         return took
 
     def transfers(self, pages: int) -> tuple[Transfer, Transfer]:
-        program, copy = Program(0, 0.0), HostCopy(0, pages, pages)
+        program, copy = Program(0, 0.0), HostCopy(0, pages, HostPages(pages))
         ids, parts = tuple(self.spare[:pages]), (Part(copy, 0, pages),)
         return Transfer(program, ids, parts, True, 0.0), Transfer(program, ids, parts, False, 0.0)
 
@@ -187,7 +187,7 @@ class Bench:
             self.store.poll()
         while self.store.busy:
             self.store.poll()
-        self.store.start([], [there.parts[0].copy])
+        self.store.start([], [there.parts[0].copy.memory])
         return total / FLAGS.steps
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages
 from astraea_jax.kv_cache.offload import HostStore, block_sharding, block_sizes
 from astraea_jax.scheduler.program import Program
-from astraea_jax.scheduler.transfer import HostCopy, Part, Transfer
+from astraea_jax.scheduler.transfer import HostCopy, HostPages, Part, Transfer
 
 PAGES, LAYERS = 64, 2
 
@@ -48,7 +48,7 @@ def store_of(pools, staging=16, **more) -> HostStore:
 
 
 def offload(program: Program, pages) -> Transfer:
-    copy = HostCopy(0, len(pages), len(pages))
+    copy = HostCopy(0, len(pages), HostPages(len(pages)))
     return Transfer(program, tuple(pages), (Part(copy, 0, len(pages)),), True, 0.0)
 
 
@@ -99,7 +99,7 @@ def test_restored_bytes_are_the_offloaded_bytes(data):
     np.testing.assert_array_equal(pools.content(to), expected[low : first + high])
     untouched = [page for page in range(PAGES) if page not in to]
     assert np.isnan(pools.content(untouched)).all()
-    store.start([], [out.parts[0].copy for out in outs])
+    store.start([], [out.parts[0].copy.memory for out in outs])
     assert held_pages(store) == 0
 
 
@@ -202,7 +202,7 @@ def test_a_transfer_behind_others_has_all_its_time(monkeypatch):
 def test_a_lost_copy_fails_the_restore():
     program = Program(1, 0.0)
     store = store_of(Pools())
-    back = restore(program, [1], [Part(HostCopy(0, 1, 1), 0, 1)])
+    back = restore(program, [1], [Part(HostCopy(0, 1, HostPages(1)), 0, 1)])
     store.start([back], [])
     assert finish(store) == [(back, True)]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from astraea_jax.scheduler.plan import Plan
 from astraea_jax.scheduler.scheduler import Scheduler
-from astraea_jax.scheduler.transfer import HostCopy, Transfer
+from astraea_jax.scheduler.transfer import HostPages, Transfer
 
 VOCABULARY = 50
 
@@ -42,23 +42,23 @@ class Device:
         self.kv: dict[int, int] = {}
         self.table = np.zeros((scheduler.config.max_seqs, scheduler.config.pages_per_seq), np.int32)
         self.last: dict[int, int] = {}
-        self.host: dict[HostCopy, list[list[int | None]]] = {}
-        """Contents of the pages of every host copy."""
+        self.host: dict[HostPages, list[list[int | None]]] = {}
+        """Contents of all host memory in use."""
         self.restoring: dict[Transfer, list[list[int | None]]] = {}
 
-    def begin(self, transfers: list[Transfer], dropped: list[HostCopy]) -> None:
+    def begin(self, transfers: list[Transfer], dropped: list[HostPages]) -> None:
         """Start transfers: an offload reads its pages now, before anything later writes them."""
         for transfer in transfers:
             if transfer.to_host:
                 (part,) = transfer.parts
-                assert part.pages == part.copy.pages == len(transfer.pages)
-                self.host[part.copy] = [self._read(page) for page in transfer.pages]
+                assert part.pages == part.copy.memory.count == len(transfer.pages)
+                self.host[part.copy.memory] = [self._read(page) for page in transfer.pages]
             else:
-                parts = [self.host[copy][offset : offset + pages] for copy, offset, pages in transfer.parts]
+                parts = [self.host[copy.memory][offset : offset + pages] for copy, offset, pages in transfer.parts]
                 self.restoring[transfer] = [content for part in parts for content in part]
                 assert len(self.restoring[transfer]) == len(transfer.pages)
-        for copy in dropped:
-            del self.host[copy]
+        for memory in dropped:
+            del self.host[memory]
 
     def end(self, transfer: Transfer, now: float, *, failed: bool = False) -> None:
         """A transfer has arrived: a restore writes its pages, if they are still wanted."""

@@ -1,0 +1,129 @@
+"""Branches of a program's history: forks, tails replaced in a wait, and what another request would find."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+from .config import SchedulerConfig
+from .planner import Planner
+from .preparation import SUPERSEDED
+from .program import Program, Request
+from .registry import Registry
+from .residency import Residency
+from .view import Held
+from .waits import Waits
+
+
+class Branches:
+    """Lets histories part without computing again what they have in common.
+
+    Args:
+        config: sizes.
+        programs: the table of programs.
+        waits: begins the wait of a fork.
+        residency: where the KV of programs lies.
+        planner: runs the requests that compute a tail.
+        numbers: numbers of requests, in the order in which they come.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        programs: Registry,
+        waits: Waits,
+        residency: Residency,
+        planner: Planner,
+        numbers: Iterator[int],
+    ):
+        self._config, self._programs, self._waits = config, programs, waits
+        self._residency, self._preparations, self._numbers = residency, planner.preparations, numbers
+
+    def fork(self, program: Hashable, child: Hashable, now: float) -> None:
+        """Open a program that has computed what the program of a key has, shares its KV, and waits, too.
+
+        The child has its parent's owner and salt, and takes part in its job. From then on each goes on, and ends, by
+        itself. Of a parent that runs, the child has the full pages that are computed by now.
+
+        Raises:
+            Rejected: there is no such program, or the child's key is taken.
+            QueueFull: there are too many programs, and no other one that could make room.
+        """
+        parent, fork = self._programs.fork(program, child, now)
+        fork.last = self._programs.live.get(parent)  # if it has nothing yet
+        self._share(parent, fork)
+        self._waits.forked(fork, parent, now)
+
+    def inherit(self, program: Program) -> None:
+        """Let a program that has just been opened begin with what its parent has, if that has the same salt."""
+        parent = self._programs.find(program.parent) if program.parent is not None else None
+        if parent is not None and (parent.owner, parent.salt) == (program.owner, program.salt):
+            self._share(parent, program)
+
+    def _share(self, parent: Program, program: Program) -> None:
+        request = parent.running or parent.last
+        if request is not None:
+            self._residency.kv.share(parent, request, program)
+
+    def replace_tail(
+        self, program: Hashable, prompt: Sequence[int], *, salt: bytes | None = None, now: float
+    ) -> Request:
+        """Let a program that waits compute its next prompt ahead, while nobody else needs the device.
+
+        Its wait goes on. The request samples nothing; when it has a ``finish_reason``, it is one of those that
+        :meth:`take_prepared` returns. Until it starts, the program keeps what it has; from then on, what the two
+        prompts have in common, and what has been computed after that.
+
+        Raises:
+            Rejected: the prompt is too long, there is no such program, or it has another salt.
+            QueueFull: the program has a request.
+        """
+        self._config.check_size(len(prompt), 1)
+        found = self._programs.waiting(program, salt)
+        self._preparations.end(found, SUPERSEDED)
+        request = Request(
+            number=next(self._numbers),
+            program=found,
+            prompt=prompt,
+            max_tokens=0,
+            stops=frozenset(),
+            final=False,
+            submitted=now,
+            page_size=self._config.page_size,
+        )
+        self._match(request)
+        self._preparations.add(request)
+        return request
+
+    def take_prepared(self) -> list[Request]:
+        """Requests of :meth:`replace_tail` that have ended since the last call."""
+        return self._preparations.take_ended()
+
+    def held(
+        self,
+        prompt: Sequence[int],
+        block_hashes: Sequence[bytes] = (),
+        *,
+        program: Hashable | None = None,
+        salt: bytes | None = None,
+    ) -> Held:
+        """Count what a request would find computed if it came now.
+
+        Args:
+            prompt: token ids.
+            block_hashes: of its first full pages, as far as they are known.
+            program: key of the program that would ask. One that is not known, has another salt or runs has nothing of
+                its own.
+            salt: as for :meth:`.scheduler.Scheduler.submit`.
+        """
+        found = self._programs.find(program) if program is not None else None
+        if found is None or found.salt != salt or found.running is not None:
+            found = Program(0, 0.0, salt=salt)
+        request = Request(0, found, prompt, 1, frozenset(), False, 0.0, self._config.page_size)
+        request.block_hashes = list(block_hashes)
+        self._match(request)
+        return Held(len(prompt), request.matched, *self._residency.held(request))
+
+    def _match(self, request: Request) -> None:
+        if request.program.last is not None:
+            request.matches(request.program.last)
+        request.extend_block_hashes()
