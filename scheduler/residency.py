@@ -23,7 +23,7 @@ from .pages import PagePool
 from .program import Program, Request
 from .retained import RetainedKV
 from .strategies import DISCARD, EVICT_FIRST, Strategy
-from .transfer import HostPages, HostTier, Part, Transfer
+from .transfer import HostPages, HostTier, Transfer
 from .wait import FAILED, RECOMPUTED, Resumed
 
 CHUNK = 32

@@ -20,7 +20,7 @@ from astraea_jax.agents import meaning
 from astraea_jax.agents.continuity import Chat, Continuity, Mode, Prompt, Why
 from astraea_jax.agents.opened import Continuation, Opened, Running
 from astraea_jax.agents.plain_texts import beginnings, text_hash, text_prompt
-from astraea_jax.agents.recognition import Match, best, program_of, recognise
+from astraea_jax.agents.recognition import Match, best, program_of, recognise, waiting
 from astraea_jax.agents.turns import OVERHEAD, Owner, Owners, Piece, Program, Turn
 from astraea_jax.agents.volatile import without_volatile
 from astraea_jax.errors import RequestError
@@ -122,6 +122,28 @@ class Conversations:
         return Opened(
             running, _report(prompt, match, places), not goes_on, ended, partial(self._dropped.append, running)
         )
+
+    def look(
+        self,
+        owner: str,
+        session: str | None,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> tuple[Continuation, str | None]:
+        """Say how a request would continue if it came now, and in which program; None: in a new one.
+
+        Args and Raises: as :meth:`begin`.
+        """
+        given = normalise_messages(messages)
+        given, places = without_volatile(given) if self._normalise else (given, [*range(len(given))])
+        with self._lock:
+            match = recognise(self._owner(owner), session, given, meaning.digests(given))
+            program = waiting(session, match.turn)
+        turn = match.turn
+        job = turn.job if turn is not None and meaning.answers_calls(given[turn.end :]) else 0  # that of no turn
+        chat = Chat(match.restored(given), plain(tools), plain(template_arguments or {}))
+        return _report(self._prompt(chat, match, job), match, places), None if program is None else program.name
 
     def begin_text(self, owner: str, session: str | None, text: str, add_bos: bool = True) -> Opened:
         """Open a request for what follows a text, which may begin with the text of earlier requests and their answers.

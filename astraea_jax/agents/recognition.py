@@ -63,11 +63,17 @@ def best(turns: Sequence[Turn], session: str | None) -> Turn | None:
 
 def program_of(owner: Owner, session: str | None, turn: Turn | None) -> Program:
     """The program of a request that follows ``turn``: that of the turn, or a new one."""
-    if turn is not None and _open(turn) and session in (None, turn.program.session):
-        return turn.program
+    if (program := waiting(session, turn)) is not None:
+        return program
     program = Program(_free_name(owner, session), session, turn.program.name if turn else None)
     owner.programs[program.name] = program
     return program
+
+
+def waiting(session: str | None, turn: Turn | None) -> Program | None:
+    """The program that waits at ``turn`` for its next request, if it may be this session's."""
+    goes_on = turn is not None and _open(turn) and session in (None, turn.program.session)
+    return turn.program if turn is not None and goes_on else None
 
 
 def _open(turn: Turn) -> bool:

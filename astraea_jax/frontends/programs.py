@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.loop import tool_wait
@@ -23,6 +23,8 @@ from astraea_jax.frontends.http.tenants import Tenant
 from astraea_jax.frontends.waits import Waiting, Waits
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.scheduler.wait import Wait
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Programs:
             RequestError, CheckpointError: it cannot be rendered or tokenised, or exceeds the context.
             Overloaded: too much text waits to be tokenised.
         """
-        begin = partial(self.conversations.begin, _scope(tenant), session, messages, tools, template_arguments)
+        begin = partial(self.conversations.begin, scope_of(tenant), session, messages, tools, template_arguments)
         opened = await self._opened(tenant, len(str(messages)) + len(str(tools)), begin)
         return self._opening(tenant, session, parent, opened, comes_back=bool(tools))
 
@@ -113,7 +115,7 @@ class Programs:
             Overloaded: too much text waits to be tokenised.
         """
         check_length(self.engine.tokenizer, len(text), self.engine.layout.max_context)
-        begin = partial(self.conversations.begin_text, _scope(tenant), session, text, add_bos)
+        begin = partial(self.conversations.begin_text, scope_of(tenant), session, text, add_bos)
         opened = await self._opened(tenant, len(text), begin)
         return self._opening(tenant, session, parent, opened, comes_back=False)
 
@@ -141,8 +143,8 @@ class Programs:
         owner, program = opening.tenant.owner, opening.program
         if not first or program is None or (owner, program) in self._busy:
             program = None
-        elif opening.begins_job and self.waits.end(owner, program) is not None:
-            self._tell(owner, program, Wait())  # its tools will not be answered any more
+        elif opening.begins_job and (left := self.waits.end(owner, program)) is not None and not left.wait.human:
+            self.tell(owner, program, Wait())  # its tools will not be answered any more
         generation = self.engine.generate(
             opening.prompt,
             params,
@@ -174,40 +176,36 @@ class Programs:
             return
         self._busy.discard((owner, program))
         if end.final:
-            self.conversations.forget(_scope(opening.tenant), program)
+            self.conversations.forget(scope_of(opening.tenant), program)
         elif end.message is not None and end.calls is not None:
             tools = (tool_wait(call.name for call in end.calls) or Wait()).tools
-            if tools:
-                calls = frozenset(call.id for call in end.calls)
-                self.waits.begin(owner, Waiting(program, opening.session, tools, calls))
-            self._tell(owner, program, Wait(tools, hints.expected_of(tools), hints.keep_s))
+            wait = Wait(tools, hints.expected_of(tools), hints.keep_s)
+            calls = frozenset(call.id for call in end.calls)
+            self.waits.begin(owner, Waiting(program, opening.session, wait, calls))
+            self.tell(owner, program, wait)
 
-    def end_session(self, tenant: Tenant, session: str) -> None:
-        """End a session and forget its conversations; unknown ones are ignored.
-
-        Raises:
-            RequestError, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.end_session`.
-        """
-        programs = {session, *self.conversations.programs(_scope(tenant), session)}
-        self.conversations.forget(_scope(tenant), session)
-        for program in programs:
-            self.waits.end(tenant.owner, program)
-            self.engine.end_session(program, owner=tenant.owner)
-
-    def _tell(self, owner: str, program: str, wait: Wait) -> None:
-        with suppress(Overloaded, EngineDead):  # the engine has too much to do to learn from it
+    def tell(self, owner: str, program: str, wait: Wait) -> None:
+        """Say what a program waits for, unless the engine has too much to do to learn from it."""
+        with suppress(Overloaded, EngineDead):
             self.engine.waits(program, wait, owner=owner)
 
     async def _opened(self, tenant: Tenant, characters: int, begin: Callable[[], Opened]) -> Opened:
-        room = self.engine.layout.max_context
-
         def checked() -> Opened:
             opened = begin()
-            checked_ids(opened.prompt, room)
+            checked_ids(opened.prompt, self.engine.layout.max_context)
             return opened
 
+        return await self.made(tenant, characters, checked)
+
+    async def made(self, tenant: Tenant, characters: int, make: Callable[[], T]) -> T:
+        """Return ``make()``, which tokenises about so many characters, computed in the pool of the doors.
+
+        Raises:
+            RequestError, CheckpointError: it cannot be tokenised.
+            Overloaded: too much text waits.
+        """
         try:
-            return await DOORS.run(tenant.owner, characters, checked)
+            return await DOORS.run(tenant.owner, characters, make)
         except (RequestError, CheckpointError):
             raise
         except (TypeError, ValueError) as error:
@@ -225,6 +223,6 @@ class Programs:
         )
 
 
-def _scope(tenant: Tenant) -> str:
+def scope_of(tenant: Tenant) -> str:
     """Whose conversations are recognised: tenants and salts that share no KV share no history either."""
     return f"{tenant.owner}\n{tenant.salt}"

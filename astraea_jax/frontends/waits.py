@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from astraea_jax.scheduler.wait import Wait
+
 MAX_OWNERS = 4096
 MAX_WAITS = 256
 """Waits of one owner; the longest ago are forgotten first."""
@@ -18,13 +20,13 @@ class Waiting:
     program: str
     session: str | None
     """The client's name for it, which may have several programs."""
-    tools: tuple[str, ...]
+    wait: Wait
     calls: frozenset[str]
     """Ids of the calls."""
 
 
 class Waits:
-    """The programs of each owner that wait for tools. Used in one thread."""
+    """The programs of each owner that wait. Used in one thread."""
 
     def __init__(self) -> None:
         self._owners: OrderedDict[str, OrderedDict[str, Waiting]] = OrderedDict()

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from astraea_jax.frontends.http import chat, completions, messages, operations, responses, tokens
+from astraea_jax.frontends.http import chat, completions, messages, operations, responses, sessions, tokens
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
@@ -25,6 +25,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     responses.router,
     messages.router,
     tokens.router,
+    sessions.router,
     operations.router,
 )
 SHAPES: Mapping[str, Shape] = {"/v1/messages": messages.error_body}

@@ -35,7 +35,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     """Give the model's next turn in a conversation."""
     door = door_of(request)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": door.check_model(body.model)}
-    turns = await door.begin(_request(request, body, door))
+    turns = await door.begin(request_of(request, body, door))
     outputs = merged(turns)
     if body.stream:
         chunks = _Chunks(door, body, head, turns)
@@ -48,7 +48,12 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     return answer(content, cached_header(turns[0]))
 
 
-def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
+def request_of(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
+    """Return what a call asks for.
+
+    Raises:
+        RequestError: it asks for what is not served, or contradicts itself.
+    """
     body.refuse_unserved()
     return ChatRequest(
         tenant=tenant_of(request, body.cache_salt),

@@ -39,6 +39,7 @@ from astraea_jax.frontends.http.turns import (
 )
 from astraea_jax.frontends.http.waiting import Limits, Waiting
 from astraea_jax.frontends.programs import End, Opening, Programs
+from astraea_jax.frontends.sessions import Sessions
 from astraea_jax.models.config import CheckpointError
 
 TAIL = 64
@@ -88,6 +89,7 @@ class Door:
         self._constraints = Constraints(compiler, engine.tokenizer, call_format)
         self._pace = Pace()
         self.programs = programs or Programs(engine)
+        self.sessions = Sessions(self.programs)
 
     def check_model(self, name: str | None) -> str:
         """Return the name that an answer carries; None is the model's own.
@@ -135,7 +137,7 @@ class Door:
         def end() -> None:
             if not keep:
                 with suppress(Overloaded, EngineDead):  # it will expire
-                    self.programs.end_session(request.tenant, str(request.session))
+                    self.sessions.end(request.tenant, str(request.session))
 
         return ToolTurn(turn, replace(request, n=1), begin, end, tools)
 
@@ -176,7 +178,7 @@ class Door:
         """
         tenant, session, parent = request.tenant, request.session, request.parent
         if isinstance(request, ChatRequest):
-            tools, arguments = _rendered_tools(request), request.template_arguments
+            tools, arguments = rendered_tools(request), request.template_arguments
             return await self.programs.open_chat(tenant, session, request.messages, tools, arguments, parent=parent)
         if isinstance(request.prompt, str):
             text, add_bos = request.prompt, request.add_bos
@@ -222,7 +224,7 @@ class Door:
         if isinstance(request, ChatRequest):
             characters = len(str(request.messages)) + len(str(request.tools))
             encode = partial(
-                tokenizer.encode_chat, request.messages, _rendered_tools(request), **request.template_arguments
+                tokenizer.encode_chat, request.messages, rendered_tools(request), **request.template_arguments
             )
         elif isinstance(request.prompt, str):
             characters = len(request.prompt)
@@ -273,7 +275,7 @@ class Door:
             return PlainReader()
         length = self._format.call_id_length
         ids = request.call_ids if length is None else partial(short_call_id, length)
-        return ReplyReader(self._format, tail, _rendered_tools(request), ids, early=request.early_calls)
+        return ReplyReader(self._format, tail, rendered_tools(request), ids, early=request.early_calls)
 
     def _ended(
         self, turn: ModelTurn, request: ChatRequest | TextRequest, opening: Opening, program: str | None
@@ -307,6 +309,6 @@ def _tool_names(request: ChatRequest) -> list[str]:
     return [str(tool["function"]["name"]) for tool in request.tools]
 
 
-def _rendered_tools(request: ChatRequest) -> list[Mapping[str, Any]] | None:
+def rendered_tools(request: ChatRequest) -> list[Mapping[str, Any]] | None:
     """Tools that the prompt shows and that the turn may call; None: no calls are looked for."""
     return [*request.tools] if request.tools and request.tool_choice != "none" else None

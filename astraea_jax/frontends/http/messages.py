@@ -49,7 +49,7 @@ async def create(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, at once or as it is written."""
     door = door_of(request)
     model = door.check_model(body.model)
-    (turn,) = await door.begin(_chat(body, request, body.max_tokens))
+    (turn,) = await door.begin(chat_of(body, request, body.max_tokens))
     builder = MessageBuilder(f"msg_{secrets.token_hex(16)}", model)
     if body.stream:
         request_id = str(request.state.request_id)
@@ -70,7 +70,7 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     """Count the tokens of a prompt."""
     door = door_of(request)
     door.check_model(body.model)
-    return answer({"input_tokens": len(await door.prompt(_chat(body, request)))})
+    return answer({"input_tokens": len(await door.prompt(chat_of(body, request)))})
 
 
 @router.head("/")
@@ -88,7 +88,12 @@ def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": error, "request_id": request_id}
 
 
-def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequest:
+def chat_of(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequest:
+    """Return the chat that a call asks for.
+
+    Raises:
+        RequestError: it asks for what is not served, or contradicts itself.
+    """
     if body.thread is not None:
         raise ThreadsUnserved("threads are not served: send all messages, without thread")
     params: dict[str, Any] = {"max_tokens": max_tokens}
