@@ -7,10 +7,11 @@ that others have computed for equal tokens, and pages that can be had.
 from __future__ import annotations
 
 from .config import SchedulerConfig
+from .offer import Offer
 from .pages import PagePool
 from .policy import Policy, Pressure, WaitingQueue
 from .program import Request
-from .residency import Offer, Residency
+from .residency import Residency
 from .running import Running
 
 RUNNING_PER_RESERVED_PAGE = 2

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from .admission import Admission
 from .config import SchedulerConfig
+from .offer import Offer
 from .pages import PagePool
 from .plan import Plan
 from .policy import Policy
 from .preparation import Preparations
 from .program import Request
-from .residency import Offer, Residency
+from .residency import Residency
 from .running import Running
 
 

@@ -37,7 +37,7 @@ class Predictor:
         self.turns = Distribution()
         """Requests per job."""
         self.jobs = Histogram(JOB_S)
-        """Completion times of jobs that have been seen to end: from their first request to their last token."""
+        """Completion times of jobs that have come to their end: from their first request to their last token."""
         self.hazards = TurnHazards()
         self._progress = [0.0] * 6  # decaying sums over the turns of ended jobs: 1, k, r, k², r², k r (see eta)
 
@@ -125,13 +125,16 @@ class Predictor:
 
     # -- events ------------------------------------------------------------------------------------------------
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: Request, now: float) -> None:
         """A request has ended; its program and its job count it already."""
         if request.finish_reason in ("stop", "length"):
             job = request.program.job
             before = job.turns - 1, job.output_tokens - len(request.output)
             job.last_turn = before[0], self._kind(*before)
-            self.hazards.observe(*job.last_turn, last=request.final and request.program.leads)
+            last = request.final and request.program.leads
+            self.hazards.observe(*job.last_turn, last=last)
+            if last:
+                self.jobs.add(now - job.arrival)
             self.outputs.add(len(request.output))
             self.talk.add(job.output_tokens / job.turns)
             self.service.add(job.service / job.turns)

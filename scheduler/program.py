@@ -110,8 +110,10 @@ class Program:
     """The request of it that runs, and owns the device pages."""
     tier: int = 1
     """Its class in the order of eviction, one of those of :mod:`~.eviction`. Written by EvictionOrder."""
+    computed: int = 0
+    """Tokens of that request that had been computed when it stopped running."""
     lost: str = ""
-    """Why KV of it was lost since its last request ran."""
+    """Why some of their KV was lost since, in a word of :mod:`~.wait`."""
 
     def __post_init__(self) -> None:
         self.job = Job(self.arrival)

@@ -14,37 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import NamedTuple
 
 from .copies import HostCopies, copyable, parts_of
+from .eviction import FIRST, LEASED, USUAL
+from .leases import Leases
+from .offer import Offer
 from .pages import PagePool
 from .program import Program, Request
 from .retained import RetainedKV
 from .strategies import DISCARD, EVICT_FIRST, Strategy
-from .transfer import HostPages, HostTier, Part, Transfer
+from .transfer import HostPages, HostTier, Transfer
+from .wait import FAILED, RECOMPUTED, Resumed
 
 CHUNK = 32
 """Least pages offloaded together, if a program has as many and staging has room: a guess."""
-
-
-FROM_DEVICE, FROM_HOST, RECOMPUTED = "device", "host", "recomputed"
-"""Where the KV of a program comes from that goes on."""
-
-
-class Offer(NamedTuple):
-    """Pages that a waiting request can start from: some on the device, and after those some on the host."""
-
-    request: Request
-    own: int
-    """Device pages of its program that it goes on with, from the first on."""
-    found: list[int]
-    """Device pages of equal content, computed by anybody, that come after them."""
-    parts: list[Part]
-    """Host pages that come after those."""
-    tokens: int
-    """Tokens on all these pages, which need not be computed."""
-    need: int
-    """Further device pages, for all its known tokens; those that are restored come first."""
 
 
 class Residency:
@@ -68,6 +51,7 @@ class Residency:
         self._copies = HostCopies(host, self._idle_s)
         self.kv = RetainedKV(pool, page_size, self._copies, lost)
         self._order = self.kv.order
+        self._leases = Leases(pool.size)
         self._pool, self._size, self._strategy = pool, page_size, strategy
         self._offloading = False
 
@@ -86,7 +70,7 @@ class Residency:
     def retain(self, program: Program, request: Request, pages: list[int], tokens: int) -> None:
         """Take over the KV of the first ``tokens`` tokens of a request that stops running, on ``pages``."""
         program.last, program.kept, program.pages = request, tokens, pages
-        program.running = None
+        program.running, program.computed, program.lost = None, tokens, ""
         self._strategy.stopped(request)
         self._copies.use(program)
         self._order.add(program)
@@ -100,23 +84,46 @@ class Residency:
         elif action == EVICT_FIRST:
             self._order.put_first(program)
 
-    def wait_told(self, program: Program, now: float) -> None:
-        """A program waits for what has just been said, which may change when it is evicted, but nothing else."""
-        if self._strategy.waits(program, self._slack, now).action == EVICT_FIRST:
+    def wait_told(self, program: Program, keep_s: float | None, now: float) -> bool:
+        """A program waits for what has just been said, which may change when it is evicted, but nothing else.
+
+        Returns whether it has a lease for ``keep_s`` seconds.
+        """
+        leased = bool(keep_s) and self._leases.grant(program, now + (keep_s or 0.0))
+        if not leased:
+            self._leases.end(program)
+        self._place(program)
+        action = self._strategy.waits(program, self._slack, now).action
+        if action == EVICT_FIRST and program.tier == USUAL:
             self._order.put_first(program)
+        return leased
 
     def wait_ended(self, program: Program) -> None:
         """A program has got its next request."""
+        self._leases.end(program)
+        self._order.move(program, USUAL)
+
+    def end_leases(self, now: float) -> None:
+        """Let the KV of programs whose lease is over be evicted like that of others."""
+        for program in self._leases.due(now):
+            self._place(program)
+
+    def _place(self, program: Program) -> None:
+        """Move a program that waits to its tier in the order of eviction."""
+        tier = LEASED if program in self._leases else FIRST if program.awaits_human else USUAL
+        self._order.move(program, tier)
 
     def forgotten(self, program: Program) -> None:
         """A program has ended. Its full pages can still be found as long as nobody needs the memory."""
         self.kv.trim(program, 0)
+        self._leases.end(program)
         self._strategy.forgotten(program)
 
     def invalidate(self, program: Program) -> None:
         """Drop what a program has computed, from the prefix cache too, because it cannot be trusted."""
         for page in program.pages:
             self._pool.uncache(page)
+        program.lost = FAILED
         self.kv.trim(program, 0)
 
     def lose_device(self, programs: Iterable[Program]) -> None:
@@ -132,7 +139,7 @@ class Residency:
                     break
                 keep = copy.end
             self.kv.release(program, 0)
-            self.kv.cut_to(program, keep)
+            self.kv.cut_to(program, keep, FAILED)
 
     # -- admission ---------------------------------------------------------------------------------------------
 
@@ -152,7 +159,7 @@ class Residency:
     def held(self, request: Request) -> tuple[int, int]:
         """Count the tokens of a request that could start now whose KV is on the device, and on the host."""
         offer = self._offer(request)
-        device = min(offer.tokens, (offer.own + len(offer.found)) * self._size)
+        device = offer.device_tokens(self._size)
         return device, offer.tokens - device
 
     def _offer(self, request: Request) -> Offer:
@@ -184,19 +191,16 @@ class Residency:
                 self._pool.uncache(pages[whole])
             self.kv.cut_copies(program, whole)
         request.num_computed = request.reused = offer.tokens
-        if request.matched:
-            self.kv.note(program, "resume", self._source(offer), len(pages))
+        if request.preemptions == 0 and not request.prepares:
+            request.resumed = offer.resumed(self._size)
+            if program.computed:
+                why = f", {request.resumed.why}" if request.resumed.why else ""
+                self.kv.note(program, "resume", request.resumed.source + why, len(pages))
         self._strategy.started(request, now)
         new = self._pool.allocate(offer.need)
         if offer.parts:
             self._copies.restore(request, new[: sum(part.pages for part in offer.parts)], offer.parts, now)
         return pages + new
-
-    def _source(self, offer: Offer) -> str:
-        """Return the slowest source of the tokens that a request shares with its program's last one."""
-        if offer.tokens < offer.request.matched - self._size:  # a last page that was not full, or is shared, is cheap
-            return RECOMPUTED
-        return FROM_HOST if offer.parts else FROM_DEVICE
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
@@ -229,10 +233,15 @@ class Residency:
         program, request, (copy, offset, _) = transfer.program, transfer.request, transfer.parts[0]
         if request is not None:
             start = copy.first + offset
+            if request.preemptions == 0:
+                device = min(start * self._size, request.resumed.device_tokens)
+                host = start * self._size - device
+                again = request.resumed.recomputed_tokens + request.reused - start * self._size
+                request.resumed = Resumed(RECOMPUTED, FAILED, device, host, again)
             request.num_computed = request.reused = start * self._size
             self.kv.cut_copies(program, start)
         elif not copy.dropped:
-            self.kv.lose_copy(program, copy)
+            self.kv.lose_copy(program, copy, FAILED)
 
     # -- pressure ----------------------------------------------------------------------------------------------
 
@@ -280,7 +289,7 @@ class Residency:
                     return
                 self.kv.offload(program, end - count, count, "ahead of need", now)
             else:
-                del dirty[program]
+                dirty.discard(program)
             if self._strategy.evicts_clean:
                 self.kv.release(program, len(program.pages) - self._order.clean.get(program, 0))
 
@@ -338,3 +347,6 @@ class Residency:
         """Raise AssertionError unless both tiers agree with the programs (for tests; O(everything))."""
         self._copies.check(programs)
         self.kv.check(programs)
+        self._leases.check()
+        tiers = {program: program.tier for program in programs if program.tier == LEASED}
+        assert all(program in self._leases for program in tiers), "kept without a lease"

@@ -11,6 +11,7 @@ from .eviction import EvictionOrder
 from .pages import PagePool
 from .program import Program, Request
 from .transfer import HostCopy
+from .wait import DISCARDED, EVICTED
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class RetainedKV:
             pages = pages[:whole]
         self._pool.share(pages)
         other.last, other.pages = request, list(pages)
-        other.kept = min(tokens, self._copies.share(program, other, len(pages)) * self._size)
+        other.kept = other.computed = min(tokens, self._copies.share(program, other, len(pages)) * self._size)
         self.order.add(other)
 
     def trim(self, program: Program, tokens: int) -> None:
@@ -66,9 +67,10 @@ class RetainedKV:
         self.cut_copies(program, keep)
         self.release(program, keep)
 
-    def cut_to(self, program: Program, keep: int) -> None:
-        """Drop what a program has after its first ``keep`` pages."""
+    def cut_to(self, program: Program, keep: int, why: str) -> None:
+        """Drop what a program has after its first ``keep`` pages; ``why`` is told when it goes on."""
         if program.kept > keep * self._size:
+            program.lost = why
             self.trim(program, keep * self._size)
             self._lost(program)
 
@@ -77,11 +79,12 @@ class RetainedKV:
         keep = len(program.pages) - count
         self.note(program, "drop", why, count)
         self.dropped += self._pages(program.kept) - keep
-        self.cut_to(program, keep)
+        self.cut_to(program, keep, EVICTED)
 
     def drop_all(self, program: Program) -> None:
         """Drop all the KV of a program that is about to wait."""
         self.dropped += self._pages(program.kept)
+        program.lost = DISCARDED
         self.trim(program, 0)
 
     def release(self, program: Program, keep: int) -> None:
@@ -110,13 +113,13 @@ class RetainedKV:
         self._copies.cut(program, keep)
         self.order.recount(program)
 
-    def lose_copy(self, program: Program, copy: HostCopy) -> None:
+    def lose_copy(self, program: Program, copy: HostCopy, why: str) -> None:
         """Drop a copy, and the KV that only it held."""
         self._copies.remove(program, copy)
         if program.running is None and copy.end > len(program.pages):
-            self.cut_to(program, max(copy.first, len(program.pages)))
+            self.cut_to(program, max(copy.first, len(program.pages)), why)
         elif program in self.order.all:
-            self.order.dirty[program] = None
+            self.order.dirty.add(program)
             self.order.recount(program)
 
     def make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
@@ -132,7 +135,7 @@ class RetainedKV:
             self.note(victim, "drop copy", "the host is full", copy.used)
             if victim.running is None:
                 self.dropped += max(0, copy.end - max(copy.first, len(victim.pages)))
-            self.lose_copy(victim, copy)
+            self.lose_copy(victim, copy, EVICTED)
 
     # -- accounting --------------------------------------------------------------------------------------------
 

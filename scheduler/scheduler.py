@@ -104,7 +104,7 @@ class Scheduler:
             request.wait = self._waits.end(opened, now)
             self._planner.preparations.end(opened, SUPERSEDED)
         else:
-            self.branches.inherit(opened)
+            self.branches.inherit(opened, prompt)
         if opened.last is not None:
             request.matches(opened.last)
             self._residency.kv.trim(opened, request.reusable)
@@ -131,7 +131,7 @@ class Scheduler:
         program.turns += 1
         job.turns += 1
         job.output_tokens += len(request.output)
-        self._policy.predict.ended(request)
+        self._policy.predict.ended(request, now)
         self._policy.ended(request, now)
         cost = job.service / job.turns
         self._programs.classify(program, self._policy.predict.service.mean(cost))
@@ -155,7 +155,8 @@ class Scheduler:
             return None
         request = self._programs.live.get(found)
         if request is None:
-            self._waits.job_over(found)
+            if found.wait is None or found.awaits_human:  # rather than given up, while its tools ran
+                self._waits.job_over(found)
             self._programs.finish(found)
         else:
             request.final = True
@@ -256,6 +257,7 @@ class Scheduler:
         Transfers that it begins are to be started even if it is None: see :meth:`take_transfers`.
         """
         self.expire(now)
+        self._residency.end_leases(now)
         return self._planner.plan(now)
 
     def observe(self, plan: Plan, seconds: float) -> None:

@@ -17,8 +17,9 @@ HUMAN_S = 85.0
 """Seconds until a human answers, before enough is known: the median of TraceLab (arXiv 2606.30560)."""
 MAX_KNOWN, MAX_TOOLS = 1024, 64
 """Distributions remembered of all owners, and tools of one owner, since names come from clients: guesses."""
-PARTS = 64
-"""Values that stand for the distribution of a maximum: a guess."""
+MAX_TOGETHER, PARTS = 8, 64
+"""Tools called together whose times are combined, the slowest ones, and values that stand for the distribution of each:
+guesses, which bound the time of a combination to a fraction of a millisecond."""
 WAIT_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 """Bounds of waits that are counted."""
 NOTHING = Distribution()
@@ -83,13 +84,14 @@ class WaitTimes:
     def together(self, program: Program) -> Distribution | None:
         """Seconds until the last of several tools returns, from what is known of each; None if that is nothing."""
         known = self._owners.get(program.owner)
-        if known is None or program.wait is None or len(program.wait.wait.tools) < 2:
+        tools = program.wait.wait.tools if program.wait is not None else ()
+        if known is None or len(tools) < 2:
             return None
-        found = [known.by_tools.get((tool,)) for tool in program.wait.wait.tools]
-        parts = [own if own is not None and len(own) >= ENOUGH else None for own in found]
-        if not any(parts) or not len(known.tools):
+        calls = {name: known.by_tools.get((name,), NOTHING) for name in tools}
+        if all(len(own) < ENOUGH for own in calls.values()):
             return None
-        return maximum([part or known.tools for part in parts])
+        parts = [(own if len(own) >= ENOUGH else known.tools, tools.count(name)) for name, own in calls.items()]
+        return maximum(sorted(parts, key=lambda part: part[0].mean(0.0))[-MAX_TOGETHER:])
 
     def add(self, program: Program, took_s: float, predicted_s: float) -> None:
         """Learn that the wait of a program has ended."""
@@ -122,12 +124,13 @@ class WaitTimes:
         return own
 
 
-def maximum(parts: Sequence[Distribution]) -> Distribution:
-    """Distribution of the largest of independent quantities, as ``PARTS`` values of equal weight."""
-    values = np.sort(np.concatenate([part.values for part in parts]))
+def maximum(parts: Sequence[tuple[Distribution, int]]) -> Distribution:
+    """Distribution of the largest of independent quantities, each with how often it is drawn."""
+    thinned = [part.values[:: max(1, len(part) // PARTS)] for part, _ in parts]
+    values = np.sort(np.concatenate(thinned))
     below = np.ones(len(values))
-    for part in parts:
-        below *= np.searchsorted(part.values, values, side="right") / len(part)
+    for own, (_, times) in zip(thinned, parts, strict=True):
+        below *= (np.searchsorted(own, values, side="right") / len(own)) ** times
     largest = Distribution()
     for at in np.searchsorted(below, (np.arange(PARTS) + 0.5) / PARTS):
         largest.add(float(values[min(int(at), len(values) - 1)]))

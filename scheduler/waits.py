@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .prediction import Predictor
 from .program import Job, Program, Request
 from .registry import Registry
 from .residency import Residency
-from .wait import HUMAN_WAIT, TOOL_WAIT, BoundedWait, Wait, WaitOutcome
+from .wait import HUMAN_WAIT, IGNORED, TOOL_WAIT, BoundedWait, Wait, WaitOutcome
 
 
 class Waits:
@@ -43,7 +45,9 @@ class Waits:
         program.wait = BoundedWait.of(wait)
         self._programs.humans += program.awaits_human
         self._predict.wait_told(program)
-        self._residency.wait_told(program, now)
+        keep_s = program.wait.wait.keep_s
+        if not self._residency.wait_told(program, keep_s, now) and keep_s:
+            program.wait = replace(program.wait, leased=IGNORED)
         if program.awaits_human:
             self.job_over(program)
 

@@ -26,8 +26,8 @@ FLOORS = (
 SCHEDULER_FLOORS = (
     {"distribution", "hazards", "histogram", "prefix", "wait"},
     {"program", "transfer"},
-    {"config", "decode_batch", "eviction", "pages", "plan", "view"},
-    {"copies", "costs", "registry", "wait_times"},
+    {"config", "decode_batch", "eviction", "offer", "pages", "plan", "view"},
+    {"copies", "costs", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
     {"strategies"},
     {"policy", "residency"},

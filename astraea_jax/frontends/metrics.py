@@ -20,7 +20,7 @@ from astraea_jax.engine.generation import Ended, Usage
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.scheduler.histogram import Histogram
-from astraea_jax.scheduler.residency import FROM_DEVICE, FROM_HOST, RECOMPUTED
+from astraea_jax.scheduler.wait import DEVICE, DIFFERS, DISCARDED, EVICTED, FAILED, HOST, RECOMPUTED
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "astraea:"
@@ -48,6 +48,8 @@ OF_REQUESTS = {
     "request_prefill_kv_computed_tokens": (TOKENS, "Tokens of the prompt whose KV was not cached."),
 }
 """Histogram over requests that have ended -> its bounds, and what it says."""
+RESUMES = ((DEVICE, ""), (HOST, ""), *((RECOMPUTED, why) for why in (EVICTED, DISCARDED, FAILED, DIFFERS)))
+"""How turns resume: the source of their KV, and why some was computed again."""
 
 
 class Requests:
@@ -170,6 +172,7 @@ def _queue(page: _Page, engine: Engine, requests: Requests) -> None:
 def _programs(page: _Page, engine: Engine) -> None:
     stats = engine.stats()
     counts = {"running": stats.running, "waiting": stats.waiting, "tool_wait": stats.in_tool_wait}
+    counts["human_wait"] = stats.in_human_wait
     for state, count in counts.items():
         page.gauge("programs", "Live programs by state; a program has one request at most.", count, state=state)
     page.gauge("sessions", "Live programs that their callers have named.", stats.sessions)
@@ -179,6 +182,10 @@ def _programs(page: _Page, engine: Engine) -> None:
     waits = engine.tool_waits
     page.histogram("tool_wait_seconds", "Time that programs have waited for their tools.", waits.seconds)
     page.histogram("tool_wait_prediction_error_seconds", "Between that time and what was predicted.", waits.errors)
+    humans = engine.human_waits
+    page.histogram("human_wait_seconds", "Time that programs have waited for a human's next message.", humans.seconds)
+    page.histogram("human_wait_prediction_error_seconds", "Between that time and what was predicted.", humans.errors)
+    page.histogram("job_completion_seconds", "From the first request of a job to its last token.", engine.job_times)
 
 
 def _pages(page: _Page, engine: Engine) -> None:
@@ -200,15 +207,19 @@ def _pages(page: _Page, engine: Engine) -> None:
     page.counter("kv_pages_dropped", "Pages of KV dropped under pressure.", stats.dropped_pages)
     page.counter("reused_tokens", "Tokens of requests with a slot whose KV was still there.", stats.reused_tokens)
     page.counter("recomputed_tokens", "Tokens computed again because their KV was dropped.", stats.recomputed_tokens)
-    resumes = dict.fromkeys((FROM_DEVICE, FROM_HOST, RECOMPUTED), 0)
     for decision, count in stats.decisions.items():
         action, _, why = decision.partition(": ")
-        if action == "resume":
-            resumes[why] = count
-        else:
+        if action != "resume":
             page.counter("residency_decisions", "Choices of where KV stays.", count, action=action, reason=why)
-    for source, count in resumes.items():
-        page.counter("resume_source", "Turns resumed, by the slowest source of their KV.", count, source=source)
+    for source, why in RESUMES:
+        count = stats.decisions.get(f"resume: {source}, {why}" if why else f"resume: {source}", 0)
+        page.counter(
+            "resume_source",
+            "Turns resumed, by the slowest source of their KV, and why it was computed again.",
+            count,
+            source=source,
+            reason=why,
+        )
     page.gauge(
         "cache_config_info",
         "1; the sizes are its labels.",

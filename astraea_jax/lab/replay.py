@@ -24,7 +24,6 @@ from astraea_jax.scheduler.simulation.experiment import Prepared, everything, le
 from astraea_jax.scheduler.simulation.machines import Machine
 from astraea_jax.scheduler.simulation.simulator import Outcome, ProgramRecord, Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram
-from astraea_jax.scheduler.wait import Wait
 
 MODEL = "astraea-tiny"
 SEQS, STEP_TOKENS, PAGE = 32, 256, 16
@@ -58,7 +57,7 @@ async def replay(
             record.queue_s += queue_s
             record.spans.append((submitted, submitted + queue_s, first or ended, ended))
             if request.tool is not None:
-                engine.waits(program.id, Wait((request.tool,)))
+                engine.waits(program.id, request.wait)
                 await asyncio.sleep(request.tool_s)
         record.ended = time.monotonic() - zero
         progress()

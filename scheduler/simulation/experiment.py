@@ -176,6 +176,8 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "p99_jct_s": p99,
         "mean_jct_no_tool_s": float(np.mean([r.jct_no_tool_s for r in records])),
         "p99_jct_no_tool_s": float(np.percentile([r.jct_no_tool_s for r in records], 99)),
+        "mean_job_s": float(np.mean([s for r in records for s in r.job_times])),
+        "p99_job_s": float(np.percentile([s for r in records for s in r.job_times], 99)),
         "mean_queue_s": float(np.mean([r.queue_s for r in records])),
         "max_slowdown": float((jct / alone).max()),
         "programs_per_s": len(records) / outcome.makespan_s,

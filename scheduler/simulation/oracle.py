@@ -33,6 +33,11 @@ class Oracle(Predictor):
     def _left(self, program: Program) -> tuple[TraceRequest, ...]:
         return self._truth[program.key].requests[program.turns :]
 
+    def _job_left(self, program: Program) -> tuple[TraceRequest, ...]:
+        left = self._left(program)
+        ends = next((i for i, request in enumerate(left) if request.human), len(left))
+        return left[: ends + 1]
+
     def output_tokens(self, request: Request) -> float:
         total = self._left(request.program)[0].output * self._wrong(request.program, "output")
         return max(1.0, total - len(request.output))
@@ -46,13 +51,13 @@ class Oracle(Predictor):
         return self.wait_s(program, elapsed_s)
 
     def remaining_turns(self, program: Program) -> float:
-        return max(1.0, len(self._left(program)) * self._wrong(program, "turns"))
+        return max(1.0, len(self._job_left(program)) * self._wrong(program, "turns"))
 
     def turns_index(self, program: Program) -> float:
         return self.remaining_turns(program)
 
     def remaining_s(self, request: Request) -> float:
-        left = self._left(request.program)
+        left = self._job_left(request.program)
         fresh = max(1, request.num_tokens - request.reusable) + sum(s.new for s in left[1:])
         decoded = sum(s.output for s in left) - len(request.output)
         exact = self.costs.prefill_s(fresh) + self.steps.decode_s(decoded)

@@ -21,7 +21,6 @@ from ..policy import Policy
 from ..program import Rejected, Request
 from ..scheduler import Scheduler
 from ..transfer import HostTier, Transfer
-from ..wait import Wait
 from .machines import Machine
 from .trace import TraceProgram
 
@@ -49,6 +48,18 @@ class ProgramRecord:
     @property
     def jct_no_tool_s(self) -> float:
         return self.jct_s - self.program.tool_s
+
+    @property
+    def job_times(self) -> list[float]:
+        """Completion times of its jobs, each from the submission of its first request to its last token."""
+        found: list[float] = []
+        began: float | None = None
+        for request, (submitted, _, _, ended) in zip(self.program.requests, self.spans, strict=False):
+            began = submitted if began is None else began
+            if request.human or request.tool is None:
+                found.append(ended - began)
+                began = None
+        return found
 
 
 @dataclass
@@ -227,7 +238,7 @@ class Simulator:
         if trace.tool is None:
             self._end(record, now)
         else:
-            self.scheduler.waits(record.program.id, Wait((trace.tool,)), now)
+            self.scheduler.waits(record.program.id, trace.wait, now)
             self._at(now + trace.tool_s, partial(self._submit, record, index + 1))
 
     def _end(self, record: ProgramRecord, now: float) -> None:

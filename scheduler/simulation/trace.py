@@ -1,9 +1,9 @@
 """Agent programs as recorded or generated: what they ask of the model and how long their tools take.
 
 One JSON object per line is one program: ``{"program", "arrival_s", "source", "segments": [{"new_prompt_tokens",
-"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds"} | null}]}``. A segment is a request. Its prompt is
-its cached plus its new tokens, where cached is what a perfect cache of the program's own earlier tokens holds. The last
-request has no tool.
+"cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds", "human"} | null}]}``. A segment is a request. Its
+prompt is its cached plus its new tokens, where cached is what a perfect cache of the program's own tokens holds.
+The last request has no tool. ``human`` may be missing; if true, a human's next message is waited for instead of a tool.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ..wait import Wait
 
 
 class TraceError(ValueError):
@@ -30,6 +32,13 @@ class TraceRequest:
     tool: str | None = None
     """The tool that ends it; None at the end of the program."""
     tool_s: float = 0.0
+    human: bool = False
+    """Whether it ends a job, so that the time until the next request is a human's."""
+
+    @property
+    def wait(self) -> Wait:
+        """What its program waits for after it."""
+        return Wait() if self.human or self.tool is None else Wait((self.tool,))
 
     @property
     def prompt(self) -> int:
@@ -87,7 +96,12 @@ class TraceProgram:
             cached = min(held, round(s.cached * tokens))
             requests.append(
                 TraceRequest(
-                    cached, max(1, round(s.new * tokens)), max(1, round(s.output * tokens)), s.tool, s.tool_s * tool_s
+                    cached,
+                    max(1, round(s.new * tokens)),
+                    max(1, round(s.output * tokens)),
+                    s.tool,
+                    s.tool_s * tool_s,
+                    s.human,
                 )
             )
         return replace(self, requests=tuple(requests))
@@ -127,6 +141,7 @@ def _program(record: dict[str, Any]) -> TraceProgram:
                 output=int(entry["output_tokens"]),
                 tool=None if tool is None else str(tool["name"]),
                 tool_s=0.0 if tool is None else float(tool["seconds"]),
+                human=tool is not None and bool(tool.get("human", False)),
             )
         )
     arrival = record.get("arrival_s")

@@ -124,10 +124,16 @@ def interactive(rng: random.Random) -> tuple[TraceRequest, ...]:
     return tuple(requests)
 
 
+def chat(rng: random.Random) -> tuple[TraceRequest, ...]:
+    """C with jobs: sessions as in :func:`interactive`, where a human's wait ends a job and the scheduler knows it."""
+    return tuple(replace(request, human=request.tool == "human") for request in interactive(rng))
+
+
 GENERATORS: dict[str, Callable[[random.Random], tuple[TraceRequest, ...]]] = {
     "infercept-mix": infercept_mix,
     "swe-batch": swe_batch,
     "interactive": interactive,
+    "chat": chat,
     "swe-claude-tools": lambda rng: _with_tools(swe_batch(rng), CLAUDE_CODE_TOOLS, rng),
 }
 

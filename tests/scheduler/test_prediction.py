@@ -6,12 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import StepCosts, StepFit
-from astraea_jax.scheduler.distribution import Distribution
-from astraea_jax.scheduler.hazards import TurnHazards
 from astraea_jax.scheduler.plan import Plan
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
@@ -37,56 +33,6 @@ def test_step_costs_are_found_from_steps():
     assert 2e-3 < fit.mean_step_s < 3e-2
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=60), st.floats(0, 120))
-def test_distributions_are_those_of_their_values(values, elapsed):
-    known = Distribution()
-    for value in values:
-        known.add(value)
-    assert known.values == sorted(values)
-    assert known.mean(0) == pytest.approx(np.mean(values))
-    beyond = [v for v in values if v > elapsed]
-    expected = np.mean(beyond) - elapsed if beyond else max(elapsed, 1.0)
-    assert known.mean_beyond(elapsed, 1.0) == pytest.approx(expected, abs=1e-9)
-
-
-def test_distributions_forget():
-    known = Distribution()
-    for i in range(5000):
-        known.add(i)
-    assert len(known) == 1024
-    assert known.values[0] == 5000 - 1024
-
-
-def learn(lengths) -> TurnHazards:
-    hazards = TurnHazards()
-    for n in lengths:
-        for turn in range(n):
-            hazards.observe(turn, last=turn == n - 1)
-    return hazards
-
-
-def test_fixed_lengths_reward_progress_and_heavy_tails_do_not():
-    rng = np.random.default_rng(0)
-    fixed = learn([10] * 500)
-    assert fixed.remaining(0) > fixed.remaining(4) > fixed.remaining(8)
-    assert fixed.remaining(0) == pytest.approx(10, rel=0.25)
-    geometric = learn(rng.geometric(0.1, 3000))
-    assert geometric.remaining(0) == pytest.approx(10, rel=0.15)
-    assert geometric.remaining(12) == pytest.approx(10, rel=0.2)
-    heavy = learn([1] * 900 + [200] * 100)
-    assert heavy.index(0) < heavy.index(20)  # a newcomer is worth a try, who has stayed is not
-
-
-def test_programs_that_live_on_count():
-    hazards = TurnHazards()
-    for _ in range(300):  # three hundred have gone ten requests, only thirty have ended
-        for turn in range(10):
-            hazards.observe(turn, last=False)
-    for _ in range(30):
-        hazards.observe(0, last=True)
-    assert hazards.remaining(5) > 20
-
-
 def begun(turns, output_tokens=0) -> Program:
     """A program whose job has come so far."""
     program = Program(0, 0.0)
@@ -104,7 +50,7 @@ def test_programs_that_output_much_are_told_from_those_that_output_little():
             request.output, request.finish_reason = [0] * output, "stop"
             program.job.turns += 1
             program.job.output_tokens += output
-            predictor.ended(request)
+            predictor.ended(request, 0.0)
     little, middling, much = (predictor.remaining_turns(begun(2, 2 * output)) for output in (10, 50, 200))
     assert little == pytest.approx(10, rel=0.3)
     assert middling == pytest.approx(4, rel=0.3)

@@ -80,7 +80,7 @@ def test_what_is_needed_moves_and_comes_back():
     [
         ({"pages": 40}, "device"),
         ({}, "host"),
-        ({"host": HostTier()}, "recomputed"),
+        ({"host": HostTier()}, "recomputed, evicted"),
     ],
 )
 def test_every_turn_says_where_its_kv_came_from(more, source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 
 import numpy as np
@@ -15,10 +16,13 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
-from astraea_jax.scheduler.program import Program, QueueFull
+from astraea_jax.scheduler.program import DEFER_S, Program, QueueFull
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 from astraea_jax.scheduler.wait import Wait
+
+HINTS = st.none() | st.sampled_from([0.0, -1.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(0, 100)
+"""Seconds that clients name."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -43,7 +47,7 @@ class Machine(RuleBasedStateMachine):
         self.live, self.history, self.names = [], {}, 0
         self.programs = set()
 
-    def submit(self, prompt, max_tokens, stops, name, final, salt):
+    def submit(self, prompt, max_tokens, stops, name, final, salt, **more):
         try:
             request = self.scheduler.submit(
                 prompt,
@@ -54,12 +58,14 @@ class Machine(RuleBasedStateMachine):
                 final=final,
                 salt=salt,
                 now=self.loop.now,
+                **more,
             )
         except QueueFull:
             stats = self.scheduler.stats()
-            assert self.unstarted() == 5 or (stats.programs == 12 and not stats.in_tool_wait)
+            assert self.unstarted() == 5 or (stats.programs == 12 and not stats.in_tool_wait + stats.in_human_wait)
             return None
         self.programs.add(request.program)
+        assert request.program.leads or request.program.job in [p.job for p in self.programs if p.leads]
         self.live.append(request)
         return request
 
@@ -70,12 +76,14 @@ class Machine(RuleBasedStateMachine):
         stops=st.frozensets(st.integers(0, 49), max_size=4),
         owner=st.sampled_from([None, "a", "b", "b", "b"]),
         salt=st.sampled_from([None, salted(""), salted("a")]),
+        parent=st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format)),
+        priority=st.integers(-1, 1),
     )
-    def arrive(self, prompt, system, max_tokens, stops, owner, salt):
+    def arrive(self, prompt, system, max_tokens, stops, owner, salt, parent, priority):
         self.names += 1
         name = (owner, f"p{self.names}") if owner else None
         prompt = [*range(system), *prompt][:32]
-        request = self.submit(prompt, max_tokens, stops, name, False, salt)
+        request = self.submit(prompt, max_tokens, stops, name, False, salt, parent=parent, priority=priority)
         if name and request:
             self.history[name] = request
 
@@ -112,9 +120,15 @@ class Machine(RuleBasedStateMachine):
         self.loop.broken.add(data.draw(st.sampled_from(self.live)))
 
     @precondition(lambda self: self.history)
-    @rule(data=st.data(), tool=st.sampled_from(["a", "b"]))
-    def call_tool(self, data, tool):
-        self.scheduler.waits(data.draw(st.sampled_from(sorted(self.history))), Wait((tool,)), self.loop.now)
+    @rule(
+        data=st.data(),
+        tools=st.lists(st.sampled_from(["a", "b", "c"]), max_size=3).map(tuple),
+        expected_s=HINTS,
+        keep_s=HINTS,
+    )
+    def wait(self, data, tools, expected_s, keep_s):
+        name = data.draw(st.sampled_from(sorted(self.history)))
+        self.scheduler.waits(name, Wait(tools, expected_s, keep_s), self.loop.now)
 
     @precondition(lambda self: self.history)
     @rule(data=st.data())
@@ -156,6 +170,8 @@ class Machine(RuleBasedStateMachine):
             return
         self.scheduler.check()
         for request in self.live:
+            reused = request.resumed.device_tokens + request.resumed.host_tokens
+            assert reused == request.cached_tokens <= len(request.prompt)
             assert request.output == complete(list(request.prompt), len(request.output))
             if request.finish_reason in ("stop", "length"):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
@@ -163,7 +179,9 @@ class Machine(RuleBasedStateMachine):
         running = sum(s.slot >= 0 for s in self.live)
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.created) == (running, len(self.live) - running, len(self.programs))
-        assert stats.programs == len(self.live) + stats.in_tool_wait <= 12
+        assert stats.programs == len(self.live) + stats.in_tool_wait + stats.in_human_wait <= 12
+        predict = self.scheduler._policy.predict
+        assert all(math.isfinite(predict.wait_s(p, 0.0)) and predict.wait_s(p, 7.0) >= 0 for p in self.programs)
         assert self.unstarted() <= 5
 
     def teardown(self):
@@ -334,3 +352,43 @@ def test_programs_that_have_ended_are_forgotten(policy, strategy):
     loop.slots.clear()
     gc.collect()
     assert not [x for x in gc.get_objects() if type(x) is Program and x.owner is loop]
+
+
+def served(loop):
+    """Numbers of the requests that have run, in order of their first step."""
+    return list(dict.fromkeys(number for step in loop.log for number, *_ in step))
+
+
+@pytest.mark.parametrize("policy", SERVING)
+def test_a_lower_priority_starts_after_the_others(policy):
+    loop = Loop(make(policy, max_seqs=1, num_pages=60))
+    running = loop.scheduler.submit([1] * 4, 6, now=loop.now)
+    loop.turn()
+    priorities = {
+        loop.scheduler.submit([n] * 4, 2, priority=p, now=loop.now).number: p for n, p in enumerate((1, 0, 9, -5))
+    }
+    loop.drain()
+    assert served(loop)[0] == running.number
+    assert [max(0, priorities[n]) > 0 for n in served(loop)[1:]] == [False, False, True, True]
+
+
+def test_a_lower_priority_does_not_starve():
+    loop = Loop(make(max_seqs=1, num_pages=60))
+    loop.scheduler.submit([1] * 4, 3, now=loop.now)
+    later = loop.scheduler.submit([2] * 4, 2, priority=1, now=loop.now)
+    while loop.scheduler.stats().waiting < 3 or later.slot < 0:
+        loop.scheduler.submit([3] * 4, 3, now=loop.now)
+        loop.turn()
+        assert loop.now < DEFER_S + 20
+    assert loop.now > DEFER_S
+    assert not later.deferred
+
+
+def test_who_started_with_a_lower_priority_is_preempted_first():
+    loop = Loop(make(num_pages=9))
+    later = loop.scheduler.submit([1] * 8, 20, priority=1, now=loop.now)
+    loop.turn()
+    first = loop.scheduler.submit([2] * 8, 20, now=loop.now)
+    loop.drain()
+    assert (first.preemptions, later.preemptions > 0) == (0, True)
+    assert later.output == complete([1] * 8, 20)
