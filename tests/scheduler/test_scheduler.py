@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
-from astraea_jax.scheduler.program import DEFER_S, Program, QueueFull
+from astraea_jax.scheduler.program import DEFER_S, Program, QueueFull, Rejected
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 from astraea_jax.scheduler.wait import Wait
@@ -45,7 +47,7 @@ class Machine(RuleBasedStateMachine):
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
-        self.programs = set()
+        self.programs, self.tails = set(), []
 
     def submit(self, prompt, max_tokens, stops, name, final, salt, **more):
         try:
@@ -102,6 +104,34 @@ class Machine(RuleBasedStateMachine):
         if request:
             self.history[name] = request
 
+    @precondition(lambda self: self.history)
+    @rule(data=st.data())
+    def fork(self, data):
+        parent = data.draw(st.sampled_from(sorted(self.history)))
+        self.names += 1
+        child = (parent[0], f"p{self.names}")
+        try:
+            self.scheduler.branches.fork(parent, child, self.loop.now)
+        except (Rejected, QueueFull):
+            stats = self.scheduler.stats()
+            assert not self.scheduler.knows(parent) or stats.programs == 12 == stats.running + stats.waiting + 1
+            return
+        program = self.scheduler._programs.find(child)
+        self.programs.add(program)
+        self.history[child] = replace(self.history[parent], program=program, finish_reason="fork", final=False)
+
+    @precondition(lambda self: self.idle())
+    @rule(data=st.data(), keep=st.integers(0, 40), new=st.lists(st.integers(0, 9), min_size=1, max_size=20))
+    def replace_tail(self, data, keep, new):
+        name = data.draw(st.sampled_from(self.idle()))
+        before = self.history[name]
+        prompt = [*before.prompt, *before.output][: min(keep, 20)] + new
+        with contextlib.suppress(Rejected, QueueFull):
+            tail = self.scheduler.branches.replace_tail(name, prompt, salt=before.program.salt, now=self.loop.now)
+            self.tails.append(tail)
+            if keep % 2:  # the next request may go on with it
+                self.history[name] = replace(tail, finish_reason="prepared")
+
     def unstarted(self):
         return sum(s.slot < 0 and not s.preemptions for s in self.live if s.finish_reason is None)
 
@@ -149,7 +179,7 @@ class Machine(RuleBasedStateMachine):
     def lose_device(self, launched, transfers_end):
         if launched:
             self.loop.launch()
-        running = [s for s in self.live if s.slot >= 0]
+        running = [s for s in self.live + self.tails if s.slot >= 0]
         waiting = [s for s in self.live if s.slot < 0]
         failed = self.loop.lose_device(transfers_end=transfers_end)
         assert sorted(s.number for s in failed) == sorted(s.number for s in running)
@@ -176,20 +206,31 @@ class Machine(RuleBasedStateMachine):
             if request.finish_reason in ("stop", "length"):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
         self.live = [s for s in self.live if s.finish_reason is None]
+        self.nothing_is_prepared_for_nobody()
         running = sum(s.slot >= 0 for s in self.live)
         stats = self.scheduler.stats()
-        assert (stats.running, stats.waiting, stats.created) == (running, len(self.live) - running, len(self.programs))
+        assert stats.running == running + sum(s.slot >= 0 for s in self.tails)
+        assert (stats.waiting, stats.created) == (len(self.live) - running, len(self.programs))
         assert stats.programs == len(self.live) + stats.in_tool_wait + stats.in_human_wait <= 12
         predict = self.scheduler._policy.predict
         assert all(math.isfinite(predict.wait_s(p, 0.0)) and predict.wait_s(p, 7.0) >= 0 for p in self.programs)
         assert self.unstarted() <= 5
+
+    def nothing_is_prepared_for_nobody(self):
+        ended = [tail for tail in self.tails if tail.finish_reason is not None]
+        assert set(self.scheduler.branches.take_prepared()) == set(ended)
+        assert {tail.finish_reason for tail in ended} <= {"prepared", "superseded", "cancelled", "error"}
+        assert not any(tail.output for tail in self.tails)
+        self.tails = [tail for tail in self.tails if tail.finish_reason is None]
+        assert all(tail.program.preparing is tail for tail in self.tails)
+        assert len({tail.program for tail in self.tails}) == len(self.tails)
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
         self.loop.drain()
         self.nothing_is_lost()
-        assert not self.live
+        assert not self.live + self.tails
         for name in list(self.history):
             self.scheduler.end_program(name, self.loop.now)
         self.scheduler.check()
