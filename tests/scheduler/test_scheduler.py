@@ -294,10 +294,11 @@ def test_the_first_that_does_not_fit_is_skipped_a_few_times_only():
 
 
 def test_program_order_lets_a_returning_program_go_first():
-    def order(policy: str) -> list[str]:
+    def order(policy: str, wait: Wait) -> list[str]:
         loop = Loop(make(policy, max_seqs=1))
         loop.scheduler.submit([1, 2, 3], 2, program="old", now=0)
         loop.drain()
+        loop.scheduler.waits("old", wait, loop.now)
         loop.scheduler.submit([7] * 5, 9, program="running", now=loop.now)
         loop.turn()
         loop.scheduler.submit([9] * 3, 2, program="new", now=loop.now)
@@ -307,8 +308,9 @@ def test_program_order_lets_a_returning_program_go_first():
         served = [number for step in loop.log for number, *_ in step]
         return ["old" if n == back.number else "new" for n in dict.fromkeys(served) if n > 2]
 
-    assert order("fcfs") == ["new", "old"]
-    assert order("program-fcfs") == ["old", "new"]
+    assert order("fcfs", Wait(("t",))) == ["new", "old"]
+    assert order("program-fcfs", Wait(("t",))) == ["old", "new"]
+    assert order("program-fcfs", Wait()) == ["new", "old"]  # another job has another place
 
 
 def test_a_returning_program_computes_only_what_is_new():
