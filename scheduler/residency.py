@@ -189,7 +189,9 @@ class Residency:
         if not offer.parts:
             if whole < len(pages):  # its next token is written there
                 self._pool.uncache(pages[whole])
-            self.kv.cut_copies(program, whole)
+            self.kv.cut_copies(
+                program, min(whole, request.reusable // self._size)
+            )  # one of a part of a page is outdated
         request.num_computed = request.reused = offer.tokens
         if request.preemptions == 0 and not request.prepares:
             request.resumed = offer.resumed(self._size)
