@@ -104,7 +104,7 @@ async def test_numbers_and_programs_of_one_moment():
         pages = sum(replica["device_pages"].values())
         assert pages == http.door.engine.layout.num_pages - 1
         for program in seen["programs"]:
-            assert program["state"] in ("queued", "restoring", "prefill", "decode", "tool_wait")
+            assert program["state"] in ("queued", "restoring", "prefill", "decode", "tool_wait", "human_wait")
             assert program["residency"] in ("device", "both", "host", "nowhere")
 
 
