@@ -267,7 +267,7 @@ def test_whatever_is_sent_ends_its_own_request_only(messages):
     with contextlib.suppress(TypeError, ValueError):
         known.begin(ME, "s", messages).ended()
     assert known.begin(ME, "s", before).program == "s"
-    assert len(known._owners.get(ME, 0.0).programs) == 1
+    assert len(known.owners.get(ME, 0.0).programs) == 1
 
 
 def test_ten_thousand_messages():

@@ -86,7 +86,7 @@ def test_a_forgotten_session_leaves_nothing():
     talk(known, "s")
     known.begin(ME, "s", [SYSTEM, MORE]).ended()
     known.forget(ME, "s")
-    assert known._owners.size == 0
+    assert known.owners.size == 0
 
 
 @pytest.mark.parametrize("mode", ["job", "off"])
@@ -155,8 +155,8 @@ def test_unused_turns_expire_from_the_end():
     for i in range(20):
         clock.now += 100
         known.begin(f"owner {i}", None, START).ended()
-    assert list(known._owners._owners) == ["owner 19", ME]  # mine has a request that nobody has ended
-    assert known._owners.size == 0
+    assert list(known.owners._owners) == ["owner 19", ME]  # mine has a request that nobody has ended
+    assert known.owners.size == 0
 
 
 def test_who_takes_most_pays_first():
@@ -164,7 +164,7 @@ def test_who_takes_most_pays_first():
     small = talk(known, "s", owner="small")
     for i in range(30):
         known.begin("large", f"s{i}", [{"role": "user", "content": f"{i}" * 5000}]).ended([1], _said("y"), "stop")
-    assert known._owners.size <= 200_000
+    assert known.owners.size <= 200_000
     assert known.begin("small", "s", small).report.why == "same"
     assert known.begin("large", "s0", [{"role": "user", "content": "0" * 5000}, _said("y"), MORE]).report.why == "new"
 
@@ -226,7 +226,7 @@ class Bounds(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self):
-        owners = self.known._owners
+        owners = self.known.owners
         assert owners.size == sum(owner.size for owner in owners._owners.values())
         for owner in owners._owners.values():
             turns = _turns(owner)
@@ -244,7 +244,7 @@ class Bounds(RuleBasedStateMachine):
         for owner in "abab":
             self.known.begin(owner, None, START).ended()
             self.clock.now += self.TTL_S + 1
-        assert self.known._owners.size == 0
+        assert self.known.owners.size == 0
 
 
 def _turns(owner: Owner) -> set[Turn]:
