@@ -43,6 +43,7 @@ def make_app(
     """
     app = FastAPI(title="astraea_jax", version=version("astraea-jax"), docs_url=None, redoc_url=None)
     app.state.door = door
+    app.state.bounds = bounds = bounds or Bounds()
     app.state.responses = ResponseStore()
     app.state.operator = operator or Operator.of(door.engine, door.names[0])
     app.state.keys = keys = keys or Keys()
@@ -50,7 +51,7 @@ def make_app(
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
-    return Guard(app, keys, shape_of, bounds or Bounds())
+    return Guard(app, keys, shape_of, bounds)
 
 
 def shape_of(path: str) -> Shape:

@@ -25,7 +25,7 @@ from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import chat_logprobs
-from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, event
+from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged
 from astraea_jax.frontends.http.usage import usage_of
 
@@ -41,7 +41,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     outputs = merged(turns)
     if body.stream:
         chunks = _Chunks(door, body, head, turns)
-        return EventStream(await begun(chunks.of(outputs)), lambda failure: event(failure.openai()))
+        return await stream(request, chunks.of(outputs), lambda failure: event(failure.openai()))
     logprobs: list[list[TokenLogprob]] = [[] for _ in turns]
     async for index, delta in outputs:
         logprobs[index] += delta.logprobs

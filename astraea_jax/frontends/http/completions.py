@@ -17,7 +17,7 @@ from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import text_logprobs
-from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, event
+from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
 from astraea_jax.frontends.http.sampling_schema import LARGE, SamplingFields, Text, TokenId
 from astraea_jax.frontends.http.turns import TextRequest, Turn, merged
 from astraea_jax.frontends.http.usage import usage_of
@@ -81,11 +81,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": name}
     body.refuse_unserved()
     texts = _Texts(door, body, head, await _begin(door, _requests(request, body, door)))
-    return (
-        EventStream(await begun(texts.events()), lambda failure: event(failure.openai()))
-        if body.stream
-        else (answer(await texts.whole()))
-    )
+    if body.stream:
+        return await stream(request, texts.events(), lambda failure: event(failure.openai()))
+    return answer(await texts.whole())
 
 
 def _requests(request: Request, body: CompletionRequest, door: Door) -> list[TextRequest]:

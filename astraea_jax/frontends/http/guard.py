@@ -43,6 +43,10 @@ class Bounds:
     """Seconds in which the whole body has to come."""
     write_s: float = 60.0
     """Seconds in which a client has to take what is written to it."""
+    start_s: float = 1.0
+    """Seconds until a stream begins although nothing has been written yet; errors until then have their own status."""
+    ping_s: float = 10.0
+    """Seconds without an event after which a stream tells its client that it is alive."""
 
 
 class Guard:

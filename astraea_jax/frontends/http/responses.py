@@ -29,7 +29,7 @@ from astraea_jax.frontends.http.logprobs import chat_logprobs
 from astraea_jax.frontends.http.responses_output import ResponseBuilder, reply_messages
 from astraea_jax.frontends.http.responses_schema import LARGEST, FunctionTool, ResponsesRequest
 from astraea_jax.frontends.http.responses_store import ResponseStore, Stored
-from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, named
+from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, named, stream
 from astraea_jax.frontends.http.tenants import Tenant
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta
 from astraea_jax.models.tokenizer import Tokenizer
@@ -90,7 +90,8 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
     (turn,) = await door.begin(chat)
     builder = ResponseBuilder(_response(asked, model, chat.params))
     if body.stream:
-        return EventStream(await begun(_events(asked, turn, builder, tokenizer)), partial(_failed, builder))
+        start = named(builder.start())
+        return await stream(request, _events(asked, turn, builder, tokenizer), partial(_failed, builder), start=start)
     async for delta in turn:
         _add(builder, delta, tokenizer)
     response = _end(turn, builder)[-1]["response"]
@@ -190,11 +191,9 @@ def _add(builder: ResponseBuilder, delta: TurnDelta, tokenizer: Tokenizer) -> li
 
 
 async def _events(asked: _Asked, turn: Turn, builder: ResponseBuilder, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
-    first = builder.start()
     async for delta in turn:
-        if events := [*first, *_add(builder, delta, tokenizer)]:
+        if events := _add(builder, delta, tokenizer):
             yield named(events)
-        first = []
     last = _end(turn, builder)
     asked.keep(builder, last[-1]["response"])
     yield named(last) + DONE

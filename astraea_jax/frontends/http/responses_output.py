@@ -10,6 +10,7 @@ from typing import Any
 
 from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.engine.generation import Usage
+from astraea_jax.frontends.http.blank import Blank
 
 Event = dict[str, Any]
 """Data of a server-sent event; its ``type`` is the event's name."""
@@ -43,8 +44,7 @@ class ResponseBuilder:
         self._held_tokens, self._held_logprobs = 0, list[dict[str, Any]]()
         """Of tokens whose text has not come yet."""
         self._thought_tokens = 0
-        self._blank: dict[str, str] = {}
-        """White space that belongs to the next item of each type."""
+        self._blank = Blank()
 
     def start(self) -> list[Event]:
         """Return the first events."""
@@ -110,9 +110,7 @@ class ResponseBuilder:
         """Add to an item of text or thought; white space alone does not begin one."""
         begun: list[Event] = []
         if self._open != kind:
-            text = self._blank.pop(kind, "") + text
-            if not text.strip():
-                self._blank[kind] = text
+            if not (text := self._blank.first(kind, text)):
                 return []
             begun = self._begin(kind, empty)
         self._pieces.append(text)
