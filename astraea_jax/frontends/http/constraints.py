@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from astraea_jax.agents.formats import CallFormat
 from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.lark_text import Thought
 from astraea_jax.engine.sampling import Grammar
+from astraea_jax.engine.thought_budget import ThoughtBudget
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.turns import ChatRequest, Request
 from astraea_jax.models.tokenizer import Tokenizer
@@ -29,16 +31,27 @@ class Constraints:
     Args:
         compiler: compiles them.
         tokenizer: of the model.
-        call_format: name of the model's call format.
+        call_format: the model's.
+        vocab_size: tokens that the model tells apart.
     """
 
-    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: str):
+    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: CallFormat, vocab_size: int):
         self._compiler = compiler
         self._call_format = call_format
-        self._thinks = THOUGHT.begin in tokenizer.added_tokens()
+        added = tokenizer.added_tokens()
+        self._thinks = THOUGHT.begin in added
+        tags = added.get(THOUGHT.begin, vocab_size), added.get(THOUGHT.end, vocab_size)
+        self._tags = tags if max(tags) < vocab_size else None
+        """Tokens that begin and end a thought, if the model has both."""
+        self._told_that_unbounded = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="astraea-grammar")
         self._strict_in_text: bool | None = None
         """Whether calls in free text can be constrained in this model's format; None: nobody has asked yet."""
+
+    @property
+    def bounds_thoughts(self) -> bool:
+        """Whether budgets of thoughts have an effect."""
+        return self._tags is not None
 
     async def of(self, request: Request, tail: str) -> Grammar | None:
         """Compile the grammar of a request whose prompt ends with ``tail``; None: it is free.
@@ -46,13 +59,26 @@ class Constraints:
         Raises:
             RequestError: what is asked for cannot be constrained.
         """
-        compile = self._chosen(request, tail)
-        return None if compile is None else await asyncio.get_running_loop().run_in_executor(self._threads, compile)
+        begun = self._call_format.begun(tail)
+        opened = begun.rfind(THOUGHT.begin) > begun.rfind(THOUGHT.end)
+        compile, grammar = self._chosen(request, opened), None
+        if compile is not None:
+            grammar = await asyncio.get_running_loop().run_in_executor(self._threads, compile)
+        if isinstance(request, ChatRequest) and request.thought_tokens is not None:
+            grammar = self._bounded(request.thought_tokens, opened, grammar)
+        return grammar
 
-    def _chosen(self, request: Request, tail: str) -> Callable[[], Grammar | None] | None:
+    def _bounded(self, thought_tokens: int, opened: bool, grammar: Grammar | None) -> Grammar | None:
+        if self._tags is None:
+            if not self._told_that_unbounded:
+                log.warning("thoughts are not bounded: this model has no tokens %s and %s", THOUGHT.begin, THOUGHT.end)
+            self._told_that_unbounded = True
+            return grammar
+        return ThoughtBudget(thought_tokens, *self._tags, opened=opened, inner=grammar)
+
+    def _chosen(self, request: Request, opened: bool) -> Callable[[], Grammar | None] | None:
         if not isinstance(request, ChatRequest):
             return None if request.constraint is None else partial(self._form, request.constraint, None)
-        opened = tail.rfind(THOUGHT.begin) > tail.rfind(THOUGHT.end)
         thought = Thought(opened=opened) if self._thinks or opened else None
         must_call = request.tool_choice not in ("auto", "none")
         if must_call or (request.tools and request.tool_choice == "auto" and _any_strict(request.tools)):
@@ -84,7 +110,7 @@ class Constraints:
             request.tools,
             None if request.tool_choice in ("auto", "required") else request.tool_choice,
             request.parallel_calls,
-            self._call_format,
+            self._call_format.name,
             required=required,
             thought=thought,
         )
@@ -94,7 +120,7 @@ class Constraints:
         if self._strict_in_text is None:
             try:
                 probe = {"type": "function", "function": PROBE}
-                self._compiler.tool_calls([probe], format=self._call_format, required=False)
+                self._compiler.tool_calls([probe], format=self._call_format.name, required=False)
                 self._strict_in_text = True
             except RequestError as error:
                 log.warning("strict tools are held to their schemas only where a call is required: %s", error)
