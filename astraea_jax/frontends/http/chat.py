@@ -21,6 +21,7 @@ from fastapi import APIRouter, Request, Response
 from astraea_jax.agents.reply import CallArguments, CallBegan, Said, Thought
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import TokenLogprob
+from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
@@ -51,6 +52,10 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
 
 def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
     body.refuse_unserved()
+    if body.thinking_token_budget is not None and not door.bounds_thoughts:
+        raise RequestError(
+            "thinking_token_budget is not served: this model has no tokens that begin and end its thoughts"
+        )
     session, final = session_of(request, body.session_id)
     return ChatRequest(
         tenant=tenant_of(request, body.cache_salt),
@@ -67,6 +72,7 @@ def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatR
         tools=[{"type": "function", "function": tool.function.plain()} for tool in body.tools or ()],
         tool_choice=body.choice(),
         parallel_calls=body.parallel_tool_calls is not False,
+        thought_tokens=body.thinking_token_budget,
         template_arguments=body.template_arguments(),
         early_calls=bool(body.stream),
     )
