@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +17,7 @@ from astraea_jax.engine.sampling import MAX_LOGPROBS
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.door import Door
-from astraea_jax.frontends.http.logprobs import text_logprobs
+from astraea_jax.frontends.http.logprobs import count, text_logprobs, written
 from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, event
 from astraea_jax.frontends.http.sampling_schema import LARGE, SamplingFields, Text, TokenId
 from astraea_jax.frontends.http.turns import TextRequest, Turn, merged
@@ -84,7 +85,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     return (
         EventStream(await begun(texts.events()), lambda failure: event(failure.openai()))
         if body.stream
-        else (answer(await texts.whole()))
+        else await texts.whole()
     )
 
 
@@ -137,16 +138,20 @@ class _Texts:
         self._turns = [turn for of_one in turns for turn in of_one]
         self._lengths = [0] * len(self._turns)
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """All choices at their end."""
         logprobs: list[list[TokenLogprob]] = [[] for _ in self._turns]
         async for index, output in merged(self._turns):
             logprobs[index] += output.logprobs
-        choices = [
-            self._choice(index, self._echo(index) + turn.reply.text, logprobs[index])
-            for index, turn in enumerate(self._turns)
-        ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+
+        def write() -> Response:
+            choices = [
+                self._choice(index, self._echo(index) + turn.reply.text, logprobs[index])
+                for index, turn in enumerate(self._turns)
+            ]
+            return answer({**self._head, "choices": choices, "usage": self._usage()})
+
+        return await written(sum(map(count, logprobs)), write)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events."""
@@ -158,7 +163,8 @@ class _Texts:
                 echoed.add(index)
                 text = self._echo(index) + text
             if text or output.logprobs or self._turns[index].finish_reason:
-                yield event({**head, "choices": [self._choice(index, text, output.logprobs)]})
+                choice = await written(count(output.logprobs), partial(self._choice, index, text, output.logprobs))
+                yield event({**head, "choices": [choice]})
         if self._body.include_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield DONE
