@@ -23,7 +23,7 @@ from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import chat_logprobs, count, written
-from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, event
+from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer_of_choices, begun, event
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged
 from astraea_jax.frontends.http.usage import usage_of
 
@@ -45,8 +45,8 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
         logprobs[index] += delta.logprobs
 
     def whole() -> Response:
-        choices = [_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns)]
-        return answer({**head, "object": "chat.completion", "choices": choices, "usage": usage_of(turns)})
+        choices = (_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns))
+        return answer_of_choices({**head, "object": "chat.completion", "usage": usage_of(turns)}, choices)
 
     return await written(sum(map(count, logprobs)), whole)
 

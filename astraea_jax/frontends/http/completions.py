@@ -18,7 +18,7 @@ from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.logprobs import count, text_logprobs, written
-from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer, begun, event
+from astraea_jax.frontends.http.routes import DONE, EventStream, JsonRoute, answer_of_choices, begun, event
 from astraea_jax.frontends.http.sampling_schema import LARGE, SamplingFields, Text, TokenId
 from astraea_jax.frontends.http.turns import TextRequest, Turn, merged
 from astraea_jax.frontends.http.usage import usage_of
@@ -145,11 +145,11 @@ class _Texts:
             logprobs[index] += output.logprobs
 
         def write() -> Response:
-            choices = [
+            choices = (
                 self._choice(index, self._echo(index) + turn.reply.text, logprobs[index])
                 for index, turn in enumerate(self._turns)
-            ]
-            return answer({**self._head, "choices": choices, "usage": self._usage()})
+            )
+            return answer_of_choices({**self._head, "usage": self._usage()}, choices)
 
         return await written(sum(map(count, logprobs)), write)
 
