@@ -111,6 +111,7 @@ def chat_of(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRe
         parallel_calls=read.parallel_calls(body),
         params=SamplingParams(**{"temperature": 1.0, **door_of(request).defaults, **params}),
         constraint=read.constraint(body),
+        thought_tokens=body.thinking.budget_tokens if body.thinking else None,
         template_arguments=read.template_arguments(body),
         **program_of(request, body, user_id=user_id, ttls=read.lifetimes(body)),
         early_calls=isinstance(body, MessagesRequest) and body.stream,
