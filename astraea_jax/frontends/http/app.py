@@ -50,7 +50,7 @@ def make_app(
     app.state.door = door
     app.state.bounds = bounds = bounds or Bounds()
     app.state.responses = ResponseStore()
-    app.state.operator = operator or Operator.of(door.engine, door.names[0])
+    app.state.operator = operator or Operator.of(door.engine, door.names[0], continued=door.programs.continued)
     app.state.keys = keys = keys or Keys()
     for router in ROUTERS:
         app.include_router(router)

@@ -23,6 +23,7 @@ from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
 from astraea_jax.frontends.operating import Operator
+from astraea_jax.frontends.programs import Programs
 from astraea_jax.frontends.tls import Tls
 from astraea_jax.models.config import CheckpointError, read_json
 
@@ -34,7 +35,8 @@ def http_flags() -> Callable[..., Server]:
     """Define the flags; return a function that makes a server of their values.
 
     The function takes an engine, the name and the folder of its model (None: random weights); and by keyword the keys,
-    what is there for the operator, what encrypts, the tools that the server calls itself, and what compiles grammars.
+    what is there for the operator, what encrypts, the tools that the server calls itself, what compiles grammars, and
+    what begins programs.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -69,6 +71,7 @@ def http_flags() -> Callable[..., Server]:
         tls: Tls | None,
         tools: Sequence[Tool],
         grammars: GrammarCompiler,
+        programs: Programs,
     ) -> Server:
         chosen = flags.FLAGS
         door = Door(
@@ -79,6 +82,7 @@ def http_flags() -> Callable[..., Server]:
             sampling_defaults(folder) if folder else None,
             tools,
             grammars,
+            programs,
         )
         hosts = allowed_hosts(chosen.allowed_hosts, chosen.host, keys)
         app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator, hosts)

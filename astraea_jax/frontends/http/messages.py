@@ -104,7 +104,7 @@ def chat_of(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRe
         given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
         params |= {name: value for name, value in given.items() if value is not None}
     return ChatRequest(
-        messages=read.chat_messages(body),
+        messages=read.chat_messages(body, keep_billing=not door_of(request).programs.conversations.normalise),
         tenant=tenant_of(request),
         tools=read.chat_tools(body.tools),
         tool_choice=read.tool_choice(body),
