@@ -18,7 +18,6 @@ from typing import Any
 
 from astraea_jax.agents import meaning
 from astraea_jax.agents.continuity import Chat, Continuity, Mode, Prompt, Why
-from astraea_jax.agents.meaning import Message
 from astraea_jax.agents.opened import Continuation, Opened, Running
 from astraea_jax.agents.plain_texts import beginnings, text_hash, text_prompt
 from astraea_jax.agents.recognition import Match, best, program_of, recognise, waiting
@@ -147,11 +146,11 @@ class Conversations:
         chat = Chat(match.restored(given), plain(tools), plain(template_arguments or {}))
         return _report(self._prompt(chat, match, job), match, places), None if program is None else program.name
 
-    def _stable(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Sequence[int]]:
+    def _stable(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The messages that are compared and rendered, and the place of each among those that were given."""
         if self.normalise and self.mode != "off":
-            return without_volatile([*messages])
-        return messages, range(len(messages))
+            return without_volatile(messages)
+        return messages, [*range(len(messages))]
 
     def begin_text(self, owner: str, session: str | None, text: str, add_bos: bool = True) -> Opened:
         """Open a request for what follows a text, which may begin with the text of earlier requests and their answers.
