@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import absl.logging
 from absl import flags
 
 ACCESS = logging.getLogger("astraea_jax.access")
@@ -41,16 +42,18 @@ def log_flags() -> Callable[[logging.Handler], None]:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def set_up(handler: logging.Handler) -> None:
-        configure(handler, as_json=flags.FLAGS.log_format == "json", access=flags.FLAGS.access_log)
+        detailed = absl.logging.get_verbosity() >= absl.logging.DEBUG
+        configure(handler, as_json=flags.FLAGS.log_format == "json", access=flags.FLAGS.access_log, detailed=detailed)
 
     return set_up
 
 
-def configure(handler: logging.Handler, *, as_json: bool, access: bool) -> None:
-    """Let a handler write JSON, or what it writes by itself; with or without the access log."""
+def configure(handler: logging.Handler, *, as_json: bool, access: bool, detailed: bool = False) -> None:
+    """Let a handler write JSON, or what it writes by itself; with or without the access log, which may be detailed."""
     if as_json:
         handler.setFormatter(JsonFormatter())
-    ACCESS.setLevel(logging.INFO if access else logging.CRITICAL)
+    shown = logging.DEBUG if detailed else logging.INFO
+    ACCESS.setLevel(shown if access else logging.CRITICAL)
 
 
 def answered(door: str, method: str, path: str, status: int | str, request_id: str, client: str, took_s: float) -> None:
@@ -82,3 +85,8 @@ def answered(door: str, method: str, path: str, status: int | str, request_id: s
             "client": client,
         },
     )
+
+
+def resumed(report: Mapping[str, Any]) -> None:
+    """Log how a turn went on, at debug level: what was reused, why not more, and how its wait came out."""
+    ACCESS.debug("turn %s", json.dumps(report, default=str), extra={"turn": report})
