@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -27,8 +28,8 @@ class SessionRules(RuleBasedStateMachine):
 
     loop: asyncio.AbstractEventLoop
     engine: Engine
-    questions: list[concurrent.futures.Future]
-    tails: list[concurrent.futures.Future]
+    questions: list[concurrent.futures.Future[Any]]
+    tails: list[concurrent.futures.Future[Any]]
     failures: int
     forgotten: int
     may_die: bool
