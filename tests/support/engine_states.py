@@ -150,12 +150,14 @@ class Machine(SessionRules):
         final=st.booleans(),
         grammar=st.sampled_from([None, EVEN, *map(Broken, ("fill", "refuses"))]),
         logprobs=st.sampled_from([None, 2]),
+        parent=st.sampled_from(NAMES),
+        priority=st.sampled_from([0, 0, 1, -1]),
     )
-    def submit(self, prompt, max_tokens, stop, name, owner, final, grammar, logprobs) -> None:
+    def submit(self, prompt, max_tokens, stop, name, owner, final, grammar, logprobs, parent, priority) -> None:
         params = SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(stop,), grammar=grammar, logprobs=logprobs
         )
-        self._submit(Asked(prompt, params, None if name is None else (owner, name)), final)
+        self._submit(Asked(prompt, params, None if name is None else (owner, name)), final, parent, priority)
 
     @rule(which=st.integers(0, 99))
     def next_turn(self, which) -> None:
@@ -176,14 +178,22 @@ class Machine(SessionRules):
         for key in (None, ("", "#1"), ("", "#2"), ("", "#3")):
             self._submit(Asked([1], ONE, key), final=False)
 
-    def _submit(self, asked: Asked, final: bool) -> bool:
+    def _submit(self, asked: Asked, final: bool, parent: str | None = None, priority: int = 0) -> bool:
         """Ask; whether it was accepted."""
         open_ = [a for a in self.asked if not a.ends]
         asked.may_be_busy = asked.key is not None and any(a.key == asked.key for a in open_)
         owner, name = asked.key or ("", None)
 
         async def ask() -> None:
-            generation = self.engine.generate(asked.prompt, asked.params, session=name, owner=owner, final=final)
+            generation = self.engine.generate(
+                asked.prompt,
+                asked.params,
+                session=name,
+                owner=owner,
+                final=final,
+                parent=parent,
+                priority=priority,
+            )
             asked.mailbox = generation._mailbox
             asked.reader = asyncio.create_task(asked.read(generation))
 
