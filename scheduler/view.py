@@ -58,7 +58,7 @@ class ProgramView:
         """Look at a program; ``request`` is the one that it has queued or running."""
         state, since = _state(program, request)
         shown = request or program.last
-        pages = request.pages if request is not None and request.slot >= 0 else program.pages
+        pages = (program.running or program).pages
         device, host = len(pages), sum(copy.used for copy in program.copies)
         residency = {(True, True): "both", (True, False): "device", (False, True): "host"}.get(
             (device > 0, host > 0), "nowhere"
