@@ -8,6 +8,7 @@ it. A request that goes on from a turn that another request already continues is
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from array import array
@@ -30,6 +31,8 @@ from astraea_jax.models.tokenizer import Tokenizer
 MAX_BYTES = 2**29
 MAX_TURNS = 2**16
 """Turns of one owner."""
+MAX_TEXT_ENDS = 2**12
+"""Lengths of known texts, the newest ones, at which the beginning of a new text is compared."""
 
 
 class Conversations:
@@ -104,10 +107,15 @@ class Conversations:
             prompt = self._prompt(Chat(match.restored(given), tools, arguments), match, job)
             ids, size = array("i", prompt.ids[prompt.new :]), OVERHEAD + len(repr(given[end:]))
             size += sum(piece.size for piece in prompt.fresh)
+            setting = json.dumps([tools, arguments])
+            if turn is not None and turn.program.setting == setting:
+                setting = turn.program.setting  # one text for all of them
+            else:
+                size += len(setting)
         except BaseException:
             self._end(running)
             raise
-        program.tools, program.template_arguments = tools, arguments
+        program.setting = setting
 
         def ended(output_ids: Sequence[int], message: Any, whole: bool) -> None:
             new = None
@@ -137,7 +145,8 @@ class Conversations:
         """
         with self._lock:
             state = self._owner(owner)
-            ends = sorted(end for end in state.text_ends if end <= len(text))
+            newest = itertools.islice(reversed(state.text_ends), MAX_TEXT_ENDS)
+            ends = sorted(end for end in newest if end <= len(text))
         digests = beginnings(text, ends, add_bos)
         with self._lock:
             turn = next((found for digest in reversed(digests) if (found := best(state.at(digest), session))), None)
@@ -178,11 +187,17 @@ class Conversations:
             state.add(Turn(tip.digest, tip, (), (), tip.end, program, tip.job, None, used=self._clock()))
             self.owners.bound(state)
 
-    def forget(self, owner: str, session: str) -> None:
-        """Forget the conversations of a session; what branches of other sessions share stays with them."""
+    def forget(self, owner: str, session: str) -> list[str]:
+        """Forget the conversations of a session; what branches of other sessions share stays with them.
+
+        Returns:
+            The names of its programs.
+        """
         with self._lock:
             state = self._owner(owner)
-            state.forget([one for one in state.programs.values() if session in (one.session, one.name)])
+            programs = [one for one in state.programs.values() if session in (one.session, one.name)]
+            state.forget(programs)
+        return [program.name for program in programs]
 
     def replace(self, owner: str, session: str, keep_messages: int, messages: Sequence[Any]) -> list[int]:
         """Replace the end of a session's history, for example by a summary.

@@ -107,3 +107,12 @@ def test_nothing_is_lost_and_no_token_is_forged(user, result):
     chat = [HISTORY[0], {"role": "user", "content": user}, HISTORY[2], {**HISTORY[3], "content": result}]
     assert text(chat) == TOKENIZER.render(chat)
     assert ids(chat) == [5, 4, 0]
+
+
+def test_a_token_that_ends_turns_is_text_in_every_message(tmp_path):
+    """Whatever its name is: <|call|> ends turns of gpt-oss, and would end one that only quotes it."""
+    folder = copy_tiny(tmp_path / "model")
+    change(folder / "generation_config.json", eos_token_id=[END, CALL])
+    tokenizer = Tokenizer.from_folder(folder)
+    for role in ("assistant", "system"):
+        assert tokenizer.encode_chat([{"role": role, "content": "a <tool_call> b"}]).count(CALL) == 0
