@@ -38,7 +38,7 @@ class ToolCall:
     """One call. With ``error`` set there is nothing to run, and ``name`` is empty."""
 
     id: str
-    """``call_<n>``, unique in a conversation; an id that the model wrote is not used."""
+    """Unique in a conversation; an id that the model wrote is not used."""
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     error: str | None = None

@@ -24,7 +24,7 @@ class Said:
 
 @dataclass(frozen=True)
 class CallBegan:
-    """A tool call begins; ``index`` counts the calls of this reply from 0."""
+    """A tool call begins; ``index`` counts the calls of this reply that have begun, from 0."""
 
     index: int
     id: str
@@ -33,7 +33,10 @@ class CallBegan:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """More of a call's arguments; all of a call's, joined, are the JSON of an object."""
+    """More of a call's arguments; all of a call's, joined, are the JSON of an object.
+
+    They are JSON only once the call is complete: the brace that closes them comes with :class:`CallEnded`.
+    """
 
     index: int
     text: str
@@ -47,7 +50,15 @@ class CallEnded:
     call: ToolCall
 
 
-Part = Thought | Said | CallBegan | CallArguments | CallEnded
+@dataclass(frozen=True)
+class CallDropped:
+    """What has begun as a tool call cannot be read, or is cut off: nothing is to be run, and its text is said."""
+
+    index: int
+
+
+CallPart = CallBegan | CallArguments | CallEnded | CallDropped
+Part = Thought | Said | CallPart
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,41 @@ However the text is cut into pieces, the same reply comes out.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from astraea_jax.agents.bare_calls import BareCalls
-from astraea_jax.agents.call_bodies import Tools, read_body
+from astraea_jax.agents.call_bodies import Tools, read_body, read_item
 from astraea_jax.agents.call_end import CallBody
+from astraea_jax.agents.call_stream import CallStream, next_call
 from astraea_jax.agents.formats import CallFormat, kind
-from astraea_jax.agents.json_calls import MAX_CALLS, ToolCall, refused
-from astraea_jax.agents.parts import CallArguments, CallBegan, CallEnded, Part, Reply, Said, Span, Thought, Trimmed
+from astraea_jax.agents.json_calls import MAX_CALLS, ToolCall
+from astraea_jax.agents.parts import (
+    CallArguments,
+    CallBegan,
+    CallDropped,
+    CallEnded,
+    Part,
+    Reply,
+    Said,
+    Span,
+    Thought,
+    Trimmed,
+)
 from astraea_jax.agents.regions import Closed, Inside, Opened, Piece, Regions
+from astraea_jax.agents.reply_calls import ReplyCalls
 
 __all__ = [
     "CallArguments",
     "CallBegan",
+    "CallDropped",
     "CallEnded",
     "Part",
     "Reply",
     "ReplyReader",
     "Said",
     "Thought",
-    "numbered_ids",
 ]
 
 SLICE = 512
@@ -39,12 +50,6 @@ LONGEST_FEED = 4096
 """Characters that are taken at once: what is still to be read is copied again and again."""
 MAX_BARE = 8
 """Places of a turn at which calls without any tag are looked for."""
-
-
-def numbered_ids(first: int = 0) -> Callable[[], str]:
-    """Make ids: ``call_<first>``, ``call_<first + 1>`` and so on."""
-    numbers = itertools.count(first)
-    return lambda: f"call_{next(numbers)}"
 
 
 class ReplyReader:
@@ -57,7 +62,9 @@ class ReplyReader:
         prompt: text of the prompt, whose end tells whether the model begins within a thought.
         tools: OpenAI-shaped function schemas, or what is known of the tools; None: calls are not looked for and stay
             text.
-        ids: makes the id of the next call.
+        ids: makes the id of the next call; by default they are numbered, as the format has ids.
+        early: tell each call while it is written, and drop it if it turns out unreadable; otherwise calls come as a
+            whole, and none is dropped.
     """
 
     def __init__(
@@ -66,14 +73,18 @@ class ReplyReader:
         prompt: str = "",
         tools: Sequence[Mapping[str, Any]] | Tools | None = (),
         ids: Callable[[], str] | None = None,
+        *,
+        early: bool = True,
     ):
         self._format = format
-        self._ids = ids or numbered_ids()
+        self._calls = ReplyCalls(ids or map(format.call_id, itertools.count()).__next__, early=early)
         self._looks_for_calls = tools is not None
         self._tools = tools if isinstance(tools, Tools) else Tools.of(tools or ())
         self._regions = Regions(format.split if self._looks_for_calls else format.thoughts_only)
         self._opened: Opened | None = None
         self._body: CallBody | None = None
+        self._between: str | None = None
+        """Text behind a call that has ended its region by itself, until it is clear whether another one follows."""
         self._bare: BareCalls | None = None
         self._bare_tries = MAX_BARE if self._looks_for_calls and format.bare else 0
         self._bare_error: str | None = None
@@ -81,9 +92,6 @@ class ReplyReader:
         """Nothing was said since the turn or the last thought began: what follows may be a call without a tag."""
         self._after_call = False
         self._in_thought = False
-        self._calls: list[ToolCall] = []
-        self.outcomes: list[ToolCall] = []
-        """All calls in order, those that cannot be read among them."""
         self._clear()
         if begun := format.begun(prompt):
             self._advance(begun)
@@ -102,10 +110,15 @@ class ReplyReader:
         self._thought, self._said = Trimmed(), Trimmed()
 
     @property
+    def outcomes(self) -> list[ToolCall]:
+        """All calls in order, those that cannot be read among them."""
+        return self._calls.outcomes
+
+    @property
     def reply(self) -> Reply:
         """The turn as read so far: all of it, once it is finished."""
         errors = [call.error for call in self.outcomes if call.error is not None]
-        return Reply(self._thought.shown, self._said.shown, list(self._calls), errors)
+        return Reply(self._thought.shown, self._said.shown, list(self._calls.read), errors)
 
     def feed(self, text: str) -> list[Part]:
         """Take the next piece of text and return what it completes."""
@@ -117,7 +130,7 @@ class ReplyReader:
         """Return what was held back; the turn is over."""
         self._advance("", last=True)
         if self._bare_error and not self.outcomes:
-            self.outcomes.append(refused(self._bare_error))
+            self._parts += self._calls.refuse(self._bare_error)
         if self._prompted and self._looks_for_calls:
             self._run_what_ends_the_thought()
         self._show(Thought, self._thought.rest())
@@ -136,11 +149,13 @@ class ReplyReader:
         while True:
             if self._body is not None:
                 text = self._grow_call(self._body, text, last)
+            elif self._between is not None:
+                text = self._look_for_next(self._between + text, last)
             elif self._bare is not None:
                 text = self._grow_bare(self._bare, text, last)
             else:
                 text = self._split(text, last)
-            waiting = self._body is not None or self._bare is not None or self._regions.held
+            waiting = self._body or self._bare or self._between or self._regions.held
             if not text and not (last and waiting):
                 return
 
@@ -194,31 +209,42 @@ class ReplyReader:
             return False
         self._bare_tries -= 1
         self._bare = BareCalls(bare, self._tools)
+        if self._tools.names is not None:
+            self._parts += self._calls.open(CallStream.bare(bare, self._tools.names))
         return True
 
     def _grow_bare(self, bare: BareCalls, text: str, last: bool) -> str:
         calls = bare.feed(text, last)
+        self._parts += self._calls.tell(text)
         if calls is None:
             return ""
         self._bare = None
         if calls and calls[0].error is None:
             self._run(calls, bare.text)
             return ""
+        self._parts += self._calls.refuse()
         self._bare_error = calls[0].error if calls else self._bare_error
         self._may_be_bare = False
         return bare.text
 
     def _begin_call(self, piece: Piece) -> str:
         assert isinstance(piece, Opened)
-        rest = self._regions.cut(piece.end)
-        if len(self.outcomes) >= MAX_CALLS:
+        return self._open(piece, self._regions.cut(piece.end))
+
+    def _open(self, piece: Opened, rest: str, read: Callable[..., list[ToolCall]] = read_body) -> str:
+        if self._calls.full:
             self._stop_calls()
             self._say(piece.text, "unreadable")
             return rest
         self._opened = piece
         form = self._format.fields[piece.field]
-        self._body = CallBody(form, partial(read_body, form, piece.captures, tools=self._tools))
+        self._body = CallBody(form, partial(read, form, piece.captures, tools=self._tools), self._tell)
+        self._parts += self._calls.open(CallStream.within(form, piece.captures))
         return rest
+
+    def _tell(self, text: str) -> int | None:
+        self._parts += self._calls.tell(text)
+        return self._calls.ends_at
 
     def _grow_call(self, body: CallBody, text: str, last: bool) -> str:
         ended = body.feed(text, last)
@@ -228,32 +254,38 @@ class ReplyReader:
         self._body, written = None, self._opened.text + ended.text
         if ended.error is None:
             self._run(ended.calls, written)
+            self._between = "" if ended.itself and "name" not in self._opened.captures else None
         else:
-            self.outcomes.append(refused(ended.error))
+            self._parts += self._calls.refuse(ended.error)
             self._say(written, "unreadable")
         return ended.rest
+
+    def _look_for_next(self, text: str, last: bool) -> str:
+        """Go on with the next call of a region that has no closing tag, or with what follows its calls."""
+        found = next_call(text, last)
+        if found is None:
+            self._between = text
+            return ""
+        self._between = None
+        separators, call = found
+        if call:
+            assert self._opened is not None
+            return self._open(Opened(self._opened.field, separators, 0), call, read_item)
+        if separators:
+            self.spans.append(Span("markup", separators))
+        return text[len(separators) :]
 
     def _run(self, calls: Sequence[ToolCall], written: str) -> None:
         self._said.cut()
         self.spans.append(Span("call", written, tuple(calls)))
         self._may_be_bare, self._after_call = False, True
-        for call in calls:
-            if len(self.outcomes) >= MAX_CALLS:
-                self._stop_calls()
-                return
-            call = replace(call, id=self._ids())
-            index = len(self._calls)
-            self._calls.append(call)
-            self.outcomes.append(call)
-            arguments = json.dumps(call.arguments, ensure_ascii=False)
-            self._parts += [
-                CallBegan(index, call.id, call.name),
-                CallArguments(index, arguments),
-                CallEnded(index, call),
-            ]
+        room = MAX_CALLS - len(self.outcomes)
+        self._parts += self._calls.end(calls)
+        if len(calls) > room:
+            self._stop_calls()
 
     def _stop_calls(self) -> None:
-        self.outcomes.append(refused(f"too many calls: at most {MAX_CALLS} in one turn are run"))
+        self._parts += self._calls.refuse(f"too many calls: at most {MAX_CALLS} in one turn are run")
         self._regions = Regions(self._format.thoughts_only)
         self._bare_tries = 0
 
@@ -262,7 +294,9 @@ class ReplyReader:
         inner = ReplyReader(self._format, "", self._tools)
         inner.feed("".join(span.text for span in self.spans))
         inner.finish()
-        ending = itertools.takewhile(lambda span: span.calls or not span.text.strip(), reversed(inner.spans))
+        ending = itertools.takewhile(
+            lambda span: span.calls or span.kind == "markup" or not span.text.strip(), reversed(inner.spans)
+        )
         for span in reversed(list(ending)):
             if span.calls:
                 self._run(span.calls, "")

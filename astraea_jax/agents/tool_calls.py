@@ -73,7 +73,8 @@ def read_turn(
     Args:
         text: the whole turn. The last call may lack its closing tag if its JSON is complete. A thought may lack its
             opening tag, as chat templates write it, or its closing tag: then the turn ends within it.
-        first: calls get the ids ``call_<first>``, ``call_<first + 1>``, …
+        first: number of the first call; calls get the ids ``call_<first>``, ``call_<first + 1>``, …, or what the
+            format has in their place.
         tools: what is known of the tools, or their names. A turn that is JSON without a tag is a call only if it names
             one of them; None: if it has no keys but a call's.
         format: how the model writes calls; without one, as JSON behind any tag that stands before such.
@@ -89,7 +90,7 @@ def read_turn(
         if not end:
             break
         begin += end
-    calls = [replace(call, id=f"call_{first + i}") for i, call in enumerate(reader.outcomes)]
+    calls = [replace(call, id=format.call_id(first + i)) for i, call in enumerate(reader.outcomes)]
     if format.thoughts_apart:
         return Turn(text, reader.reply.text, calls, reader.reply.thought)
     content = "".join(span.text for span in reader.spans if span.kind in ("thought", "draft", "text"))

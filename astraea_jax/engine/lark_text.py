@@ -22,6 +22,8 @@ class Thought:
     end: str = "</think>"
     opened: bool = False
     """The prompt has written ``begin``, so the turn begins within the thought; otherwise it may do without one."""
+    answer: str = ""
+    """Markup that may stand between the thought and what is constrained."""
 
 
 class LarkText:
@@ -49,19 +51,24 @@ class LarkText:
 
         Args:
             rule: name for a rule of its own, in lower case.
-            text: not empty. If it has a control token, what stands before that is free, too.
+            text: not empty.
 
         Returns:
             Lark for it, and the definitions that this needs besides ``TEXT``.
         """
         if token := self._pattern.search(text):
-            return f"TEXT {self.literal(text[token.start() :])}", ""
+            rest = self.literal(text[token.start() :])
+            if not token.start():
+                return f"TEXT {rest}", ""
+            before = "".join(f"\\x{{{ord(char):x}}}" for char in text[: token.start()])
+            return f"{rule.upper()} {rest}", f"{rule.upper()}: /(?s:.*){before}/\n"
         return rule, f"{rule}[lazy]: TEXT {json.dumps(text)}\n"
 
     def thought(self, thought: Thought) -> str:
         """Lark of a whole grammar: the thought, then the grammar named ``body``."""
         rest, definitions = self.until("thought_end", thought.end)
         space = r"/[ \n\r\t]{1,8}/?"
+        body = f"({self.literal(thought.answer)})? @body" if thought.answer else "@body"
         if thought.opened:
-            return f"start: {rest} {space} @body\n{definitions}{TEXT}"
-        return f"start: (thought {space})? @body\nthought: {self.literal(thought.begin)} {rest}\n{definitions}{TEXT}"
+            return f"start: {rest} {space} {body}\n{definitions}{TEXT}"
+        return f"start: (thought {space})? {body}\nthought: {self.literal(thought.begin)} {rest}\n{definitions}{TEXT}"

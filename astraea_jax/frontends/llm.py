@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from astraea_jax.agents.continuity import Mode
 from astraea_jax.agents.conversations import Conversations
+from astraea_jax.agents.formats import choose
 from astraea_jax.agents.loop import ProgramResult, check_tools, run_program
 from astraea_jax.agents.mcp import McpServer, connected
 from astraea_jax.agents.tools import Tool, thread_lent
@@ -108,6 +109,7 @@ class LLM:
         *,
         max_steps: int = 16,
         template_arguments: Mapping[str, Any] | None = None,
+        call_format: str | None = None,
     ) -> list[ProgramResult]:
         """Run one conversation or many as agents, calling ``tools`` until each has its answer; results in order.
 
@@ -122,16 +124,19 @@ class LLM:
             params: sampling of every request.
             max_steps: bound on the requests of each agent.
             template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
+            call_format: how the model writes tool calls, of :data:`astraea_jax.agents.formats.NAMES`; by default as
+                its template shows.
 
         Raises:
             TypeError: messages and conversations are mixed, or an argument is of another type than it must be.
-            ValueError: two tools of one name, or ``max_steps`` below 1.
+            ValueError: two tools of one name, ``max_steps`` below 1, or an unknown call format.
             ToolError: an MCP server cannot be used; the message says why.
             EngineDead: the LLM has been closed.
         """
         conversations = _conversations(messages)
         check_tools([tool for tool in tools if not isinstance(tool, McpServer)], max_steps)
         _check(params)
+        choose(self._model.tokenizer, call_format)
 
         async def converse() -> list[ProgramResult]:
             async with connected(tools) as all_tools:
@@ -144,6 +149,7 @@ class LLM:
                     max_steps=max_steps,
                     template_arguments=template_arguments,
                     conversations=self._conversations,
+                    call_format=call_format,
                     return_error=True,
                 )
                 return await map_in_order(run, conversations, self._at_once)

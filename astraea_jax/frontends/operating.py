@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from absl import flags
 
 from astraea_jax.engine.interface import Serving
+from astraea_jax.errors import StartupError
+from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.metrics import PREFIX, Metrics
 from astraea_jax.frontends.profiling import Profiler, check_folder
 from astraea_jax.frontends.status import Status
@@ -60,3 +62,13 @@ def operator_flags() -> Callable[[Serving, str], Operator]:
         return Operator.of(engine, model, chosen.metrics_prefix, chosen.profile_dir)
 
     return operator
+
+
+def check_profiles(keys: Keys, *, http: bool) -> None:
+    """Refuse ``--profile_dir`` where nobody could take profiles.
+
+    Raises:
+        StartupError: there is no admin key, or no HTTP.
+    """
+    if flags.FLAGS.profile_dir is not None and not (keys.administered and http):
+        raise StartupError("--profile_dir needs --admin_key, which alone takes profiles, and HTTP; give both")

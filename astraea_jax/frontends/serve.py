@@ -50,7 +50,7 @@ from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, w
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.logs import log_flags
-from astraea_jax.frontends.operating import operator_flags
+from astraea_jax.frontends.operating import check_profiles, operator_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.frontends.tool_flags import tool_flags
@@ -293,7 +293,8 @@ def main(arguments: list[str]) -> None:
             if FLAGS.process > 0:
                 follow(display)
                 return
-            door_keys(), door_tls()  # what is wrong with these files shows before the weights are read
+            door_tls()  # what is wrong with these flags shows before the weights are read
+            check_profiles(door_keys(), http=FLAGS.http)
             engine = loaded_engine(display)
             if cut := asyncio.run(serve(engine, display, began)):
                 say(f"requests cut off: {cut}")

@@ -13,6 +13,9 @@ from support.call_writers import WRITERS
 from astraea_jax.agents.formats import FOLDER, NAMES, SIGNS, choose, named
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.response_templates import ResponseParser, load_response_template
+from astraea_jax.agents.tool_calls import read_turn
+from astraea_jax.engine.call_syntax import SYNTAXES, WAYS
+from astraea_jax.engine.lark_text import Thought
 from astraea_jax.models import resolve
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.tokenizer import Tokenizer
@@ -117,3 +120,71 @@ def test_the_library_says_nothing_about_pytorch() -> None:
     code = "import astraea_jax.agents.reply, sys; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "PyTorch" not in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thoughts_of_a_format_are_read_as_such(name: str) -> None:
+    format = named(name)
+    assert format.thoughts
+    for begin, end in format.thoughts:
+        reader = ReplyReader(format, "", [])
+        reader.feed(f"{begin}Hm.{end}{format.answer}So.")
+        reader.finish()
+        assert (reader.reply.thought, reader.reply.text) == ("Hm.", "So.")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "tokens", "thought"),
+    [
+        ("hermes", "<|im_start|>assistant\n", ["<think>"], Thought()),
+        ("hermes", "<|im_start|>assistant\n", [], None),
+        ("hermes", "<|im_start|>assistant\n<think>\n", [], Thought(opened=True)),
+        ("hermes", "<|im_start|>assistant\n<think>\n\n</think>\n", ["<think>"], Thought()),
+        ("hermes", "<|im_start|>user\n<think><|im_end|>\n<|im_start|>assistant\n", [], None),
+        ("mistral", "[INST]Hi[/INST]", ["[THINK]", "[/THINK]"], Thought("[THINK]", "[/THINK]")),
+        ("mistral", "[INST]Hi[/INST]", ["<think>"], Thought()),
+        ("json", "<|assistant|><|begin_of_thought|>", [], Thought("<|begin_of_thought|>", "<|end_of_thought|>", True)),
+        ("gemma", "<|turn>model\n", ["<|channel>"], Thought("<|channel>thought\n", "<channel|>")),
+        (
+            "harmony",
+            "<|end|><|start|>assistant",
+            ["<|channel|>", "<|end|>"],
+            Thought("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+        ),
+    ],
+)
+def test_a_turn_may_begin_with_a_thought(name: str, prompt: str, tokens: list[str], thought: Thought | None) -> None:
+    assert named(name).thought(prompt, tokens) == thought
+
+
+def test_a_template_of_its_own_says_how_it_thinks() -> None:
+    format = choose(tokenizer(None, OWN))
+    assert format.thought("<user>Hi<bot><r>", []) == Thought("<r>", "</r>", opened=True)
+
+
+def test_calls_have_the_ids_that_the_chat_template_takes() -> None:
+    assert named("hermes").call_id(7) == "call_7"
+    ids = [named("mistral").call_id(number) for number in range(20)]
+    assert len(set(ids)) == 20
+    assert all(len(id) == 9 and id.isalnum() for id in ids)
+    written = WRITERS["mistral"][1]("", "", [("price", {}), ("stock", {})])
+    assert [call.id for call in read_turn(written, 3, format=named("mistral")).calls] == ids[3:5]
+
+
+def test_calls_of_every_format_can_be_required() -> None:
+    """Whoever adds a format adds a grammar for it, and the other way round."""
+    ways = {way: format for format, _, way in WAYS}
+    assert {ways.get(name, name) for name in SYNTAXES} == set(NAMES)
+    assert set(NAMES) <= set(SYNTAXES)
+    assert set(ways) <= set(SYNTAXES)
+
+
+@pytest.mark.parametrize("name", sorted(SYNTAXES))
+def test_calls_that_a_grammar_demands_are_read(name: str) -> None:
+    """The shortest call of each syntax, put together by hand."""
+    syntax = SYNTAXES[name]
+    empty = "{}" if syntax.parameter is None else ""
+    written = "".join([syntax.begin, syntax.before.replace("{name}", "stock"), empty, syntax.after, syntax.end])
+    turn = read_turn(written, tools=["stock"], format=named({way: format for format, _, way in WAYS}.get(name, name)))
+    assert [(call.name, call.arguments, call.error) for call in turn.calls] == [("stock", {}, None)]
+    assert turn.content == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,17 @@ from support.call_writers import WRITERS
 
 from astraea_jax.agents.formats import NAMES, named
 from astraea_jax.agents.json_calls import MAX_CALLS
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Reply, ReplyReader, Said, Thought
+from astraea_jax.agents.reply import (
+    CallArguments,
+    CallBegan,
+    CallDropped,
+    CallEnded,
+    Part,
+    Reply,
+    ReplyReader,
+    Said,
+    Thought,
+)
 from astraea_jax.agents.tool_calls import ToolCall
 
 TYPES = {"item": "string", "count": "integer", "sizes": "array", "more": "object", "price": "number", "now": "boolean"}
@@ -69,24 +80,43 @@ def turns(draw: st.DrawFn) -> tuple[str, str, str, str, list[tuple[str, dict[str
     return format, write(thought, text, calls), thought, text, calls
 
 
+def joined(old: Part, new: Part) -> list[Part]:
+    """Two parts, as one if they are neighbours of one kind."""
+    if isinstance(new, Said | Thought) and isinstance(old, type(new)):
+        return [type(new)(old.text + new.text)]
+    if isinstance(new, CallArguments) and isinstance(old, CallArguments) and old.index == new.index:
+        return [CallArguments(new.index, old.text + new.text)]
+    return [old, new]
+
+
+def check_calls(parts: Sequence[Any], reply: Reply) -> None:
+    """Calls follow each other; each ends with all its arguments as the whole reply has them, or is dropped before."""
+    ended: list[ToolCall] = []
+    for index, (_, group) in enumerate(itertools.groupby(parts, key=lambda part: part.index)):
+        began, *pieces, end = group
+        assert isinstance(began, CallBegan)
+        assert began.index == index
+        written = "".join(piece.text for piece in pieces)
+        if isinstance(end, CallDropped):
+            with pytest.raises(ValueError, match=r".*"):
+                json.loads(written)
+            continue
+        assert (end.call.id, end.call.name) == (began.id, began.name)
+        assert written == json.dumps(end.call.arguments, ensure_ascii=False)
+        ended.append(end.call)
+    assert ended == reply.calls
+
+
 def read(format: str, pieces: Sequence[str], prompt: str = "", tools: Any = TOOLS) -> tuple[list[Part], Reply]:
     """The parts, neighbours of one kind joined, and the reply; checks what must hold of them."""
     reader = ReplyReader(named(format), prompt, tools)
     parts: list[Part] = []
     for new in [part for piece in pieces for part in reader.feed(piece)] + reader.finish():
-        if isinstance(new, Said | Thought) and parts and isinstance(old := parts[-1], type(new)):
-            parts[-1] = type(new)(old.text + new.text)
-        else:
-            parts.append(new)
+        parts[-1:] = joined(parts[-1], new) if parts else [new]
     reply = reader.reply
     assert "".join(part.text for part in parts if isinstance(part, Thought)) == reply.thought
     assert "".join(part.text for part in parts if isinstance(part, Said)) == reply.text
-    assert [part.call for part in parts if isinstance(part, CallEnded)] == reply.calls
-    for index, call in enumerate(reply.calls):
-        own = [part for part in parts if not isinstance(part, Said | Thought) and part.index == index]
-        assert own[0] == CallBegan(index, call.id, call.name)
-        assert own[-1] == CallEnded(index, call)
-        assert json.loads("".join(part.text for part in own if isinstance(part, CallArguments))) == call.arguments
+    check_calls([part for part in parts if not isinstance(part, Said | Thought)], reply)
     assert "".join(span.text for span in reader.spans) == "".join(pieces)
     said = "".join(span.text for span in reader.spans if span.kind in ("text", "draft", "unreadable"))
     assert "".join(said.split()) == "".join(reply.text.split())

@@ -19,8 +19,11 @@ EXTRA = 40
 """Tokens that a model has beyond its tokenizer's."""
 
 
-def merged(*special: str) -> Tokenizer:
-    """A byte-level tokenizer with merges across the borders of JSON's tokens, and some special tokens."""
+def merged(*special: str, end: str = "<|end|>") -> Tokenizer:
+    """A byte-level tokenizer with merges across the borders of JSON's tokens, and some special tokens.
+
+    ``end`` is the one that ends a turn.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,9 +38,9 @@ def merged(*special: str) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(["<|end|>", *special])
-    end = tokenizer.token_to_id("<|end|>")
-    return Tokenizer(tokenizer, bos_id=None, eos_ids=frozenset([end]), template=None, special={})
+    tokenizer.add_special_tokens([end, *special])
+    end_id = tokenizer.token_to_id(end)
+    return Tokenizer(tokenizer, bos_id=None, eos_ids=frozenset([end_id]), template=None, special={})
 
 
 MERGED = merged()
@@ -57,6 +60,7 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 2000) -
     matcher = grammar.matcher()
     words = (tokenizer.vocab_size + EXTRA + 31) // 32
     tokens: list[int] = []
+    controls = set(tokenizer.added_tokens().values())
     for _ in range(steps):
         choices = allowed(matcher, words)
         assert choices
@@ -65,7 +69,8 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 2000) -
             break
         # Long tokens first, and what closes: a walk among all characters would rarely end.
         likely = sorted(choices, key=lambda token: -len(tokenizer.decode([token])))[:8]
-        closing = [token for token in choices if tokenizer.decode([token]).strip() in ('"', "}", "]", ">")]
+        closing = [token for token in choices if tokenizer.decode([token]).strip() in ('"', "'", "}", "]", ")", ">")]
+        closing += [token for token in choices if token in controls]
         tokens.append(rng.choice(closing if closing and rng.random() < 0.4 else rng.choice([likely, choices])))
         assert matcher.accept(tokens[-1])
         if matcher.finished:

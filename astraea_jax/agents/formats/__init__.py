@@ -1,7 +1,7 @@
 """Formats in which models write their thoughts and tool calls, and which of them a model uses.
 
-Each is a file of JSON beside this module: a ``response_template`` as transformers defines it, and ``bare``, the content
-parser of calls that a model may write without any markup. A field's name up to a dot says what it is: ``tool_calls``,
+Each is a file of JSON beside this module: a ``response_template`` as transformers defines it, and what
+:class:`CallFormat` has besides. A field's name up to a dot says what it is: ``tool_calls``,
 ``thinking``, ``content``, or ``markup``, which may follow calls and means nothing. ``tool_calls`` with ``xml-inline``
 content say in ``content_args`` what begins and ends a value.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import regex
 
 from astraea_jax.agents.regions import Splitting
 from astraea_jax.agents.response_templates import ResponseTemplateField, load_response_template
+from astraea_jax.engine.lark_text import Thought
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -71,6 +72,9 @@ class CallFormat:
         thoughts_only: ``split`` without calls.
         anchor: pattern of what begins a turn in a prompt.
         bare: content parser of calls without markup, if the model writes such.
+        thoughts: how the model begins and ends a thought, literally; the most usual way comes first.
+        answer: what may stand before the text for the user.
+        call_id_length: letters and digits of a call's id, if the chat template takes no other ids.
         thoughts_apart: the chat template refuses thoughts within the content of a message.
     """
 
@@ -80,7 +84,28 @@ class CallFormat:
     thoughts_only: Splitting
     anchor: Any
     bare: str | None = None
+    thoughts: tuple[tuple[str, str], ...] = ()
+    answer: str = ""
+    call_id_length: int | None = None
     thoughts_apart: bool = False
+
+    def call_id(self, number: int) -> str:
+        """Return an id for the call of this number in a conversation."""
+        return f"call_{number}" if self.call_id_length is None else f"call{number:0{self.call_id_length - 4}}"
+
+    def thought(self, prompt: str, tokens: Collection[str]) -> Thought | None:
+        """Return the thought that a turn may begin with, for grammars; None: the model does not think.
+
+        Args:
+            prompt: its end.
+            tokens: text of the tokenizer's added tokens.
+        """
+        begun = self.begun(prompt)
+        for begin, end in self.thoughts:
+            if begun.rfind(begin) > begun.rfind(end):
+                return Thought(begin, end, opened=True)
+        known = (Thought(*tags) for tags in self.thoughts if any(tags[0].startswith(token) for token in tokens))
+        return next(known, None)
 
     def begun(self, prompt: str) -> str:
         """Return the part of the turn that the prompt has already written, such as ``<think>``."""
@@ -150,8 +175,17 @@ def _format(name: str, data: Mapping[str, Any]) -> CallFormat:
         thoughts_only=_splitting(thoughts),
         anchor=whole.start_anchor_re,
         bare=data.get("bare"),
+        thoughts=tuple((begin, end) for begin, end in data.get("thoughts", _literal_thoughts(fields))),
+        answer=data.get("answer", ""),
+        call_id_length=data.get("call_id_length"),
         thoughts_apart=data.get("thoughts_apart", False),
     )
+
+
+def _literal_thoughts(fields: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How thoughts begin and end in a template that says it without patterns."""
+    tags = [(field.get("open"), field.get("close")) for name, field in fields.items() if kind(name) == "thinking"]
+    return [(begin, end) for begin, end in tags if isinstance(begin, str) and isinstance(end, str)]
 
 
 def _splitting(fields: Mapping[str, Mapping[str, Any]]) -> Splitting:

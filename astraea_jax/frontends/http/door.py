@@ -34,6 +34,7 @@ from astraea_jax.frontends.http.turns import (
     Request,
     TextRequest,
     Turn,
+    short_call_id,
 )
 from astraea_jax.frontends.http.waiting import Limits, Waiting
 from astraea_jax.models.config import CheckpointError
@@ -80,10 +81,15 @@ class Door:
         self._tools = {tool.name: tool for tool in tools}
         self._format = call_format
         compiler = grammars or GrammarCompiler(engine.tokenizer)
-        self._constraints = Constraints(compiler, engine.tokenizer, call_format.name)
+        self._constraints = Constraints(compiler, engine.tokenizer, call_format, engine.model_config.vocab_size)
         self._pace = Pace()
         self._busy: set[tuple[str, str]] = set()
         """Owner and name of sessions with a turn in progress."""
+
+    @property
+    def bounds_thoughts(self) -> bool:
+        """Whether ``thought_tokens`` of a request have an effect: the model has tokens that begin and end thoughts."""
+        return self._constraints.bounds_thoughts
 
     def check_model(self, name: str | None) -> str:
         """Return the name that an answer carries; None is the model's own.
@@ -251,7 +257,9 @@ class Door:
     def _reader(self, request: ChatRequest | TextRequest, tail: str) -> Reader:
         if not isinstance(request, ChatRequest):
             return PlainReader()
-        return ReplyReader(self._format, tail, _rendered_tools(request), request.call_ids)
+        length = self._format.call_id_length
+        ids = request.call_ids if length is None else partial(short_call_id, length)
+        return ReplyReader(self._format, tail, _rendered_tools(request), ids, early=request.early_calls)
 
     def _ended(self, turn: ModelTurn, request: ChatRequest | TextRequest, key: tuple[str, str] | None) -> None:
         if key is None:

@@ -23,9 +23,9 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.http import messages_input as read
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.errors import Failure, ThreadsUnserved
-from astraea_jax.frontends.http.messages_output import MessageBuilder
+from astraea_jax.frontends.http.messages_output import PING, MessageBuilder
 from astraea_jax.frontends.http.messages_schema import CountRequest, MessagesRequest
-from astraea_jax.frontends.http.routes import EventStream, JsonRoute, answer, begun, named
+from astraea_jax.frontends.http.routes import JsonRoute, answer, named, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn
 
 AGENT_HEADER = "x-claude-code-agent-id"
@@ -54,8 +54,13 @@ async def create(body: MessagesRequest, request: Request) -> Response:
     builder = MessageBuilder(f"msg_{secrets.token_hex(16)}", model)
     if body.stream:
         request_id = str(request.state.request_id)
-        events = await begun(_events(turn, builder))
-        return EventStream(events, lambda failure: named([error_body(failure, request_id)]))
+        return await stream(
+            request,
+            _events(turn, builder),
+            lambda failure: named([error_body(failure, request_id)]),
+            start=named(builder.start(turn.prompt_tokens)),
+            ping=named([PING]),
+        )
     async for delta in turn:
         builder.add(delta.parts)
     return answer(builder.message(*_end_of(turn)))
@@ -104,9 +109,11 @@ def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequ
         parallel_calls=read.parallel_calls(body),
         params=SamplingParams(**{"temperature": 1.0, **door_of(request).defaults, **params}),
         constraint=read.constraint(body),
+        thought_tokens=body.thinking.budget_tokens if body.thinking else None,
         template_arguments=read.template_arguments(body),
         session=session,
         final=final,
+        early_calls=isinstance(body, MessagesRequest) and body.stream,
         call_ids=lambda: f"toolu_{secrets.token_hex(12)}",
     )
 
@@ -119,9 +126,7 @@ def _end_of(turn: Turn) -> tuple[str, str | None, Usage]:
 
 
 async def _events(turn: Turn, builder: MessageBuilder) -> AsyncIterator[bytes]:
-    first = builder.start(turn.prompt_tokens)
     async for delta in turn:
-        if events := [*first, *builder.add(delta.parts)]:
+        if events := builder.add(delta.parts):
             yield named(events)
-        first = []
     yield named(builder.finish(*_end_of(turn)))

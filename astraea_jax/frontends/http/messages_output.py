@@ -6,11 +6,15 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Said, Thought
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.engine.generation import Usage
+from astraea_jax.frontends.http.blank import Blank
 
 Event = dict[str, Any]
 """Data of a server-sent event; its ``type`` is the event's name."""
+
+PING: Event = {"type": "ping"}
+"""Says that the server is alive, and nothing else."""
 
 STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 """Finish reasons -> stop reasons, where they differ by more than whether a stop sequence has ended the reply."""
@@ -34,14 +38,13 @@ class MessageBuilder:
         """Type of the block that grows; it is the last one of ``content``."""
         self._pieces: list[str] = []
         """Its text so far."""
-        self._blank: dict[str, str] = {}
-        """White space that belongs to the next block of each type."""
+        self._blank = Blank()
 
     def start(self, input_tokens: int) -> list[Event]:
         """Return the first events."""
         usage = {"input_tokens": input_tokens, "output_tokens": 0}
         usage |= {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-        return [{"type": "message_start", "message": self._message(None, None, usage)}, {"type": "ping"}]
+        return [{"type": "message_start", "message": self._message(None, None, usage)}, PING]
 
     def add(self, parts: Iterable[Part]) -> list[Event]:
         """Take in what the model has written; returns the events that tell it."""
@@ -89,14 +92,14 @@ class MessageBuilder:
             case CallEnded(call=call):
                 self.content[-1]["input"] = call.arguments
                 return self._close()
+            case CallDropped():
+                return self._close()
 
     def _write(self, kind: str, empty: dict[str, str], text: str) -> list[Event]:
         """Add to a block of text or thought; white space alone does not begin one."""
         begun: list[Event] = []
         if self._open != kind:
-            text = self._blank.pop(kind, "") + text
-            if not text.strip():
-                self._blank[kind] = text
+            if not (text := self._blank.first(kind, text)):
                 return []
             begun = self._begin({"type": kind, **empty})
         self._pieces.append(text)

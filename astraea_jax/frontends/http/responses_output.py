@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Said, Thought
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.engine.generation import Usage
+from astraea_jax.frontends.http.blank import Blank
+from astraea_jax.frontends.http.responses_items import item_id
 
 Event = dict[str, Any]
 """Data of a server-sent event; its ``type`` is the event's name."""
 
 KINDS = {"reasoning": "reasoning_text", "message": "output_text"}
 """Items that hold text -> the type of their one content part."""
-PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
-"""Items -> how their ids begin."""
 
 
 class ResponseBuilder:
@@ -33,6 +32,8 @@ class ResponseBuilder:
     def __init__(self, response: dict[str, Any]):
         self._response = response
         self.output: list[dict[str, Any]] = []
+        self.status = "in_progress"
+        """Until the end."""
         self._sequence = 0
         self._open: str | None = None
         """Type of the item that grows; it is the last one of ``output``."""
@@ -43,13 +44,13 @@ class ResponseBuilder:
         self._held_tokens, self._held_logprobs = 0, list[dict[str, Any]]()
         """Of tokens whose text has not come yet."""
         self._thought_tokens = 0
-        self._blank: dict[str, str] = {}
-        """White space that belongs to the next item of each type."""
+        self._blank = Blank()
 
-    def start(self) -> list[Event]:
-        """Return the first events."""
-        begun = self.response("in_progress")
-        return [self._event("response.created", response=begun), self._event("response.in_progress", response=begun)]
+    def start(self, status: str = "in_progress") -> list[Event]:
+        """Return the first events; ``status`` is ``"in_progress"``, or ``"queued"`` until the model writes."""
+        self.status = status
+        begun = self.response(status)
+        return [self._event("response.created", response=begun), self._event(f"response.{status}", response=begun)]
 
     def add(self, parts: Sequence[Part], tokens: int = 0, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
         """Take in what the model has written; returns the events that tell it.
@@ -59,6 +60,10 @@ class ResponseBuilder:
             tokens: how many tokens have come.
             logprobs: of these tokens, if they were asked for; those of text are passed on.
         """
+        begun: list[Event] = []
+        if self.status == "queued":
+            self.status = "in_progress"
+            begun = [self._event("response.in_progress", response=self.response(self.status))]
         self._held_tokens += tokens
         self._held_logprobs += logprobs
         events = [event for part in parts for event in self._add(part)]
@@ -66,7 +71,7 @@ class ResponseBuilder:
             if all(isinstance(part, Thought) for part in parts):
                 self._thought_tokens += self._held_tokens
             self._held_tokens, self._held_logprobs = 0, []
-        return events
+        return [*begun, *events]
 
     def finish(self, reason: str, usage: Usage) -> list[Event]:
         """Take in the end, and the turn's finish reason; returns the last events."""
@@ -84,6 +89,11 @@ class ResponseBuilder:
         error = {"code": code, "message": message}
         events = self._close("incomplete")
         return [*events, self._event("response.failed", response=self.response("failed", error=error))]
+
+    def cancel(self) -> list[Event]:
+        """Take in that the client has cancelled the reply; returns the last events, of which the API names none."""
+        events = self._close("incomplete")
+        return [*events, self._event("response.incomplete", response=self.response("cancelled"))]
 
     def response(self, status: str, usage: dict[str, Any] | None = None, **ended: Any) -> dict[str, Any]:
         """Return the response object as it is now."""
@@ -103,14 +113,14 @@ class ResponseBuilder:
                 return [self._of_item("response.function_call_arguments.delta", delta=text)]
             case CallEnded():
                 return self._close("completed")
+            case CallDropped():
+                return self._close("incomplete")
 
     def _write(self, kind: str, empty: dict[str, Any], text: str) -> list[Event]:
         """Add to an item of text or thought; white space alone does not begin one."""
         begun: list[Event] = []
         if self._open != kind:
-            text = self._blank.pop(kind, "") + text
-            if not text.strip():
-                self._blank[kind] = text
+            if not (text := self._blank.first(kind, text)):
                 return []
             begun = self._begin(kind, empty)
         self._pieces.append(text)
@@ -125,7 +135,7 @@ class ResponseBuilder:
         events = self._close("completed")
         self._blank.clear()
         self._open = kind
-        item = {"type": kind, "id": f"{PREFIXES[kind]}_{secrets.token_hex(16)}", "status": "in_progress", **item}
+        item = {"type": kind, "id": item_id(kind), "status": "in_progress", **item}
         self.output.append(item)
         events.append(self._event("response.output_item.added", output_index=len(self.output) - 1, item=item))
         if kind in KINDS:
@@ -181,7 +191,7 @@ def reply_messages(output: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 turn["content"] += item["content"][0]["text"]
             case "reasoning":
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + item["content"][0]["text"]
-            case "function_call":
+            case "function_call" if item["status"] == "completed":
                 function = {"name": item["name"], "arguments": json.loads(item["arguments"])}
                 call = {"id": item["call_id"], "type": "function", "function": function}
                 turn.setdefault("tool_calls", []).append(call)

@@ -1,74 +1,153 @@
-"""The common part of routes: bodies read as JSON within bounds, and answers as streams of events."""
+"""The common part of routes: bodies as JSON, and answers as streams of events."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import pydantic_core
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from astraea_jax.frontends.http.bodies import read_body
 from astraea_jax.frontends.http.errors import Failure, failure_of
-from astraea_jax.frontends.http.guard import LAST_EVENT
-
-T = TypeVar("T")
+from astraea_jax.frontends.http.guard import LAST_EVENT, Bounds
 
 EVENT_STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Headers that keep proxies from holding events back."""
 
 
 class _JsonRequest(Request):
-    """A request whose body is read by a parser with bounds: no deep nesting, no half surrogate pairs, no NaN."""
+    """A request whose body has been read already."""
+
+    value: Any
 
     async def json(self) -> Any:
-        return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        return self.value
 
 
 class JsonRoute(APIRoute):
     """A route whose body is JSON; make routers with ``APIRouter(route_class=JsonRoute)``."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Handle requests."""
         handle = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+            request = _JsonRequest(request.scope, request.receive)
+            if self.body_field is not None:  # FastAPI passes on what is an instance of its model already
+                request.value = await read_body(request, partial(self.body_field.validate, loc=("body",)))
+            return await handle(request)
 
         return read
 
 
 class EventStream(Response):
-    """An answer of server-sent events.
+    """An answer of server-sent events; make it with :func:`stream`.
 
     Args:
-        events: their bytes, as they are written. Its first one has come already, so that errors up to there have got
-            an answer of their own.
+        start: events that come at once.
+        first: the first of ``events``, when it has come; None: there are none.
+        events: the others, as they are written.
         failed: makes the last event of a failure.
+        ping: sent whenever nothing else has been for ``ping_s`` seconds.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], failed: Callable[[Failure], bytes]):
+    def __init__(
+        self,
+        start: bytes,
+        first: asyncio.Future[bytes | None],
+        events: AsyncIterator[bytes],
+        failed: Callable[[Failure], bytes],
+        ping: bytes,
+        ping_s: float,
+    ):
         super().__init__(headers=EVENT_STREAM)
         del self.headers["content-length"]
-        self._events, self._failed = events, failed
+        self._start, self._first, self._events = start, first, events
+        self._failed, self._ping, self._ping_s = failed, ping, ping_s
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"][LAST_EVENT] = self._failed  # for who cancels this
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pinging = asyncio.create_task(self._keep_alive(send))
         try:
-            async with aclosing(self._events) as events:  # type: ignore[type-var]
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await self._send(send, self._start)
+            if (event := await self._first) is not None:
+                await self._send(send, event)
+                async for event in self._events:
+                    await self._send(send, event)
         except TimeoutError:  # the client takes nothing
             raise
         except Exception as error:
-            await send({"type": "http.response.body", "body": self._failed(failure_of(error)), "more_body": True})
+            await self._send(send, self._failed(failure_of(error)))
+        finally:
+            pinging.cancel()
+            await _give_up(self._first, self._events)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, event: bytes) -> None:
+        self._sent_at = asyncio.get_running_loop().time()
+        if event:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send pings. A client that does not take them does not take events either, where it is looked after."""
+        now = asyncio.get_running_loop().time
+        self._sent_at = now()
+        with suppress(TimeoutError):
+            while True:
+                await asyncio.sleep(self._sent_at + self._ping_s - now())
+                if now() >= self._sent_at + self._ping_s:
+                    await self._send(send, self._ping)
+
+
+async def stream(
+    request: Request,
+    events: AsyncIterator[bytes],
+    failed: Callable[[Failure], bytes],
+    *,
+    start: bytes = b"",
+    ping: bytes = b": ping\n\n",
+) -> EventStream:
+    """Make an answer of server-sent events.
+
+    It waits for the first event, but not for long, so that a long prompt does not look like a dead server: what goes
+    wrong in that time is raised here and gets an answer of its own.
+
+    Args:
+        request: what is answered.
+        events: their bytes.
+        failed: makes the last event of a failure.
+        start: events that need not wait for the first of ``events``.
+        ping: an event, or a comment, that says nothing.
+    """
+    bounds: Bounds = request.app.state.bounds
+    first = asyncio.ensure_future(anext(events, None))
+    try:
+        await asyncio.wait({first}, timeout=bounds.start_s)
+        if first.done():
+            first.result()
+    except BaseException:
+        await _give_up(first, events)
+        raise
+    return EventStream(start, first, events, failed, ping, bounds.ping_s)
+
+
+async def _give_up(first: asyncio.Future[bytes | None], events: AsyncIterator[bytes]) -> None:
+    first.cancel()
+    await asyncio.wait({first})
+    if not first.cancelled():
+        first.exception()  # has been seen, or is of no more interest
+    await events.aclose()  # type: ignore[attr-defined]
 
 
 def json_bytes(data: Any) -> bytes:
@@ -84,6 +163,15 @@ def answer(data: Any) -> Response:
     return Response(json_bytes(data), media_type="application/json")
 
 
+def answer_of_choices(data: dict[str, Any], choices: Iterable[Any]) -> Response:
+    """Make an answer in JSON with ``choices``, which may be long: each is encoded by itself, and others get on between.
+
+    Encoding holds the interpreter's lock, and choices with log-probabilities may have a hundred megabytes.
+    """
+    encoded = b",".join(map(json_bytes, choices))
+    return Response(json_bytes(data)[:-1] + b',"choices":[' + encoded + b"]}", media_type="application/json")
+
+
 def event(data: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + json_bytes(data) + b"\n\n"
@@ -95,17 +183,3 @@ def named(events: Iterable[dict[str, Any]]) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
-
-
-async def begun(items: AsyncIterator[T]) -> AsyncIterator[T]:
-    """Wait for the first item, so that what goes wrong up to there is raised here; return all of them."""
-    first = await anext(items, None)
-
-    async def all_items() -> AsyncIterator[T]:
-        async with aclosing(items) as rest:  # type: ignore[type-var]
-            if first is not None:
-                yield first
-                async for item in rest:
-                    yield item
-
-    return all_items()

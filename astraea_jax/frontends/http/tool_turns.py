@@ -8,16 +8,17 @@ the client's, too, ends there with the client's calls: the model may call the se
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from astraea_jax.agents.reply import CallBegan, Part, Reply
+from astraea_jax.agents.parts import CallBegan, CallPart, Part, Reply
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.generation import Usage
-from astraea_jax.frontends.http.turns import CallPart, ChatRequest, Turn, TurnDelta
+from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta
 
 MAX_STEPS = 16
 """Turns of the model for one answer; calls made in the last one are not run."""
@@ -49,6 +50,7 @@ class ToolTurn:
         self._steps = 1
         self._done: list[Turn] = []
         self._shown: dict[int, int] = {}  # index of a client's call in the model's turn -> in the answer
+        self._numbers = itertools.count()
         self._over = False
         self.prompt_tokens = turn.prompt_tokens
         self.finish_reason: str | None = None
@@ -116,6 +118,7 @@ class ToolTurn:
         ]
         self._request = replace(self._request, messages=[*self._request.messages, said, *answers], tool_choice="auto")
         self._done.append(self._turn)
+        self._shown.clear()
         self._turn = await self._begin(self._request)
         self._steps += 1
 
@@ -128,7 +131,7 @@ class ToolTurn:
         visible: list[Part] = []
         for part in parts:
             if isinstance(part, CallBegan) and part.name not in self._tools:
-                self._shown[part.index] = len(self._shown)
+                self._shown[part.index] = next(self._numbers)
             if not isinstance(part, CallPart):
                 visible.append(part)
             elif part.index in self._shown:

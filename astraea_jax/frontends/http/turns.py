@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import string
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Reply, Said
+from astraea_jax.agents.parts import CallEnded, CallPart, Part, Reply, Said
 from astraea_jax.engine.generation import Delta, Generation, TokenLogprob, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import Overloaded
@@ -28,6 +29,11 @@ UNBOUNDED = SamplingParams(max_tokens=2**31 - 1)
 def call_id() -> str:
     """Make the id of a tool call, as OpenAI's look."""
     return f"call_{secrets.token_hex(12)}"
+
+
+def short_call_id(length: int) -> str:
+    """Make the id of a tool call for chat templates that take nothing but so many letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +65,13 @@ class ChatRequest(Request):
     """``"auto"``, ``"none"``, ``"required"``, or the name of the tool that must be called."""
     parallel_calls: bool = True
     """Whether a turn may call several tools; if not, only the first call counts."""
+    thought_tokens: int | None = None
+    """Tokens that the thoughts of a turn of the model may have, where :attr:`.door.Door.bounds_thoughts`; None: any."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     call_ids: Callable[[], str] = call_id
-    """Makes the ids of tool calls."""
+    """Makes the ids of tool calls, unless the model's chat template takes only some of its own."""
+    early_calls: bool = True
+    """Whether calls are told while they are written, and dropped if they turn out unreadable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +175,8 @@ class ModelTurn:
         self._wait_s = wait_s
         self._on_begin, self._on_end = on_begin, on_end
         self._begun = self._over = False
+        self._called: int | None = None
+        """Index of the first call that is complete, if no other one counts."""
         self.finish_reason: str | None = None
         self.stop_sequence: str | None = None
 
@@ -198,8 +210,16 @@ class ModelTurn:
             self.stop_sequence = delta.stop
             self._end()
         if not self._parallel_calls:
-            parts = [part for part in parts if not (isinstance(part, CallPart) and part.index)]
+            parts = list(self._first_call(parts))
         return TurnDelta(parts, delta.logprobs, delta.token_ids)
+
+    def _first_call(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """The parts without calls after the first that is complete."""
+        for part in parts:
+            if self._called is None or not isinstance(part, CallPart):
+                yield part
+            if self._called is None and isinstance(part, CallEnded):
+                self._called = part.index
 
     def cancel(self) -> None:
         self._generation.cancel()
@@ -227,9 +247,6 @@ class ModelTurn:
 
     def __del__(self) -> None:
         self.cancel()
-
-
-CallPart = CallBegan | CallArguments | CallEnded
 
 
 async def merged(turns: Sequence[Turn]) -> AsyncIterator[tuple[int, TurnDelta]]:
