@@ -104,7 +104,7 @@ class Conversations:
         goes_on = turn is not None and meaning.answers_calls(given[end:])
         job = turn.job if turn is not None and goes_on else next(self._jobs)
         try:
-            prompt = self._prompt(Chat(match.restored(given), tools, arguments), match, job)
+            prompt = self._prompt(Chat(self._as_known(given, match), tools, arguments), match, job)
             ids, size = array("i", prompt.ids[prompt.new :]), OVERHEAD + len(repr(given[end:]))
             size += sum(piece.size for piece in prompt.fresh)
             setting = json.dumps([tools, arguments])
@@ -232,7 +232,7 @@ class Conversations:
         turn, marker = match.turn, None
         end = 0 if turn is None else turn.end
         try:
-            chat = Chat(match.restored(given), program.tools, program.template_arguments)
+            chat = Chat(self._as_known(given, match), program.tools, program.template_arguments)
             prompt = self._prompt(chat, match, tip.job, generation_prompt=False)
             said, size = tuple(given[end:]), OVERHEAD + len(repr(given[end:]))
             marker = Turn(digests[-1], turn, said, tuple(digests[end:]), len(given), program, tip.job, None, size=size)
@@ -265,6 +265,9 @@ class Conversations:
             owner.release(running.turn, now)
         owner.settle(program)
         self.owners.bound(owner)
+
+    def _as_known(self, messages: list[dict[str, Any]], match: Match) -> Sequence[meaning.Message]:
+        return messages if self.mode == "off" else match.restored(messages)
 
     def _prompt(self, chat: Chat, match: Match, job: int, *, generation_prompt: bool = True) -> Prompt:
         if self.mode != "off":
