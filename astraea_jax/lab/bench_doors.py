@@ -52,6 +52,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 options = engine_flags(*MODEL, "max_step_tokens")
+flags.DEFINE_multi_enum("door", list(DOORS), list(DOORS), "Front doors to measure.")
 flags.DEFINE_integer("streams", 64, "Streams at once.", lower_bound=1)
 flags.DEFINE_integer("words", 16, "Random words of a prompt.", lower_bound=1)
 flags.DEFINE_integer("output", 256, "Tokens of each stream.", lower_bound=2)
@@ -213,7 +214,7 @@ async def measure(playing: Awaitable[Played]) -> Measured:
 async def streams(engine: Engine, client: Client, prompts: Prompts) -> dict[str, list[Measured]]:
     """Measure the doors in turns with the same load in this process."""
     here = asking(engine.generate)
-    found: dict[str, list[Measured]] = {name: [] for name in (HERE, *DOORS)}
+    found: dict[str, list[Measured]] = {name: [] for name in (HERE, *FLAGS.door)}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):  # a short one to warm up
         for name, results in found.items():
             run = prompts.together(name, FLAGS.streams, output)
