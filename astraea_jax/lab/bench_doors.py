@@ -335,17 +335,7 @@ def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
                 f"{played.longest_ttft_s:.2f}",
             )
         )
-    columns = (
-        "",
-        "capacity",
-        "goodput",
-        "of it",
-        "if busy",
-        "answered, refused",
-        "queue s",
-        "TTFT s",
-        "longest s",
-    )
+    columns = ("", "capacity", "goodput", "of it", "if busy", "answered, refused", "queue s", "TTFT s", "longest s")
     title = f"Poisson arrivals at twice the capacity, {2 * FLAGS.arrivals} requests of about {FLAGS.output} tokens: "
     title += "tokens/s, the time that a full queue takes, and P50 / P90 / P99 of the time to the first token"
     return Section(title, columns, rows)
