@@ -68,7 +68,7 @@ class StepShape:
 
 def step_shapes(max_seqs: int, max_step_tokens: int) -> tuple[StepShape, ...]:
     """The shapes to compile: powers of two of rows for decode, and of tokens for steps with prefill."""
-    decode = [StepShape(n, n, 1) for n in _doubling(min(8, max_seqs), max_seqs)]
+    decode = [StepShape(n, n, 1) for n in _doubling(1, max_seqs)]
     lowest = min(max(64, 2 * max_seqs), max_step_tokens)
     return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
 
