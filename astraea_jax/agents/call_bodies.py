@@ -87,6 +87,16 @@ def read_body(form: ResponseTemplateField, captures: Mapping[str, str], body: st
     return [call_of(call) for call in flat([value])]
 
 
+def read_item(form: ResponseTemplateField, captures: Mapping[str, str], body: str, tools: Tools) -> list[ToolCall]:
+    """The calls in ``body`` as :func:`read_body` has them, or those at the end of a list that has begun before it."""
+    try:
+        return read_body(form, captures, body, tools)
+    except ValueError:
+        if not body.rstrip().endswith("]"):
+            raise
+        return read_body(form, captures, f"[{body}", tools)
+
+
 def python_calls(body: str) -> list[ToolCall]:
     """Calls in Python's syntax: ``[price(item="lamp"), stock()]``, or each in its own line without brackets.
 

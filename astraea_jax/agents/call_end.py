@@ -53,6 +53,8 @@ class Ended:
     """The region and its closing tag, as the model wrote them."""
     rest: str
     """Text that follows and has been looked at already."""
+    itself: bool = False
+    """The region ended with its first call; others may follow."""
 
 
 class CallBody:
@@ -64,11 +66,16 @@ class CallBody:
     Args:
         form: the region's field.
         read: reads the calls of a body, or raises ValueError or RecursionError.
-        see: called with the text of the body piece by piece; closing tags are among it if they do not end it.
+        see: called with the text of the body piece by piece; closing tags are among it if they do not end it. Returns
+            where in the body its first call ends, once that is known. There ends a region that has no closing tag.
     """
 
-    def __init__(self, form: ResponseTemplateField, read: Callable[[str], list[ToolCall]], see: Callable[[str], None]):
+    def __init__(
+        self, form: ResponseTemplateField, read: Callable[[str], list[ToolCall]], see: Callable[[str], int | None]
+    ):
         self._close = form.close_re
+        self._ends_itself = form.close_re is None or form.close_re.pattern.startswith("(?=")
+        self._ends_at: int | None = None
         self._needs_close = form.content == "xml-inline"  # else a call that was cut could pass for a whole one
         self._read, self._see = read, see
         self._open_quotings = [Quoting(quotes) for quotes in _quotings(form)]
@@ -87,10 +94,23 @@ class CallBody:
         self._window += text
         while found := self._closing(last):
             self._shift(found.start())
-            if ended := self._try(found[0]):
+            if ended := self._end_itself() or self._try(found[0]):
                 return ended
             self._shift(len(found[0]) or 1)
-        return self._cut() if last else None
+        return self._end_itself() or (self._cut() if last else None)
+
+    def _end_itself(self) -> Ended | None:
+        """End where the first call does, if there is no closing tag to wait for and it can be read by itself."""
+        if not self._ends_itself or self._ends_at is None:
+            return None
+        self._ends_itself = False
+        whole = "".join([*self._before, self._window])
+        text, rest = whole[: self._ends_at], whole[self._ends_at :]
+        try:
+            calls = self._read(text.lstrip().removeprefix("["))
+        except (ValueError, RecursionError):
+            return None
+        return Ended(calls, None, text, rest, itself=True)
 
     def _closing(self, last: bool) -> regex.Match[str] | None:
         found = self._close and self._close.search(self._window, partial=not last)
@@ -100,7 +120,7 @@ class CallBody:
         return None
 
     def _shift(self, count: int) -> None:
-        self._see(self._window[:count])
+        self._ends_at = self._see(self._window[:count])
         self._before.append(self._window[:count])
         self._length += len(self._before[-1])
         self._window = self._window[count:]

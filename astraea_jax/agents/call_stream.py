@@ -17,6 +17,8 @@ _CALL = regex.compile(
     rf'{_FENCE}(?:\[\s*+)?+\{{\s*+"name"\s*+:\s*+"(?P<name>[^"\\\x00-\x1f]{{1,256}})"'
     r'\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)'
 )
+_CALL_END, _NO_MORE = regex.compile(r"\s*+\}"), regex.compile("")
+_NEXT = regex.compile(r"[\s;,\]]{0,64}+")
 _NOTHING = regex.compile("(?!)")
 MAX_BEGINNING = 1024
 """Characters in which the arguments must begin; if they begin later, the call comes as a whole."""
@@ -39,11 +41,17 @@ class CallStream:
         """None: it is not known yet."""
         self.arguments = ""
         """All that was told of them."""
+        self.ends_at: int | None = None
+        """Position in the region at which the first call ends, if nothing around it has to be closed."""
         self._beginning: regex.Pattern[str] | None = beginning
         self._tools = tools
         self._held = ""
         self._room = MAX_CALL_CHARS
         self._copy: JsonCopy | None = None
+        self._begins_at = 0
+        self._end: regex.Pattern[str] | None = None
+        """Matches what is left of the call behind its arguments."""
+        self._tail = ""
 
     @classmethod
     def within(cls, form: ResponseTemplateField, captures: Mapping[str, str]) -> CallStream:
@@ -65,9 +73,26 @@ class CallStream:
         text, self._room = text[: self._room], max(0, self._room - len(text))
         if self._copy is None:
             text = self._begin(text)
-        added = self._copy.feed(text) if self._copy is not None else ""
+        if self._copy is None:
+            return ""
+        before = self._copy.taken
+        added = self._copy.feed(text)
         self.arguments += added
+        if self._copy.ended and self._end is not None:
+            self._find_end(text[max(0, self._copy.taken - before) :])
         return added
+
+    def _find_end(self, text: str) -> None:
+        """Look for the end of the call in the text that follows its arguments."""
+        assert self._end is not None
+        assert self._copy is not None
+        self._tail += text
+        found = self._end.match(self._tail, partial=True)
+        if found is not None and found.partial and len(self._tail) < MAX_BEGINNING:
+            return
+        self._end = None
+        if found is not None and not found.partial:
+            self.ends_at = self._begins_at + self._copy.taken + found.end()
 
     def _begin(self, text: str) -> str:
         if self._beginning is None:
@@ -77,11 +102,27 @@ class CallStream:
         if found is not None and found.partial and len(text) < MAX_BEGINNING:
             self._held = text
             return ""
-        self._beginning, self._held = None, ""
+        at_name, self._beginning, self._held = self.name is not None, None, ""
         if found is None or found.partial:
             return ""
         name = self.name or found["name"]
         if self._tools is not None and name not in self._tools:
             return ""
-        self.name, self._copy = name, JsonCopy()
+        self.name, self._copy, self._begins_at = name, JsonCopy(), found.end()
+        if "`" not in found[0]:
+            self._end = _NO_MORE if at_name else _CALL_END
         return text[found.end() :]
+
+
+def next_call(text: str, last: bool) -> tuple[str, str] | None:
+    """Split text that follows a call into separators and the next call of the same region, which may be empty.
+
+    Returns:
+        None: more text decides. A closing bracket that no call follows is a separator.
+    """
+    end = _NEXT.match(text).end()
+    if text[end : end + 1] == "{":
+        return text[:end], text[end:]
+    if end == len(text) < 64 and not last:
+        return None
+    return text[: text.rfind("]", 0, end) + 1], ""

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from astraea_jax.agents.bare_calls import BareCalls
-from astraea_jax.agents.call_bodies import Tools, read_body
+from astraea_jax.agents.call_bodies import Tools, read_body, read_item
 from astraea_jax.agents.call_end import CallBody
-from astraea_jax.agents.call_stream import CallStream
+from astraea_jax.agents.call_stream import CallStream, next_call
 from astraea_jax.agents.formats import CallFormat, kind
 from astraea_jax.agents.json_calls import MAX_CALLS, ToolCall
 from astraea_jax.agents.parts import (
@@ -83,6 +83,8 @@ class ReplyReader:
         self._regions = Regions(format.split if self._looks_for_calls else format.thoughts_only)
         self._opened: Opened | None = None
         self._body: CallBody | None = None
+        self._between: str | None = None
+        """Text behind a call that has ended its region by itself, until it is clear whether another one follows."""
         self._bare: BareCalls | None = None
         self._bare_tries = MAX_BARE if self._looks_for_calls and format.bare else 0
         self._bare_error: str | None = None
@@ -147,11 +149,13 @@ class ReplyReader:
         while True:
             if self._body is not None:
                 text = self._grow_call(self._body, text, last)
+            elif self._between is not None:
+                text = self._look_for_next(self._between + text, last)
             elif self._bare is not None:
                 text = self._grow_bare(self._bare, text, last)
             else:
                 text = self._split(text, last)
-            waiting = self._body is not None or self._bare is not None or self._regions.held
+            waiting = self._body or self._bare or self._between or self._regions.held
             if not text and not (last and waiting):
                 return
 
@@ -225,19 +229,22 @@ class ReplyReader:
 
     def _begin_call(self, piece: Piece) -> str:
         assert isinstance(piece, Opened)
-        rest = self._regions.cut(piece.end)
+        return self._open(piece, self._regions.cut(piece.end))
+
+    def _open(self, piece: Opened, rest: str, read: Callable[..., list[ToolCall]] = read_body) -> str:
         if self._calls.full:
             self._stop_calls()
             self._say(piece.text, "unreadable")
             return rest
         self._opened = piece
         form = self._format.fields[piece.field]
-        self._body = CallBody(form, partial(read_body, form, piece.captures, tools=self._tools), self._tell)
+        self._body = CallBody(form, partial(read, form, piece.captures, tools=self._tools), self._tell)
         self._parts += self._calls.open(CallStream.within(form, piece.captures))
         return rest
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str) -> int | None:
         self._parts += self._calls.tell(text)
+        return self._calls.ends_at
 
     def _grow_call(self, body: CallBody, text: str, last: bool) -> str:
         ended = body.feed(text, last)
@@ -247,10 +254,26 @@ class ReplyReader:
         self._body, written = None, self._opened.text + ended.text
         if ended.error is None:
             self._run(ended.calls, written)
+            self._between = "" if ended.itself and "name" not in self._opened.captures else None
         else:
             self._parts += self._calls.refuse(ended.error)
             self._say(written, "unreadable")
         return ended.rest
+
+    def _look_for_next(self, text: str, last: bool) -> str:
+        """Go on with the next call of a region that has no closing tag, or with what follows its calls."""
+        found = next_call(text, last)
+        if found is None:
+            self._between = text
+            return ""
+        self._between = None
+        separators, call = found
+        if call:
+            assert self._opened is not None
+            return self._open(Opened(self._opened.field, separators, 0), call, read_item)
+        if separators:
+            self.spans.append(Span("markup", separators))
+        return text[len(separators) :]
 
     def _run(self, calls: Sequence[ToolCall], written: str) -> None:
         self._said.cut()
@@ -271,7 +294,9 @@ class ReplyReader:
         inner = ReplyReader(self._format, "", self._tools)
         inner.feed("".join(span.text for span in self.spans))
         inner.finish()
-        ending = itertools.takewhile(lambda span: span.calls or not span.text.strip(), reversed(inner.spans))
+        ending = itertools.takewhile(
+            lambda span: span.calls or span.kind == "markup" or not span.text.strip(), reversed(inner.spans)
+        )
         for span in reversed(list(ending)):
             if span.calls:
                 self._run(span.calls, "")

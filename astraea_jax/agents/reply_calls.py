@@ -44,15 +44,20 @@ class ReplyCalls:
 
     def open(self, stream: CallStream) -> list[Part]:
         """Take in that calls begin, of which ``stream`` reads the first."""
-        self._growing = _Growing(stream) if self._early else None
+        self._growing = _Growing(stream)
         return self.tell("")
+
+    @property
+    def ends_at(self) -> int | None:
+        """Position at which the call that is being written ends by itself."""
+        return None if self._growing is None else self._growing.stream.ends_at
 
     def tell(self, text: str) -> list[Part]:
         """Take in more of their text."""
         if (growing := self._growing) is None:
             return []
         arguments, parts = growing.stream.feed(text), list[Part]()
-        if growing.began is None and growing.stream.name is not None:
+        if self._early and growing.began is None and growing.stream.name is not None:
             growing.began = self._begin(growing.stream.name)
             parts.append(growing.began)
         if growing.began is not None and arguments:

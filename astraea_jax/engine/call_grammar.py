@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from astraea_jax.engine.call_syntax import SYNTAXES, CallSyntax
 from astraea_jax.engine.lark_text import TEXT, LarkText
 from astraea_jax.engine.schema_limits import checked_schema
+from astraea_jax.engine.value_grammar import TEXT_LIMITS, Notation, ValueGrammar, choices_of, enumerated
 from astraea_jax.errors import RequestError, shown
+
+__all__ = ["SYNTAXES", "calls_as_lark", "json_options"]
 
 MAX_TOOLS = 128
 MAX_CALLS = 64
@@ -18,65 +22,6 @@ MAX_CALLS = 64
 MAX_NAME_CHARS = 256
 MAX_CHARS = 262_144
 """Length of the grammar of all tools together."""
-
-
-@dataclass(frozen=True)
-class CallSyntax:
-    """The text around the calls of one turn.
-
-    ``before`` and ``parameter`` hold ``{name}``, which stands for the name of the tool or of the parameter. Without
-    ``parameter`` the arguments are one JSON object.
-    """
-
-    before: str
-    after: str
-    trigger: str
-    """How the first call begins, and so what other text may not hold."""
-    begin: str = ""
-    end: str = ""
-    between: str | None = "\n"
-    """None: a turn has one call."""
-    parameter: str | None = None
-    value_end: str = ""
-
-
-_HERMES = CallSyntax('<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", "<tool_call>")
-
-SYNTAXES: dict[str, CallSyntax] = {
-    "hermes": _HERMES,
-    "json": _HERMES,
-    "llama3_json": CallSyntax('{"name": "{name}", "parameters": ', "}", "{", between="; "),
-    "mistral": CallSyntax(
-        '{"name": "{name}", "arguments": ', "}", "[TOOL_CALLS]", begin="[TOOL_CALLS][", end="]", between=", "
-    ),
-    "mistral_args": CallSyntax("[TOOL_CALLS]{name}[ARGS]", "", "[TOOL_CALLS]", between=""),
-    "harmony": CallSyntax(
-        "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", "<|call|>", "", between=None
-    ),
-    "deepseek": CallSyntax(
-        "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>",
-        "<｜tool▁calls▁begin｜>",
-        begin="<｜tool▁calls▁begin｜>",
-        end="<｜tool▁calls▁end｜>",
-        between="",
-    ),
-    "qwen3_coder": CallSyntax(
-        "<tool_call>\n<function={name}>\n",
-        "</function>\n</tool_call>",
-        "<tool_call>",
-        parameter="<parameter={name}>\n",
-        value_end="\n</parameter>\n",
-    ),
-    "glm": CallSyntax(
-        "<tool_call>{name}\n",
-        "</tool_call>",
-        "<tool_call>",
-        parameter="<arg_key>{name}</arg_key>\n<arg_value>",
-        value_end="</arg_value>\n",
-    ),
-}
-"""Name of a call format -> its syntax. Pythonic formats are not here: their values are not JSON."""
 
 
 def calls_as_lark(
@@ -129,8 +74,8 @@ def _within_text(syntax: CallSyntax, text: LarkText, turn: str) -> str:
     """Lark of a turn that may hold calls: free text up to the trigger, from where on it must be calls."""
     if not syntax.trigger:
         raise RequestError("strict tools need a required tool_choice in this model's call format")
-    if syntax.trigger == "{":
-        return f"start: {turn} | PLAIN?\nPLAIN: /[^{{](?s:.*)/\n"
+    if len(syntax.trigger) == 1:
+        return f"start: {turn} | PLAIN?\nPLAIN: /[^\\{syntax.trigger}](?s:.*)/\n"
     if text.literal(syntax.trigger).startswith("<["):  # text cannot hold it anyway
         return f"start: TEXT ({turn} TEXT)?\n"
     raise RequestError(
@@ -180,9 +125,33 @@ class _Call:
         name = json.dumps(self._name, ensure_ascii=False)[1:-1] if quoted else self._name
         if self._text.literal(name) != json.dumps(name):
             raise RequestError(f"a tool's name is {shown(self._name)}, which is a control token of the model")
+        if not re.fullmatch(self._syntax.name, name):
+            raise self._unwritable(self._name)
         before = self._text.literal(self._syntax.before.replace("{name}", name))
-        arguments, rules = (self._json(self._parameters), "") if self._syntax.parameter is None else self._tagged()
+        arguments, rules = self._arguments()
         return f"{self._rule}: {_join(before, arguments, self._text.literal(self._syntax.after))}\n{rules}"
+
+    def _arguments(self) -> tuple[str, str]:
+        """Lark of the arguments, and the rules that they use."""
+        if self._syntax.notation is not None:
+            return self._in_notation(self._syntax.notation)
+        return (self._json(self._parameters), "") if self._syntax.parameter is None else self._tagged()
+
+    def _in_notation(self, notation: Notation) -> tuple[str, str]:
+        values = ValueGrammar(notation, self._text, self._parameters, self._rule, strict=self._strict)
+        if self._syntax.parameter is None:
+            arguments = values.object_of({"properties": {}, **self._parameters})
+            return arguments, "".join(values.rules)
+        pairs: list[tuple[str, str]] = []
+        for name, schema in self._parameters.get("properties", {}).items():
+            if not re.fullmatch(self._syntax.name, name):
+                raise self._unwritable(name)
+            begin = self._text.literal(self._syntax.parameter.replace("{name}", name))
+            pairs.append((name, f"{begin} {values.value(schema)}"))
+        return values.sequence(pairs, self._parameters.get("required")), "".join(values.rules)
+
+    def _unwritable(self, name: str) -> RequestError:
+        return RequestError(f"the name {shown(name)} cannot be written in this model's call format")
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         return f"%json {json.dumps(json_options(schema, lenient=not self._strict))}"
@@ -195,33 +164,62 @@ class _Call:
         rules: list[str] = []
         for i, (name, schema) in enumerate(properties.items()):
             rule = f"{self._rule}_{i}"
-            begin = self._text.literal((self._syntax.parameter or "").replace("{name}", name))
-            value, definitions = self._value(f"{rule}_value", schema if isinstance(schema, dict) else {})
-            rules.append(f"{rule}: {begin} {value}\n{definitions}")
+            values = self._values(rule, name, schema)
+            rules.append(f"{rule}: {' | '.join(value for value, _ in values)}\n")
+            rules += [definitions for _, definitions in values]
             references.append(rule if name in required else f"{rule}?")
         return " ".join(references), "".join(rules)
 
-    def _value(self, rule: str, schema: dict[str, Any]) -> tuple[str, str]:
-        """Lark of a value and its end, and what it needs. Text stands there as it is, everything else as JSON."""
+    def _values(self, rule: str, name: str, schema: Any) -> list[tuple[str, str]]:
+        """Lark of an argument, once as text and once as JSON as far as it may be either, and what each needs.
+
+        Text stands there as it is, everything else as JSON. Where the tags do not tell which it is, any text is
+        allowed if some is, since what is read as JSON, such as null, is text, too.
+        """
+        parameter = (self._syntax.parameter or "").replace("{name}", name)
+        listed, others, free = self._alternatives(schema)
         end = self._text.literal(self._syntax.value_end)
-        choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
-        if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
-            return f"({' | '.join(json.dumps(choice) for choice in choices)}) {end}", ""
-        if choices is None and schema.get("type", "string") == "string" and not schema.keys() & _COMBINED:
-            if self._strict and (beyond := schema.keys() & _TEXT_LIMITS):
-                raise RequestError(
-                    f"{sorted(beyond)[0]} in the strict tool {shown(self._name)} cannot be enforced in this model's "
-                    "call format; leave out strict"
-                )
-            return self._text.until(rule, self._syntax.value_end)
-        shared: dict[str, Any] = {
-            key: self._parameters[key] for key in ("$defs", "definitions") if key in self._parameters
-        }
-        return f"{self._json({**shared, **schema})} {end}", ""
+        as_text, as_json = (self._text.literal(parameter.replace("{string}", told)) for told in ("true", "false"))
+        values: list[tuple[str, str]] = []
+        if free:
+            value, definitions = self._text.until(f"{rule}_value", self._syntax.value_end)
+            values.append((f"{as_text} {value}", definitions))
+        if free and as_text == as_json:
+            return values
+        if listed and not free:
+            values.append((f"{as_text} ({' | '.join(listed)}) {end}", ""))
+        return [*values, (f"{as_json} ({' | '.join(others)}) {end}", "")] if others else values
+
+    def _alternatives(self, schema: Any) -> tuple[list[str], list[str], bool]:
+        """The texts that an argument may be, Lark of what else it may be, and whether it may be any text."""
+        listed: list[str] = []
+        others: list[str] = []
+        free = False
+        for choice in choices_of(schema, self._parameters):
+            if (values := enumerated(choice)) is not None:
+                listed += [json.dumps(value) for value in values if isinstance(value, str)]
+                others += [json.dumps(json.dumps(value)) for value in values if not isinstance(value, str)]
+            elif choice.get("type", "string") == "string" and not choice.keys() & _COMBINED:
+                self._check_text(choice)
+                free = True
+                others += [] if "type" in choice else [self._json({"type": _NO_TEXT})]
+            else:
+                shared: dict[str, Any] = {
+                    key: self._parameters[key] for key in ("$defs", "definitions") if key in self._parameters
+                }
+                others.append(self._json({**shared, **choice}))
+        return listed, others, free
+
+    def _check_text(self, schema: Mapping[str, Any]) -> None:
+        if self._strict and (beyond := schema.keys() & TEXT_LIMITS):
+            raise RequestError(
+                f"{sorted(beyond)[0]} in the strict tool {shown(self._name)} cannot be enforced in this model's "
+                "call format; leave out strict"
+            )
 
 
+_NO_TEXT = ["number", "boolean", "null", "array", "object"]
 _COMBINED = {"$ref", "anyOf", "oneOf", "allOf"}
-_TEXT_LIMITS = {"pattern", "format", "minLength", "maxLength"}
 
 
 def json_options(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:

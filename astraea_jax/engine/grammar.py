@@ -17,10 +17,11 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from astraea_jax.engine.call_grammar import SYNTAXES, calls_as_lark, json_options
+from astraea_jax.engine.call_grammar import calls_as_lark, json_options
+from astraea_jax.engine.call_syntax import syntax_of
 from astraea_jax.engine.lark_text import LarkText, Thought
 from astraea_jax.engine.schema_limits import checked_lark, checked_regex, checked_schema
-from astraea_jax.errors import RequestError, shown
+from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer
 
 LIMITS = LLParserLimits(
@@ -45,6 +46,8 @@ class Matcher:
         start: of the library, at the start of a text, for this matcher only.
         vocabulary: tokens that it knows.
     """
+
+    free = False
 
     def __init__(self, grammar: Grammar, start: LLMatcher, vocabulary: int):
         self._grammar = grammar
@@ -206,13 +209,8 @@ class GrammarCompiler:
             required: the turn is nothing but calls; otherwise calls may stand in text.
             thought: what may come first.
         """
-        if format == "mistral" and "[ARGS]" in self._text.control_tokens:
-            format = "mistral_args"
-        if format not in SYNTAXES:
-            raise RequestError(
-                f"calls of the format {shown(format)} cannot be constrained; leave tool_choice at auto and out strict"
-            )
-        lark = calls_as_lark(tools, SYNTAXES[format], self._text, name=name, parallel=parallel, required=required)
+        syntax = syntax_of(format, self._text.control_tokens, self._source.template_text)
+        lark = calls_as_lark(tools, syntax, self._text, name=name, parallel=parallel, required=required)
         return self._compiled("lark_grammar", lark, thought)
 
     @functools.cached_property

@@ -51,13 +51,17 @@ class LarkText:
 
         Args:
             rule: name for a rule of its own, in lower case.
-            text: not empty. If it has a control token, what stands before that is free, too.
+            text: not empty.
 
         Returns:
             Lark for it, and the definitions that this needs besides ``TEXT``.
         """
         if token := self._pattern.search(text):
-            return f"TEXT {self.literal(text[token.start() :])}", ""
+            rest = self.literal(text[token.start() :])
+            if not token.start():
+                return f"TEXT {rest}", ""
+            before = "".join(f"\\x{{{ord(char):x}}}" for char in text[: token.start()])
+            return f"{rule.upper()} {rest}", f"{rule.upper()}: /(?s:.*){before}/\n"
         return rule, f"{rule}[lazy]: TEXT {json.dumps(text)}\n"
 
     def thought(self, thought: Thought) -> str:

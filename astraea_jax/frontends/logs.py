@@ -6,10 +6,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from absl import flags
+
+from astraea_jax.engine.generation import Usage
 
 ACCESS = logging.getLogger("astraea_jax.access")
 """One record for every request that a door has answered; off until :func:`configure` says otherwise."""
@@ -53,7 +56,16 @@ def configure(handler: logging.Handler, *, as_json: bool, access: bool) -> None:
     ACCESS.setLevel(logging.INFO if access else logging.CRITICAL)
 
 
-def answered(door: str, method: str, path: str, status: int | str, request_id: str, client: str, took_s: float) -> None:
+def answered(
+    door: str,
+    method: str,
+    path: str,
+    status: int | str,
+    request_id: str,
+    client: str,
+    took_s: float,
+    usage: Usage | None = None,
+) -> None:
     """Log a request that a door has answered.
 
     Args:
@@ -64,14 +76,16 @@ def answered(door: str, method: str, path: str, status: int | str, request_id: s
         request_id: by which the client knows it.
         client: its address.
         took_s: until the answer was sent whole.
+        usage: tokens and times of the request to the model, if it is known here.
     """
     if not ACCESS.isEnabledFor(logging.INFO):
         return
     shown = path[:200].encode("ascii", "backslashreplace").decode()
     shown = "".join(letter if letter.isprintable() else "?" for letter in shown)
+    tokens = "" if usage is None else f", {usage.prompt_tokens} + {usage.output_tokens} tokens"
     ACCESS.info(
-        "%s %s %s %s in %.3f s, request %s of %s",
-        *(door, method, shown, status, took_s, request_id, client),
+        "%s %s %s %s in %.3f s, request %s of %s%s",
+        *(door, method, shown, status, took_s, request_id, client, tokens),
         extra={
             "door": door,
             "method": method,
@@ -80,5 +94,6 @@ def answered(door: str, method: str, path: str, status: int | str, request_id: s
             "seconds": round(took_s, 6),
             "request_id": request_id,
             "client": client,
+            **({} if usage is None else asdict(usage)),
         },
     )

@@ -42,7 +42,7 @@ def test_a_name_comes_before_the_arguments_end(name: str) -> None:
     text = write("", "", [LAMP])
     reader = ReplyReader(named(format), "", TOOLS)
     parts = reader.feed(text[: text.index("lamp") + 2])
-    assert parts[:1] == ([] if format == "pythonic" else [CallBegan(0, "call_0", "price")])
+    assert parts[:1] == ([] if format == "pythonic" else [CallBegan(0, named(format).call_id(0), "price")])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_name_comes_before_the_arguments_end(name: str) -> None:
 )
 def test_what_turns_out_unreadable_is_dropped_and_said(format: str, text: str, told: str) -> None:
     parts = parts_of(format, text)
-    assert parts[0] == CallBegan(0, "call_0", "price")
+    assert parts[0] == CallBegan(0, named(format).call_id(0), "price")
     assert "".join(part.text for part in parts if isinstance(part, CallArguments)) == told
     assert [part for part in parts if not isinstance(part, CallArguments | Said)] == [parts[0], CallDropped(0)]
     assert "".join(part.text for part in parts if isinstance(part, Said)) == text
@@ -96,3 +96,93 @@ def test_without_early_calls_none_is_dropped() -> None:
     assert parts_of("hermes", text, early=False) == [Said(text)]
     whole = parts_of("hermes", WRITERS["hermes"][1]("", "", [LAMP]), early=False)
     assert [type(part) for part in whole] == [CallBegan, CallArguments, CallEnded]
+
+
+ENDS = {
+    "llama3_json": None,  # without a tag, only the end of the turn tells that it is no text
+    "pythonic": "<|python_end|>",
+    "pythonic_lines": "</function_calls>",
+    "qwen3_coder": "</function>",
+    "gemma": "<tool_call|>",
+    "harmony": None,
+    "deepseek_dsml": "</｜DSML｜invoke>",
+    "mistral": "}}",
+    "mistral_named": "}",
+    "json": "</tool_call>",
+    "hermes": "</tool_call>",
+    "glm": "</tool_call>",
+    "deepseek": "<｜tool▁call▁end｜>",
+    "deepseek_fenced": "<｜tool▁call▁end｜>",
+}
+"""Last characters of a call."""
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ENDS if ENDS[name]))
+def test_a_call_ends_with_its_last_character(name: str) -> None:
+    format, write = WRITERS[name]
+    text = write("", "", [LAMP, ("stock", {"item": "desk"})])
+    reader = ReplyReader(named(format), "", TOOLS)
+    end = text.index(ENDS[name] or "") + len(ENDS[name] or "")
+    assert not any(isinstance(part, CallEnded) for part in reader.feed(text[: end - 1]))
+    ended = [part.call for part in reader.feed(text[end - 1 : end]) if isinstance(part, CallEnded)]
+    assert [(call.name, call.arguments) for call in ended][:1] == [LAMP]
+    assert len(ended) == (2 if format == "pythonic" else 1)
+
+
+@pytest.mark.parametrize("name", ["harmony", "llama3_json"])
+def test_a_call_that_ends_with_the_turn(name: str) -> None:
+    format, write = WRITERS[name]
+    reader = ReplyReader(named(format), "", TOOLS)
+    assert not any(isinstance(part, CallEnded) for part in reader.feed(write("", "", [LAMP])))
+    assert any(isinstance(part, CallEnded) for part in reader.finish())
+
+
+LAMP_JSON, DESK_JSON = (
+    '{"name": "price", "arguments": {"item": "lamp"}}',
+    '{"name": "stock", "arguments": {"item": "desk"}}',
+)
+LAMP_CALL, DESK_CALL = ("price", {"item": "lamp"}), ("stock", {"item": "desk"})
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "calls", "said", "errors"),
+    [
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON}, {DESK_JSON}]", [LAMP_CALL, DESK_CALL], "", 0),
+        ("mistral", f"[TOOL_CALLS] [{LAMP_JSON},\n{DESK_JSON}] ", [LAMP_CALL, DESK_CALL], "", 0),
+        ("mistral", f"[TOOL_CALLS]{LAMP_JSON}[TOOL_CALLS][{DESK_JSON}]", [LAMP_CALL, DESK_CALL], "", 0),
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON}][TOOL_CALLS][{DESK_JSON}]", [LAMP_CALL, DESK_CALL], "", 0),
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON}", [LAMP_CALL], "", 0),
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON}] Wait.", [LAMP_CALL], "Wait.", 0),
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON}, {DESK_JSON.replace(chr(34), chr(39))}]", [LAMP_CALL, DESK_CALL], "", 0),
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON}, {{oops]", [LAMP_CALL], ", {oops]", 1),
+        ("mistral", f"[TOOL_CALLS][{LAMP_JSON.replace(chr(34), chr(39))}, {DESK_JSON}]", [LAMP_CALL, DESK_CALL], "", 0),
+        ("llama3_json", f"So: <|python_tag|>{LAMP_JSON}; {DESK_JSON}", [LAMP_CALL, DESK_CALL], "So:", 0),
+        ("json", f"<|python_tag|>{LAMP_JSON}<|python_tag|>{DESK_JSON}", [LAMP_CALL, DESK_CALL], "", 0),
+        ("mistral", '[TOOL_CALLS]price[ARGS]{"item": "lamp"} Wait.', [LAMP_CALL], " Wait.", 0),
+    ],
+)
+def test_a_region_without_a_closing_tag_ends_with_its_calls(
+    format: str, text: str, calls: Any, said: str, errors: int
+) -> None:
+    for pieces in ([text], list(text), [text[:40], text[40:]]):
+        reader = ReplyReader(named(format), "", TOOLS)
+        for piece in pieces:
+            reader.feed(piece)
+        reader.finish()
+        reply = reader.reply
+        assert [(call.name, call.arguments) for call in reply.calls] == calls
+        assert reply.text.strip() == said.strip()
+        assert len(reply.errors) == errors
+        assert "".join(span.text for span in reader.spans) == text
+
+
+def test_a_call_that_ends_an_open_thought_is_run_with_markup_behind_it() -> None:
+    for format, text in (
+        ("qwen3_coder", WRITERS["qwen3_coder"][1]("", "", [LAMP])),
+        ("mistral", WRITERS["mistral"][1]("", "", [LAMP])),
+    ):
+        opening = named(format).thoughts[0][0]
+        reader = ReplyReader(named(format), f"<|im_start|>assistant\n[/INST]{opening}", TOOLS)
+        reader.feed(f"Maybe: {text}")
+        reader.finish()
+        assert [(call.name, call.arguments) for call in reader.reply.calls] == [LAMP]

@@ -14,6 +14,7 @@ from astraea_jax.agents.formats import FOLDER, NAMES, SIGNS, choose, named
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.response_templates import ResponseParser, load_response_template
 from astraea_jax.agents.tool_calls import read_turn
+from astraea_jax.engine.call_syntax import SYNTAXES, WAYS
 from astraea_jax.engine.lark_text import Thought
 from astraea_jax.models import resolve
 from astraea_jax.models.config import CheckpointError
@@ -168,3 +169,22 @@ def test_calls_have_the_ids_that_the_chat_template_takes() -> None:
     assert all(len(id) == 9 and id.isalnum() for id in ids)
     written = WRITERS["mistral"][1]("", "", [("price", {}), ("stock", {})])
     assert [call.id for call in read_turn(written, 3, format=named("mistral")).calls] == ids[3:5]
+
+
+def test_calls_of_every_format_can_be_required() -> None:
+    """Whoever adds a format adds a grammar for it, and the other way round."""
+    ways = {way: format for format, _, way in WAYS}
+    assert {ways.get(name, name) for name in SYNTAXES} == set(NAMES)
+    assert set(NAMES) <= set(SYNTAXES)
+    assert set(ways) <= set(SYNTAXES)
+
+
+@pytest.mark.parametrize("name", sorted(SYNTAXES))
+def test_calls_that_a_grammar_demands_are_read(name: str) -> None:
+    """The shortest call of each syntax, put together by hand."""
+    syntax = SYNTAXES[name]
+    empty = "{}" if syntax.parameter is None else ""
+    written = "".join([syntax.begin, syntax.before.replace("{name}", "stock"), empty, syntax.after, syntax.end])
+    turn = read_turn(written, tools=["stock"], format=named({way: format for format, _, way in WAYS}.get(name, name)))
+    assert [(call.name, call.arguments, call.error) for call in turn.calls] == [("stock", {}, None)]
+    assert turn.content == ""

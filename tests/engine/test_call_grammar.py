@@ -138,7 +138,7 @@ def tool(name, parameters=None, **more):
     [
         ([], None, "hermes", "empty"),
         (TOOLS, "sell", "hermes", "'sell'"),
-        (TOOLS, None, "pythonic", "cannot be constrained"),
+        (TOOLS, None, "nous", "cannot be constrained"),
         (["price"], None, "hermes", "OpenAI-shaped"),
         (tool(""), None, "hermes", "name"),
         (tool("x" * 300), None, "hermes", "name"),

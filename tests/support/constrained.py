@@ -60,6 +60,7 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 2000) -
     matcher = grammar.matcher()
     words = (tokenizer.vocab_size + EXTRA + 31) // 32
     tokens: list[int] = []
+    controls = set(tokenizer.added_tokens().values())
     for _ in range(steps):
         choices = allowed(matcher, words)
         assert choices
@@ -68,7 +69,8 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 2000) -
             break
         # Long tokens first, and what closes: a walk among all characters would rarely end.
         likely = sorted(choices, key=lambda token: -len(tokenizer.decode([token])))[:8]
-        closing = [token for token in choices if tokenizer.decode([token]).strip() in ('"', "}", "]", ">")]
+        closing = [token for token in choices if tokenizer.decode([token]).strip() in ('"', "'", "}", "]", ")", ">")]
+        closing += [token for token in choices if token in controls]
         tokens.append(rng.choice(closing if closing and rng.random() < 0.4 else rng.choice([likely, choices])))
         assert matcher.accept(tokens[-1])
         if matcher.finished:

@@ -14,6 +14,7 @@ from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.errors import Failure, anthropic_status, failure_of
 from astraea_jax.frontends.http.guard import Bounds, Guard, Shape
 from astraea_jax.frontends.http.hosts import AllowedHosts
+from astraea_jax.frontends.http.responses_background import Background
 from astraea_jax.frontends.http.responses_store import ResponseStore
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.operating import Operator
@@ -54,7 +55,9 @@ def make_app(
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
-    return Guard(app, keys, shape_of, bounds, hosts or AllowedHosts())
+    guard = Guard(app, keys, shape_of, bounds, hosts or AllowedHosts())
+    app.state.background = Background(guard.running)
+    return guard
 
 
 def shape_of(path: str) -> Shape:

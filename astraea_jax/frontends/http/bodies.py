@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from email.message import Message
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic_core
 from fastapi import Request
@@ -14,6 +14,8 @@ from astraea_jax.engine.encoding import TextPool
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import tenant_of
 from astraea_jax.frontends.http.errors import NotJson, TooLarge
+
+T = TypeVar("T")
 
 LONG_BODY = 2**16
 """Bytes from which a body is read in a thread."""
@@ -48,9 +50,17 @@ async def read_body(request: Request, validate: Validate) -> Any:
     if not body:
         raise RequestError("the body is empty; send a JSON object")
     _check_type(request.headers.get("content-type", ""))
-    if len(body) < LONG_BODY:
-        return _read(body, validate)
-    return await BODIES.run(tenant_of(request).owner, len(body), lambda: _read(body, validate))
+    return await prepared(request, lambda: _read(body, validate))
+
+
+async def prepared(request: Request, prepare: Callable[[], T]) -> T:
+    """Return ``prepare()``, which goes through a body that has been read, computed in a thread if it is long.
+
+    Raises:
+        Overloaded: too many bodies wait.
+    """
+    size = len(await request.body())
+    return prepare() if size < LONG_BODY else await BODIES.run(tenant_of(request).owner, size, prepare)
 
 
 def _check_type(content_type: str) -> None:

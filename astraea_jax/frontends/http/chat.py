@@ -14,6 +14,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -21,11 +22,13 @@ from fastapi import APIRouter, Request, Response
 from astraea_jax.agents.reply import CallArguments, CallBegan, Said, Thought
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import TokenLogprob
+from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.bodies import prepared
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
-from astraea_jax.frontends.http.logprobs import chat_logprobs
-from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
+from astraea_jax.frontends.http.logprobs import chat_logprobs, count, written
+from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer_of_choices, event, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged
 from astraea_jax.frontends.http.usage import usage_of
 
@@ -37,7 +40,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     """Give the model's next turn in a conversation."""
     door = door_of(request)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": door.check_model(body.model)}
-    turns = await door.begin(_request(request, body, door))
+    turns = await door.begin(await prepared(request, partial(_request, request, body, door)))
     outputs = merged(turns)
     if body.stream:
         chunks = _Chunks(door, body, head, turns)
@@ -45,12 +48,20 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     logprobs: list[list[TokenLogprob]] = [[] for _ in turns]
     async for index, delta in outputs:
         logprobs[index] += delta.logprobs
-    choices = [_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns)]
-    return answer({**head, "object": "chat.completion", "choices": choices, "usage": usage_of(turns)})
+
+    def whole() -> Response:
+        choices = (_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns))
+        return answer_of_choices({**head, "object": "chat.completion", "usage": usage_of(turns)}, choices)
+
+    return await written(sum(map(count, logprobs)), whole)
 
 
 def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
     body.refuse_unserved()
+    if body.thinking_token_budget is not None and not door.bounds_thoughts:
+        raise RequestError(
+            "thinking_token_budget is not served: this model has no tokens that begin and end its thoughts"
+        )
     session, final = session_of(request, body.session_id)
     return ChatRequest(
         tenant=tenant_of(request, body.cache_salt),
@@ -67,6 +78,7 @@ def _request(request: Request, body: ChatCompletionRequest, door: Door) -> ChatR
         tools=[{"type": "function", "function": tool.function.plain()} for tool in body.tools or ()],
         tool_choice=body.choice(),
         parallel_calls=body.parallel_tool_calls is not False,
+        thought_tokens=body.thinking_token_budget,
         template_arguments=body.template_arguments(),
         early_calls=bool(body.stream),
     )
@@ -127,7 +139,7 @@ class _Chunks:
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             delta = _delta(output)
             if delta or output.logprobs:
-                yield self._chunk(index, delta, output.logprobs)
+                yield await written(count(output.logprobs), partial(self._chunk, index, delta, output.logprobs))
             if (reason := self._turns[index].finish_reason) is not None:
                 yield self._chunk(index, {}, reason=reason, stop=self._turns[index].stop_sequence)
         if self._body.include_usage:

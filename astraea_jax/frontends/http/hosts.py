@@ -80,7 +80,7 @@ def host_name(text: str) -> str:
 
 def _name(host: str) -> str | None:
     """Name in a ``Host`` header; None: it is none."""
-    found = _HOST.fullmatch(host)
+    found = _HOST.fullmatch(host.strip())
     if not found:
         return None
     name = found["v6"] if found["name"] is None else found["name"]

@@ -109,6 +109,7 @@ def _chat(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRequ
         parallel_calls=read.parallel_calls(body),
         params=SamplingParams(**{"temperature": 1.0, **door_of(request).defaults, **params}),
         constraint=read.constraint(body),
+        thought_tokens=body.thinking.budget_tokens if body.thinking else None,
         template_arguments=read.template_arguments(body),
         session=session,
         final=final,

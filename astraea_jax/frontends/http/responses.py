@@ -4,111 +4,115 @@ Responses are stored, if ``store`` is not false, in a bounded table of each tena
 request that continues one that is gone gets 404. A chain of responses that may call tools is one program to the
 scheduler.
 
+With ``background`` a response goes on without its client, who may ask for it, stream its events again, or cancel it. It
+ends with the server.
+
 Tools that OpenAI's servers would run (web search, code …) are not: models are not told of them, and the ``tools`` of a
 response are those that its model was told of.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.frontends.http import responses_input as read
+from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, session_of, tenant_of
-from astraea_jax.frontends.http.errors import Failure
-from astraea_jax.frontends.http.logprobs import chat_logprobs
-from astraea_jax.frontends.http.responses_output import ResponseBuilder, reply_messages
-from astraea_jax.frontends.http.responses_schema import LARGEST, FunctionTool, ResponsesRequest
+from astraea_jax.frontends.http.errors import Failure, NotFound
+from astraea_jax.frontends.http.responses_asked import Asked
+from astraea_jax.frontends.http.responses_background import Background, Running
+from astraea_jax.frontends.http.responses_items import page
+from astraea_jax.frontends.http.responses_output import ResponseBuilder
+from astraea_jax.frontends.http.responses_record import Record
+from astraea_jax.frontends.http.responses_schema import LARGEST, MAX_NAME, ResponsesRequest
 from astraea_jax.frontends.http.responses_store import ResponseStore, Stored
+from astraea_jax.frontends.http.responses_writing import Writing
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, named, stream
-from astraea_jax.frontends.http.tenants import Tenant
-from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta
-from astraea_jax.models.tokenizer import Tokenizer
-
-LOGPROBS = "message.output_text.logprobs"
-"""In ``include``: the probability of each token of the text."""
-REFUSED = {429: "rate_limit_exceeded"}
-"""Statuses -> codes of responses that have failed; all others are the server's fault."""
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["responses"])
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One request, and where its response belongs."""
-
-    id: str
-    body: ResponsesRequest
-    tenant: Tenant
-    store: ResponseStore
-    before: Stored | None
-    """What it continues."""
-    messages: list[dict[str, Any]]
-    """The conversation, without instructions."""
-    session: str | None
-
-    def keep(self, builder: ResponseBuilder, response: dict[str, Any]) -> None:
-        """Store a response that has ended."""
-        if not self.body.store:
-            return
-        known = len(self.before.messages) if self.before else 0
-        messages = [*self.messages, *reply_messages(builder.output)]
-        size = len(json.dumps([response, messages[known:]])) + (self.before.size if self.before else 0)
-        self.store.put(self.tenant.owner, self.id, Stored(response, messages, self.session, size))
-
-
 @router.post("")
 async def create(body: ResponsesRequest, request: Request) -> Response:
-    """Answer input items, at once or as it is written."""
-    door = door_of(request)
-    tokenizer = door.engine.tokenizer
+    """Answer input items: at once, as it is written, or in the background."""
+    door, background = door_of(request), _background_of(request)
     model = door.check_model(body.model)
-    asked, final = _asked(body, request)
-    tools, choice = read.chosen_tools(body)
-    chat = ChatRequest(
-        messages=read.with_instructions(body.instructions, asked.messages),
-        tenant=asked.tenant,
-        tools=read.chat_tools(tools),
-        tool_choice=choice,
-        parallel_calls=body.parallel_tool_calls,
-        params=SamplingParams(**{"temperature": 1.0, **door.defaults, **_sampling(body)}),
-        constraint=read.constraint(body),
-        template_arguments=read.template_arguments(body),
-        early_calls=body.stream,
-        session=asked.session,
-        final=final,
-    )
-    (turn,) = await door.begin(chat)
-    builder = ResponseBuilder(_response(asked, model, chat.params))
+    session, final = session_of(request)
+    tenant = tenant_of(request)
+    if body.previous_response_id and background.find(tenant.owner, body.previous_response_id):
+        raise RequestError("previous_response_id names a response that is still being written; wait for its end")
+    asked = Asked.of(body, tenant, _store_of(request), session)
+    chat = asked.chat(door.defaults, final=final)
+
+    async def begin() -> Writing:
+        (turn,) = await door.begin(chat)
+        return Writing(asked, turn, ResponseBuilder(asked.response(model, chat.params)), door.engine.tokenizer)
+
+    if body.background:
+        running = await background.run(tenant.owner, asked.id, begin)
+        return await _followed(request, running.record, -1) if body.stream else answer(running.response)
+    writing = await begin()
     if body.stream:
-        start = named(builder.start())
-        return await stream(request, _events(asked, turn, builder, tokenizer), partial(_failed, builder), start=start)
-    async for delta in turn:
-        _add(builder, delta, tokenizer)
-    response = _end(turn, builder)[-1]["response"]
-    asked.keep(builder, response)
-    return answer(response)
+        start = named(writing.builder.start())
+        return await stream(
+            request, _events(writing), lambda failure: named(writing.failed(failure)) + DONE, start=start
+        )
+    async for _ in writing.events():
+        pass
+    return answer(writing.ended)
 
 
 @router.get("/{id}")
-async def retrieve(id: str, request: Request) -> Response:
-    """Return a stored response."""
-    return answer(_store_of(request).get(tenant_of(request).owner, id).response)
+async def retrieve(
+    id: str,
+    request: Request,
+    stream: bool = False,
+    starting_after: Annotated[int, Query(ge=-1, le=LARGEST)] = -1,
+) -> Response:
+    """Return a stored response, or one in the background as it is now, or its events, those to come among them."""
+    found = _found(request, id)
+    if not stream:
+        return answer(found.response)
+    if found.record is None:
+        raise RequestError("only the events of responses with background are kept; retrieve this one without stream")
+    return await _followed(request, found.record, starting_after)
+
+
+@router.post("/{id}/cancel")
+async def cancel(id: str, request: Request) -> Response:
+    """Cancel a response in the background. One that has ended stays as it is."""
+    found = _found(request, id)
+    if isinstance(found, Running):
+        await found.cancel()
+    elif not found.response["background"]:
+        raise RequestError("only responses with background can be cancelled; this one has ended")
+    return answer(found.response)
+
+
+@router.get("/{id}/input_items")
+async def input_items(
+    id: str,
+    request: Request,
+    after: Annotated[str, Query(max_length=MAX_NAME)] | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    """List the input items of a response, those of the responses that it continues among them."""
+    return answer(page(_found(request, id).items, after, limit, order))
 
 
 @router.delete("/{id}")
 async def delete(id: str, request: Request) -> Response:
-    """Forget a stored response."""
-    _store_of(request).delete(tenant_of(request).owner, id)
+    """Forget a stored response; one in the background is cancelled first."""
+    found = _found(request, id)
+    if isinstance(found, Running):
+        await found.cancel()
+    with suppress(NotFound):  # it was too large to be stored
+        _store_of(request).delete(tenant_of(request).owner, id)
     return answer({"id": id, "object": "response", "deleted": True})
 
 
@@ -117,87 +121,37 @@ def _store_of(request: Request) -> ResponseStore:
     return store
 
 
-def _asked(body: ResponsesRequest, request: Request) -> tuple[_Asked, bool]:
-    """Return the chat that a body asks for, and whether its program ends with it."""
-    id, tenant, store = f"resp_{secrets.token_hex(24)}", tenant_of(request), _store_of(request)
-    before = store.get(tenant.owner, body.previous_response_id) if body.previous_response_id else None
-    told = before.messages if before else ()
-    messages = [*told, *read.conversation(body.input, told)]
-    session, final = session_of(request)
-    if session is None and before is not None:
-        session = before.session
-    elif session is None and body.store and body.tools:  # whoever has tools will come back
-        session = id
-    return _Asked(id, body, tenant, store, before, messages, session), final
+def _background_of(request: Request) -> Background:
+    background: Background = request.app.state.background
+    return background
 
 
-def _sampling(body: ResponsesRequest) -> dict[str, Any]:
-    """Sampling parameters that the request gives."""
-    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    given["max_tokens"] = body.max_output_tokens or LARGEST
-    if body.top_logprobs is not None or LOGPROBS in body.include:
-        given["logprobs"] = body.top_logprobs or 0
-    return given
+def _found(request: Request, id: str) -> Running | Stored:
+    """Return a response of the caller's, one that is being written in the background or one that is stored.
+
+    Raises:
+        NotFound: there is none.
+    """
+    owner = tenant_of(request).owner
+    return _background_of(request).find(owner, id) or _store_of(request).get(owner, id)
 
 
-def _response(asked: _Asked, model: str, params: SamplingParams) -> dict[str, Any]:
-    """Make the fields of a response that are known before it begins."""
-    body = asked.body
-    return {
-        "id": asked.id,
-        "object": "response",
-        "created_at": int(time.time()),
-        "model": model,
-        "previous_response_id": body.previous_response_id,
-        "instructions": body.instructions,
-        "metadata": body.metadata,
-        "tools": [_tool(tool) for tool in body.tools if isinstance(tool, FunctionTool)],
-        "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump(),
-        "parallel_tool_calls": body.parallel_tool_calls,
-        "text": {"format": body.text.format.model_dump(by_alias=True)},
-        "reasoning": {"effort": body.reasoning.effort, "summary": None},
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "top_logprobs": body.top_logprobs or 0,
-        "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": None,
-        "truncation": "disabled",
-        "background": False,
-        "store": body.store,
-        "service_tier": "default",
-        "prompt_cache_key": body.prompt_cache_key,
-        "safety_identifier": None,
-        "user": None,
-    }
+async def _events(writing: Writing) -> AsyncIterator[bytes]:
+    async for events in writing.events():
+        yield named(events)
+    yield DONE
 
 
-def _tool(tool: FunctionTool) -> dict[str, Any]:
-    return tool.model_dump() | {"parameters": tool.parameters or None}
+async def _followed(request: Request, record: Record, after: int) -> Response:
+    """Stream the events of a record behind a sequence number; the response goes on without this stream."""
 
+    async def events() -> AsyncIterator[bytes]:
+        async for event in record.follow(after):
+            yield event
+        yield DONE
 
-def _end(turn: Turn, builder: ResponseBuilder) -> list[dict[str, Any]]:
-    """Finish a response; returns the last events."""
-    assert turn.finish_reason is not None  # its last delta is out
-    assert turn.usage is not None
-    return builder.finish(turn.finish_reason, turn.usage)
+    def failed(failure: Failure) -> bytes:
+        error = {"code": failure.code, "message": failure.message, "param": failure.param}
+        return named([{"type": "error", "sequence_number": record.next, **error}]) + DONE
 
-
-def _add(builder: ResponseBuilder, delta: TurnDelta, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    logprobs = chat_logprobs(tokenizer, delta.logprobs)["content"] if delta.logprobs else ()
-    return builder.add(delta.parts, len(delta.token_ids), logprobs)
-
-
-async def _events(asked: _Asked, turn: Turn, builder: ResponseBuilder, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
-    async for delta in turn:
-        if events := _add(builder, delta, tokenizer):
-            yield named(events)
-    last = _end(turn, builder)
-    asked.keep(builder, last[-1]["response"])
-    yield named(last) + DONE
-
-
-def _failed(builder: ResponseBuilder, failure: Failure) -> bytes:
-    return named(builder.fail(REFUSED.get(failure.status, "server_error"), failure.message)) + DONE
+    return await stream(request, events(), failed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.engine.generation import Usage
 from astraea_jax.frontends.http.blank import Blank
+from astraea_jax.frontends.http.responses_items import item_id
 
 Event = dict[str, Any]
 """Data of a server-sent event; its ``type`` is the event's name."""
 
 KINDS = {"reasoning": "reasoning_text", "message": "output_text"}
 """Items that hold text -> the type of their one content part."""
-PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
-"""Items -> how their ids begin."""
 
 
 class ResponseBuilder:
@@ -34,6 +32,8 @@ class ResponseBuilder:
     def __init__(self, response: dict[str, Any]):
         self._response = response
         self.output: list[dict[str, Any]] = []
+        self.status = "in_progress"
+        """Until the end."""
         self._sequence = 0
         self._open: str | None = None
         """Type of the item that grows; it is the last one of ``output``."""
@@ -46,10 +46,11 @@ class ResponseBuilder:
         self._thought_tokens = 0
         self._blank = Blank()
 
-    def start(self) -> list[Event]:
-        """Return the first events."""
-        begun = self.response("in_progress")
-        return [self._event("response.created", response=begun), self._event("response.in_progress", response=begun)]
+    def start(self, status: str = "in_progress") -> list[Event]:
+        """Return the first events; ``status`` is ``"in_progress"``, or ``"queued"`` until the model writes."""
+        self.status = status
+        begun = self.response(status)
+        return [self._event("response.created", response=begun), self._event(f"response.{status}", response=begun)]
 
     def add(self, parts: Sequence[Part], tokens: int = 0, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
         """Take in what the model has written; returns the events that tell it.
@@ -59,6 +60,10 @@ class ResponseBuilder:
             tokens: how many tokens have come.
             logprobs: of these tokens, if they were asked for; those of text are passed on.
         """
+        begun: list[Event] = []
+        if self.status == "queued":
+            self.status = "in_progress"
+            begun = [self._event("response.in_progress", response=self.response(self.status))]
         self._held_tokens += tokens
         self._held_logprobs += logprobs
         events = [event for part in parts for event in self._add(part)]
@@ -66,7 +71,7 @@ class ResponseBuilder:
             if all(isinstance(part, Thought) for part in parts):
                 self._thought_tokens += self._held_tokens
             self._held_tokens, self._held_logprobs = 0, []
-        return events
+        return [*begun, *events]
 
     def finish(self, reason: str, usage: Usage) -> list[Event]:
         """Take in the end, and the turn's finish reason; returns the last events."""
@@ -84,6 +89,11 @@ class ResponseBuilder:
         error = {"code": code, "message": message}
         events = self._close("incomplete")
         return [*events, self._event("response.failed", response=self.response("failed", error=error))]
+
+    def cancel(self) -> list[Event]:
+        """Take in that the client has cancelled the reply; returns the last events, of which the API names none."""
+        events = self._close("incomplete")
+        return [*events, self._event("response.incomplete", response=self.response("cancelled"))]
 
     def response(self, status: str, usage: dict[str, Any] | None = None, **ended: Any) -> dict[str, Any]:
         """Return the response object as it is now."""
@@ -125,7 +135,7 @@ class ResponseBuilder:
         events = self._close("completed")
         self._blank.clear()
         self._open = kind
-        item = {"type": kind, "id": f"{PREFIXES[kind]}_{secrets.token_hex(16)}", "status": "in_progress", **item}
+        item = {"type": kind, "id": item_id(kind), "status": "in_progress", **item}
         self.output.append(item)
         events.append(self._event("response.output_item.added", output_index=len(self.output) - 1, item=item))
         if kind in KINDS:

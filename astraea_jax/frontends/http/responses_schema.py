@@ -5,9 +5,9 @@ Fields that are not named here are accepted and ignored (``prompt_cache_key``, `
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from astraea_jax.frontends.http.wire_model import WireModel, few
 
@@ -45,7 +45,13 @@ def _as_parts(content: Any) -> Any:
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), BeforeValidator(_as_parts, str | list[Part])]
 
 
-class MessageItem(WireModel):
+class IdentifiedItem(WireModel):
+    """An item that may bring an id, as those of earlier responses do."""
+
+    id: Annotated[str, Field(max_length=MAX_NAME)] = ""
+
+
+class MessageItem(IdentifiedItem):
     """A message of one party."""
 
     type: Literal["message"] = "message"
@@ -53,7 +59,7 @@ class MessageItem(WireModel):
     content: Parts
 
 
-class ReasoningItem(WireModel):
+class ReasoningItem(IdentifiedItem):
     """A thought of an earlier response. One that only another server can read (``encrypted_content``) is left out."""
 
     type: Literal["reasoning"]
@@ -61,7 +67,7 @@ class ReasoningItem(WireModel):
     content: Parts = Field(default_factory=list)
 
 
-class CallItem(WireModel):
+class CallItem(IdentifiedItem):
     """A call of an earlier response."""
 
     type: Literal["function_call"]
@@ -70,7 +76,7 @@ class CallItem(WireModel):
     arguments: str
 
 
-class CallOutputItem(WireModel):
+class CallOutputItem(IdentifiedItem):
     """The result of a call."""
 
     type: Literal["function_call_output"]
@@ -78,21 +84,34 @@ class CallOutputItem(WireModel):
     output: Parts
 
 
+class ItemReference(WireModel):
+    """An item of a stored response, by its id."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: Name
+
+
 def _type_of(item: Any) -> Any:
-    """Type of an input item; a message may leave it out."""
-    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    """Type of an input item; a message may leave it out, and so may a reference, which has nothing but an id."""
+    if not isinstance(item, dict):
+        return getattr(item, "type", None)
+    return item.get("type") or ("item_reference" if item.keys() <= {"id", "type"} else "message")
 
 
-Item = Annotated[
+Item = Annotated[MessageItem | ReasoningItem | CallItem | CallOutputItem, Field(discriminator="type")]
+"""An item that says something."""
+
+InputItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[CallItem, Tag("function_call")]
-    | Annotated[CallOutputItem, Tag("function_call_output")],
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(
         _type_of,
         custom_error_type="unserved_item",
         custom_error_message=(
-            "this server reads items of type message, reasoning, function_call and function_call_output"
+            "this server reads items of type message, reasoning, function_call, function_call_output and item_reference"
         ),
     ),
 ]
@@ -181,7 +200,7 @@ class ResponsesRequest(WireModel):
 
     model: Name
     input: Annotated[
-        list[Item], Field(max_length=MAX_ITEMS, fail_fast=True), BeforeValidator(_as_items, str | list[Item])
+        list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), BeforeValidator(_as_items, str | list[InputItem])
     ] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: Name | None = None
@@ -202,5 +221,11 @@ class ResponsesRequest(WireModel):
     metadata: Annotated[dict[str, str], few(16), AfterValidator(_short_pairs)] = Field(default_factory=dict)
     prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
-    background: Literal[False] = False
+    background: bool = False
     conversation: None = None
+
+    @model_validator(mode="after")
+    def _background_is_stored(self) -> Self:
+        if self.background and not self.store:
+            raise ValueError("a background response must be stored: leave store out, or make it true")
+        return self

@@ -1,4 +1,4 @@
-"""Responses that later requests may continue: a bounded table, apart for each tenant."""
+"""Responses that later requests may continue or quote: a bounded table, apart for each tenant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from astraea_jax.frontends.http.errors import NotFound
+from astraea_jax.frontends.http.responses_record import Record
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,24 @@ class Stored:
     """Without the instructions, which each request gives anew. Those of earlier responses are shared with them."""
     session: str | None
     """Name of the program that the whole chain is."""
+    items: Sequence[dict[str, Any]]
+    """Input items of the whole conversation. Those of earlier responses come first and are shared with them."""
+    known: int
+    """How many items come from earlier responses."""
     size: int
     """Bytes of the conversation and the response, about."""
+    record: Record | None = None
+    """Its events, if it was written in the background."""
+
+    @property
+    def own(self) -> list[dict[str, Any]]:
+        """The items that have come with this response."""
+        return [*self.items[self.known :], *self.response["output"]]
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """Items of the conversation up to the end of the response."""
+        return [*self.items, *self.response["output"]]
 
 
 class ResponseStore:
@@ -59,9 +76,27 @@ class ResponseStore:
                 f"there is no response {id[:80]!r}: it was not stored, was deleted, or has expired (responses are kept "
                 f"for {self._ttl_s:.0f} s at most); send the whole conversation as input instead"
             )
-        _, stored = self._kept[owner, id]
-        self.put(owner, id, stored)
+        _, stored = self._kept.pop((owner, id))
+        self._kept[owner, id] = self._now() + self._ttl_s, stored
+        ids = self._tenants[owner].ids
+        ids[id] = ids.pop(id)
         return stored
+
+    def item(self, owner: str, id: str) -> dict[str, Any]:
+        """Return an item of a response of this tenant, which from now on is kept as if it were new.
+
+        Raises:
+            NotFound: no response has it.
+        """
+        self._expire()
+        share = self._tenants.get(owner)
+        for response, item in share.items.get(id, {}).items() if share else ():
+            self.get(owner, response)
+            return item
+        raise NotFound(
+            f"there is no item {id[:80]!r}: its response was not stored, was deleted, or has expired; send the item "
+            "itself instead"
+        )
 
     def put(self, owner: str, id: str, stored: Stored) -> None:
         """Keep a response; what is too large to be kept at all is not."""
@@ -78,6 +113,8 @@ class ResponseStore:
         share = self._tenants.setdefault(owner, _Share())
         share.ids[id] = None
         share.bytes += stored.size
+        for item in stored.own:
+            share.items.setdefault(item["id"], {})[id] = item
         self._bytes += stored.size
         self._kept[owner, id] = self._now() + self._ttl_s, stored
 
@@ -100,6 +137,11 @@ class ResponseStore:
         share = self._tenants[owner]
         del share.ids[id]
         share.bytes -= found[1].size
+        for item in found[1].own:
+            responses = share.items.get(item["id"], {})
+            responses.pop(id, None)
+            if not responses:
+                share.items.pop(item["id"], None)
         self._bytes -= found[1].size
         if not share.ids:
             del self._tenants[owner]
@@ -112,3 +154,5 @@ class _Share:
     ids: dict[str, None] = field(default_factory=dict)
     """In the order in which they expire."""
     bytes: int = 0
+    items: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Id of an item -> ids of the responses that have brought it -> the item."""

@@ -163,6 +163,15 @@ def answer(data: Any) -> Response:
     return Response(json_bytes(data), media_type="application/json")
 
 
+def answer_of_choices(data: dict[str, Any], choices: Iterable[Any]) -> Response:
+    """Make an answer in JSON with ``choices``, which may be long: each is encoded by itself, and others get on between.
+
+    Encoding holds the interpreter's lock, and choices with log-probabilities may have a hundred megabytes.
+    """
+    encoded = b",".join(map(json_bytes, choices))
+    return Response(json_bytes(data)[:-1] + b',"choices":[' + encoded + b"]}", media_type="application/json")
+
+
 def event(data: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + json_bytes(data) + b"\n\n"

@@ -135,7 +135,7 @@ def test_fields_may_be_null_or_new():
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "items of type message"),
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "name"),
         ({"input": 5}, "input"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "must be stored"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),

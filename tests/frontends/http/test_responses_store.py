@@ -15,7 +15,8 @@ IDS = st.integers(0, 5).map(str)
 
 
 def stored(size: int) -> Stored:
-    return Stored({}, (), None, size)
+    items = [{"id": f"item-{i}"} for i in range(size % 5)]
+    return Stored({"output": [{"id": f"said-{size}"}]}, (), None, items, min(1, len(items)), size)
 
 
 class Stores(RuleBasedStateMachine):
@@ -46,6 +47,17 @@ class Stores(RuleBasedStateMachine):
         assert self.time < self.used[owner, id] + 10.0
         self.used[owner, id] = self.time
 
+    @rule(owner=OWNERS, item=st.sampled_from([*(f"item-{i}" for i in range(5)), *(f"said-{i}" for i in range(1, 26))]))
+    def quote(self, owner, item):
+        """An item is found as long as some response of this tenant has brought it."""
+        kept = [stored for (of, _), (until, stored) in self.store._kept.items() if of == owner and until > self.time]
+        if any(item == own["id"] for stored in kept for own in stored.own):
+            assert self.store.item(owner, item)["id"] == item
+            self.used |= {key: self.time for key, (until, _) in self.store._kept.items() if until == self.time + 10.0}
+        else:
+            with pytest.raises(NotFound, match=item):
+                self.store.item(owner, item)
+
     @rule(owner=OWNERS, id=IDS)
     def delete(self, owner, id):
         try:
@@ -65,6 +77,10 @@ class Stores(RuleBasedStateMachine):
         sizes = {owner: [s.size for (o, _), (_, s) in kept.items() if o == owner] for owner in "abc"}
         assert sum(map(sum, sizes.values())) == self.store._bytes <= 160
         assert all(sum(of) <= 20 and len(of) <= 4 for of in sizes.values())
+        assert {owner: set(share.items) for owner, share in self.store._tenants.items()} == {
+            owner: {item["id"] for (of, _), (_, stored) in kept.items() if of == owner for item in stored.own}
+            for owner in {of for of, _ in kept}
+        }
         assert [expires for expires, _ in kept.values()] == sorted(expires for expires, _ in kept.values())
 
 
