@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -23,6 +23,8 @@ from astraea_jax.engine.lark_text import LarkText, Thought
 from astraea_jax.engine.schema_limits import checked_lark, checked_regex, checked_schema
 from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=100_000,
@@ -71,7 +73,7 @@ class Matcher:
             RequestError: the grammar has become too complex.
         """
         fill_next_token_bitmask(self._matcher, self._mask)
-        if self._matcher.is_error() and self._start_over():
+        if (self._matcher.is_error() and self._start_over()) or (self._misled() and self._start_unforced()):
             fill_next_token_bitmask(self._matcher, self._mask)
         if self._matcher.is_error():  # the library has filled in the end of the turn
             raise RequestError(f"the grammar became too complex: {_first_line(self._matcher.get_error())}")
@@ -96,6 +98,23 @@ class Matcher:
         self._matcher = self._grammar.start_alone()
         return self._matcher.consume_tokens(self._accepted)
 
+    def _misled(self) -> bool:
+        """Whether the only token that may come next is one that the grammar does not take.
+
+        Where only one text may follow, the library tokenises it, and takes what looks like a control token for one.
+        """
+        (words,) = np.nonzero(self._mask[0])
+        if words.size != 1 or (word := int(self._mask[0, words[0]]) % 2**32).bit_count() != 1:
+            return False
+        token = 32 * int(words[0]) + word.bit_length() - 1
+        return self._grammar.is_control(token) and not self._matcher.deep_copy().consume_token(token)
+
+    def _start_unforced(self) -> bool:
+        """Follow the text again without tokenising what must follow; False: that fails, too."""
+        self._alone = True
+        self._matcher = self._grammar.start_unforced()
+        return self._matcher.consume_tokens(self._accepted)
+
 
 class Grammar:
     """A compiled grammar, which any number of requests may share.
@@ -104,27 +123,41 @@ class Grammar:
     fail one day; then the grammar is compiled again.
 
     Args:
-        build: makes a matcher of the library, at the start of a text.
-        vocabulary: tokens that it knows.
+        source: JSON of the grammar, and of those that it uses.
+        tokens: of the tokenizer.
 
     Raises:
         RequestError: the grammar cannot be compiled.
     """
 
-    def __init__(self, build: Callable[[], LLMatcher], vocabulary: int):
-        self._build = build
-        self._vocabulary = vocabulary
-        self._start: LLMatcher | None = _usable(build())
+    def __init__(self, source: str, tokens: LLTokenizer):
+        self._source, self._tokens = source, tokens
+        self._start: LLMatcher | None = _usable(self._build(source))
 
     def matcher(self) -> Matcher:
         """Begin at the start of a text."""
-        start = self._start = self._start or self._build()
-        return Matcher(self, start.deep_copy(), self._vocabulary)
+        start = self._start = self._start or self._build(self._source)
+        return Matcher(self, start.deep_copy(), self._tokens.vocab_size)
 
     def start_alone(self) -> LLMatcher:
         """Compile again for one text, because the shared lexer has failed; texts that begin from now share another."""
         self._start = None
-        return self._build()
+        return _with_deep_stack(_again, lambda: self._build(self._source)).result()
+
+    def start_unforced(self) -> LLMatcher:
+        """Compile for one text in which the library does not tokenise by itself what must follow."""
+        first, *others = json.loads(self._source)["grammars"]
+        outer = {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: @whole\n'}
+        source = json.dumps({"grammars": [outer, {**first, "name": "whole"}, *others]})
+        return _with_deep_stack(_again, lambda: self._build(source)).result()
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token matches no text."""
+        special: bool = self._tokens.is_special_token(token)
+        return special
+
+    def _build(self, source: str) -> LLMatcher:
+        return LLMatcher(self._tokens, source, log_level=0, limits=LIMITS)
 
 
 def _usable(start: LLMatcher) -> LLMatcher:
@@ -235,7 +268,7 @@ class GrammarCompiler:
             if text in self._cache:
                 self._cache.move_to_end(text)
                 return self._cache[text][1]
-        grammar = _with_deep_stack(lambda: self._compile(text)).result()
+        grammar = _with_deep_stack(_threads, lambda: self._compile(text)).result()
         with self._lock:
             if text not in self._cache:
                 self._cache[text] = len(text), grammar
@@ -248,7 +281,7 @@ class GrammarCompiler:
     def _compile(self, text: str) -> Grammar:
         tokens = self._tokens
         try:
-            return Grammar(lambda: LLMatcher(tokens, text, log_level=0, limits=LIMITS), tokens.vocab_size)
+            return Grammar(text, tokens)
         except (KeyboardInterrupt, SystemExit, RequestError):
             raise
         except BaseException as panic:  # panics of the library are no Exception
@@ -273,14 +306,16 @@ STACK_BYTES = 268_435_456
 run over the usual 8 MiB at about a thousand of them."""
 
 _threads = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="astraea-grammar")
+_again = ThreadPoolExecutor(1, thread_name_prefix="astraea-grammar-again")
+"""Compiles for texts in progress, which do not wait behind new ones."""
 _starting = threading.Lock()
 
 
-def _with_deep_stack(work: Callable[[], Grammar]) -> Future[Grammar]:
+def _with_deep_stack(threads: ThreadPoolExecutor, work: Callable[[], T]) -> Future[T]:
     with _starting:
         before = threading.stack_size(STACK_BYTES)
         try:
-            return _threads.submit(work)  # starts a thread if there are too few
+            return threads.submit(work)  # starts a thread if there are too few
         finally:
             threading.stack_size(before)
 

@@ -16,6 +16,7 @@ from support.constrained import COMPILERS, MERGED, TINY, TOKENIZERS, allowed, fo
 from tokenizers import models
 
 from astraea_jax.engine.grammar import CACHED_GRAMMARS, GrammarCompiler
+from astraea_jax.engine.lark_text import Thought
 from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -182,3 +183,30 @@ def test_tokenizers_that_no_grammar_can_be_followed_in():
             compiler.json_object()
         with pytest.raises(RequestError, match=said):
             compiler.prepare()
+
+
+MARKUP = '<tool_call>{"a": "é"}</tool_call>'
+
+
+@pytest.mark.parametrize("text", [MARKUP, "x" + MARKUP, "<tool_call>", "a</tool_call>b<tool_call>"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_looks_like_a_control_token_is_text(text, seed):
+    compiler, quoted = COMPILERS["tiny"], json.dumps(text, ensure_ascii=False)
+    plain = [compiler.lark(f"start: {quoted}"), compiler.regex(re.escape(text))]
+    assert all(walk(grammar, TINY, seed) == text for grammar in plain)
+    strings = [
+        compiler.json_schema({"const": text}),
+        compiler.json_schema({"enum": [text]}),
+        compiler.json_schema({"type": "string", "pattern": f"^{re.escape(text)}$"}),
+        compiler.lark(f"start: %json {json.dumps({'const': text})}"),
+    ]
+    assert all(json.loads(str(walk(grammar, TINY, seed))) == text for grammar in strings)
+    named = compiler.json_schema({"properties": {text: {"type": "null"}}, "required": [text], "type": "object"})
+    assert text in json.loads(str(walk(named, TINY, seed)))
+    matcher = compiler.json_schema({"const": text}, thought=Thought(opened=True)).matcher()
+    tokens = TINY.encode("so</think>")
+    assert all(map(matcher.accept, tokens))
+    while not TINY.eos_ids & {tokens[-1]}:
+        tokens.append(allowed(matcher, 32)[-1])
+        assert matcher.accept(tokens[-1])
+    assert json.loads(TINY.decode(tokens).removeprefix("so</think>")) == text
