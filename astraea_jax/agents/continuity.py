@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from astraea_jax.agents.meaning import Message
 from astraea_jax.agents.turns import Piece, Turn, ids_of
+from astraea_jax.engine.encoding import check_length
 from astraea_jax.models.tokenizer import Tokenizer
 
 Mode = Literal["off", "job", "session"]
@@ -77,9 +78,11 @@ class Continuity:
         tokenizer: of the model.
         mode: ``"job"``: where the template intends another text for turns of earlier jobs, it is tokenised anew;
             ``"session"``: the tokens of all turns stay, whatever a template leaves out later.
+        max_context: chats that cannot fit into so many tokens are refused before they are tokenised; None: none is.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mode: Mode):
+    def __init__(self, tokenizer: Tokenizer, mode: Mode, max_context: int | None = None):
+        self._max_context = max_context
         self._tokenizer = tokenizer
         self._mode = mode
         self._ids = {text: i for text, i in tokenizer.added_tokens().items() if i in tokenizer.eos_ids}
@@ -105,7 +108,7 @@ class Continuity:
         Raises:
             CheckpointError, TypeError, ValueError: the chat cannot be rendered or tokenised.
         """
-        rendered = self._render(chat, generation_prompt)
+        rendered = self.rendered(chat, generation_prompt)
         end = len(rendered) - (len(self._generation_prompt(rendered, chat)) if generation_prompt else 0)
         known = turns[-1].pieces() if turns else []
         places = self.find(rendered, known)
@@ -124,15 +127,24 @@ class Continuity:
         begin = places[-1].end if places else 0
         return Prompt(ids + new, why, message, same, base, fresh, len(ids), rendered[begin:end])
 
-    def _render(self, chat: Chat, add_generation_prompt: bool) -> str:
-        return self._tokenizer.render_chat(
+    def rendered(self, chat: Chat, add_generation_prompt: bool) -> str:
+        """The chat as :meth:`~astraea_jax.models.tokenizer.Tokenizer.render_chat` returns it.
+
+        Raises:
+            CheckpointError, TypeError, ValueError: the same.
+            RequestError: it cannot fit into the context.
+        """
+        rendered = self._tokenizer.render_chat(
             chat.messages, chat.tools, add_generation_prompt=add_generation_prompt, **chat.template_arguments
         )
+        if self._max_context is not None:
+            check_length(self._tokenizer, len(rendered), self._max_context)
+        return rendered
 
     def _render_ended(self, chat: Chat) -> str:
         """The chat without a generation prompt; nothing if the template refuses that."""
         try:
-            return self._render(chat, False)
+            return self.rendered(chat, False)
         except ValueError:
             return ""
 
@@ -236,6 +248,8 @@ class Continuity:
 
         Otherwise the first stop text would be that of the next message, which would be taken for a part of the turn.
         """
+        if piece.end == len(chat.messages):
+            return True
         calls = bool(chat.messages[piece.end - 1].get("tool_calls"))
         key = (chat.tools is not None, calls, chat.messages[piece.end]["role"] == "tool")
         if key not in self._ends_turns:

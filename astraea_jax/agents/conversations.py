@@ -46,6 +46,7 @@ class Conversations:
         max_bytes: bound on what all turns take.
         max_turns: bound on the turns of one owner.
         ttl_s: seconds after which an unused turn is forgotten.
+        max_context: see :class:`.continuity.Continuity`.
         clock: tells seconds.
     """
 
@@ -58,13 +59,14 @@ class Conversations:
         max_bytes: int = MAX_BYTES,
         max_turns: int = MAX_TURNS,
         ttl_s: float = 600.0,
+        max_context: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.mode = mode
         self._tokenizer = tokenizer
         self.normalise = normalise
         """Whether what clients change at every request is left out, unless the mode is off."""
-        self._continuity = Continuity(tokenizer, mode)
+        self._continuity = Continuity(tokenizer, mode, max_context)
         self.owners = Owners(max_bytes, max_turns, ttl_s)
         self._clock = clock
         self._jobs = itertools.count(1)
@@ -306,10 +308,7 @@ class Conversations:
     def _prompt(self, chat: Chat, match: Match, job: int, *, generation_prompt: bool = True) -> Prompt:
         if self.mode != "off":
             return self._continuity.prompt(chat, match.turns, job, generation_prompt=generation_prompt)
-        ids = self._tokenizer.encode_chat(
-            chat.messages, chat.tools, add_generation_prompt=generation_prompt, **chat.template_arguments
-        )
-        return Prompt(ids, "off")
+        return Prompt(self._tokenizer.encode_rendered(self._continuity.rendered(chat, generation_prompt)), "off")
 
     def _piece(
         self, prompt: Prompt, ids: array[int], output_ids: Sequence[int], end: int, job: int, whole: bool

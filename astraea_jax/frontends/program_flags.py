@@ -9,9 +9,8 @@ from typing import get_args
 from absl import flags
 
 from astraea_jax.agents.continuity import Mode
-from astraea_jax.agents.conversations import Conversations
 from astraea_jax.engine.interface import Serving
-from astraea_jax.frontends.programs import Programs
+from astraea_jax.frontends.programs import Programs, conversations_of
 
 
 def program_flags() -> Callable[[Serving], Programs]:
@@ -32,9 +31,7 @@ def program_flags() -> Callable[[Serving], Programs]:
 
     def programs(engine: Serving) -> Programs:
         chosen = flags.FLAGS
-        normalise, ttl_s = not chosen.keep_volatile_headers, engine.config.session_ttl_s
-        return Programs(
-            engine, Conversations(engine.tokenizer, chosen.turn_continuity, normalise=normalise, ttl_s=ttl_s)
-        )
+        normalise = not chosen.keep_volatile_headers
+        return Programs(engine, conversations_of(engine, chosen.turn_continuity, normalise=normalise))
 
     return programs

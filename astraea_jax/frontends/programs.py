@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from astraea_jax.agents.continuity import Mode
 from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.loop import tool_wait
 from astraea_jax.agents.opened import Continuation, Opened
@@ -76,7 +77,7 @@ class Programs:
 
     def __init__(self, engine: Serving, conversations: Conversations | None = None):
         self.engine = engine
-        self.conversations = conversations or Conversations(engine.tokenizer, ttl_s=engine.config.session_ttl_s)
+        self.conversations = conversations or conversations_of(engine)
         self.continued: Counter[str] = Counter()
         """Requests by why the known part of their prompt ended."""
         self.waits = Waits()
@@ -91,9 +92,10 @@ class Programs:
         tools: Sequence[Any] | None,
         template_arguments: Mapping[str, Any],
         *,
+        characters: int,
         parent: str | None = None,
     ) -> Opening:
-        """Open the next turn of a conversation.
+        """Open the next turn of a conversation, which has about so many ``characters``.
 
         A chat without a name and without tools is a program only once it goes on: most never do.
 
@@ -102,7 +104,7 @@ class Programs:
             Overloaded: too much text waits to be tokenised.
         """
         begin = partial(self.conversations.begin, scope_of(tenant), session, messages, tools, template_arguments)
-        opened = await self._opened(tenant, len(str(messages)) + len(str(tools)), begin)
+        opened = await self._opened(tenant, characters, begin)
         return self._opening(tenant, session, parent, opened, comes_back=bool(tools))
 
     async def open_text(
@@ -221,6 +223,12 @@ class Programs:
         return Opening(
             tenant, opened.prompt, session, program, above if above != program else None, opened.begins_job, opened
         )
+
+
+def conversations_of(engine: Serving, mode: Mode = "job", *, normalise: bool = True) -> Conversations:
+    """Return conversations that live as long as the engine's sessions, and refuse what exceeds its context early."""
+    room, ttl_s = engine.layout.max_context, engine.config.session_ttl_s
+    return Conversations(engine.tokenizer, mode, normalise=normalise, ttl_s=ttl_s, max_context=room)
 
 
 def scope_of(tenant: Tenant) -> str:

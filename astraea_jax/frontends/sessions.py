@@ -50,8 +50,10 @@ class Sessions:
         messages: Sequence[Any],
         tools: Sequence[Any] | None,
         template_arguments: Mapping[str, Any],
+        *,
+        characters: int,
     ) -> Look:
-        """Say what a chat would reuse if it came now, without queueing it.
+        """Say what a chat of about so many ``characters`` would reuse if it came now, without queueing it.
 
         Raises:
             RequestError, CheckpointError, Overloaded, EngineDead: as :meth:`open_chat`; the engine does not answer.
@@ -64,7 +66,7 @@ class Sessions:
             checked_ids(known.prompt, self._engine.layout.max_context)
             return known, program, ask(known.prompt, session=program or session)
 
-        known, program, held = await self._programs.made(tenant, len(str(messages)) + len(str(tools)), looked)
+        known, program, held = await self._programs.made(tenant, characters, looked)
         return Look(known, program, await self._answered(held))
 
     async def fork(self, tenant: Tenant, session: str, child: str) -> None:

@@ -150,7 +150,7 @@ class Door:
         return ToolTurn(turn, replace(request, n=1), begin, end, tools)
 
     async def _begin(self, request: ChatRequest | TextRequest) -> list[Turn]:
-        self._check(request)
+        self.check(request)
         waiting = request.n
         self.waiting.enter(waiting)
         turns: list[Turn] = []
@@ -187,7 +187,9 @@ class Door:
         tenant, session, parent = request.tenant, request.session, request.parent
         if isinstance(request, ChatRequest):
             tools, arguments = rendered_tools(request), request.template_arguments
-            return await self.programs.open_chat(tenant, session, request.messages, tools, arguments, parent=parent)
+            return await self.programs.open_chat(
+                tenant, session, request.messages, tools, arguments, characters=request.characters, parent=parent
+            )
         if isinstance(request.prompt, str):
             text, add_bos = request.prompt, request.add_bos
             return await self.programs.open_text(tenant, session, text, add_bos=add_bos, parent=parent)
@@ -205,7 +207,12 @@ class Door:
         finally:
             self.waiting.leave(1, 0)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Check what needs no prompt.
+
+        Raises:
+            RequestError, EngineDead: as :meth:`begin`.
+        """
         if self.draining:
             raise EngineDead("the server is shutting down; use another one")
         if not self.engine.live:
@@ -230,10 +237,7 @@ class Door:
     async def _make_prompt(self, request: ChatRequest | TextRequest) -> list[int]:
         tokenizer, room = self.engine.tokenizer, self.engine.layout.max_context
         if isinstance(request, ChatRequest):
-            characters = len(str(request.messages)) + len(str(request.tools))
-            encode = partial(
-                tokenizer.encode_chat, request.messages, rendered_tools(request), **request.template_arguments
-            )
+            characters, encode = request.characters, partial(self._encode_chat, request)
         elif isinstance(request.prompt, str):
             characters = len(request.prompt)
             check_length(tokenizer, characters, room)
@@ -246,6 +250,12 @@ class Door:
             raise
         except (TypeError, ValueError) as error:
             raise RequestError(str(error)) from error
+
+    def _encode_chat(self, request: ChatRequest) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        rendered = tokenizer.render_chat(request.messages, rendered_tools(request), **request.template_arguments)
+        check_length(tokenizer, len(rendered), self.engine.layout.max_context)
+        return tokenizer.encode_rendered(rendered)
 
     def _params(self, request: Request, prompt: Sequence[int], grammar: Grammar | None) -> SamplingParams:
         room = max(1, self.engine.layout.max_context - len(prompt))

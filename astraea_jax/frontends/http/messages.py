@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,6 +22,7 @@ from starlette.responses import Response
 from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.http import messages_input as read
+from astraea_jax.frontends.http.bodies import prepared
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.errors import Failure, ThreadsUnserved
 from astraea_jax.frontends.http.messages_output import PING, MessageBuilder
@@ -35,6 +37,7 @@ ERROR_TYPES = {
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
+    409: "conflict_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -49,7 +52,7 @@ async def create(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, at once or as it is written."""
     door = door_of(request)
     model = door.check_model(body.model)
-    (turn,) = await door.begin(chat_of(body, request, body.max_tokens))
+    (turn,) = await door.begin(await prepared(request, partial(chat_of, body, request, body.max_tokens)))
     builder = MessageBuilder(f"msg_{secrets.token_hex(16)}", model)
     if body.stream:
         request_id = str(request.state.request_id)
@@ -70,7 +73,8 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     """Count the tokens of a prompt."""
     door = door_of(request)
     door.check_model(body.model)
-    return answer({"input_tokens": len(await door.prompt(chat_of(body, request)))})
+    chat = await prepared(request, partial(chat_of, body, request))
+    return answer({"input_tokens": len(await door.prompt(chat))})
 
 
 @router.head("/")

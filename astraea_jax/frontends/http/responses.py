@@ -21,6 +21,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.bodies import prepared
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.errors import Failure, NotFound
 from astraea_jax.frontends.http.responses_asked import Asked
@@ -32,6 +33,7 @@ from astraea_jax.frontends.http.responses_schema import LARGEST, MAX_NAME, Respo
 from astraea_jax.frontends.http.responses_store import ResponseStore, Stored
 from astraea_jax.frontends.http.responses_writing import Writing
 from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, named, stream
+from astraea_jax.frontends.http.turns import ChatRequest
 from astraea_jax.frontends.http.usage import cached_header
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["responses"])
@@ -45,8 +47,13 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
     tenant = tenant_of(request)
     if body.previous_response_id and background.find(tenant.owner, body.previous_response_id):
         raise RequestError("previous_response_id names a response that is still being written; wait for its end")
-    asked = Asked.of(body, tenant, _store_of(request), program_of(request, body))
-    chat = asked.chat(door.defaults)
+    program, store = program_of(request, body), _store_of(request)
+
+    def read() -> tuple[Asked, ChatRequest]:
+        asked = Asked.of(body, tenant, store, program)
+        return asked, asked.chat(door.defaults)
+
+    asked, chat = await prepared(request, read)
 
     async def begin() -> Writing:
         (turn,) = await door.begin(chat)

@@ -40,6 +40,8 @@ class Asked:
     """All input items of the conversation."""
     messages: list[dict[str, Any]]
     """The conversation, without instructions."""
+    size: int
+    """Bytes of what the request has brought, about."""
     program: ProgramFields
 
     @classmethod
@@ -68,16 +70,20 @@ class Asked:
             program["session"] = before.session
         elif program["session"] is None and body.store and body.tools:  # whoever has tools will come back
             program["session"] = id
-        every = [*(before.conversation if before else ()), *map(listed, items)]
-        return cls(id, body, tenant, store, before, every, messages, program)
+        new = [*map(listed, items)]
+        size = len(json.dumps([messages[len(told) :], new, body.instructions, body.metadata]))
+        size += sum(len(str(tool)) for tool in body.tools)
+        every = [*(before.conversation if before else ()), *new]
+        return cls(id, body, tenant, store, before, every, messages, size, program)
 
     def keep(self, response: dict[str, Any], record: Record | None) -> None:
         """Store a response that has ended, with the record of its events if it has one."""
         if not self.body.store:
             return
-        told, known = (len(self.before.messages), len(self.before.conversation)) if self.before else (0, 0)
-        messages = [*self.messages, *reply_messages(response["output"])]
-        size = len(json.dumps([response, messages[told:], self.items[known:]]))
+        known = len(self.before.conversation) if self.before else 0
+        answers = reply_messages(response["output"])
+        messages = [*self.messages, *answers]
+        size = self.size + len(json.dumps([response["output"], answers]))
         size += (record.bytes if record else 0) + (self.before.size if self.before else 0)
         stored = Stored(response, messages, self.program["session"], self.items, known, size, record)
         self.store.put(self.tenant.owner, self.id, stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ class Stored:
 
 
 class ResponseStore:
-    """Keeps responses by tenant and id; the least recently used are forgotten first.
+    """Keeps responses by tenant and id; the least recently used are forgotten first. Any thread may call it.
 
     Args:
         ttl_s: seconds after which a response is forgotten.
@@ -62,6 +63,7 @@ class ResponseStore:
         self._kept: OrderedDict[tuple[str, str], tuple[float, Stored]] = OrderedDict()
         """Owner and id -> when it expires, and the response; what expires first comes first."""
         self._bytes = 0
+        self._lock = threading.RLock()
         self._tenants: dict[str, _Share] = {}
 
     def get(self, owner: str, id: str) -> Stored:
@@ -70,17 +72,18 @@ class ResponseStore:
         Raises:
             NotFound: it has expired, or has never been there.
         """
-        self._expire()
-        if (owner, id) not in self._kept:
-            raise NotFound(
-                f"there is no response {id[:80]!r}: it was not stored, was deleted, or has expired (responses are kept "
-                f"for {self._ttl_s:.0f} s at most); send the whole conversation as input instead"
-            )
-        _, stored = self._kept.pop((owner, id))
-        self._kept[owner, id] = self._now() + self._ttl_s, stored
-        ids = self._tenants[owner].ids
-        ids[id] = ids.pop(id)
-        return stored
+        with self._lock:
+            self._expire()
+            if (owner, id) not in self._kept:
+                raise NotFound(
+                    f"there is no response {id[:80]!r}: it was not stored, was deleted, or has expired (responses are "
+                    f"kept for {self._ttl_s:.0f} s at most); send the whole conversation as input instead"
+                )
+            _, stored = self._kept.pop((owner, id))
+            self._kept[owner, id] = self._now() + self._ttl_s, stored
+            ids = self._tenants[owner].ids
+            ids[id] = ids.pop(id)
+            return stored
 
     def item(self, owner: str, id: str) -> dict[str, Any]:
         """Return an item of a response of this tenant, which from now on is kept as if it were new.
@@ -88,35 +91,37 @@ class ResponseStore:
         Raises:
             NotFound: no response has it.
         """
-        self._expire()
-        share = self._tenants.get(owner)
-        for response, item in share.items.get(id, {}).items() if share else ():
-            self.get(owner, response)
-            return item
-        raise NotFound(
-            f"there is no item {id[:80]!r}: its response was not stored, was deleted, or has expired; send the item "
-            "itself instead"
-        )
+        with self._lock:
+            self._expire()
+            share = self._tenants.get(owner)
+            for response, item in share.items.get(id, {}).items() if share else ():
+                self.get(owner, response)
+                return item
+            raise NotFound(
+                f"there is no item {id[:80]!r}: its response was not stored, was deleted, or has expired; send the "
+                "item itself instead"
+            )
 
     def put(self, owner: str, id: str, stored: Stored) -> None:
         """Keep a response; what is too large to be kept at all is not."""
-        self._expire()
-        self._forget(owner, id)
-        if stored.size > self._max_bytes // 8:
-            return
-        while (share := self._tenants.get(owner)) is not None and (
-            share.bytes + stored.size > self._max_bytes // 8 or len(share.ids) >= self._max_responses
-        ):
-            self._forget(owner, next(iter(share.ids)))
-        while self._bytes + stored.size > self._max_bytes:
-            self._forget(*next(iter(self._kept)))
-        share = self._tenants.setdefault(owner, _Share())
-        share.ids[id] = None
-        share.bytes += stored.size
-        for item in stored.own:
-            share.items.setdefault(item["id"], {})[id] = item
-        self._bytes += stored.size
-        self._kept[owner, id] = self._now() + self._ttl_s, stored
+        with self._lock:
+            self._expire()
+            self._forget(owner, id)
+            if stored.size > self._max_bytes // 8:
+                return
+            while (share := self._tenants.get(owner)) is not None and (
+                share.bytes + stored.size > self._max_bytes // 8 or len(share.ids) >= self._max_responses
+            ):
+                self._forget(owner, next(iter(share.ids)))
+            while self._bytes + stored.size > self._max_bytes:
+                self._forget(*next(iter(self._kept)))
+            share = self._tenants.setdefault(owner, _Share())
+            share.ids[id] = None
+            share.bytes += stored.size
+            for item in stored.own:
+                share.items.setdefault(item["id"], {})[id] = item
+            self._bytes += stored.size
+            self._kept[owner, id] = self._now() + self._ttl_s, stored
 
     def delete(self, owner: str, id: str) -> None:
         """Forget a response.
@@ -124,8 +129,9 @@ class ResponseStore:
         Raises:
             NotFound: there is none.
         """
-        self.get(owner, id)
-        self._forget(owner, id)
+        with self._lock:
+            self.get(owner, id)
+            self._forget(owner, id)
 
     def _expire(self) -> None:
         while self._kept and next(iter(self._kept.values()))[0] <= self._now():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from astraea_jax.frontends.http.errors import Failure
-from astraea_jax.frontends.http.logprobs import chat_logprobs
+from astraea_jax.frontends.http.logprobs import chat_logprobs, count, written
 from astraea_jax.frontends.http.responses_asked import Asked
 from astraea_jax.frontends.http.responses_output import Event, ResponseBuilder
 from astraea_jax.frontends.http.responses_record import Record
@@ -39,7 +40,10 @@ class Writing:
     async def events(self) -> AsyncIterator[list[Event]]:
         """Events as the model writes; with the last ones, the response is whole and stored."""
         async for delta in self.turn:
-            logprobs = chat_logprobs(self._tokenizer, delta.logprobs)["content"] if delta.logprobs else ()
+            logprobs: Sequence[dict[str, Any]] = ()
+            if delta.logprobs:
+                write = partial(chat_logprobs, self._tokenizer, delta.logprobs)
+                logprobs = (await written(count(delta.logprobs), write))["content"]
             if events := self.builder.add(delta.parts, len(delta.token_ids), logprobs):
                 yield events
         assert self.turn.finish_reason is not None  # its last delta is out

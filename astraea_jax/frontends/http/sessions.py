@@ -6,16 +6,17 @@ A tenant sees and changes its own sessions only; the same name is another sessio
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
-from astraea_jax.errors import RequestError
 from astraea_jax.frontends.hint_fields import KvHints, ToolProfileAction, ToolWait, ToolWaitAction
 from astraea_jax.frontends.hints import Outcome, named_actions, read_tool_wait, unknown
 from astraea_jax.frontends.http import chat, messages
 from astraea_jax.frontends.http.agent_fields import Name
+from astraea_jax.frontends.http.bodies import prepared
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import MAX_MESSAGES, ChatCompletionRequest, Message
 from astraea_jax.frontends.http.door import Door, rendered_tools
@@ -60,7 +61,7 @@ async def explain_chat(request: Request, body: ChatCompletionRequest) -> Respons
     """Say what a chat completion would reuse, and why not more; nothing is queued."""
     door = door_of(request)
     door.check_model(body.model)
-    return await _explained(door, chat.request_of(request, body, door))
+    return await _explained(door, await prepared(request, partial(chat.request_of, request, body, door)))
 
 
 @router.post("/cache/explain/messages")
@@ -68,7 +69,7 @@ async def explain_messages(request: Request, body: CountRequest) -> Response:
     """Say the same of a request of Anthropic's Messages API."""
     door = door_of(request)
     door.check_model(body.model)
-    return await _explained(door, messages.chat_of(body, request))
+    return await _explained(door, await prepared(request, partial(messages.chat_of, body, request)))
 
 
 @router.post("/cache/explain/responses")
@@ -76,8 +77,12 @@ async def explain_response(request: Request, body: ResponsesRequest) -> Response
     """Say the same of a request for a response."""
     door = door_of(request)
     door.check_model(body.model)
-    asked = Asked.of(body, tenant_of(request), request.app.state.responses, program_of(request, body))
-    return await _explained(door, asked.chat(door.defaults))
+    tenant, program, store = tenant_of(request), program_of(request, body), request.app.state.responses
+
+    def asked() -> ChatRequest:
+        return Asked.of(body, tenant, store, program).chat(door.defaults)
+
+    return await _explained(door, await prepared(request, asked))
 
 
 @router.get("/sessions/{id:path}")
@@ -151,10 +156,14 @@ async def _shown(door: Door, tenant: Tenant, session: str) -> list[dict[str, Any
 
 
 async def _explained(door: Door, asked: ChatRequest) -> Response:
-    if not asked.messages:
-        raise RequestError("there are no messages; a chat needs at least one")
+    door.check(asked)
     look = await door.sessions.look(
-        asked.tenant, asked.session, asked.messages, rendered_tools(asked), asked.template_arguments
+        asked.tenant,
+        asked.session,
+        asked.messages,
+        rendered_tools(asked),
+        asked.template_arguments,
+        characters=asked.characters,
     )
     held = look.held
     return answer(

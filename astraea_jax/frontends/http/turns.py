@@ -98,6 +98,11 @@ class ChatRequest(Request):
     """Makes the ids of tool calls, unless the model's chat template takes only some of its own."""
     early_calls: bool = True
     """Whether calls are told while they are written, and dropped if they turn out unreadable."""
+    characters: int = field(init=False)
+    """About the length of messages and tools, counted where the request is made: for long ones, in a thread."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "characters", len(str(self.messages)) + len(str(self.tools)))
 
 
 @dataclass(frozen=True, kw_only=True)
