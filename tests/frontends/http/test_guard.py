@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from support.engines import break_loop, held, settled, until
@@ -70,6 +71,14 @@ def test_keys_come_from_files(tmp_path):
             Keys.of(wrong, [])
     with pytest.raises(StartupError):
         Keys.of([KEY], [KEY])
+
+
+async def test_what_is_written_is_sent_at_once(chatty):
+    async with serving(chatty) as server:
+        assert (await server.client.get("/health")).status_code == 200
+        [connection] = server.server._server.server_state.connections
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize(
