@@ -180,6 +180,7 @@ class Conversations:
             ends = sorted(end for end in newest if end <= len(text))
         digests = beginnings(text, ends, add_bos)
         with self._lock:
+            state = self._owner(owner)
             turn = next((found for digest in reversed(digests) if (found := best(state.at(digest), session))), None)
             running = self._run(state, program_of(state, session, turn), turn)
         job = next(self._jobs) if turn is None else turn.job
@@ -233,6 +234,7 @@ class Conversations:
             state = self._owner(owner)
             programs = state.of_session(session)
             state.forget(programs)
+            self.owners.settle(state)
         return [program.name for program in programs]
 
     def replace(self, owner: str, session: str, keep_messages: int, messages: Sequence[Any]) -> list[int]:
@@ -282,6 +284,7 @@ class Conversations:
         return self.owners.get(name, self._clock())
 
     def _run(self, owner: Owner, program: Program, turn: Turn | None) -> Running:
+        self.owners.keep(owner)
         program.busy = True
         if turn is not None:
             owner.hold(turn)

@@ -5,6 +5,7 @@ Nothing here renders or tokenises, and nothing locks: whoever uses it does.
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections import OrderedDict
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 OVERHEAD = 1024
 """Bytes that a turn takes beside its texts and tokens."""
+SWEPT = 64
+"""Owners that are looked at when one of them is to forget something, so that it takes as long with any number."""
 MAX_ALIKE = 256
 """Turns of the same meaning that are told apart; of more, the oldest is not recognised any more."""
 
@@ -149,10 +152,12 @@ class Owner:
     """The turns and programs of one owner. A program is here while a request of it runs, or it has a turn.
 
     Args:
+        name: of the owner.
         resized: called with the bytes that come in, or, below zero, go.
     """
 
-    def __init__(self, resized: Callable[[int], None]) -> None:
+    def __init__(self, name: str, resized: Callable[[int], None]) -> None:
+        self.name = name
         self._resized = resized
         self.programs: dict[str, Program] = {}
         self.size = 0
@@ -261,34 +266,45 @@ class Owners:
         """Bytes that all turns take, about."""
 
     def get(self, name: str, now: float) -> Owner:
-        """The turns of an owner, after those have gone whose time is over."""
-        if name not in self._owners:
-            self._owners[name] = Owner(self._resized)
-        owner = self._owners[name]
-        self._owners.move_to_end(name)
-        self._expire(owner, now)
-        while (oldest := next(iter(self._owners))) != name:  # everybody before it has been unused for longer
-            other = self._owners[oldest]
-            self._expire(other, now)
-            if other.leaves:
+        """The turns of an owner, after those have gone whose time is over; who has none is not remembered for it."""
+        owner = self._owners.get(name)
+        if owner is not None:
+            self._owners.move_to_end(name)
+            self._expire(owner, now)
+        for other in [*itertools.islice(self._owners.values(), SWEPT)]:  # the next ones have been unused for less long
+            if other is owner or (other.leaves and next(iter(other.leaves)).used + self._ttl_s >= now):
                 break
-            if other.count or other.programs:
-                self._owners.move_to_end(oldest)
-            else:
-                del self._owners[oldest]
-        return owner
+            self._expire(other, now)
+            if other.name in self._owners and not other.leaves:  # all of it is in use
+                self._owners.move_to_end(other.name)
+        return self._owners.get(name) or Owner(name, self._resized)
+
+    def keep(self, owner: Owner) -> None:
+        """Remember an owner, who begins a request."""
+        self._owners[owner.name] = owner
 
     def bound(self, owner: Owner) -> None:
-        """Forget turns until all bounds hold or everything left is in use: of ``owner``, if it takes its share."""
+        """Forget turns until all bounds hold or everything left is in use: of ``owner``, if it takes its share.
+
+        Otherwise the owner pays who takes most of those that have been unused for longest.
+        """
         while owner.count > self._max_turns and owner.leaves:
             owner.evict(next(iter(owner.leaves)))
+        payer = owner
         while self.size > self._max_bytes:
-            if not owner.leaves or owner.size * len(self._owners) < self.size:
-                others = (one for one in self._owners.values() if one.leaves)
+            if not payer.leaves or payer.size * len(self._owners) < self.size:
+                others = itertools.islice((one for one in self._owners.values() if one.leaves), SWEPT)
                 if (largest := max(others, key=lambda one: one.size, default=None)) is None:
-                    return
-                owner = largest
-            owner.evict(next(iter(owner.leaves)))
+                    break
+                payer = largest
+            payer.evict(next(iter(payer.leaves)))
+            self.settle(payer)
+        self.settle(owner)
+
+    def settle(self, owner: Owner) -> None:
+        """Forget an owner who has nothing."""
+        if not owner.count and not owner.programs and self._owners.get(owner.name) is owner:
+            del self._owners[owner.name]
 
     def _resized(self, size: int) -> None:
         self.size += size
@@ -296,3 +312,4 @@ class Owners:
     def _expire(self, owner: Owner, now: float) -> None:
         while owner.leaves and (oldest := next(iter(owner.leaves))).used + self._ttl_s < now:
             owner.evict(oldest)
+        self.settle(owner)

@@ -155,7 +155,7 @@ def test_unused_turns_expire_from_the_end():
     for i in range(20):
         clock.now += 100
         known.begin(f"owner {i}", None, START).ended()
-    assert list(known.owners._owners) == ["owner 19", ME]  # mine has a request that nobody has ended
+    assert list(known.owners._owners) == [ME]  # mine has a request that nobody has ended
     assert known.owners.size == 0
 
 
@@ -167,6 +167,44 @@ def test_who_takes_most_pays_first():
     assert known.owners.size <= 200_000
     assert known.begin("small", "s", small).report.why == "same"
     assert known.begin("large", "s0", [{"role": "user", "content": "0" * 5000}, _said("y"), MORE]).report.why == "new"
+
+
+def test_owners_that_have_nothing_are_not_remembered():
+    known = conversations()
+    say(known, known.begin(ME, None, START))
+    for i in range(100):
+        known.look(f"look {i}", None, START)
+        known.programs(f"programs {i}", "s")
+        known.forget(f"forget {i}", "s")
+        known.begin(f"cancelled {i}", "s", START).ended()
+        with pytest.raises(RequestError, match="not known"):
+            known.fork(f"fork {i}", "s", "t")
+    assert list(known.owners._owners) == [ME]
+
+
+def test_a_session_that_is_forgotten_while_it_runs_leaves_no_owner():
+    known = conversations()
+    opened = known.begin(ME, "s", START)
+    known.forget(ME, "s")
+    say(known, opened)
+    assert not known.owners._owners
+    assert known.owners.size == 0
+
+
+def test_many_owners_stay_within_the_bytes():
+    known = conversations(max_bytes=100_000)
+    for i in range(300):
+        say(known, known.begin(f"owner {i}", None, START))
+    assert known.owners.size <= 100_000
+    assert sum(owner.count for owner in known.owners._owners.values()) == len(known.owners._owners)
+
+
+def test_a_tail_that_ends_with_a_known_answer():
+    known = conversations()
+    messages = talk(known, "s")
+    kept = known.replace(ME, "s", len(messages) - 1, [])
+    opened = known.begin(ME, "s", messages)
+    assert opened.prompt[: len(kept)] == kept
 
 
 def _said(text):

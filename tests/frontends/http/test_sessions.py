@@ -188,6 +188,36 @@ async def test_an_explanation_queues_nothing(server, chatty):
     assert explained["held"]["device"] == real["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+async def test_what_no_chat_may_be_is_not_explained(server):
+    turn = await ask(server, HELLO, session_id="s")
+    ended = [*HELLO, turn["choices"][0]["message"]]
+    for path in ("/v1/cache/explain", "/v1/chat/completions"):
+        answer = await server.client.post(path, json={**BASE, "messages": ended})
+        assert answer.status_code == 400
+        assert "prefill" in answer.json()["error"]["message"]
+    replaced = await server.client.post("/v1/sessions/s/replace_tail", json={"keep": 1, "messages": ended[1:]})
+    assert replaced.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/chat/completions", {}),
+        ("/v1/cache/explain", {}),
+        ("/v1/messages", {"max_tokens": 1}),
+        ("/v1/messages/count_tokens", {}),
+        ("/v1/responses", {}),
+        ("/v1/cache/explain/responses", {}),
+    ],
+)
+async def test_a_chat_that_cannot_fit_is_refused_before_it_is_tokenised(server, path, more):
+    words = [{"role": "user", "content": "word " * 50_000}]
+    body = {"model": "tiny", "input" if "responses" in path else "messages": words, **more}
+    answer = await server.client.post(path, json=body)
+    assert answer.status_code == 400
+    assert "characters, which exceed the context" in answer.json()["error"]["message"]
+
+
 async def test_other_apis_are_explained_too(server):
     messages = {"model": "tiny", "messages": HELLO, "max_tokens": 5}
     explained = (await server.client.post("/v1/cache/explain/messages", json=messages)).json()
