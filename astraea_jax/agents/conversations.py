@@ -66,6 +66,8 @@ class Conversations:
         self._tokenizer = tokenizer
         self.normalise = normalise
         """Whether what clients change at every request is left out, unless the mode is off."""
+        self._hidden = tokenizer.eos_ids | tokenizer.delimiters.keys()
+        """Tokens that clients never see: a turn that goes on after one (``ignore_eos``) is not what they have."""
         self._continuity = Continuity(tokenizer, mode, max_context)
         self.owners = Owners(max_bytes, max_turns, ttl_s)
         self._clock = clock
@@ -318,6 +320,7 @@ class Conversations:
     ) -> Piece | None:
         if self.mode == "off":
             return None
+        whole = whole and self._hidden.isdisjoint(output_ids[:-1])
         stop = self._continuity.stop_of(output_ids) if whole else None
         every = ids + array("i", output_ids)
         return Piece(prompt.base, prompt.text, every, stop, end, job, whole, undo=prompt.undo)

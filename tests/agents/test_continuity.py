@@ -163,6 +163,7 @@ class Play:
         if reason == "length":
             output.pop()
         opened.ended(output, message, reason, whole=whole)
+        whole = whole and not self.tokenizer.eos_ids & {*output[:-1]}  # no client sees these
         self.client.messages.append(message)
         end = len(self.client.messages)
         self.turns.append(Said(end, opened.prompt, output, rendered, self.job, whole))

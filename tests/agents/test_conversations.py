@@ -167,6 +167,20 @@ def test_a_turn_that_did_not_reach_its_client_whole_is_tokenised_anew():
     assert known.begin(ME, "s", [*messages, answer, MORE]).report.why == "same"
 
 
+def test_a_turn_that_went_on_after_a_stop_token_is_tokenised_anew():
+    known = conversations()
+    encode, answer = known._tokenizer.encode, {"role": "assistant", "content": "Yes. No."}
+    ids = encode("Yes.") + encode(KEEPS.stop) + encode(" No.") + encode(KEEPS.stop)
+    known.begin(ME, None, START).ended(ids, answer, "length")
+    report = known.begin(ME, None, [*START, answer, MORE]).report
+    assert report.why == "cut"
+    assert report.prompt == known._tokenizer.encode_chat([*START, answer, MORE])
+
+    known.begin_text(ME, None, "Is it?").ended(ids, "Yes. No.", "length")
+    text = known.begin_text(ME, None, "Is it?Yes. No. Why?").report
+    assert (text.why, text.prompt) == ("cut", encode("Is it?Yes. No. Why?", add_bos=True))
+
+
 def test_a_stop_token_that_the_template_would_not_write():
     known = conversations(DATED)
     ids = known._tokenizer.encode("It is 14.<|im_end|>")  # one of the model's, but the template writes <|eot|>
