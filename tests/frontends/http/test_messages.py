@@ -12,6 +12,8 @@ from anthropic import AsyncAnthropic
 from support.engines import settled
 from support.http_server import MODEL, serving
 
+from astraea_jax.frontends.http.errors import SessionEnded, failure_of
+from astraea_jax.frontends.http.messages import error_body
 from astraea_jax.frontends.http.tenants import Keys
 
 GREEDY = {"temperature": 0}  # which this client no longer has
@@ -183,3 +185,8 @@ async def test_hostile_blocks_are_answered(server):
         body = json.dumps({"model": MODEL, "max_tokens": 1, "messages": messages})
         answer = await server.client.post("/v1/messages", content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (200, 400), answer.text
+
+
+def test_a_session_that_ended_meanwhile_is_a_conflict():
+    body = error_body(failure_of(SessionEnded("the session was ended while its request ran")), "req_1")
+    assert body["error"]["type"] == "conflict_error"
