@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,6 +166,18 @@ def test_a_turn_that_did_not_reach_its_client_whole_is_tokenised_anew():
     assert opened.prompt == known._tokenizer.encode_chat(messages)
     answer = say(known, opened)
     assert known.begin(ME, "s", [*messages, answer, MORE]).report.why == "same"
+
+
+def test_a_template_that_refuses_to_render_without_a_generation_prompt():
+    refuses = "{%- if not add_generation_prompt -%}{{ raise_exception('no') }}{%- endif -%}"
+    known = conversations(replace(KEEPS, text=refuses + KEEPS.text))
+    messages = [*START]
+    for i in range(4):
+        opened = known.begin(ME, "s", messages)
+        messages += [say(known, opened, f"Turn {i}.", **calling()), result()]
+    opened = known.begin(ME, "s", messages)
+    tokenizer = known._tokenizer
+    assert tokenizer.decode(opened.prompt, delimiters=True) == tokenizer.render(messages)
 
 
 def test_a_turn_that_went_on_after_a_stop_token_is_tokenised_anew():
