@@ -105,7 +105,7 @@ class Continuity:
         rendered = self._render(chat, generation_prompt)
         end = len(rendered) - (len(self._generation_prompt(rendered, chat)) if generation_prompt else 0)
         known = turns[-1].pieces() if turns else []
-        places = self._find(rendered, known)
+        places = self.find(rendered, known)
         if places and len(places) == len(known) and not self._ends(chat, known[-1]):
             places.pop()
         kept, why, message = self._kept(rendered, chat, turns, known, places, job)
@@ -133,7 +133,7 @@ class Continuity:
         except ValueError:
             return ""
 
-    def _find(self, rendered: str, known: Sequence[Piece]) -> list[Place]:
+    def find(self, rendered: str, known: Sequence[Piece]) -> list[Place]:
         """Where the turns of ``known`` stand, up to the first that is not found."""
         places: list[Place] = []
         at = 0
@@ -176,7 +176,7 @@ class Continuity:
                 piece.rendered = rendered
             elif self._mode == "job":
                 before = self._render_ended(chat._replace(messages=chat.messages[: piece.end]))
-                places = self._find(before, known)
+                places = self.find(before, known)
                 if len(places) < len(known):
                     return False
                 piece.rendered = before[places[-1].begin : places[-1].end]

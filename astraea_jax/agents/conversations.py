@@ -61,7 +61,7 @@ class Conversations:
         self._tokenizer = tokenizer
         self._normalise = normalise and mode != "off"
         self._continuity = Continuity(tokenizer, mode)
-        self._owners = Owners(max_bytes, max_turns, ttl_s)
+        self.owners = Owners(max_bytes, max_turns, ttl_s)
         self._clock = clock
         self._jobs = itertools.count(1)
         self._lock = threading.Lock()
@@ -198,7 +198,7 @@ class Conversations:
                 raise RequestError(f"the session {child!r} exists already; fork into one with another name")
             program = program_of(state, child, tip)
             state.add(Turn(tip.digest, tip, (), (), tip.end, program, tip.job, None, used=self._clock()))
-            self._owners.bound(state)
+            self.owners.bound(state)
 
     def programs(self, owner: str, session: str) -> list[str]:
         """Names of the programs of a session."""
@@ -259,7 +259,7 @@ class Conversations:
     def _owner(self, name: str) -> Owner:
         while self._dropped:
             self._finish(self._dropped.popleft(), None)
-        return self._owners.get(name, self._clock())
+        return self.owners.get(name, self._clock())
 
     def _run(self, owner: Owner, program: Program, turn: Turn | None) -> Running:
         program.busy = True
@@ -280,7 +280,7 @@ class Conversations:
         if running.turn is not None:
             owner.release(running.turn, now)
         owner.settle(program)
-        self._owners.bound(owner)
+        self.owners.bound(owner)
 
     def _prompt(self, chat: Chat, match: Match, job: int, *, generation_prompt: bool = True) -> Prompt:
         if self.mode != "off":

@@ -17,13 +17,22 @@ Message = Mapping[str, Any]
 START = b"astraea_jax history"
 """The digest of a history without messages."""
 
+_PRINTER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
 
 def digests(messages: Sequence[Message]) -> list[bytes]:
-    """Digests of the histories that end with the first message, with the second, and so on."""
+    """Digests of the histories that end with the first message, with the second, and so on.
+
+    Raises:
+        ValueError: arguments of a call are nested too deeply.
+    """
     found, digest = [], START
-    for message in messages:
-        digest = extended(digest, message)
-        found.append(digest)
+    try:
+        for message in messages:
+            digest = extended(digest, message)
+            found.append(digest)
+    except RecursionError:
+        raise ValueError("the arguments of a call are nested too deeply") from None
     return found
 
 
@@ -34,7 +43,7 @@ def extended(digest: bytes, message: Message) -> bytes:
     if role == "assistant":
         content = content.strip()
         if isinstance(given := message.get("tool_calls"), list) and given:
-            calls = json.dumps([_call(call) for call in given], sort_keys=True, ensure_ascii=False)
+            calls = _PRINTER.encode([_call(call) for call in given])
     said = content.encode("utf-8", "surrogatepass")
     called = calls.encode("utf-8", "surrogatepass")
     return sha256(b"%b%b\0%d\0%b%b" % (digest, role.encode("utf-8", "replace"), len(said), said, called)).digest()

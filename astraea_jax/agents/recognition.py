@@ -65,7 +65,8 @@ def program_of(owner: Owner, session: str | None, turn: Turn | None) -> Program:
     """The program of a request that follows ``turn``: that of the turn, or a new one."""
     if (program := waiting(session, turn)) is not None:
         return program
-    program = Program(_free_name(owner, session), session, turn.program.name if turn else None)
+    parent = None if turn is None or turn.program.forgotten else turn.program.name
+    program = Program(_free_name(owner, session), session, parent)
     owner.programs[program.name] = program
     return program
 

@@ -32,6 +32,8 @@ class Program:
     """Its newest turn."""
     busy: bool = False
     """A request of it runs."""
+    forgotten: bool = False
+    """Its turns go as soon as nothing builds on them."""
     tools: Sequence[Any] | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -177,9 +179,23 @@ class Owner:
         turn.used = now
         if not turn.followers:
             self.leaves[turn] = None
+            if turn.program.forgotten:
+                self.evict(turn)
 
     def evict(self, turn: Turn) -> None:
         """Forget a turn on which nothing builds. The one before it is the next to go unless something builds on it."""
+        last: Turn | None = turn
+        while last is not None:
+            before = last.previous
+            self._remove(last)
+            if before is not None:
+                before.followers -= 1
+                if not before.followers:
+                    self.leaves[before] = None
+                    self.leaves.move_to_end(before, last=False)
+            last = before if before is not None and before.program.forgotten and not before.followers else None
+
+    def _remove(self, turn: Turn) -> None:
         del self.leaves[turn]
         alike = self._by_digest.get(turn.digest, [])
         if turn in alike:
@@ -187,30 +203,18 @@ class Owner:
             if not alike:
                 del self._by_digest[turn.digest]
         self._count(turn, -1)
-        before = turn.previous
         if turn.program.tip is turn:
+            before = turn.previous
             turn.program.tip = before if before is not None and before.program is turn.program else None
             self.settle(turn.program)
-        if before is not None:
-            before.followers -= 1
-            if not before.followers:
-                self.leaves[before] = None
-                self.leaves.move_to_end(before, last=False)
 
     def forget(self, programs: Sequence[Program]) -> None:
-        """Forget programs, and their turns on which no others build."""
+        """Forget programs, and their turns as soon as no others build on them."""
         for program in programs:
             self.programs.pop(program.name, None)
-        gone = set(programs)
-        leaves: list[Turn | None] = [turn for turn in self.leaves if turn.program in gone]
-        for leaf in leaves:
-            turn = leaf
-            while turn is not None and turn.program in gone and not turn.followers:
-                before = turn.previous
-                self.evict(turn)
-                turn = before
-        for program in gone:
-            program.tip = None
+            program.forgotten, program.tip = True, None
+        for turn in [turn for turn in self.leaves if turn.program.forgotten]:
+            self.evict(turn)
 
     def _count(self, turn: Turn, sign: int) -> None:
         self.size += sign * turn.size
@@ -251,10 +255,14 @@ class Owners:
         self._owners.move_to_end(name)
         self._expire(owner, now)
         while (oldest := next(iter(self._owners))) != name:  # everybody before it has been unused for longer
-            self._expire(self._owners[oldest], now)
-            if self._owners[oldest].programs:
+            other = self._owners[oldest]
+            self._expire(other, now)
+            if other.leaves:
                 break
-            del self._owners[oldest]
+            if other.count or other.programs:
+                self._owners.move_to_end(oldest)
+            else:
+                del self._owners[oldest]
         return owner
 
     def bound(self, owner: Owner) -> None:

@@ -13,6 +13,7 @@ PATTERNS: list[tuple[frozenset[str], re.Pattern[str]]] = [
     for entry in json.loads((files(__package__) / "volatile.json").read_text(encoding="utf-8"))
 ]
 """Roles, and what is volatile in their text."""
+ROLES = frozenset().union(*(roles for roles, _ in PATTERNS))
 
 
 def without_volatile(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -22,7 +23,7 @@ def without_volatile(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str,
     """
     kept, places = [], []
     for place, message in enumerate(messages):
-        stable = _stable(message)
+        stable = _stable(message) if message["role"] in ROLES else message
         if stable is not None:
             kept.append(stable)
             places.append(place)
