@@ -12,6 +12,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
 from astraea_jax.frontends.llm import LLM, Completion
 from astraea_jax.models.config import CheckpointError
+from astraea_jax.scheduler.wait import Wait
 
 __version__ = "0.1.0"
 
@@ -32,5 +33,6 @@ __all__ = [
     "Tool",
     "ToolError",
     "Usage",
+    "Wait",
     "tool",
 ]

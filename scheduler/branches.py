@@ -49,20 +49,25 @@ class Branches:
             QueueFull: there are too many programs, and no other one that could make room.
         """
         parent, fork = self._programs.fork(program, child, now)
-        fork.last = self._programs.live.get(parent)  # if it has nothing yet
-        self._share(parent, fork)
+        request = parent.running or parent.last
+        if request is None:  # it has not started yet
+            fork.last = self._programs.live[parent]
+        else:
+            self._residency.kv.share(parent, request, fork)
         self._waits.forked(fork, parent, now)
 
-    def inherit(self, program: Program) -> None:
-        """Let a program that has just been opened begin with what its parent has, if that has the same salt."""
-        parent = self._programs.find(program.parent) if program.parent is not None else None
-        if parent is not None and (parent.owner, parent.salt) == (program.owner, program.salt):
-            self._share(parent, program)
+    def inherit(self, program: Program, prompt: Sequence[int]) -> None:
+        """Let a program that has just been opened begin with what its parent has of its first prompt.
 
-    def _share(self, parent: Program, program: Program) -> None:
+        A parent of another owner or salt has nothing for it.
+        """
+        parent = self._programs.find(program.parent) if program.parent is not None else None
+        if parent is None or (parent.owner, parent.salt) != (program.owner, program.salt):
+            return
         request = parent.running or parent.last
-        if request is not None:
+        if request is not None and (shared := request.shared_with(prompt)):
             self._residency.kv.share(parent, request, program)
+            program.computed = min(program.kept, shared)
 
     def replace_tail(
         self, program: Hashable, prompt: Sequence[int], *, salt: bytes | None = None, now: float

@@ -24,10 +24,14 @@ class Offer(NamedTuple):
     need: int
     """Further device pages, for all its known tokens; those that are restored come first."""
 
+    def device_tokens(self, page_size: int) -> int:
+        """Those of the tokens that are on the device."""
+        return min(self.tokens, (self.own + len(self.found)) * page_size)
+
     def resumed(self, page_size: int) -> Resumed:
         """Say where the KV of the request's prompt comes from."""
         program = self.request.program
-        device = min(self.tokens, (self.own + len(self.found)) * page_size)
+        device = self.device_tokens(page_size)
         host = self.tokens - device
         if not program.computed:
             return Resumed(device_tokens=device)

@@ -159,7 +159,7 @@ class Residency:
     def held(self, request: Request) -> tuple[int, int]:
         """Count the tokens of a request that could start now whose KV is on the device, and on the host."""
         offer = self._offer(request)
-        device = min(offer.tokens, (offer.own + len(offer.found)) * self._size)
+        device = offer.device_tokens(self._size)
         return device, offer.tokens - device
 
     def _offer(self, request: Request) -> Offer:
@@ -189,9 +189,11 @@ class Residency:
         if not offer.parts:
             if whole < len(pages):  # its next token is written there
                 self._pool.uncache(pages[whole])
-            self.kv.cut_copies(program, whole)
+            self.kv.cut_copies(
+                program, min(whole, request.reusable // self._size)
+            )  # one of a part of a page is outdated
         request.num_computed = request.reused = offer.tokens
-        if request.preemptions == 0:
+        if request.preemptions == 0 and not request.prepares:
             request.resumed = offer.resumed(self._size)
             if program.computed:
                 why = f", {request.resumed.why}" if request.resumed.why else ""

@@ -55,7 +55,7 @@ class RetainedKV:
             pages = pages[:whole]
         self._pool.share(pages)
         other.last, other.pages = request, list(pages)
-        other.kept = min(tokens, self._copies.share(program, other, len(pages)) * self._size)
+        other.kept = other.computed = min(tokens, self._copies.share(program, other, len(pages)) * self._size)
         self.order.add(other)
 
     def trim(self, program: Program, tokens: int) -> None:

@@ -104,7 +104,7 @@ class Scheduler:
             request.wait = self._waits.end(opened, now)
             self._planner.preparations.end(opened, SUPERSEDED)
         else:
-            self.branches.inherit(opened)
+            self.branches.inherit(opened, prompt)
         if opened.last is not None:
             request.matches(opened.last)
             self._residency.kv.trim(opened, request.reusable)

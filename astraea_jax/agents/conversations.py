@@ -59,7 +59,8 @@ class Conversations:
     ):
         self.mode = mode
         self._tokenizer = tokenizer
-        self._normalise = normalise and mode != "off"
+        self.normalise = normalise
+        """Whether what clients change at every request is left out, unless the mode is off."""
         self._continuity = Continuity(tokenizer, mode)
         self.owners = Owners(max_bytes, max_turns, ttl_s)
         self._clock = clock
@@ -89,7 +90,7 @@ class Conversations:
             CheckpointError, TypeError, ValueError: as :meth:`~astraea_jax.models.tokenizer.Tokenizer.render`.
         """
         given = normalise_messages(messages)
-        given, places = without_volatile(given) if self._normalise else (given, [*range(len(given))])
+        given, places = self._stable(given)
         digests = meaning.digests(given)
         tools, arguments = plain(tools), plain(template_arguments or {})
         with self._lock:
@@ -136,7 +137,7 @@ class Conversations:
         Args and Raises: as :meth:`begin`.
         """
         given = normalise_messages(messages)
-        given, places = without_volatile(given) if self._normalise else (given, [*range(len(given))])
+        given, places = self._stable(given)
         with self._lock:
             match = recognise(self._owner(owner), session, given, meaning.digests(given))
             program = waiting(session, match.turn)
@@ -144,6 +145,12 @@ class Conversations:
         job = turn.job if turn is not None and meaning.answers_calls(given[turn.end :]) else 0  # that of no turn
         chat = Chat(match.restored(given), plain(tools), plain(template_arguments or {}))
         return _report(self._prompt(chat, match, job), match, places), None if program is None else program.name
+
+    def _stable(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+        """The messages that are compared and rendered, and the place of each among those that were given."""
+        if self.normalise and self.mode != "off":
+            return without_volatile(messages)
+        return messages, [*range(len(messages))]
 
     def begin_text(self, owner: str, session: str | None, text: str, add_bos: bool = True) -> Opened:
         """Open a request for what follows a text, which may begin with the text of earlier requests and their answers.

@@ -33,7 +33,7 @@ class Match:
 
 
 def recognise(owner: Owner, session: str | None, messages: Sequence[Message], digests: Sequence[bytes]) -> Match:
-    """Find the known turns of a history, which ends with something new.
+    """Find the known turns of a history, which ends with something new, or with what has replaced its tail.
 
     Args:
         owner: has the turns.
@@ -41,7 +41,7 @@ def recognise(owner: Owner, session: str | None, messages: Sequence[Message], di
         messages: the history.
         digests: of all its beginnings.
     """
-    turn = next((found for digest in digests[-2::-1] if (found := best(owner.at(digest), session))), None)
+    turn = next((found for digest in digests[::-1] if (found := best(owner.at(digest), session))), None)
     turns = turn.history() if turn else []
     for i, known in enumerate(turns):
         if known.answer is not None and not _same_thoughts(messages[known.end - 1], known.answer):

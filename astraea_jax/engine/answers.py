@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,12 @@ def answer(question: Question[Any], scheduler: Scheduler, now: float) -> None:
             find = partial(scheduler.look, limit, owner, now)
         case _:
             raise TypeError(f"nobody answers a {type(question).__name__}")
-    if question.answer.set_running_or_notify_cancel():
+    asked: Future[Any] = question.answer
+    if asked.set_running_or_notify_cancel():
         try:
-            question.answer.set_result(find())
+            asked.set_result(find())
         except (Rejected, QueueFull) as error:
-            question.answer.set_exception(refusal(error))
+            asked.set_exception(refusal(error))
 
 
 def refuse(question: Question[Any], reason: str) -> None:

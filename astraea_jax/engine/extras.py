@@ -165,7 +165,7 @@ class Collector:
         Raises:
             GrammarFault: the matcher fails, or allows no token; nothing has been added then.
         """
-        if tracker.matcher is not None:
+        if masked := tracker.matcher is not None and not tracker.matcher.free:
             mask = np.zeros(self._words, np.int32)
             try:
                 tracker.matcher.fill(mask)
@@ -177,7 +177,7 @@ class Collector:
             self._masks.append(mask)
         if tracker.adjustments.active:
             self._entries.append(tracker.adjustments.entries(row))
-        if tracker.matcher is not None or tracker.adjustments.active:
+        if masked or tracker.adjustments.active:
             self._rows.append(row)
         self._logprobs |= tracker.logprobs is not None
 

@@ -47,6 +47,8 @@ class Matcher:
         vocabulary: tokens that it knows.
     """
 
+    free = False
+
     def __init__(self, grammar: Grammar, start: LLMatcher, vocabulary: int):
         self._grammar = grammar
         self._matcher = start

@@ -41,6 +41,10 @@ class Matcher(Protocol):
     def finished(self) -> bool:
         """Whether the text is complete and nothing may follow it."""
 
+    @property
+    def free(self) -> bool:
+        """Whether any token may come next, so that nobody needs to ask :meth:`fill`."""
+
     def fill(self, row: np.ndarray) -> None:
         """Write which tokens may come next into ``row [ceil(V / 32)]`` int32: bit t % 32 of word t // 32 is token t."""
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from astraea_jax.agents.continuity import Why
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.generation import Ended, Usage
 from astraea_jax.engine.interface import Serving
@@ -48,6 +50,7 @@ OF_REQUESTS = {
     "request_prefill_kv_computed_tokens": (TOKENS, "Tokens of the prompt whose KV was not cached."),
 }
 """Histogram over requests that have ended -> its bounds, and what it says."""
+WHYS: tuple[str, ...] = get_args(Why)
 RESUMES = ((DEVICE, ""), (HOST, ""), *((RECOMPUTED, why) for why in (EVICTED, DISCARDED, FAILED, DIFFERS)))
 """How turns resume: the source of their KV, and why some was computed again."""
 
@@ -91,11 +94,12 @@ class Metrics:
         engine: its replicas are watched from now on.
         model: the model's name, a label of every series.
         prefix: of the metrics' names; ``"vllm:"`` for dashboards and routers that look for vLLM's.
+        continued: requests by why the known part of their prompt ended, as front doors count them.
     """
 
-    def __init__(self, engine: Serving, model: str, prefix: str = PREFIX):
+    def __init__(self, engine: Serving, model: str, prefix: str = PREFIX, continued: Mapping[str, int] | None = None):
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_Engines(engine, model, prefix))
+        self.registry.register(_Engines(engine, model, prefix, continued or {}))
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
@@ -107,8 +111,8 @@ class Metrics:
 class _Engines(Collector):
     """Reads the numbers of all replicas at a scrape."""
 
-    def __init__(self, engine: Serving, model: str, prefix: str):
-        self._model, self._prefix = model, prefix
+    def __init__(self, engine: Serving, model: str, prefix: str, continued: Mapping[str, int]):
+        self._model, self._prefix, self._continued = model, prefix, continued
         self._replicas = [(replica, Requests()) for replica in engine.replicas]
         for replica, requests in self._replicas:
             replica.observe(requests.ended)
@@ -121,6 +125,11 @@ class _Engines(Collector):
             _programs(page, replica)
             _pages(page, replica)
             _steps(page, replica)
+        page = _Page(families, self._prefix, {"model_name": self._model, "replica": ""})  # prompts are made before
+        for why in WHYS:
+            page.counter(
+                "turns_continued", "Turns by why their known tokens ended.", self._continued.get(why, 0), why=why
+            )
         return families.values()
 
 

@@ -50,7 +50,8 @@ from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, w
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.logs import log_flags
-from astraea_jax.frontends.operating import operator_flags
+from astraea_jax.frontends.operating import check_profiles, operator_flags
+from astraea_jax.frontends.program_flags import program_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.frontends.tool_flags import tool_flags
@@ -65,7 +66,7 @@ flags.DEFINE_integer("port", 9000, "Port of gRPC; 0 takes a free one, named in t
 flags.DEFINE_bool("grpc", True, "Serve gRPC.")
 flags.DEFINE_bool("http", True, "Serve HTTP.")
 http_server, door_keys, door_tls = http_flags(), key_flags(), tls_flags()
-server_tools, make_operator = tool_flags(), operator_flags()
+server_tools, make_operator, make_programs = tool_flags(), operator_flags(), program_flags()
 options = engine_flags(*OPTIONS)
 set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
@@ -219,14 +220,23 @@ def make_doors(engine: Serving, tools: Sequence[Tool]) -> dict[str, Server | Htt
     with contextlib.suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
         grammars.prepare()  # now, because it holds up the whole process
     doors: dict[str, Server | HttpServer] = {}
+    programs = make_programs(engine)
     if FLAGS.http:
         folder = None if FLAGS.random_weights else Path(model())
-        operator = make_operator(engine, FLAGS.model)
+        operator = make_operator(engine, FLAGS.model, programs.continued)
         doors["HTTP"] = http_server(
-            engine, FLAGS.model, folder, keys=keys, operator=operator, tls=tls, tools=tools, grammars=grammars
+            engine,
+            FLAGS.model,
+            folder,
+            keys=keys,
+            operator=operator,
+            tls=tls,
+            tools=tools,
+            grammars=grammars,
+            programs=programs,
         )
     if FLAGS.grpc:
-        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls, grammars=grammars)
+        doors["gRPC"] = Server(engine, FLAGS.host, FLAGS.port, keys=keys, tls=tls, grammars=grammars, programs=programs)
     if not doors:
         raise StartupError("--nogrpc and --nohttp leave no door to serve through")
     if tools and not FLAGS.http:
@@ -293,7 +303,8 @@ def main(arguments: list[str]) -> None:
             if FLAGS.process > 0:
                 follow(display)
                 return
-            door_keys(), door_tls()  # what is wrong with these files shows before the weights are read
+            door_tls()  # what is wrong with these flags shows before the weights are read
+            check_profiles(door_keys(), http=FLAGS.http)
             engine = loaded_engine(display)
             if cut := asyncio.run(serve(engine, display, began)):
                 say(f"requests cut off: {cut}")

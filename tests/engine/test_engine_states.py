@@ -14,6 +14,7 @@ from support import engine_states
 from support.engine_states import Machine
 
 from astraea_jax.engine import engine as engine_module
+from astraea_jax.engine import sessions as sessions_module
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import checked_name
 from astraea_jax.engine.generation import Generation
@@ -92,8 +93,9 @@ def _a_start_that_forgets_the_end(patch) -> None:
 
 
 def _names_that_nobody_checks(patch) -> None:
-    patch.setattr(engine_module, "checked_name", lambda what, name, empty=False: name)
-    patch.setattr(engine_module, "checked_key", lambda session, owner: (owner, session))
+    for module in (engine_module, sessions_module):
+        patch.setattr(module, "checked_name", lambda what, name, empty=False: name)
+        patch.setattr(module, "checked_key", lambda session, owner: (owner, session))
 
 
 def _prompts_that_nobody_checks(patch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import signal
 import sys
@@ -166,6 +167,25 @@ def test_the_call_format_can_be_named(shop):
     assert "<tool_call>" in unread.text
     with pytest.raises(ValueError, match="no call format 'nous'"):
         shop.chat(SHOP, [price], call_format="nous")
+
+
+def test_chats_go_on_from_their_own_tokens(shop):
+    """Within an agent, and in a later chat that continues what was said."""
+
+    @tool
+    def price(article: int) -> int:
+        """Price of one piece."""
+        return 65
+
+    page_size = shop.engine.config.page_size
+    [agent] = shop.chat(SHOP, [price], max_steps=3, params=SamplingParams(max_tokens=64, temperature=1.5, seed=3))
+    more = [*agent.messages, {"role": "user", "content": "And 6 of them?"}]
+    [later] = shop.chat(more, [price], max_steps=1, params=EIGHT)
+    requests = [*agent.requests, later.requests[0]]
+    assert len(requests) > 1
+    for before, after in itertools.pairwise(requests):
+        known = before.usage.prompt_tokens + before.output_tokens - 1  # nothing was computed of the last token yet
+        assert after.usage.cached_tokens >= known - known % page_size
 
 
 def test_more_prompts_than_the_queue_holds(random_folder, greedy):

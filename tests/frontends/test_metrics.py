@@ -86,10 +86,24 @@ async def test_requests_are_counted_by_their_ends(engine):
     assert found["astraea:generation_tokens_total"] >= found["astraea:request_generation_tokens_sum"] >= 9
     assert found["astraea:steps_total"] == found["astraea:iteration_tokens_total_count"]
     assert found["astraea:tool_wait_seconds_count"] == found["astraea:tool_wait_prediction_error_seconds_count"] == 1
-    assert found["astraea:resume_source_total{source=device}"] == 1
+    assert found["astraea:resume_source_total{reason=,source=device}"] == 1
     assert found["astraea:sessions"] == found["astraea:programs{state=tool_wait}"] == 1
     assert found["astraea:engine_state{state=serving}"] == 1
     assert found["astraea:num_requests_running"] == found["astraea:kv_cache_usage_perc"] == 0
+
+
+async def test_jobs_and_the_waits_of_humans_are_counted(engine):
+    metrics = Metrics(engine, "m")
+    for prompt in ([1] * 9, [2] * 9):
+        await engine.generate(prompt, PARAMS, session="s").text()
+        engine.waits("s", Wait())
+    await settled(engine)
+    found = read(metrics)
+    assert found["astraea:human_wait_seconds_count"] == found["astraea:human_wait_prediction_error_seconds_count"] == 1
+    assert found["astraea:tool_wait_seconds_count"] == 0
+    assert found["astraea:job_completion_seconds_count"] == 2
+    assert (found["astraea:programs{state=human_wait}"], found["astraea:programs{state=tool_wait}"]) == (1, 0)
+    assert found["astraea:resume_source_total{reason=prefix differs,source=recomputed}"] == 1
 
 
 async def test_replicas_have_their_own_numbers():

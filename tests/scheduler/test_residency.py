@@ -189,6 +189,20 @@ def test_a_text_that_parts_from_a_shared_page_leaves_it_alone():
     assert back.cached_tokens == 20
 
 
+def test_a_copy_of_a_part_of_a_page_is_outdated_once_the_page_is_full():
+    """Also if it was somebody else who has filled it."""
+    loop = loop_of(pages=12)
+    start, salt = [1] * 3, salted("")
+    serve(loop, "a", start, 1, salt=salt)
+    serve(loop, None, [2] * 47, 1)  # a's page goes to the host
+    text = [*start, *range(20, 30)]
+    serve(loop, "b", text, 1, salt=salt)
+    back = serve(loop, "a", [*text, 6], 2, salt=salt)
+    assert back.cached_tokens == 12
+    serve(loop, None, [2] * 47, 1)
+    assert serve(loop, "a", [*text, 6, *back.output, 7], 2, salt=salt).cached_tokens >= 12
+
+
 @pytest.mark.parametrize("delay", [0, 3])
 def test_failed_transfers_are_computed_again(delay):
     loop = loop_of()

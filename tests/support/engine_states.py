@@ -39,6 +39,8 @@ LIMIT_S = 20.0
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
 NAMES = (None, "a", "b", "#1", "#2", "#3")
 OWNERS = ("", "x")
+SECONDS = (None, 0, 3.5, -1, 10**400, -(10**400), 1e300, float("inf"), float("nan"))
+"""Hints of clients, absurd ones among them."""
 ODD = {
     "no sequence": lambda e: e.generate(7),
     "text": lambda e: e.generate("text"),
@@ -69,6 +71,14 @@ ODD = {
     "tool without a name": lambda e: e.waits("a", Wait(("",))),
     "tool of a list": lambda e: e.waits("a", Wait((["x"],))),
     "long tool": lambda e: e.waits("a", Wait(("t" * 257,))),
+    "tools of a list": lambda e: e.waits("a", Wait(["t"])),
+    "a wait of text": lambda e: e.waits("a", "t"),
+    "expected of text": lambda e: e.waits("a", Wait(("t",), expected_s="3")),
+    "kept for a flag": lambda e: e.waits("a", Wait(("t",), keep_s=True)),
+    "priority of text": lambda e: e.generate([1], priority="high"),
+    "priority of a fraction": lambda e: e.generate([1], priority=0.5),
+    "parent of a number": lambda e: e.generate([1], session="a", parent=3),
+    "empty parent": lambda e: e.generate([1], session="a", parent=""),
 }
 
 
@@ -230,9 +240,15 @@ class Machine(RuleBasedStateMachine):
             asked.may_be_cancelled |= asked.key == (owner, name) and not asked.ends
         self.engine.end_session(name, owner=owner)
 
-    @rule(name=st.sampled_from(NAMES[1:]), owner=st.sampled_from(OWNERS), tool=st.sampled_from(["look", "x" * 256]))
-    def name_a_tool(self, name, owner, tool) -> None:
-        self.engine.waits(name, Wait((tool,)), owner=owner)
+    @rule(
+        name=st.sampled_from(NAMES[1:]),
+        owner=st.sampled_from(OWNERS),
+        tools=st.sampled_from([("look",), ("x" * 256,), ("look", "look", "see"), ("look",) * 1000, ()]),
+        expected_s=st.sampled_from(SECONDS),
+        keep_s=st.sampled_from(SECONDS),
+    )
+    def wait(self, name, owner, tools, expected_s, keep_s) -> None:
+        self.engine.waits(name, Wait(tools, expected_s, keep_s), owner=owner)
 
     @rule(seeds=st.lists(st.integers(0, 30), min_size=2, max_size=4))
     def ask_and_forget_from_several_threads(self, seeds) -> None:

@@ -18,6 +18,8 @@ def mask_of(tokens, row: np.ndarray) -> None:
 class Following:
     """A matcher that asks a function of the tokens so far which may come next."""
 
+    free = False
+
     def __init__(self, allowed: Callable[[tuple[int, ...]], frozenset[int]], ends: frozenset[tuple[int, ...]]):
         self._allowed, self._ends = allowed, ends
         self._tokens: tuple[int, ...] = ()

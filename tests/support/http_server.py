@@ -15,6 +15,7 @@ from astraea_jax.frontends.http.app import make_app
 from astraea_jax.frontends.http.connections import ConnectionLimits
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.guard import Bounds, Guard
+from astraea_jax.frontends.http.hosts import AllowedHosts
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
@@ -41,10 +42,11 @@ async def serving(
     limits: Limits | None = None,
     connections: ConnectionLimits | None = None,
     tools: Sequence[Tool] = (),
+    hosts: AllowedHosts | None = None,
 ) -> AsyncIterator[HttpServer]:
     """A server of the engine, and a client of it."""
     door = Door(engine, formats.choose(engine.tokenizer), [MODEL], limits, tools=tools)
-    app = make_app(door, keys, bounds)
+    app = make_app(door, keys, bounds, hosts=hosts)
     server = Server(app, door, limits=connections)
     port = await server.start()
     url = f"http://127.0.0.1:{port}"

@@ -13,17 +13,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from astraea_jax.agents.reply import CallArguments, CallBegan, Said, Thought
 from astraea_jax.engine.generation import TokenLogprob
+from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.bodies import prepared
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import ChatCompletionRequest
 from astraea_jax.frontends.http.door import Door
-from astraea_jax.frontends.http.logprobs import chat_logprobs
-from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
+from astraea_jax.frontends.http.logprobs import chat_logprobs, count, written
+from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer_of_choices, event, stream
 from astraea_jax.frontends.http.turns import ChatRequest, Turn, TurnDelta, merged, written_call
 from astraea_jax.frontends.http.usage import cached_header, usage_of
 
@@ -35,7 +38,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     """Give the model's next turn in a conversation."""
     door = door_of(request)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": door.check_model(body.model)}
-    turns = await door.begin(request_of(request, body, door))
+    turns = await door.begin(await prepared(request, partial(request_of, request, body, door)))
     outputs = merged(turns)
     if body.stream:
         chunks = _Chunks(door, body, head, turns)
@@ -43,9 +46,13 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     logprobs: list[list[TokenLogprob]] = [[] for _ in turns]
     async for index, delta in outputs:
         logprobs[index] += delta.logprobs
-    choices = [_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns)]
-    content = {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(turns)}
-    return answer(content, cached_header(turns[0]))
+
+    def whole() -> Response:
+        choices = (_choice(door, body, i, turn, logprobs[i]) for i, turn in enumerate(turns))
+        content = {**head, "object": "chat.completion", "usage": usage_of(turns)}
+        return answer_of_choices(content, choices, cached_header(turns[0]))
+
+    return await written(sum(map(count, logprobs)), whole)
 
 
 def request_of(request: Request, body: ChatCompletionRequest, door: Door) -> ChatRequest:
@@ -55,6 +62,10 @@ def request_of(request: Request, body: ChatCompletionRequest, door: Door) -> Cha
         RequestError: it asks for what is not served, or contradicts itself.
     """
     body.refuse_unserved()
+    if body.thinking_token_budget is not None and not door.bounds_thoughts:
+        raise RequestError(
+            "thinking_token_budget is not served: this model has no tokens that begin and end its thoughts"
+        )
     return ChatRequest(
         tenant=tenant_of(request, body.cache_salt),
         params=body.sampling(
@@ -68,6 +79,7 @@ def request_of(request: Request, body: ChatCompletionRequest, door: Door) -> Cha
         tools=[{"type": "function", "function": tool.function.plain()} for tool in body.tools or ()],
         tool_choice=body.choice(),
         parallel_calls=body.parallel_tool_calls is not False,
+        thought_tokens=body.thinking_token_budget,
         template_arguments=body.template_arguments(),
         **program_of(request, body),
         early_calls=bool(body.stream),
@@ -122,7 +134,7 @@ class _Chunks:
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             delta = _delta(output)
             if delta or output.logprobs:
-                yield self._chunk(index, delta, output.logprobs)
+                yield await written(count(output.logprobs), partial(self._chunk, index, delta, output.logprobs))
             if (reason := self._turns[index].finish_reason) is not None:
                 yield self._chunk(index, {}, reason=reason, stop=self._turns[index].stop_sequence)
         if self._tells_usage:

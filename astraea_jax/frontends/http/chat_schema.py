@@ -136,6 +136,7 @@ class ChatCompletionRequest(SamplingFields):
     max_tokens: Annotated[int, Field(ge=1, le=LARGE)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGE)] | None = None
     reasoning_effort: Annotated[str, StringConstraints(max_length=32)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGE)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     continue_final_message: bool | None = None
     functions: Annotated[list[Any], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None

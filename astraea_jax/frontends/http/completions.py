@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,8 +17,8 @@ from astraea_jax.engine.sampling import MAX_LOGPROBS
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.door import Door
-from astraea_jax.frontends.http.logprobs import text_logprobs
-from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer, event, stream
+from astraea_jax.frontends.http.logprobs import count, text_logprobs, written
+from astraea_jax.frontends.http.routes import DONE, JsonRoute, answer_of_choices, event, stream
 from astraea_jax.frontends.http.sampling_schema import LARGE, SamplingFields, Text, TokenId
 from astraea_jax.frontends.http.turns import TextRequest, Turn, merged
 from astraea_jax.frontends.http.usage import cached_header, usage_of
@@ -83,7 +84,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     texts = _Texts(door, body, head, await _begin(door, _requests(request, body, door)))
     if body.stream:
         return await stream(request, texts.events(), lambda failure: event(failure.openai()))
-    return answer(await texts.whole(), cached_header(*(turns[0] for turns in texts.prompts)))
+    return await texts.whole()
 
 
 def _requests(request: Request, body: CompletionRequest, door: Door) -> list[TextRequest]:
@@ -134,16 +135,21 @@ class _Texts:
         self._turns = [turn for of_one in turns for turn in of_one]
         self._lengths = [0] * len(self._turns)
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """All choices at their end."""
         logprobs: list[list[TokenLogprob]] = [[] for _ in self._turns]
         async for index, output in merged(self._turns):
             logprobs[index] += output.logprobs
-        choices = [
-            self._choice(index, self._echo(index) + turn.reply.text, logprobs[index])
-            for index, turn in enumerate(self._turns)
-        ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+
+        def write() -> Response:
+            choices = (
+                self._choice(index, self._echo(index) + turn.reply.text, logprobs[index])
+                for index, turn in enumerate(self._turns)
+            )
+            header = cached_header(*(turns[0] for turns in self.prompts))
+            return answer_of_choices({**self._head, "usage": self._usage()}, choices, header)
+
+        return await written(sum(map(count, logprobs)), write)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events."""
@@ -156,7 +162,8 @@ class _Texts:
                 echoed.add(index)
                 text = self._echo(index) + text
             if text or output.logprobs or self._turns[index].finish_reason:
-                yield event({**head, "choices": [self._choice(index, text, output.logprobs)]})
+                choice = await written(count(output.logprobs), partial(self._choice, index, text, output.logprobs))
+                yield event({**head, "choices": [choice]})
         if tells_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield DONE

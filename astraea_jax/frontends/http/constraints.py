@@ -15,6 +15,7 @@ from astraea_jax.agents.formats import CallFormat
 from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.lark_text import Thought
 from astraea_jax.engine.sampling import Grammar
+from astraea_jax.engine.thought_budget import ThoughtBudget
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.turns import ChatRequest, Request
 from astraea_jax.models.tokenizer import Tokenizer
@@ -31,15 +32,22 @@ class Constraints:
         compiler: compiles them.
         tokenizer: of the model.
         call_format: how the model writes calls and thoughts.
+        vocab_size: tokens that the model tells apart.
     """
 
-    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: CallFormat):
+    def __init__(self, compiler: GrammarCompiler, tokenizer: Tokenizer, call_format: CallFormat, vocab_size: int):
         self._compiler = compiler
         self._format = call_format
-        self._added_tokens = frozenset(tokenizer.added_tokens())
+        self._added_tokens = {text: i for text, i in tokenizer.added_tokens().items() if i < vocab_size}
+        self._told_that_unbounded = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="astraea-grammar")
         self._strict_in_text: bool | None = None
         """Whether calls in free text can be constrained in this model's format; None: nobody has asked yet."""
+
+    @property
+    def bounds_thoughts(self) -> bool:
+        """Whether budgets of thoughts have an effect: one token each begins and ends a thought."""
+        return any(self._added_tokens.keys() >= {*tags} for tags in self._format.thoughts)
 
     async def of(self, request: Request, tail: str) -> Grammar | None:
         """Compile the grammar of a request whose prompt ends with ``tail``; None: it is free.
@@ -47,13 +55,26 @@ class Constraints:
         Raises:
             RequestError: what is asked for cannot be constrained.
         """
-        compile = self._chosen(request, tail)
-        return None if compile is None else await asyncio.get_running_loop().run_in_executor(self._threads, compile)
+        thought = self._format.thought(tail, self._added_tokens)
+        compile, grammar = self._chosen(request, thought), None
+        if compile is not None:
+            grammar = await asyncio.get_running_loop().run_in_executor(self._threads, compile)
+        if isinstance(request, ChatRequest) and request.thought_tokens is not None:
+            grammar = self._bounded(request.thought_tokens, thought, grammar)
+        return grammar
 
-    def _chosen(self, request: Request, tail: str) -> Callable[[], Grammar | None] | None:
+    def _bounded(self, count: int, thought: Thought | None, grammar: Grammar | None) -> Grammar | None:
+        tokens = self._added_tokens
+        if thought is not None and thought.begin in tokens and thought.end in tokens:
+            return ThoughtBudget(count, tokens[thought.begin], tokens[thought.end], thought.opened, grammar)
+        if not self._told_that_unbounded:
+            log.warning("thoughts are not bounded: this model has no tokens that begin and end them")
+        self._told_that_unbounded = True
+        return grammar
+
+    def _chosen(self, request: Request, thought: Thought | None) -> Callable[[], Grammar | None] | None:
         if not isinstance(request, ChatRequest):
             return None if request.constraint is None else partial(self._form, request.constraint, None)
-        thought = self._format.thought(tail, self._added_tokens)
         must_call = request.tool_choice not in ("auto", "none")
         if must_call or (request.tools and request.tool_choice == "auto" and _any_strict(request.tools)):
             if request.constraint is not None:

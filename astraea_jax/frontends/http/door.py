@@ -86,10 +86,15 @@ class Door:
         self._tools = {tool.name: tool for tool in tools}
         self._format = call_format
         compiler = grammars or GrammarCompiler(engine.tokenizer)
-        self._constraints = Constraints(compiler, engine.tokenizer, call_format)
+        self._constraints = Constraints(compiler, engine.tokenizer, call_format, engine.model_config.vocab_size)
         self._pace = Pace()
         self.programs = programs or Programs(engine)
         self.sessions = Sessions(self.programs)
+
+    @property
+    def bounds_thoughts(self) -> bool:
+        """Whether ``thought_tokens`` of a request have an effect: the model has tokens that begin and end thoughts."""
+        return self._constraints.bounds_thoughts
 
     def check_model(self, name: str | None) -> str:
         """Return the name that an answer carries; None is the model's own.

@@ -31,6 +31,14 @@ class TooLarge(ValueError):
     """The request is larger than is read at all; the message says how large it may be."""
 
 
+class NotJson(ValueError):
+    """The body is said to be something else than JSON."""
+
+
+class HostRefused(ValueError):
+    """The request is addressed to another server, or comes from a stranger's web page."""
+
+
 class TooSlow(TimeoutError):
     """The client has not sent its whole request in time."""
 
@@ -66,14 +74,24 @@ class Failure:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+def anthropic_status(status: int) -> int:
+    """Return the status by which Anthropic's clients know a failure: its ``overloaded_error`` comes with 529.
+
+    What a client asks too much of has 429 there as well.
+    """
+    return 529 if status == 503 else status
+
+
 _ANSWERS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int, str, str], ...] = (
     (ThreadsUnserved, 400, "invalid_request_error", "thread_unsupported_request"),
     ((RequestError, CheckpointError), 400, "invalid_request_error", "invalid_value"),
     (Unauthorized, 401, "authentication_error", "invalid_api_key"),
+    (HostRefused, 403, "permission_error", "host_not_allowed"),
     (NotFound, 404, "not_found_error", "not_found"),
     (TooSlow, 408, "timeout_error", "request_timeout"),
     (SessionEnded, 409, "invalid_request_error", "session_ended"),
     (TooLarge, 413, "invalid_request_error", "request_too_large"),
+    (NotJson, 415, "invalid_request_error", "unsupported_media_type"),
     (Overloaded, 429, "rate_limit_error", "overloaded"),
     (StepFailed, 503, "server_error", "step_failed"),
     (EngineDead, 503, "server_error", "not_serving"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +18,12 @@ from astraea_jax.frontends.http.app import make_app
 from astraea_jax.frontends.http.connections import ConnectionLimits
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.guard import Bounds
+from astraea_jax.frontends.http.hosts import AllowedHosts, host_name, is_loopback
 from astraea_jax.frontends.http.server import Server
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
 from astraea_jax.frontends.operating import Operator
+from astraea_jax.frontends.programs import Programs
 from astraea_jax.frontends.tls import Tls
 from astraea_jax.models.config import CheckpointError, read_json
 
@@ -34,7 +35,8 @@ def http_flags() -> Callable[..., Server]:
     """Define the flags; return a function that makes a server of their values.
 
     The function takes an engine, the name and the folder of its model (None: random weights); and by keyword the keys,
-    what is there for the operator, what encrypts, the tools that the server calls itself, and what compiles grammars.
+    what is there for the operator, what encrypts, the tools that the server calls itself, what compiles grammars, and
+    what begins programs.
     """
     flags.DEFINE_integer("http_port", 8000, "Port of HTTP; 0 takes a free one, named in a line.", 0, 65535)
     flags.DEFINE_multi_string(
@@ -50,7 +52,14 @@ def http_flags() -> Callable[..., Server]:
     flags.DEFINE_integer(
         "max_connections", None, "HTTP connections of one address; by default half of what open files allow.", 1
     )
+    flags.DEFINE_list(
+        "allowed_hosts",
+        None,
+        "Names, parted by commas, by which HTTP requests may call the server, besides its address; * for any. By "
+        "default a server on loopback without --api_key answers to names of loopback only, and any other to all.",
+    )
     _show("http_port", "served_model_name", "call_format", "max_body_bytes", "max_wait_s", "max_connections")
+    _show("allowed_hosts")
 
     def server(
         engine: Serving,
@@ -62,6 +71,7 @@ def http_flags() -> Callable[..., Server]:
         tls: Tls | None,
         tools: Sequence[Tool],
         grammars: GrammarCompiler,
+        programs: Programs,
     ) -> Server:
         chosen = flags.FLAGS
         door = Door(
@@ -72,8 +82,10 @@ def http_flags() -> Callable[..., Server]:
             sampling_defaults(folder) if folder else None,
             tools,
             grammars,
+            programs,
         )
-        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator)
+        hosts = allowed_hosts(chosen.allowed_hosts, chosen.host, keys)
+        app = make_app(door, keys, Bounds(body_bytes=chosen.max_body_bytes), operator, hosts)
         limits = ConnectionLimits(per_address=chosen.max_connections)
         return Server(app, door, chosen.host, chosen.http_port, limits, tls)
 
@@ -111,9 +123,23 @@ def tls_flags() -> Callable[[], Tls | None]:
 
 def warning(host: str, keys: Keys) -> str | None:
     """Return what an operator must know who listens on ``host`` with these keys, if there is something."""
-    if keys.required or _is_loopback(host):
+    if keys.required or is_loopback(host):
         return None
     return f"warning: {host} can be reached from other machines and no --api_key is set: everybody there can use it"
+
+
+def allowed_hosts(given: Sequence[str] | None, host: str, keys: Keys) -> AllowedHosts:
+    """Return the names by which requests may be addressed to a server that listens on ``host``.
+
+    Raises:
+        StartupError: one that is given cannot be a name.
+    """
+    if given is None and (keys.required or not is_loopback(host)):
+        return AllowedHosts()
+    try:
+        return AllowedHosts([host_name(name) for name in given or ()])
+    except ValueError as error:
+        raise StartupError(f"--allowed_hosts: {error}; give names without http://, such as gpu.example") from None
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
@@ -128,13 +154,6 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
         raise StartupError(str(error)) from error
     defaults = {name: given[name] for name in SAMPLING if isinstance(given.get(name), int | float)}
     return defaults if given.get("do_sample") is not False else {"temperature": 0.0}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _show(*names: str) -> None:

@@ -1,4 +1,4 @@
-"""Stands before every route: keys, sizes and times of requests, and clients that vanish.
+"""Stands before every route: names of the server, keys, sizes and times of requests, and clients that vanish.
 
 A request is read whole, within bounds, before its route begins, so no route ever waits for a client. A client that
 vanishes has its route cancelled, in whatever phase; routes need not look.
@@ -21,17 +21,19 @@ from starlette.types import Message, Receive, Scope, Send
 
 from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.http.errors import Failure, TooLarge, TooSlow, failure_of
+from astraea_jax.frontends.http.hosts import AllowedHosts
 from astraea_jax.frontends.http.tenants import Keys, presented_key
 from astraea_jax.frontends.logs import answered
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/status"})
-"""Paths that need no key, because they tell nothing of anybody, and are answered whatever the load."""
+"""Paths that need no key, because they tell nothing of anybody, and are answered whatever the load. So is ``GET /``,
+which leads there."""
 LAST_EVENT = "last_event"
 """In the state of a request that is answered by a stream: makes the event that tells a failure."""
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 
-Shape = Callable[[Failure, str], dict[str, Any]]
-"""Makes the body of an error, of the failure and the request's id."""
+Shape = Callable[[Failure, str], JSONResponse]
+"""Makes the answer to a failure, in the words of an API, of the failure and the request's id."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ class Guard:
         keys: of the server.
         shape: finds the shape of errors for a path.
         bounds: on requests.
+        hosts: names by which requests may be addressed to the server.
     """
 
-    def __init__(self, app: FastAPI, keys: Keys, shape: Callable[[str], Shape], bounds: Bounds):
+    def __init__(self, app: FastAPI, keys: Keys, shape: Callable[[str], Shape], bounds: Bounds, hosts: AllowedHosts):
         self.app = app
-        self._keys, self._shape, self._bounds = keys, shape, bounds
+        self._keys, self._shape, self._bounds, self._hosts = keys, shape, bounds, hosts
         self.running: set[asyncio.Task[None]] = set()
         """Requests being answered, but those of :data:`OPEN_PATHS`."""
 
@@ -75,7 +78,9 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = request_id
         answer, began = _Answer(send, request_id, self._bounds.write_s), time.monotonic()
         try:
-            if scope["path"] not in OPEN_PATHS and self._keys.required:
+            address = (scope.get("server") or (None,))[0]
+            self._hosts.check(headers.getlist("host"), headers.getlist("origin"), address)
+            if not _is_open(scope) and self._keys.required:
                 self._keys.tenant(presented_key(headers.get("authorization"), headers.get("x-api-key")), "")
             body = await self._body(headers, receive)
             if body is not None:
@@ -83,12 +88,11 @@ class Guard:
         except Exception as error:
             failure = failure_of(error)
             if not answer.begun:
-                content = self._shape(scope["path"])(failure, request_id)
-                await JSONResponse(content, failure.status, failure.headers)(scope, receive, answer)
+                await self._shape(scope["path"])(failure, request_id)(scope, receive, answer)
             elif isinstance(error, EngineDead) and (last_event := scope["state"].get(LAST_EVENT)):
                 await answer({"type": "http.response.body", "body": last_event(failure), "more_body": False})
         finally:
-            if scope["path"] not in OPEN_PATHS:
+            if not _is_open(scope):
                 address = (scope.get("client") or ("unknown",))[0]
                 took_s = time.monotonic() - began
                 answered("http", scope["method"], scope["path"], answer.status, request_id, address, took_s)
@@ -127,7 +131,7 @@ class Guard:
 
         route = asyncio.ensure_future(_awaited(self.app(scope, replay, answer)))
         vanishing = asyncio.ensure_future(_awaited(receive()))  # what comes after the body can only be the end
-        if scope["path"] not in OPEN_PATHS:
+        if not _is_open(scope):
             self.running.add(route)
         try:
             await asyncio.wait({route, vanishing}, return_when=asyncio.FIRST_COMPLETED)
@@ -143,6 +147,10 @@ class Guard:
                 raise EngineDead("the server was shut down before the request had ended")
         elif (error := route.exception()) is not None and not vanished:
             raise error
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or (scope["path"], scope["method"]) == ("/", "GET")
 
 
 class _Answer:

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from astraea_jax.engine.generation import TokenLogprob
 from astraea_jax.models.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
+MANY_TOKENS = 2048
+"""Tokens from which their texts are found in a thread; that takes some milliseconds."""
+_threads = ThreadPoolExecutor(2, thread_name_prefix="astraea-token-texts")
 LOWEST = -9999.0
 """What JSON gets for the logarithm of 0."""
+
+
+async def written(tokens: int, write: Callable[[], T]) -> T:
+    """Return ``write()``, which finds the text of so many tokens, computed in a thread if they are many.
+
+    Nothing is refused here, as what has been generated has an end.
+    """
+    if tokens < MANY_TOKENS:
+        return write()
+    return await asyncio.get_running_loop().run_in_executor(_threads, write)
+
+
+def count(found: Sequence[TokenLogprob]) -> int:
+    """Count the tokens whose texts are shown."""
+    return sum(1 + len(one.top) for one in found)
 
 
 def chat_logprobs(tokenizer: Tokenizer, found: Iterable[TokenLogprob]) -> dict[str, Any]:

@@ -104,13 +104,14 @@ def chat_of(body: CountRequest, request: Request, max_tokens: int = 1) -> ChatRe
         given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
         params |= {name: value for name, value in given.items() if value is not None}
     return ChatRequest(
-        messages=read.chat_messages(body),
+        messages=read.chat_messages(body, keep_billing=not door_of(request).programs.conversations.normalise),
         tenant=tenant_of(request),
         tools=read.chat_tools(body.tools),
         tool_choice=read.tool_choice(body),
         parallel_calls=read.parallel_calls(body),
         params=SamplingParams(**{"temperature": 1.0, **door_of(request).defaults, **params}),
         constraint=read.constraint(body),
+        thought_tokens=body.thinking.budget_tokens if body.thinking else None,
         template_arguments=read.template_arguments(body),
         **program_of(request, body, user_id=user_id, ttls=read.lifetimes(body)),
         early_calls=isinstance(body, MessagesRequest) and body.stream,

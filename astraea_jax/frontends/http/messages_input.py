@@ -27,13 +27,14 @@ EFFORTS = {"xhigh": "high", "max": "high"}
 """Efforts that chat templates do not know -> the next one that they do."""
 
 
-def chat_messages(request: CountRequest) -> list[dict[str, Any]]:
-    """Return the conversation in OpenAI's shape.
+def chat_messages(request: CountRequest, *, keep_billing: bool = False) -> list[dict[str, Any]]:
+    """Return the conversation in OpenAI's shape, without Claude Code's billing header unless it is to be kept.
 
     Raises:
         RequestError: blocks stand where they cannot, or a result belongs to no call.
     """
-    system = "\n".join(_without_billing(block.text) for block in request.system).strip()
+    texts = [block.text if keep_billing else _without_billing(block.text) for block in request.system]
+    system = "\n".join(texts).strip()
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     names: dict[str, str] = {}  # of the calls so far, by id
     for i, role, blocks in _turns(request.messages):

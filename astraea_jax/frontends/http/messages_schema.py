@@ -153,7 +153,7 @@ Choice = Annotated[AutoChoice | AnyChoice | ToolChoice | NoChoice, Field(discrim
 
 
 class Thinking(WireModel):
-    """Whether the model thinks first. A budget is accepted, but thoughts are bounded by ``max_tokens`` only."""
+    """Whether the model thinks first, and in how many tokens, where it has tokens that begin and end its thoughts."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = Field(default=None, ge=0, le=LARGEST)

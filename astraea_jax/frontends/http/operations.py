@@ -18,7 +18,7 @@ import re
 from importlib.resources import files
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.frontends.http.calls import administrator, door_of, tenant_of
@@ -52,6 +52,12 @@ def operator_of(request: Request) -> Operator:
     """Return what the app has for its operator."""
     operator: Operator = request.app.state.operator
     return operator
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    """Lead whoever opens the server in a browser to its status page."""
+    return RedirectResponse("/status")
 
 
 @router.get("/health")

@@ -1,11 +1,12 @@
-"""The common part of routes: bodies read as JSON within bounds, and answers as streams of events."""
+"""The common part of routes: bodies as JSON, and answers as streams of events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pydantic_core
@@ -13,6 +14,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from astraea_jax.frontends.http.bodies import read_body
 from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import LAST_EVENT, Bounds
 
@@ -21,21 +23,26 @@ EVENT_STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class _JsonRequest(Request):
-    """A request whose body is read by a parser with bounds: no deep nesting, no half surrogate pairs, no NaN."""
+    """A request whose body has been read already."""
+
+    value: Any
 
     async def json(self) -> Any:
-        return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        return self.value
 
 
 class JsonRoute(APIRoute):
     """A route whose body is JSON; make routers with ``APIRouter(route_class=JsonRoute)``."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Handle requests."""
         handle = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+            request = _JsonRequest(request.scope, request.receive)
+            if self.body_field is not None:  # FastAPI passes on what is an instance of its model already
+                request.value = await read_body(request, partial(self.body_field.validate, loc=("body",)))
+            return await handle(request)
 
         return read
 
@@ -154,6 +161,16 @@ def json_bytes(data: Any) -> bytes:
 def answer(data: Any, headers: Mapping[str, str] | None = None) -> Response:
     """Make an answer in JSON."""
     return Response(json_bytes(data), media_type="application/json", headers=headers)
+
+
+def answer_of_choices(data: dict[str, Any], choices: Iterable[Any], headers: Mapping[str, str]) -> Response:
+    """Make an answer in JSON with ``choices``, which may be long: each is encoded by itself, and others get on between.
+
+    Encoding holds the interpreter's lock, and choices with log-probabilities may have a hundred megabytes.
+    """
+    encoded = b",".join(map(json_bytes, choices))
+    content = json_bytes(data)[:-1] + b',"choices":[' + encoded + b"]}"
+    return Response(content, media_type="application/json", headers=headers)
 
 
 def event(data: Any) -> bytes:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from astraea_jax.errors import RequestError
-from astraea_jax.frontends.hint_fields import KvHints, ToolWait, ToolWaitAction
+from astraea_jax.frontends.hint_fields import KvHints, ToolProfileAction, ToolWait, ToolWaitAction
 from astraea_jax.frontends.hints import Outcome, named_actions, read_tool_wait, unknown
 from astraea_jax.frontends.http import chat, messages
 from astraea_jax.frontends.http.agent_fields import Name
@@ -119,13 +119,11 @@ async def hint(request: Request, body: KvHints) -> Response:
     session = identify(request.headers).session
     outcomes = []
     for where, action in named_actions(body):
-        if not (body.known and isinstance(action, ToolWaitAction)):
-            why = (
-                "it goes with a request" if body.known and action.action_type.startswith("astraea.") else unknown(body)
-            )
-            outcomes.append(Outcome(where, "ignored", why))
-        else:
+        if body.known and isinstance(action, ToolWaitAction):
             outcomes.append(_told(door, tenant, session, where, action.payload))
+        else:
+            profile = body.known and isinstance(action, ToolProfileAction)
+            outcomes.append(Outcome(where, "ignored", "it goes with a request" if profile else unknown(body)))
     return answer({"message_id": body.message_id, "outcomes": [outcome.plain() for outcome in outcomes]})
 
 

@@ -51,7 +51,7 @@ class Keys:
         if set(api) & set(admin):
             raise StartupError("a key is given as API key and as admin key; they must differ")
         self._known = [(_digest(key), False) for key in api] + [(_digest(key), True) for key in admin]
-        self._required = bool(api)
+        self._required, self.administered = bool(api), bool(admin)
 
     @classmethod
     def of(cls, api: Sequence[str], admin: Sequence[str]) -> Keys:

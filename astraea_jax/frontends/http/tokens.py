@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +14,7 @@ from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.calls import door_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from astraea_jax.frontends.http.door import Door
-from astraea_jax.frontends.http.logprobs import token_text
+from astraea_jax.frontends.http.logprobs import token_text, written
 from astraea_jax.frontends.http.routes import JsonRoute, answer
 from astraea_jax.frontends.http.sampling_schema import Model, Name, Text, TokenId
 from astraea_jax.frontends.http.turns import ChatRequest, TextRequest
@@ -95,11 +94,13 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
             template_arguments={} if body.add_generation_prompt else {"add_generation_prompt": False},
         )
     ids = await door.prompt(asked)
-    tokenizer = door.engine.tokenizer
-    texts = [token_text(tokenizer, token) for token in ids] if body.return_token_strs else None
-    return answer(
-        {"count": len(ids), "max_model_len": door.engine.layout.max_context, "tokens": ids, "token_strs": texts}
-    )
+
+    def write() -> Response:
+        tokenizer, room = door.engine.tokenizer, door.engine.layout.max_context
+        texts = [token_text(tokenizer, token) for token in ids] if body.return_token_strs else None
+        return answer({"count": len(ids), "max_model_len": room, "tokens": ids, "token_strs": texts})
+
+    return await written(len(ids), write)
 
 
 @router.post("/detokenize")
@@ -107,8 +108,11 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Return the text of tokens."""
     door = door_of(request)
     door.check_model(body.model)
-    size = door.engine.model_config.vocab_size
-    if any(token >= size for token in body.tokens):
-        raise RequestError(f"tokens holds an id outside the vocabulary [0, {size})")
-    decode = partial(door.engine.tokenizer.decode, body.tokens)
-    return answer({"prompt": await DOORS.run(tenant_of(request).owner, len(body.tokens), decode)})
+
+    def decode() -> Response:
+        size = door.engine.model_config.vocab_size
+        if max(body.tokens, default=0) >= size:
+            raise RequestError(f"tokens holds an id outside the vocabulary [0, {size})")
+        return answer({"prompt": door.engine.tokenizer.decode(body.tokens)})
+
+    return await DOORS.run(tenant_of(request).owner, len(body.tokens), decode)

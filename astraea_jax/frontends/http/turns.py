@@ -91,6 +91,8 @@ class ChatRequest(Request):
     """``"auto"``, ``"none"``, ``"required"``, or the name of the tool that must be called."""
     parallel_calls: bool = True
     """Whether a turn may call several tools; if not, only the first call counts."""
+    thought_tokens: int | None = None
+    """Tokens that the thoughts of a turn of the model may have, where :attr:`.door.Door.bounds_thoughts`; None: any."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     call_ids: Callable[[], str] = call_id
     """Makes the ids of tool calls, unless the model's chat template takes only some of its own."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 
-from astraea_jax.engine.events import MAX_NAME
 from astraea_jax.engine.generation import Delta, TokenLogprob, Usage
 from astraea_jax.engine.output import Output
 from astraea_jax.engine.sampling import SamplingParams
@@ -78,6 +77,11 @@ class Client:
         )
         self._end = self._unary(f"{wire.SESSIONS}/End", wire.EndRequest, wire.EndResponse)
         self._tool = self._unary(f"{wire.SESSIONS}/ToolCalled", wire.ToolCalledRequest, wire.ToolCalledResponse)
+        self._waits = self._unary(f"{wire.SESSIONS}/Waits", wire.WaitsRequest, wire.WaitsResponse)
+        self._fork = self._unary(f"{wire.SESSIONS}/Fork", wire.ForkRequest, wire.ForkResponse)
+        self._replace_tail = self._unary(
+            f"{wire.SESSIONS}/ReplaceTail", wire.ReplaceTailRequest, wire.ReplaceTailResponse
+        )
         self._stats = self._unary(f"{wire.SESSIONS}/Stats", wire.StatsRequest, wire.StatsResponse)
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -149,15 +153,39 @@ class Client:
         """Tell the server, without waiting, which tool a program waits for."""
         self._tell(self._tool, wire.ToolCalledRequest(session=session, tool=tool), salt)
 
-    def waits(self, session: str, wait: Wait) -> None:
-        """Tell the server, without waiting, what a program waits for, as far as the protocol can: tools by name."""
-        if wait.tools:
-            self.tool_called(session, "+".join(wait.tools)[:MAX_NAME])
+    def waits(self, session: str, wait: Wait, *, salt: str = "") -> None:
+        """Tell the server, without waiting, what a program waits for."""
+        hints = {"expected_s": wait.expected_s, "keep_s": wait.keep_s}
+        given = {name: value for name, value in hints.items() if value is not None}
+        self._tell(self._waits, wire.WaitsRequest(session=session, tools=wait.tools, **given), salt)
+
+    async def fork(self, session: str, child: str, *, salt: str = "") -> None:
+        """Open a session that begins where another one is, and shares its KV.
+
+        Raises:
+            RequestError, Overloaded, EngineDead: as :meth:`astraea_jax.engine.engine.Engine.fork`.
+        """
+        await self._ask(self._fork, wire.ForkRequest(session=session, child=child), salt)
+
+    async def replace_tail(self, session: str, prompt: Sequence[int], *, salt: str = "") -> bool:
+        """Have the next prompt of a waiting session computed in idle time; see ``Engine.replace_tail``.
+
+        Raises:
+            RequestError, Overloaded, StepFailed, EngineDead: as there.
+        """
+        request = wire.ReplaceTailRequest(session=session, token_ids=prompt)
+        return bool((await self._ask(self._replace_tail, request, salt)).computed)
 
     async def counts(self) -> dict[str, int]:
         """Ask for the server's :meth:`astraea_jax.engine.engine.Engine.counts`."""
         stats = await self._stats(wire.StatsRequest(), metadata=self._key)
         return {count.name: count.value for count in stats.counts}
+
+    async def _ask(self, method: Any, request: Any, salt: str) -> Any:
+        try:
+            return await method(request, metadata=self._key + write_session(None, False, salt or self._salt))
+        except grpc.aio.AioRpcError as error:
+            raise ERRORS.get(error.code(), RuntimeError)(f"{error.details()}") from error
 
     def _tell(self, method: Any, request: Any, salt: str) -> None:
         metadata = self._key + write_session(None, False, salt or self._salt)

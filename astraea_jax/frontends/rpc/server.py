@@ -1,6 +1,6 @@
 """Serves an engine over gRPC: JetStream's ``Orchestrator``, standard health and reflection, and ``astraea.Sessions``.
 
-The last has what JetStream lacks: the tools that sessions wait for, their end, and the engine's counts.
+The last has what JetStream lacks: what sessions wait for, their forks and ends, and the engine's counts.
 
 A Decode answers as JetStream does: one sample per message, text only to a request in text, the end-of-sequence token
 among the tokens, an empty sample after a stop by length, and a beginning-of-sequence token unless ``has_bos`` is set
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ from astraea_jax.engine.grammar import Grammar, GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.errors import EngineDead, RequestError
-from astraea_jax.frontends.http.tenants import Keys
+from astraea_jax.frontends.http.tenants import Keys, Tenant
 from astraea_jax.frontends.programs import End, Programs
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.gate import CALLER, CallLimits, Gate
@@ -57,6 +57,7 @@ from astraea_jax.frontends.rpc.metadata import (
 )
 from astraea_jax.frontends.rpc.status import Cancelled, UnknownAdapter
 from astraea_jax.frontends.rpc.text_turn import TextTurn
+from astraea_jax.frontends.sessions import Sessions
 from astraea_jax.frontends.tls import Tls
 from astraea_jax.scheduler.wait import Wait
 
@@ -117,6 +118,7 @@ class Server:
         """Those of them whose engine died meanwhile."""
         self._tls = tls
         self._programs = programs or Programs(engine)
+        self._sessions = Sessions(self._programs)
         self._grammars = grammars or GrammarCompiler(engine.tokenizer)
         self._gate = Gate(keys or Keys(), limits or CallLimits())
         c = engine.config
@@ -270,6 +272,23 @@ class Server:
         self._engine.waits(request.session, Wait((request.tool,)), owner=owner)
         return wire.ToolCalledResponse()
 
+    def waits(self, request: Any, owner: str) -> Any:
+        """Note what a session of the caller's waits for; times of 0 are none."""
+        wait = Wait(tuple(request.tools), request.expected_s or None, request.keep_s or None)
+        self._engine.waits(request.session, wait, owner=owner)
+        return wire.WaitsResponse()
+
+    async def fork(self, request: Any, tenant: Tenant) -> Any:
+        """Open a session that begins where one of the caller's is."""
+        await self._sessions.fork(tenant, request.session, request.child)
+        return wire.ForkResponse()
+
+    async def replace_tail(self, request: Any, tenant: Tenant) -> Any:
+        """Have the next prompt of a session of the caller's computed in idle time."""
+        ids = list(request.token_ids)
+        _, computed = await self._sessions.replace_tail(tenant, request.session, 0, None, ids)
+        return wire.ReplaceTailResponse(computed=computed)
+
     def stats(self, request: Any, owner: str) -> Any:
         """The engine's counts; they name no session and no tenant."""
         response = wire.StatsResponse()
@@ -288,6 +307,15 @@ def _unary(message: Any, answer: Callable[[Any, str], Any], response: Any) -> gr
     return grpc.unary_unary_rpc_method_handler(handle, message.FromString, response.SerializeToString)
 
 
+def _awaited(message: Any, answer: Callable[[Any, Tenant], Awaitable[Any]], response: Any) -> grpc.RpcMethodHandler:
+    """Handle a method with one response, which ``answer`` waits for; the request is its tenant's."""
+
+    async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        return await answer(request, CALLER.get())
+
+    return grpc.unary_unary_rpc_method_handler(handle, message.FromString, response.SerializeToString)
+
+
 def _handlers(server: Server) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
     """Service -> method -> its handler."""
     decode = grpc.unary_stream_rpc_method_handler(
@@ -301,6 +329,9 @@ def _handlers(server: Server) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
         wire.SESSIONS: {
             "End": _unary(wire.EndRequest, server.end, wire.EndResponse),
             "ToolCalled": _unary(wire.ToolCalledRequest, server.tool_called, wire.ToolCalledResponse),
+            "Waits": _unary(wire.WaitsRequest, server.waits, wire.WaitsResponse),
+            "Fork": _awaited(wire.ForkRequest, server.fork, wire.ForkResponse),
+            "ReplaceTail": _awaited(wire.ReplaceTailRequest, server.replace_tail, wire.ReplaceTailResponse),
             "Stats": _unary(wire.StatsRequest, server.stats, wire.StatsResponse),
         },
     }

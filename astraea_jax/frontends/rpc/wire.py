@@ -25,6 +25,7 @@ _KINDS = {
 
 ORCHESTRATOR = "jetstream_proto.Orchestrator"
 SESSIONS = "astraea.Sessions"
+SESSION_METHODS = ("End", "ToolCalled", "Waits", "Fork", "ReplaceTail", "Stats")
 
 # Message -> fields: (number, type, name), "repeated" in front of the type, "in ONEOF" behind the name.
 _JETSTREAM: dict[str, list[tuple[int, str, str]]] = {
@@ -64,6 +65,17 @@ _ASTRAEA: dict[str, list[tuple[int, str, str]]] = {
     "EndResponse": [],
     "ToolCalledRequest": [(1, "string", "session"), (2, "string", "tool")],
     "ToolCalledResponse": [],
+    "WaitsRequest": [
+        (1, "string", "session"),
+        (2, "repeated string", "tools"),
+        (3, "float", "expected_s"),
+        (4, "float", "keep_s"),
+    ],
+    "WaitsResponse": [],
+    "ForkRequest": [(1, "string", "session"), (2, "string", "child")],
+    "ForkResponse": [],
+    "ReplaceTailRequest": [(1, "string", "session"), (2, "repeated int32", "token_ids")],
+    "ReplaceTailResponse": [(1, "bool", "computed")],
     "StatsRequest": [],
     "StatsResponse": [(1, "repeated StatsResponse.Count", "counts")],
     "StatsResponse.Count": [(1, "string", "name"), (2, "int64", "value")],
@@ -140,7 +152,7 @@ POOL.Add(
         "astraea",
         _ASTRAEA,
         "Sessions",
-        [(name, f"{name}Request", f"{name}Response", False) for name in ("End", "ToolCalled", "Stats")],
+        [(name, f"{name}Request", f"{name}Response", False) for name in SESSION_METHODS],
     )
 )
 
@@ -157,5 +169,11 @@ EndRequest = _message("astraea.EndRequest")
 EndResponse = _message("astraea.EndResponse")
 ToolCalledRequest = _message("astraea.ToolCalledRequest")
 ToolCalledResponse = _message("astraea.ToolCalledResponse")
+WaitsRequest = _message("astraea.WaitsRequest")
+WaitsResponse = _message("astraea.WaitsResponse")
+ForkRequest = _message("astraea.ForkRequest")
+ForkResponse = _message("astraea.ForkResponse")
+ReplaceTailRequest = _message("astraea.ReplaceTailRequest")
+ReplaceTailResponse = _message("astraea.ReplaceTailResponse")
 StatsRequest = _message("astraea.StatsRequest")
 StatsResponse = _message("astraea.StatsResponse")

@@ -34,7 +34,7 @@ def request(**more: Any) -> ChatRequest:
 @pytest.mark.parametrize("name", PROMPTS)
 async def test_a_thought_in_the_format_of_the_model_comes_before_the_answer(name: str) -> None:
     tokenizer, format = merged(*TOKENS[name]), named(name)
-    constraints = Constraints(GrammarCompiler(tokenizer), tokenizer, format)
+    constraints = Constraints(GrammarCompiler(tokenizer), tokenizer, format, tokenizer.vocab_size)
     [begin, end] = format.thoughts[0]
     closed, opened = [await constraints.of(request(constraint=ASKED), prompt) for prompt in PROMPTS[name]]
     assert closed is not None
@@ -48,7 +48,7 @@ async def test_a_thought_in_the_format_of_the_model_comes_before_the_answer(name
 
 async def test_gpt_oss_thinks_and_answers_in_channels() -> None:
     tokenizer, format = merged(*TOKENS["harmony"], end="<|return|>"), named("harmony")
-    constraints = Constraints(GrammarCompiler(tokenizer), tokenizer, format)
+    constraints = Constraints(GrammarCompiler(tokenizer), tokenizer, format, tokenizer.vocab_size)
     tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
     thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
     call = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"

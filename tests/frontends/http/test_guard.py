@@ -131,6 +131,28 @@ async def test_half_sent_and_broken_requests_are_answered(chatty, sent, status):
     await settled(chatty)
 
 
+@pytest.mark.parametrize(
+    ("path", "overloaded", "draining"),
+    [
+        (PATH, ("rate_limit_error", 429), ("server_error", 503)),
+        ("/v1/messages", ("rate_limit_error", 429), ("overloaded_error", 529)),
+        ("/v1/messages/count_tokens", ("rate_limit_error", 429), None),
+    ],
+)
+async def test_each_api_says_come_again_in_its_own_words(chatty, path, overloaded, draining):
+    async with serving(chatty, limits=Limits(choices=1)) as server:
+        body = {"model": MODEL, **CHAT}
+        server.door.waiting.enter(1)
+        refused = [(await server.client.post(path, json=body), overloaded)]
+        server.door.waiting.leave(1, 0)
+        server.door.draining = True
+        if draining:
+            refused.append((await server.client.post(path, json=body), draining))
+        for answer, expected in refused:
+            assert (answer.json()["error"]["type"], answer.status_code) == expected
+            assert int(answer.headers["retry-after"]) >= 1
+
+
 async def test_one_address_cannot_take_all_connections(chatty):
     async with serving(chatty, connections=ConnectionLimits(per_address=4)) as server:
         idle = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(4)]

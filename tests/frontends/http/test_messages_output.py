@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Said, Thought
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import Usage
 from astraea_jax.frontends.http.messages_output import MessageBuilder
@@ -117,3 +117,12 @@ def test_the_events_add_up_to_the_message(parts):
     added_up = snapshot.to_dict()
     assert added_up["content"] == message["content"]
     assert (added_up["stop_reason"], added_up["usage"]) == (message["stop_reason"], message["usage"])
+
+
+def test_a_call_ends_at_once_and_one_that_is_dropped_too():
+    builder = MessageBuilder("msg_1", "m")
+    builder.start(10)
+    assert builder.add(call(0))[-1] == {"type": "content_block_stop", "index": 0}
+    events = builder.add([CallBegan(1, "call_1", "price"), CallArguments(1, '{"item": "la'), CallDropped(1)])
+    assert events[-1] == {"type": "content_block_stop", "index": 1}
+    assert builder.add([Said("<tool_call>")])[0]["content_block"] == {"type": "text", "text": ""}

@@ -57,6 +57,14 @@ async def test_metrics_come_as_prometheus_reads_them():
         assert f'astraea:num_requests_running{{model_name="{MODEL}",replica="0"}} 0.0' in answer.text
 
 
+@pytest.mark.parametrize("keys", [None, KEYS])
+async def test_who_opens_the_server_in_a_browser_is_led_to_the_status_page(keys):
+    async with server(keys) as http:
+        answer = await http.client.get("/", headers={"accept": "text/html"})
+        assert (answer.status_code, answer.headers["location"]) == (307, "/status")
+        assert (await http.client.get("/", follow_redirects=True)).headers["content-type"].startswith("text/html")
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/status.json", "/start_profile", "/stop_profile"])
 async def test_what_says_something_needs_a_key(path):
     async with server(KEYS) as http:
@@ -104,7 +112,7 @@ async def test_numbers_and_programs_of_one_moment():
         pages = sum(replica["device_pages"].values())
         assert pages == http.door.engine.layout.num_pages - 1
         for program in seen["programs"]:
-            assert program["state"] in ("queued", "restoring", "prefill", "decode", "tool_wait")
+            assert program["state"] in ("queued", "restoring", "prefill", "decode", "tool_wait", "human_wait")
             assert program["residency"] in ("device", "both", "host", "nowhere")
 
 
@@ -169,6 +177,12 @@ async def test_a_profile_ends_by_itself(tmp_path):
     await profiler.start()
     await until(lambda: list(tmp_path.rglob("*.xplane.pb")))
     await until(lambda: profiler._limit is None)
+
+
+@pytest.mark.parametrize("more", [(), ("--admin_key=the-admin-key", "--nohttp"), ("--api_key=first-key",)])
+def test_profiles_that_nobody_could_take_are_refused_at_the_start(serve_fails, random_folder, tmp_path, more):
+    said = serve_fails(f"--model={random_folder}", f"--profile_dir={tmp_path / 'profiles'}", *more)
+    assert "--profile_dir needs --admin_key" in said
 
 
 def test_the_page_asks_nobody_else():

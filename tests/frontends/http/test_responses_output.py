@@ -13,7 +13,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from astraea_jax.agents.reply import CallArguments, CallBegan, CallEnded, Part, Said, Thought
+from astraea_jax.agents.reply import CallArguments, CallBegan, CallDropped, CallEnded, Part, Said, Thought
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.generation import Usage
 from astraea_jax.frontends.http.responses_output import ResponseBuilder, reply_messages
@@ -137,3 +137,17 @@ def test_the_events_add_up_to_the_response(parts):
         whole = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
         assert whole == grown.get(index, "")
     assert response.status == "completed"
+
+
+def test_a_call_ends_at_once_and_one_that_is_dropped_is_incomplete():
+    builder = ResponseBuilder(EMPTY)
+    builder.start()
+    done = builder.add(call(0))[-1]
+    assert (done["type"], done["item"]["status"]) == ("response.output_item.done", "completed")
+    dropped = builder.add([CallBegan(1, "call_x", "price"), CallArguments(1, '{"item": "la'), CallDropped(1)])[-1]
+    assert (dropped["type"], dropped["item"]["status"]) == ("response.output_item.done", "incomplete")
+    builder.add([Said("<tool_call>")])
+    builder.finish("stop", USAGE)
+    [message] = reply_messages(builder.output)
+    assert message["content"] == "<tool_call>"
+    assert [one["function"]["arguments"] for one in message["tool_calls"]] == [{"item": "lamp"}]

@@ -1,14 +1,20 @@
 """Turns as every API begins them."""
 
+import json
 import re
+from typing import Any
 
 import pytest
 from support.engines import settled
 from support.http_server import MODEL
 
 from astraea_jax.agents import formats
+from astraea_jax.agents.parts import CallPart
+from astraea_jax.agents.reply import CallBegan, CallDropped, CallEnded
+from astraea_jax.agents.tools import tool
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http import tool_turns
 from astraea_jax.frontends.http.door import Door
 from astraea_jax.frontends.http.tenants import Tenant
 from astraea_jax.frontends.http.turns import ChatRequest
@@ -88,3 +94,57 @@ async def test_ids_of_calls_are_those_that_the_chat_template_takes(engine):
         reader.finish()
         [call] = reader.reply.calls
         assert is_right(call.id)
+
+
+BROKEN = '[TOOL_CALLS]weather[ARGS]{"city": }'
+WHOLE = '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}'
+
+
+def saying(text: str) -> dict[str, Any]:
+    """The constraint of a model that says just this."""
+    return {"type": "lark", "lark": f"start: {json.dumps(text)}"}
+
+
+async def test_the_first_call_that_is_complete_is_the_only_one(chatty):
+    door = Door(chatty, formats.named("mistral"), [MODEL])
+    request = ChatRequest(
+        messages=[USER], tenant=TENANT, tools=[WEATHER], parallel_calls=False, constraint=saying(BROKEN + WHOLE + WHOLE)
+    )
+    [turn] = await door.begin(request)
+    parts = [part async for delta in turn for part in delta.parts if isinstance(part, CallPart)]
+    ended = [part for part in parts if isinstance(part, CallEnded)]
+    assert {part.index for part in parts} == {0, 1}
+    assert CallDropped(0) in parts
+    assert [part.call for part in ended] == turn.reply.calls
+    assert [call.arguments for call in turn.reply.calls] == [{"city": "Rome"}]
+    await settled(chatty)
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_calls_are_dropped_only_where_they_were_told_early(chatty, early):
+    door = Door(chatty, formats.named("mistral"), [MODEL])
+    request = ChatRequest(messages=[USER], tenant=TENANT, tools=[WEATHER], constraint=saying(BROKEN), early_calls=early)
+    [turn] = await door.begin(request)
+    parts = [part async for delta in turn for part in delta.parts if isinstance(part, CallPart)]
+    assert [type(part) for part in (parts[:1] + parts[-1:])] == ([CallBegan, CallDropped] if early else [])
+    assert (turn.reply.text, turn.finish_reason) == (BROKEN, "stop")
+    await settled(chatty)
+
+
+async def test_calls_of_the_server_stay_hidden_behind_dropped_ones_of_the_client(chatty, monkeypatch):
+    monkeypatch.setattr(tool_turns, "MAX_STEPS", 3)
+
+    @tool
+    def price() -> int:
+        """Price."""
+        return 14
+
+    own = "[TOOL_CALLS]price[ARGS]{}"
+    door = Door(chatty, formats.named("mistral"), [MODEL], tools=[price])
+    request = ChatRequest(messages=[USER], tenant=TENANT, tools=[WEATHER], constraint=saying(BROKEN + own))
+    [turn] = await door.begin(request)
+    parts = [part async for delta in turn for part in delta.parts if isinstance(part, CallPart)]
+    assert [part.name for part in parts if isinstance(part, CallBegan)] == ["weather"] * 3
+    assert [part.index for part in parts if isinstance(part, CallDropped)] == [0, 1, 2]
+    assert not any(isinstance(part, CallEnded) for part in parts)
+    await settled(chatty)

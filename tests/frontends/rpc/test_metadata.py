@@ -6,9 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
-from astraea_jax.frontends.rpc.metadata import Constraint, read_constraint, read_sampling, write_sampling
+from astraea_jax.frontends.rpc.metadata import (
+    Constraint,
+    read_constraint,
+    read_sampling,
+    read_usage,
+    write_sampling,
+    write_usage,
+)
+from astraea_jax.scheduler.wait import Resumed, WaitOutcome
 
 
 @given(
@@ -32,6 +41,31 @@ from astraea_jax.frontends.rpc.metadata import Constraint, read_constraint, read
 def test_sampling_survives_the_way(temperature, top_k, seed, stop, ignore_eos, more):
     params = SamplingParams(7, temperature, top_k, seed=seed, stop=tuple(stop), ignore_eos=ignore_eos, **more)
     assert read_sampling(write_sampling(params), 7) == params
+
+
+OUTCOMES = st.none() | st.sampled_from(["accepted", "clipped", "ignored"])
+SECONDS = st.floats(0, 1e9)
+COUNTS = st.integers(0, 10**9)
+
+
+@given(
+    wait=st.none()
+    | st.builds(WaitOutcome, SECONDS, SECONDS, st.none() | st.sampled_from(["tool", "human"]), OUTCOMES, OUTCOMES),
+    resumed=st.builds(
+        Resumed, st.sampled_from(["new", "recomputed"]), st.sampled_from(["", "prefix differs"]), COUNTS, COUNTS, COUNTS
+    ),
+    counts=st.tuples(COUNTS, COUNTS, COUNTS, SECONDS, SECONDS, SECONDS, COUNTS),
+)
+def test_usage_survives_the_way(wait, resumed, counts):
+    usage = Usage(*counts, wait=wait, resumed=resumed)
+    assert read_usage(write_usage(usage, "stop")) == (usage, "stop")
+
+
+def test_a_server_that_says_less_of_usage_is_understood():
+    usage = Usage(3, 2, 1, 0.5, 0.5, 0.5, 0)
+    written = [pair for pair in write_usage(usage, "stop") if "resumed" not in pair[0]]
+    assert read_usage(written) == (usage, "stop")
+    assert read_usage([("x-finish-reason", "stop")]) == (None, "stop")
 
 
 def test_no_metadata_is_no_seed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.simulation import simulator
 from astraea_jax.scheduler.simulation.experiment import Cell, interval, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
+from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
@@ -36,6 +39,35 @@ def test_one_program_counted_by_hand():
     assert record.spans == [(3.0, 3.0, 4.0, 8.0), (10.5, 10.5, 11.5, 12.5)]
     assert record.jct_s == 9.5
     assert outcome.stats.reused_tokens == 24  # of 25: the last was sampled, never fed back
+
+
+def test_jobs_of_a_chat_counted_by_hand():
+    # As above; then an answer, a human who takes 100 s, and a job of one request: a step and two tokens more.
+    program = TraceProgram(
+        "p",
+        (
+            TraceRequest(0, 20, 5, "t", 2.5),
+            TraceRequest(25, 7, 2, "human", 100.0, human=True),
+            TraceRequest(34, 6, 3),
+        ),
+        arrival_s=3.0,
+    )
+    policy = make_policy("astraea")
+    outcome = Simulator([program], policy, SECOND, Sizes(pool_tokens=10_000, page_size=16)).run()
+    (record,) = outcome.records
+    assert record.job_times == [9.5, 3.0]
+    assert policy.predict.jobs.sum == 12.5
+    assert policy.predict.turns.values == [1, 2]
+    assert outcome.stats.finished == 1
+    assert sum(policy.predict.waits.tools.seconds.counts) == sum(policy.predict.waits.humans.seconds.counts) == 1
+    assert record.jct_s == 115.5 - 3.0
+
+
+def test_an_oracle_looks_no_further_than_the_job():
+    human = TraceRequest(0, 5, 10, "human", 50.0, human=True)
+    truth = TraceProgram("p", (human, TraceRequest(15, 5, 10, "t", 1.0), TraceRequest(30, 5, 10)))
+    oracle, program = Oracle([truth]), Program(1, 0.0, key="p")
+    assert [oracle.remaining_turns(replace(program, turns=turn)) for turn in range(3)] == [1, 2, 1]
 
 
 def test_prompts_repeat_what_the_trace_says():

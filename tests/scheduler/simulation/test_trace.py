@@ -8,6 +8,7 @@ import pytest
 
 from astraea_jax.scheduler.simulation.experiment import RECORDED
 from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceRequest, load_trace
+from astraea_jax.scheduler.wait import Wait
 
 
 def record(**changes):
@@ -35,7 +36,17 @@ def test_the_shipped_trace_has_the_statistics_of_its_readme():
 def test_what_is_written_is_read(tmp_path):
     first, second = load_trace(written(tmp_path, record(), "", record(program="q", arrival_s=2.0)))
     assert first == TraceProgram("p", (TraceRequest(0, 10, 5, "t", 1.5), TraceRequest(15, 3, 2)))
+    assert [request.wait for request in first.requests] == [Wait(("t",)), Wait()]
     assert (second.id, second.arrival_s) == ("q", 2.0)
+
+
+def test_a_human_is_told_from_a_tool(tmp_path):
+    segments = record()["segments"]
+    segments[0] = {**segments[0], "tool": {"name": "human", "seconds": 60.0, "human": True}}
+    [program] = load_trace(written(tmp_path, record(segments=segments)))
+    assert program.requests[0] == TraceRequest(0, 10, 5, "human", 60.0, human=True)
+    assert program.requests[0].wait == Wait()
+    assert program.scaled(1.0, 0.5).requests[0].human
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,325 @@
+"""Sessions that clients name, or that are recognised; what is reused, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from typing import Any
+
+import pytest
+from support.engines import held, settled
+from support.http_server import serving
+
+from astraea_jax.agents.tools import tool
+from astraea_jax.frontends.http.tenants import Keys
+from astraea_jax.lab.shop import make_tasks
+
+TASK = make_tasks(seed=1, split="test", count=1)[0]
+TOOLS = [tool(function) for function in TASK.tools()]
+BASE: dict[str, Any] = {"model": "tiny", "tools": [one.schema() for one in TOOLS], "temperature": 0}
+REPORT = {"astraea_report": True}
+PAGE = 4
+"""Tokens of a page of these engines."""
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+async def ask(server, messages, headers=None, path="/v1/chat/completions", **body) -> dict[str, Any]:
+    """A turn and how it was resumed."""
+    asked = {**BASE, **REPORT, "messages": messages, **body}
+    answer = await server.client.post(path, json=asked, headers=headers)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    assert answer.headers["x-cached-tokens"] == str(content["usage"]["prompt_tokens_details"]["cached_tokens"])
+    return content
+
+
+async def answered(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turn as a client sends it back, its arguments written anew, and the results of its tools."""
+    message = turn["choices"][0]["message"]
+    results = []
+    for call in message.get("tool_calls", ()):
+        arguments = json.loads(call["function"]["arguments"])
+        call["function"]["arguments"] = json.dumps(arguments, separators=(" , ", " : "))
+        one = next(each for each in TOOLS if each.name == call["function"]["name"])
+        results.append({"role": "tool", "tool_call_id": call["id"], "content": await one.call(arguments)})
+    return [message, *results]
+
+
+async def shop(server, **more) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """An agent's whole job: its turns, and the messages in the end."""
+    messages, turns = list(TASK.messages()), []
+    while not turns or turns[-1]["choices"][0]["finish_reason"] == "tool_calls":
+        turns.append(await ask(server, messages, **more))
+        messages += await answered(turns[-1])
+    return turns, messages
+
+
+def report_of(turn):
+    return turn["usage"]["astraea"]
+
+
+async def test_an_agent_that_names_nothing_goes_on_from_its_own_tokens(server, chatty):
+    turns, messages = await shop(server)
+    assert TASK.is_right(messages[-1]["content"])
+    assert len(turns) >= 3
+    assert report_of(turns[0])["known"] == {"tokens": 0, "message": None, "why": "new"}
+    assert report_of(turns[0])["wait"] is None
+    for before, turn in itertools.pairwise(turns):
+        reusable = before["usage"]["prompt_tokens"] + before["usage"]["completion_tokens"]
+        report = report_of(turn)
+        assert report["known"] == {"tokens": reusable, "message": None, "why": "same"}
+        assert turn["usage"]["prompt_tokens_details"]["cached_tokens"] >= reusable - 1
+        assert report["program"] == report_of(turns[0])["program"]
+        assert (report["resumed"]["source"], report["resumed"]["why"]) == ("device", "")
+        assert report["wait"]["kind"] == "tool"
+    again = await ask(server, [*messages, {"role": "user", "content": "Thanks"}])
+    assert report_of(again)["wait"]["kind"] == "human"
+    assert report_of(again)["program"] == report_of(turns[0])["program"]
+    await settled(chatty)
+
+
+async def test_nothing_is_told_that_was_not_asked_for(server):
+    plain = await ask(server, HELLO, astraea_report=False)
+    assert "astraea" not in plain["usage"]
+    asked = await ask(server, HELLO, astraea_report=False, headers={"x-astraea-report": "true"})
+    assert report_of(asked)["known"]["why"] in ("new", "same", "messages")
+    hinted = await ask(server, HELLO, astraea_report=False, priority=1)
+    assert report_of(hinted)["hints"] == [{"hint": "priority", "outcome": "accepted"}]
+    refused = await server.client.post(
+        "/v1/chat/completions", json={**BASE, "messages": HELLO}, headers={"x-astraea-report": "loud"}
+    )
+    assert refused.status_code == 400
+
+
+async def test_a_stream_tells_in_its_last_chunk(client):
+    chunks = [
+        chunk
+        async for chunk in await client.chat.completions.create(**BASE, messages=HELLO, stream=True, extra_body=REPORT)
+    ]
+    assert chunks[-1].usage.astraea["known"]["why"] in ("new", "same", "messages")
+
+
+async def test_where_a_prefix_ends_is_told_by_its_message(server):
+    turns, messages = await shop(server, headers={"x-session-id": "differs"})
+    changed = [*messages[:-1], {"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+    report = report_of(await ask(server, changed, headers={"x-session-id": "differs"}))
+    assert report["known"]["why"] == "messages"
+    assert report["known"]["message"] == len(messages) - 1
+    assert report["known"]["tokens"] >= turns[-2]["usage"]["prompt_tokens"]
+
+
+async def test_history_that_goes_back_is_a_branch_and_the_session_goes_on(server):
+    named = {"headers": {"x-session-id": "back"}}
+    _, messages = await shop(server, **named)
+    back = report_of(await ask(server, [*TASK.messages(), *messages[len(TASK.messages()) :][:2]], **named))
+    assert back["program"] == "back/2"
+    forth = report_of(await ask(server, [*messages, {"role": "user", "content": "Thanks"}], **named))
+    assert (forth["program"], forth["known"]["why"]) == ("back", "same")
+
+
+async def test_a_second_request_of_a_session_is_a_branch(server, chatty):
+    named = {"headers": {"x-session-id": "twice"}}
+    first = await ask(server, HELLO, **named)
+    later = [*HELLO, *await answered(first), {"role": "user", "content": "And?"}]
+    with held(chatty, 1) as engine:
+        one = asyncio.create_task(ask(server, later, **named))
+        await engine.still()
+        other = asyncio.create_task(ask(server, later, **named))
+        while len([1 for program in server.door.programs._busy if program[1].startswith("twice")]) < 2:
+            await asyncio.sleep(0.002)
+    reports = [report_of(turn) for turn in await asyncio.gather(one, other)]
+    assert [report["program"] for report in reports] == ["twice", "twice/2"]
+    await settled(chatty)
+
+
+async def test_another_tenant_has_another_session_of_the_name(chatty):
+    async with serving(chatty, keys=Keys(["first key", "second key"])) as server:
+        one, other = ({"authorization": f"Bearer {key}", "x-session-id": "s"} for key in ("first key", "second key"))
+        turn = await ask(server, HELLO, headers=one)
+        later = [*HELLO, *await answered(turn), {"role": "user", "content": "And?"}]
+        assert report_of(await ask(server, later, headers=other))["known"]["why"] == "new"
+        assert report_of(await ask(server, later, headers=one))["known"]["why"] == "same"
+        assert (await server.client.delete("/v1/sessions/s", headers=one)).status_code == 200
+        assert (await server.client.get("/v1/sessions/s", headers=one)).status_code == 404
+        assert (await server.client.get("/v1/sessions/s", headers=other)).status_code == 200
+
+
+async def test_salts_of_one_tenant_share_no_history(chatty):
+    async with serving(chatty, keys=Keys(["first key"])) as server:
+        key = {"authorization": "Bearer first key"}
+        turn = await ask(server, HELLO, headers=key, cache_salt="a")
+        later = [*HELLO, *await answered(turn), {"role": "user", "content": "And?"}]
+        assert report_of(await ask(server, later, headers=key, cache_salt="b"))["known"]["why"] == "new"
+
+
+async def test_a_session_is_shown_and_ended(server, chatty):
+    turn = await ask(server, HELLO, headers={"x-dynamo-session-id": "a/b c"})
+    called = turn["choices"][0]["finish_reason"] == "tool_calls"
+    shown = (await server.client.get("/v1/sessions/a/b c")).json()
+    [program] = shown["programs"]
+    assert shown["session_id"] == program["program"] == "a/b c"
+    assert program["state"] == ("tool_wait" if called else "human_wait")
+    assert program["turns"] == 1
+    assert (await server.client.delete("/v1/sessions/a/b c")).json() == {"session_id": "a/b c", "deleted": True}
+    for method in ("get", "delete"):
+        assert (await getattr(server.client, method)("/v1/sessions/a/b c")).status_code == 404
+
+
+async def test_a_session_ends_with_its_last_request(server):
+    await ask(server, HELLO, headers={"x-session-id": "last", "x-dynamo-session-final": "true"})
+    assert (await server.client.get("/v1/sessions/last")).status_code == 404
+    assert report_of(await ask(server, HELLO, headers={"x-session-id": "last"}))["program"] == "last"
+
+
+async def test_an_explanation_queues_nothing(server, chatty):
+    named = {"x-session-id": "explained"}
+    turn = await ask(server, HELLO, headers=named)
+    later = [*HELLO, *await answered(turn), {"role": "user", "content": "And?"}]
+    requests = chatty.work.prompt_tokens
+    asked = await server.client.post("/v1/cache/explain", json={**BASE, "messages": later}, headers=named)
+    assert asked.status_code == 200
+    explained = asked.json()
+    assert chatty.work.prompt_tokens == requests
+    assert explained["program"] == "explained"
+    real = await ask(server, later, headers=named)
+    assert explained["known"] == report_of(real)["known"]
+    assert explained["prompt_tokens"] == real["usage"]["prompt_tokens"] == sum(explained["held"].values())
+    assert explained["held"]["device"] == real["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def test_other_apis_are_explained_too(server):
+    messages = {"model": "tiny", "messages": HELLO, "max_tokens": 5}
+    explained = (await server.client.post("/v1/cache/explain/messages", json=messages)).json()
+    counted = (await server.client.post("/v1/messages/count_tokens", json=messages)).json()
+    assert explained["prompt_tokens"] == counted["input_tokens"]
+    response = await server.client.post("/v1/cache/explain/responses", json={"model": "tiny", "input": "Hello"})
+    assert response.json()["prompt_tokens"] > 0
+    wrong = await server.client.post("/v1/cache/explain", json={"model": "tiny", "messages": []})
+    assert wrong.status_code == 400
+
+
+async def test_a_fork_goes_on_from_where_its_parent_is(server, chatty):
+    turn = await ask(server, HELLO, headers={"x-session-id": "stem"})
+    later = [*HELLO, *await answered(turn), {"role": "user", "content": "And?"}]
+    forked = await server.client.post("/v1/sessions/stem/fork", json={"session_id": "twig"})
+    assert forked.json() == {"session_id": "twig", "parent_session_id": "stem"}
+    for session in ("twig", "stem"):
+        goes_on = await ask(server, later, headers={"x-session-id": session})
+        assert (report_of(goes_on)["program"], report_of(goes_on)["known"]["why"]) == (session, "same")
+        reusable = turn["usage"]["prompt_tokens"] + turn["usage"]["completion_tokens"]
+        assert goes_on["usage"]["prompt_tokens_details"]["cached_tokens"] >= reusable - PAGE
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/sessions/never/fork", {"session_id": "child"}, "expired"),
+        ("/v1/sessions/never/fork", {"session_id": ""}, "session_id"),
+        ("/v1/sessions/never/fork", {"session_id": "x" * 257}, "session_id"),
+        ("/v1/sessions/never/replace_tail", {"keep": 0, "messages": HELLO}, "expired"),
+        ("/v1/sessions/never/replace_tail", {"tokens": [1, 2]}, "expired"),
+        ("/v1/sessions/never/replace_tail", {"keep": -1, "messages": []}, "keep"),
+        ("/v1/sessions/never/replace_tail", {"keep": 1}, "either messages or tokens"),
+        ("/v1/sessions/never/replace_tail", {"tokens": [10**6]}, "vocabulary"),
+    ],
+)
+async def test_what_has_expired_or_cannot_be_is_refused(server, path, body, named):
+    answer = await server.client.post(path, json=body)
+    assert answer.status_code == 400
+    assert named in answer.json()["error"]["message"] or named in (answer.json()["error"]["param"] or "")
+
+
+async def test_a_name_that_is_taken_is_no_fork(server):
+    for session in ("left", "right"):
+        await ask(server, HELLO, headers={"x-session-id": session})
+    answer = await server.client.post("/v1/sessions/left/fork", json={"session_id": "right"})
+    assert answer.status_code == 400
+    assert (await server.client.get("/v1/sessions/right")).status_code == 200
+
+
+async def test_a_replaced_tail_is_computed_before_it_is_asked_for(server):
+    named = {"headers": {"x-session-id": "long"}}
+    _, messages = await shop(server, **named)
+    keep = len(TASK.messages())
+    summary = [{"role": "user", "content": "Summary: all prices are known, and nothing else was asked."}]
+    replaced = await server.client.post("/v1/sessions/long/replace_tail", json={"keep": keep, "messages": summary})
+    assert replaced.status_code == 200
+    assert replaced.json()["computed"]
+    turn = await ask(server, [*messages[:keep], *summary], **named)
+    assert turn["usage"]["prompt_tokens_details"]["cached_tokens"] >= replaced.json()["tokens"] - PAGE
+    assert report_of(turn)["program"] == "long"
+
+
+def envelope(*actions):
+    return {"protocol_version": "0.1", "message_id": "m", "actions": list(actions)}
+
+
+def tool_wait(**payload):
+    return {"action_id": "w", "action_type": "astraea.tool_wait", "action_version": "1.0", "payload": payload}
+
+
+async def test_a_hint_with_a_request_is_what_is_predicted(server):
+    hints = {"kv_hints": envelope(tool_wait(expected_ms=1234)), "prompt_cache_retention": "24h"}
+    turn = await ask(server, TASK.messages(), headers={"x-session-id": "hinted"}, **hints)
+    assert [hint["outcome"] for hint in report_of(turn)["hints"]] == ["accepted", "clipped"]
+    messages = [*TASK.messages(), *await answered(turn)]
+    wait = report_of(await ask(server, messages, headers={"x-session-id": "hinted"}))["wait"]
+    assert (wait["kind"], wait["predicted_s"], wait["hinted"], wait["leased"]) == (
+        "tool",
+        1.234,
+        "accepted",
+        "accepted",
+    )
+    assert wait["actual_s"] >= 0
+
+
+@pytest.mark.parametrize("by", ["session", "call", "header"])
+async def test_a_hint_during_the_wait_finds_its_program(server, by):
+    turn = await ask(server, TASK.messages(), headers={"x-session-id": f"told by {by}"})
+    call = turn["choices"][0]["message"]["tool_calls"][0]["id"]
+    payload = {"session": {"session_id": f"told by {by}"}, "call": {"tool_call_ids": [call]}, "header": {}}[by]
+    told = await server.client.post(
+        "/v1/kv_hints",
+        json=envelope(
+            tool_wait(expected_ms=4000, **payload),
+            {"action_id": "p", "action_type": "astraea.tool_profile", "payload": {}},
+            {"action_id": "k", "action_type": "kv.retain", "payload": {}},
+        ),
+        headers={"x-session-id": f"told by {by}"} if by == "header" else {},
+    )
+    assert told.json() == {
+        "message_id": "m",
+        "outcomes": [
+            {"hint": "w", "outcome": "accepted"},
+            {"hint": "p", "outcome": "ignored", "why": "it goes with a request"},
+            {"hint": "k", "outcome": "ignored", "why": "unknown action"},
+        ],
+    }
+    messages = [*TASK.messages(), *await answered(turn)]
+    wait = report_of(await ask(server, messages, headers={"x-session-id": f"told by {by}"}))["wait"]
+    assert (wait["kind"], wait["predicted_s"]) == ("tool", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("payload", "outcome", "why"),
+    [
+        ({"expected_ms": 1, "session_id": "never"}, "ignored", "no such program"),
+        ({"expected_ms": 1}, "ignored", "names no session"),
+        ({"expected_ms": -1, "session_id": "never"}, "ignored", "no time"),
+    ],
+)
+async def test_a_hint_that_concerns_nobody_says_so(server, payload, outcome, why):
+    told = (await server.client.post("/v1/kv_hints", json=envelope(tool_wait(**payload)))).json()
+    assert told["outcomes"][0]["outcome"] == outcome
+    assert why in told["outcomes"][0]["why"]
+
+
+async def test_a_hint_of_another_shape_is_refused_by_its_field(server):
+    for path, body in (
+        ("/v1/kv_hints", envelope(tool_wait(expected_ms="soon"))),
+        ("/v1/chat/completions", {**BASE, "messages": HELLO, "kv_hints": envelope(tool_wait(expected_ms="soon"))}),
+    ):
+        answer = await server.client.post(path, json=body)
+        assert answer.status_code == 400
+        assert "expected_ms" in answer.json()["error"]["param"]
