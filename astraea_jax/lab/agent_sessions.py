@@ -8,6 +8,7 @@ coding agent's, roughly: a few lines of thought, one to three calls, results of 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -132,16 +133,22 @@ class Ticket:
         """Return the result of a call of the turn before this one."""
         return f"{prose(random.Random(f'{self} {call}'), 12)} {self}"
 
+    def seconds(self, call: int) -> float:
+        """Return how long a call of the turn before this one takes: half a second, now and then several."""
+        return random.Random(f"seconds {self} {call}").lognormvariate(math.log(0.5), 0.8)
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Return the calls that the model makes in the turn."""
+        rng = random.Random(f"calls {self}")
+        return [] if self.turn % JOB == JOB - 1 else [_call(rng) for _ in range(rng.randint(1, 3))]
+
     def written(self) -> str:
         """Return what the model writes in the turn; it prints JSON in a way of its own."""
         rng = self._random
         thought, said = prose(rng, rng.randint(2, 6)), prose(rng, rng.randint(1, 2))
-        if self.turn % JOB == JOB - 1:
-            return f"<think>\n{thought}\n</think>\n\n{said}"
-        calls = [_call(rng) for _ in range(rng.randint(1, 3))]
-        printed = [json.dumps(call, separators=rng.choice(SEPARATORS)) for call in calls]
-        tagged = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in printed)
-        return f"<think>\n{thought}\n</think>\n\n{said}\n{tagged}"
+        printed = [json.dumps(call, separators=rng.choice(SEPARATORS)) for call in self.calls()]
+        tagged = [f"<tool_call>\n{call}\n</tool_call>" for call in printed]
+        return "\n".join([f"<think>\n{thought}\n</think>\n\n{said}", *tagged])
 
 
 def prose(rng: random.Random, sentences: int) -> str:

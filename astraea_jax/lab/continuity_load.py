@@ -46,7 +46,10 @@ APIS: Mapping[str, Callable[..., Agent]] = {
 }
 REMINDED, NOTICED = 4, 7
 """Turns after which a client adds a reminder to the results, or a system message."""
-CONFIG = EngineConfig(max_seqs=16, max_step_tokens=8_192, kv_bytes=2**29, max_context=2**16)
+PAGE_SIZE = 16
+PAGE_BYTES = PAGE_SIZE * 2 * 2 * 8 * 4
+"""Keys and values of a page of the pretended model: two heads of eight numbers of four bytes."""
+CONFIG = EngineConfig(max_seqs=16, max_step_tokens=8_192, page_size=PAGE_SIZE, kv_bytes=2**29, max_context=2**16)
 
 
 @dataclass
@@ -109,14 +112,14 @@ def pretended_engine(
 
 
 @asynccontextmanager
-async def serving(engine: Engine, mode: Mode) -> AsyncIterator[tuple[str, str]]:
-    """Serve an engine over HTTP and gRPC; yields the URL of the first and the address of the second."""
+async def serving(engine: Engine, mode: Mode) -> AsyncIterator[tuple[int, int]]:
+    """Serve an engine over HTTP and gRPC; yields their ports."""
     programs = Programs(engine, Conversations(engine.tokenizer, mode, ttl_s=engine.config.session_ttl_s))
     door = Door(engine, formats.choose(engine.tokenizer), ["model"], programs=programs)
     servers = (HttpServer(make_app(door), door), RpcServer(engine, programs=programs))
-    http, rpc = [await server.start() for server in servers]
+    http_port, grpc_port = [await server.start() for server in servers]
     try:
-        yield f"http://127.0.0.1:{http}", f"127.0.0.1:{rpc}"
+        yield http_port, grpc_port
     finally:
         for server in servers:
             await server.stop(0)
@@ -139,9 +142,9 @@ async def measure(
     await asyncio.to_thread(engine.start)
     found = {name: Measured() for name in (*APIS, TEXT)}
     try:
-        async with serving(engine, mode) as (url, address), AsyncExitStack() as stack:
-            http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=120))
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+        async with serving(engine, mode) as (http_port, grpc_port), AsyncExitStack() as stack:
+            http = await stack.enter_async_context(http_client(http_port))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}"))
             playing = []
             for number in range(len(found) * sessions):
                 name = [*found][number % len(found)]
@@ -159,13 +162,18 @@ async def measure(
     return found
 
 
+def http_client(port: int) -> httpx.AsyncClient:
+    """Make a client of a server on this machine."""
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120)
+
+
 async def measure_bundled(mode: Mode, sessions: int) -> Measured:
     """Run sessions of the bundled model on this machine's device; it has two tasks in each, one after the other."""
     engine = Engine.from_folder("astraea-tiny", EngineConfig(max_seqs=8, max_step_tokens=64, kv_bytes=2**26))
     await asyncio.to_thread(engine.start)
     measured = Measured()
     try:
-        async with serving(engine, mode) as (url, _), httpx.AsyncClient(base_url=url, timeout=120) as http:
+        async with serving(engine, mode) as (port, _), http_client(port) as http:
             tasks = make_tasks(seed=5, split="test", count=2 * sessions)
             pairs = zip(tasks[::2], tasks[1::2], strict=True)
             await asyncio.gather(*(_work(http, number, pair, measured) for number, pair in enumerate(pairs)))
