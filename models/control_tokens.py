@@ -16,7 +16,7 @@ from typing import Any
 from .chat_template import ChatTemplate
 
 OWN_MARKUP = re.compile("think|tool|call|arg|channel|python_tag", re.IGNORECASE)
-"""Tokens a model writes itself within its turn, such as ``<think>`` or ``[TOOL_CALLS]``."""
+"""Tokens a model writes itself within its turn, such as ``<think>`` or ``[TOOL_CALLS]``; none that ends a turn."""
 
 OPERATORS = ("assistant", "system", "developer")
 """Roles whose text may hold such markup: the model's own, and instructions that show it."""
@@ -44,13 +44,18 @@ class ControlTokens:
         special: added tokens that are special.
         others: added tokens that are not; of these, control tokens are those which the template itself writes.
         template: writes them.
+        ends: tokens that end a turn.
     """
 
-    def __init__(self, special: Collection[str], others: Collection[str], template: ChatTemplate):
+    def __init__(
+        self, special: Collection[str], others: Collection[str], template: ChatTemplate, ends: Collection[str] = ()
+    ):
         written = {token for token in others if token in template.literal_text and not token.isspace()}
         tokens = sorted({*special, *written} - {""}, key=len, reverse=True)
         self._any = _alternation(tokens)
-        self._foreign_to_operators = _alternation([token for token in tokens if not OWN_MARKUP.search(token)])
+        self._foreign_to_operators = _alternation(
+            [token for token in tokens if token in ends or not OWN_MARKUP.search(token)]
+        )
 
     def hide(self, messages: list[dict[str, Any]], *others: Any) -> tuple[StandIns, list[Any]]:
         """Stand-ins, and the messages and ``others`` (tools, template arguments) with these in the place of tokens."""

@@ -224,7 +224,8 @@ class Tokenizer:
     def _find_control_tokens(self, template: ChatTemplate) -> ControlTokens:
         added = self._tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special}
-        return ControlTokens(special, {token.content for token in added} - special, template)
+        ends = {text for text, i in self._added.items() if i in self.eos_ids}
+        return ControlTokens(special, {token.content for token in added} - special, template, ends)
 
     @functools.cached_property
     def _text_only(self) -> tokenizers.Tokenizer:

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from .admission import Admission
+from .offer import Offer
 from .program import Program, Request
-from .residency import Offer
 
 PREPARED, SUPERSEDED = "prepared", "superseded"
 """Reasons for which such a request ends: all is computed; its program has got another request meanwhile."""

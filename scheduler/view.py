@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from .program import Program, Request
 
+MAX_SHOWN = 256
+"""Characters of the tools' names that are shown."""
+
 
 class Held(NamedTuple):
     """What a request would find computed, in tokens of its prompt."""
@@ -42,7 +45,7 @@ class ProgramView:
     turns: int
     """Requests that have ended."""
     tool: str | None
-    """The tools it waits for, joined by ``"+"``, if the client has said so."""
+    """The tools it waits for, joined by ``"+"``, if the client has said so; of many the first."""
     tokens: int
     """Of its present or last request, prompt and output."""
     device_pages: int
@@ -55,7 +58,7 @@ class ProgramView:
         """Look at a program; ``request`` is the one that it has queued or running."""
         state, since = _state(program, request)
         shown = request or program.last
-        pages = request.pages if request is not None and request.slot >= 0 else program.pages
+        pages = (program.running or program).pages
         device, host = len(pages), sum(copy.used for copy in program.copies)
         residency = {(True, True): "both", (True, False): "device", (False, True): "host"}.get(
             (device > 0, host > 0), "nowhere"
@@ -67,7 +70,7 @@ class ProgramView:
             state_s=max(0.0, now - since),
             age_s=max(0.0, now - program.arrival),
             turns=program.turns,
-            tool="+".join(program.wait.wait.tools) or None if program.wait is not None else None,
+            tool="+".join(program.wait.wait.tools)[:MAX_SHOWN] or None if program.wait is not None else None,
             tokens=shown.num_tokens if shown is not None else 0,
             device_pages=device,
             host_pages=host,

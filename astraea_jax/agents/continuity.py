@@ -12,6 +12,7 @@ import json
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 from astraea_jax.agents.meaning import Message
@@ -26,6 +27,8 @@ client as it was generated; new text cannot be tokenised by itself; continuity i
 
 MAX_PROMPTS = 256
 """Generation prompts that are remembered."""
+MAX_PROMPT_CHARS = 4096
+"""Length of such a prompt."""
 ANSWER, NEXT = "answer of a probe", "message after a probe"
 
 
@@ -83,7 +86,7 @@ class Continuity:
         self._texts = {i: text for text, i in self._ids.items()}
         stops = sorted(self._ids, key=len, reverse=True)
         self._stop = re.compile("|".join(map(re.escape, stops)) or "(?!)")
-        self._generation_prompts: dict[tuple[bool, str, str], str] = {}
+        self._generation_prompts: dict[bytes, str] = {}
         self._ends_turns: dict[tuple[bool, bool, bool], bool] = {}
 
     def stop_of(self, ids: Sequence[int]) -> str | None:
@@ -216,15 +219,16 @@ class Continuity:
 
     def _generation_prompt(self, rendered: str, chat: Chat) -> str:
         """The end of a rendering that is there for the generation only."""
-        arguments = json.dumps(chat.template_arguments, sort_keys=True)
-        key = (chat.tools is not None, arguments, chat.messages[-1]["role"])
+        context = [chat.tools is not None, chat.template_arguments, chat.messages[-1]["role"]]
+        key = sha256(json.dumps(context, sort_keys=True).encode()).digest()  # a client's arguments may be long
         prompt = self._generation_prompts.get(key)
         if prompt is None or not rendered.endswith(prompt):
             without = self._render_ended(chat)
             prompt = rendered[len(without) if rendered.startswith(without) else agreeing(rendered, without) :]
             if len(self._generation_prompts) >= MAX_PROMPTS:
                 self._generation_prompts.clear()
-            self._generation_prompts[key] = prompt
+            if len(prompt) <= MAX_PROMPT_CHARS:
+                self._generation_prompts[key] = prompt
         return prompt
 
     def _ends(self, chat: Chat, piece: Piece) -> bool:

@@ -8,6 +8,7 @@ it. A request that goes on from a turn that another request already continues is
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from array import array
@@ -30,6 +31,8 @@ from astraea_jax.models.tokenizer import Tokenizer
 MAX_BYTES = 2**29
 MAX_TURNS = 2**16
 """Turns of one owner."""
+MAX_TEXT_ENDS = 2**12
+"""Lengths of known texts, the newest ones, at which the beginning of a new text is compared."""
 
 
 class Conversations:
@@ -102,13 +105,18 @@ class Conversations:
         goes_on = turn is not None and meaning.answers_calls(given[end:])
         job = turn.job if turn is not None and goes_on else next(self._jobs)
         try:
-            prompt = self._prompt(Chat(match.restored(given), tools, arguments), match, job)
+            prompt = self._prompt(Chat(self._as_known(given, match), tools, arguments), match, job)
             ids, size = array("i", prompt.ids[prompt.new :]), OVERHEAD + len(repr(given[end:]))
             size += sum(piece.size for piece in prompt.fresh)
+            setting = json.dumps([tools, arguments])
+            if turn is not None and turn.program.setting == setting:
+                setting = turn.program.setting  # one text for all of them
+            else:
+                size += len(setting)
         except BaseException:
             self._end(running)
             raise
-        program.tools, program.template_arguments = tools, arguments
+        program.setting = setting
 
         def ended(output_ids: Sequence[int], message: Any, whole: bool) -> None:
             new = None
@@ -166,7 +174,8 @@ class Conversations:
         """
         with self._lock:
             state = self._owner(owner)
-            ends = sorted(end for end in state.text_ends if end <= len(text))
+            newest = itertools.islice(reversed(state.text_ends), MAX_TEXT_ENDS)
+            ends = sorted(end for end in newest if end <= len(text))
         digests = beginnings(text, ends, add_bos)
         with self._lock:
             turn = next((found for digest in reversed(digests) if (found := best(state.at(digest), session))), None)
@@ -210,17 +219,19 @@ class Conversations:
     def programs(self, owner: str, session: str) -> list[str]:
         """Names of the programs of a session."""
         with self._lock:
-            return [one.name for one in self._programs(self._owner(owner), session)]
+            return [program.name for program in self._owner(owner).of_session(session)]
 
-    def forget(self, owner: str, session: str) -> None:
-        """Forget the conversations of a session; what branches of other sessions share stays with them."""
+    def forget(self, owner: str, session: str) -> list[str]:
+        """Forget the conversations of a session; what branches of other sessions share stays with them.
+
+        Returns:
+            The names of its programs.
+        """
         with self._lock:
             state = self._owner(owner)
-            state.forget(self._programs(state, session))
-
-    @staticmethod
-    def _programs(owner: Owner, session: str) -> list[Program]:
-        return [one for one in owner.programs.values() if session in (one.session, one.name)]
+            programs = state.of_session(session)
+            state.forget(programs)
+        return [program.name for program in programs]
 
     def replace(self, owner: str, session: str, keep_messages: int, messages: Sequence[Any]) -> list[int]:
         """Replace the end of a session's history, for example by a summary.
@@ -255,7 +266,7 @@ class Conversations:
         turn, marker = match.turn, None
         end = 0 if turn is None else turn.end
         try:
-            chat = Chat(match.restored(given), program.tools, program.template_arguments)
+            chat = Chat(self._as_known(given, match), program.tools, program.template_arguments)
             prompt = self._prompt(chat, match, tip.job, generation_prompt=False)
             said, size = tuple(given[end:]), OVERHEAD + len(repr(given[end:]))
             marker = Turn(digests[-1], turn, said, tuple(digests[end:]), len(given), program, tip.job, None, size=size)
@@ -288,6 +299,9 @@ class Conversations:
             owner.release(running.turn, now)
         owner.settle(program)
         self.owners.bound(owner)
+
+    def _as_known(self, messages: list[dict[str, Any]], match: Match) -> Sequence[meaning.Message]:
+        return messages if self.mode == "off" else match.restored(messages)
 
     def _prompt(self, chat: Chat, match: Match, job: int, *, generation_prompt: bool = True) -> Prompt:
         if self.mode != "off":

@@ -5,10 +5,11 @@ Nothing here renders or tokenises, and nothing locks: whoever uses it does.
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -34,8 +35,18 @@ class Program:
     """A request of it runs."""
     forgotten: bool = False
     """Its turns go as soon as nothing builds on them."""
-    tools: Sequence[Any] | None = None
-    template_arguments: dict[str, Any] = field(default_factory=dict)
+    setting: str = "[null, {}]"
+    """JSON of the tools and template arguments of its latest request, which takes less than their objects."""
+
+    @property
+    def tools(self) -> Any:
+        """The tools of its latest request."""
+        return json.loads(self.setting)[0]
+
+    @property
+    def template_arguments(self) -> Any:
+        """The template arguments of its latest request."""
+        return json.loads(self.setting)[1]
 
 
 @dataclass(eq=False)
@@ -146,8 +157,8 @@ class Owner:
         self.programs: dict[str, Program] = {}
         self.size = 0
         self.count = 0
-        self.text_ends: Counter[int] = Counter()
-        """Characters of a known plain text -> how many texts have as many."""
+        self.text_ends: dict[int, int] = {}
+        """Characters of a known plain text -> how many texts have as many; the newest is the last."""
         self.leaves: OrderedDict[Turn, None] = OrderedDict()
         """Turns on which nothing builds, as they were used, the longest unused first."""
         self._by_digest: dict[bytes, list[Turn]] = {}
@@ -208,6 +219,10 @@ class Owner:
             turn.program.tip = before if before is not None and before.program is turn.program else None
             self.settle(turn.program)
 
+    def of_session(self, session: str) -> list[Program]:
+        """The programs of a session, or the one of that name."""
+        return [program for program in self.programs.values() if session in (program.session, program.name)]
+
     def forget(self, programs: Sequence[Program]) -> None:
         """Forget programs, and their turns as soon as no others build on them."""
         for program in programs:
@@ -220,10 +235,8 @@ class Owner:
         self.size += sign * turn.size
         self.count += sign
         self._resized(sign * turn.size)
-        if turn.plain:
-            self.text_ends[turn.end] += sign
-            if not self.text_ends[turn.end]:
-                del self.text_ends[turn.end]
+        if turn.plain and (texts := self.text_ends.pop(turn.end, 0) + sign):
+            self.text_ends[turn.end] = texts
 
     def settle(self, program: Program) -> None:
         """Forget a program that neither runs nor has a turn."""

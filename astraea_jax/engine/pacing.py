@@ -14,8 +14,10 @@ from typing import Protocol
 
 SHARE = 0.05
 """Share of the time that the event loop may spend before messages wait."""
-LONGEST_S = 0.05
-"""Seconds that a message waits at most, less than people notice."""
+LONGEST_S = 0.1
+"""Seconds that a message waits at most, about what people notice."""
+TICK_S = 0.001
+"""Seconds by which a turn may come early."""
 
 
 class Reader(Protocol):
@@ -41,17 +43,24 @@ class Pace:
     def wake(self, reader: Reader) -> None:
         """Wake a reader at the next turn, which may be now; called in the event loop."""
         if not self._waiting:
-            now = time.monotonic()
-            spent = time.thread_time() - self._spent
-            wait_s = min(spent / self._share, self._longest_s) - (now - self._began)
+            wait_s = self._wait_s()
             if wait_s <= 0:
-                self._take(now)
+                self._take(time.monotonic())
                 reader.wake()
                 return
             asyncio.get_running_loop().call_later(wait_s, self._turn)
         self._waiting.append(reader)
 
+    def _wait_s(self) -> float:
+        """Seconds until the next turn; they grow while what the latest one costs is still being spent."""
+        spent = time.thread_time() - self._spent
+        return min(spent / self._share, self._longest_s) - (time.monotonic() - self._began)
+
     def _turn(self) -> None:
+        wait_s = self._wait_s()
+        if wait_s > TICK_S:
+            asyncio.get_running_loop().call_later(wait_s, self._turn)
+            return
         woken, self._waiting = self._waiting, []
         self._take(time.monotonic())
         for reader in woken:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import absl.logging
 from absl import flags
+
+from astraea_jax.engine.generation import Usage
 
 ACCESS = logging.getLogger("astraea_jax.access")
 """One record for every request that a door has answered; off until :func:`configure` says otherwise."""
@@ -41,19 +45,30 @@ def log_flags() -> Callable[[logging.Handler], None]:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def set_up(handler: logging.Handler) -> None:
-        configure(handler, as_json=flags.FLAGS.log_format == "json", access=flags.FLAGS.access_log)
+        detailed = absl.logging.get_verbosity() >= absl.logging.DEBUG
+        configure(handler, as_json=flags.FLAGS.log_format == "json", access=flags.FLAGS.access_log, detailed=detailed)
 
     return set_up
 
 
-def configure(handler: logging.Handler, *, as_json: bool, access: bool) -> None:
-    """Let a handler write JSON, or what it writes by itself; with or without the access log."""
+def configure(handler: logging.Handler, *, as_json: bool, access: bool, detailed: bool = False) -> None:
+    """Let a handler write JSON, or what it writes by itself; with or without the access log, which may be detailed."""
     if as_json:
         handler.setFormatter(JsonFormatter())
-    ACCESS.setLevel(logging.INFO if access else logging.CRITICAL)
+    shown = logging.DEBUG if detailed else logging.INFO
+    ACCESS.setLevel(shown if access else logging.CRITICAL)
 
 
-def answered(door: str, method: str, path: str, status: int | str, request_id: str, client: str, took_s: float) -> None:
+def answered(
+    door: str,
+    method: str,
+    path: str,
+    status: int | str,
+    request_id: str,
+    client: str,
+    took_s: float,
+    usage: Usage | None = None,
+) -> None:
     """Log a request that a door has answered.
 
     Args:
@@ -64,14 +79,16 @@ def answered(door: str, method: str, path: str, status: int | str, request_id: s
         request_id: by which the client knows it.
         client: its address.
         took_s: until the answer was sent whole.
+        usage: tokens and times of the request to the model, if it is known here.
     """
     if not ACCESS.isEnabledFor(logging.INFO):
         return
     shown = path[:200].encode("ascii", "backslashreplace").decode()
     shown = "".join(letter if letter.isprintable() else "?" for letter in shown)
+    tokens = "" if usage is None else f", {usage.prompt_tokens} + {usage.output_tokens} tokens"
     ACCESS.info(
-        "%s %s %s %s in %.3f s, request %s of %s",
-        *(door, method, shown, status, took_s, request_id, client),
+        "%s %s %s %s in %.3f s, request %s of %s%s",
+        *(door, method, shown, status, took_s, request_id, client, tokens),
         extra={
             "door": door,
             "method": method,
@@ -80,5 +97,11 @@ def answered(door: str, method: str, path: str, status: int | str, request_id: s
             "seconds": round(took_s, 6),
             "request_id": request_id,
             "client": client,
+            **({} if usage is None else asdict(usage)),
         },
     )
+
+
+def resumed(report: Mapping[str, Any]) -> None:
+    """Log how a turn went on, at debug level: what was reused, why not more, and how its wait came out."""
+    ACCESS.debug("turn %s", json.dumps(report, default=str), extra={"turn": report})

@@ -143,9 +143,7 @@ class Sessions:
         Raises:
             RequestError, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.end_session`.
         """
-        programs = {session, *self._conversations.programs(scope_of(tenant), session)}
-        self._conversations.forget(scope_of(tenant), session)
-        for program in programs:
+        for program in {session, *self._conversations.forget(scope_of(tenant), session)}:
             self._programs.waits.end(tenant.owner, program)
             self._engine.end_session(program, owner=tenant.owner)
 

@@ -8,6 +8,8 @@ twice as many arrive as can be served.
 
   python scripts/bench_doors.py                   astraea-tiny, 64 streams, on this machine's device
   python scripts/bench_doors.py --pretend_ms=5    the host's work alone, beside a device that takes 5 ms for a step
+  python scripts/bench_doors.py --vocabulary=151936 --doors= --arrivals=0 --rows=1 --rows=8 --rows=32
+                                                  constrained decoding alone, at a large vocabulary
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from astraea_jax.lab.pretended import PretendedRunner
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
 from astraea_jax.lab.serving_load import Latencies
+from astraea_jax.lab.vocabulary import wide_model
 from astraea_jax.models.config import PUBLISHED, CheckpointError
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -52,11 +55,14 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
 options = engine_flags(*MODEL, "max_step_tokens")
+flags.DEFINE_list("doors", list(DOORS), "Front doors to measure; empty: none.")
+flags.register_validator("doors", lambda given: {*given} <= {*DOORS}, f"--doors may name {', '.join(DOORS)}")
 flags.DEFINE_integer("streams", 64, "Streams at once.", lower_bound=1)
 flags.DEFINE_integer("words", 16, "Random words of a prompt.", lower_bound=1)
 flags.DEFINE_integer("output", 256, "Tokens of each stream.", lower_bound=2)
 flags.DEFINE_integer("rounds", 3, "Times that every way is measured, in turns.", lower_bound=1)
-flags.DEFINE_integer("rows", 32, "Rows that decode at once, with and without a JSON schema; 0: leave it out.", 0)
+flags.DEFINE_multi_integer("rows", 32, "Rows that decode at once, with and without a JSON schema; 0: leave it out.", 0)
+flags.DEFINE_integer("vocabulary", 0, "Random weights and so many tokens, most of them made up; 0: the model's.", 0)
 flags.DEFINE_integer("arrivals", 512, "Requests that capacity is measured with, and half of overload; 0: leave out.", 0)
 flags.DEFINE_float(
     "pretend_ms", 0.0, "Pretend a device that takes this long for a step and none of the host; 0: the real one.", 0.0
@@ -118,7 +124,10 @@ def engine_config() -> EngineConfig:
 
 def make_engine(config: EngineConfig) -> Engine:
     """Make an engine on this machine's device, or on a pretended one."""
-    loaded = (random_model if FLAGS.random_weights else load_model)(FLAGS.model, config)
+    if FLAGS.vocabulary:
+        loaded = wide_model(FLAGS.vocabulary, config)
+    else:
+        loaded = (random_model if FLAGS.random_weights else load_model)(FLAGS.model, config)
     if not FLAGS.pretend_ms:
         return Engine(loaded.decoder, loaded.tokenizer, config, loaded.meshes[0])
     vocab_size, avoided = loaded.decoder.config.vocab_size, loaded.tokenizer.eos_ids
@@ -213,7 +222,7 @@ async def measure(playing: Awaitable[Played]) -> Measured:
 async def streams(engine: Engine, client: Client, prompts: Prompts) -> dict[str, list[Measured]]:
     """Measure the doors in turns with the same load in this process."""
     here = asking(engine.generate)
-    found: dict[str, list[Measured]] = {name: [] for name in (HERE, *DOORS)}
+    found: dict[str, list[Measured]] = {name: [] for name in (HERE, *FLAGS.doors)}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):  # a short one to warm up
         for name, results in found.items():
             run = prompts.together(name, FLAGS.streams, output)
@@ -225,7 +234,7 @@ async def streams(engine: Engine, client: Client, prompts: Prompts) -> dict[str,
     return found
 
 
-async def constrained(engine: Engine, prompts: Prompts) -> dict[str, list[Measured]]:
+async def constrained(engine: Engine, prompts: Prompts, rows: int) -> dict[str, list[Measured]]:
     """Measure the same load with and without a schema, in turns."""
     schema = GrammarCompiler(engine.tokenizer).json_schema(SCHEMA)
     ways = {
@@ -235,7 +244,7 @@ async def constrained(engine: Engine, prompts: Prompts) -> dict[str, list[Measur
     found: dict[str, list[Measured]] = {name: [] for name in ways}
     for output in (2, *[FLAGS.output] * FLAGS.rounds):
         for name, ask in ways.items():
-            result = await measure(play(ask, prompts.together(HERE, FLAGS.rows, output)))
+            result = await measure(play(ask, prompts.together(HERE, rows, output)))
             if output > 2:
                 found[name].append(result)
     return found
@@ -297,7 +306,7 @@ def busy_ratio(results: Sequence[Measured], others: Sequence[Measured]) -> str:
     return f"{per_token(others) / per_token(results):.1%}"
 
 
-def constrained_section(found: Mapping[str, Sequence[Measured]]) -> Section:
+def constrained_section(found: Mapping[str, Sequence[Measured]], count: int) -> Section:
     free = found["free"]
     rows = []
     for name, results in found.items():
@@ -305,7 +314,7 @@ def constrained_section(found: Mapping[str, Sequence[Measured]]) -> Section:
         ratios = ("", "") if name == "free" else (ratio(results, free), busy_ratio(results, free))
         rows.append((name, rate(results), *ratios, f"{1e6 * sum(m.cpu_s for m in results) / tokens:.1f}"))
     columns = ("", "tokens/s", "of free", "if busy", "processor time, us per token")
-    return Section(f"{FLAGS.rows} rows, {FLAGS.output} tokens each", columns, rows)
+    return Section(f"{count} rows, {FLAGS.output} tokens each", columns, rows)
 
 
 def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
@@ -326,20 +335,15 @@ def overload_section(found: Mapping[str, tuple[Measured, Measured]]) -> Section:
                 f"{played.longest_ttft_s:.2f}",
             )
         )
-    columns = (
-        "",
-        "capacity",
-        "goodput",
-        "of it",
-        "if busy",
-        "answered, refused",
-        "queue s",
-        "TTFT s",
-        "longest s",
-    )
+    columns = ("", "capacity", "goodput", "of it", "if busy", "answered, refused", "queue s", "TTFT s", "longest s")
     title = f"Poisson arrivals at twice the capacity, {2 * FLAGS.arrivals} requests of about {FLAGS.output} tokens: "
     title += "tokens/s, the time that a full queue takes, and P50 / P90 / P99 of the time to the first token"
     return Section(title, columns, rows)
+
+
+def _plain(found: Mapping[str, Sequence[Measured]]) -> dict[str, list[dict[str, Any]]]:
+    """The figures as a record holds them."""
+    return {name: [asdict(one) for one in results] for name, results in found.items()}
 
 
 async def measure_all() -> None:
@@ -353,17 +357,20 @@ async def measure_all() -> None:
     device = f"pretended device, {FLAGS.pretend_ms:g} ms a step" if FLAGS.pretend_ms else engine_title(engine)
     title = f"{FLAGS.model}, {device}: {FLAGS.streams} streams, {FLAGS.output} tokens each"
     async with serving(engine) as client:
-        found = await streams(engine, client, prompts)
-        sections = [streams_section(found, title)]
-        figures: dict[str, Any] = {"streams": {k: [asdict(m) for m in v] for k, v in found.items()}}
-        if FLAGS.rows:
-            schema = await constrained(engine, prompts)
-            sections.append(constrained_section(schema))
-            figures["constrained"] = {k: [asdict(m) for m in v] for k, v in schema.items()}
+        sections: list[Section] = []
+        figures: dict[str, Any] = {}
+        if FLAGS.doors:
+            found = await streams(engine, client, prompts)
+            sections.append(streams_section(found, title))
+            figures["streams"] = _plain(found)
+        for rows in filter(None, FLAGS.rows):
+            schema = await constrained(engine, prompts, rows)
+            sections.append(constrained_section(schema, rows))
+            figures.setdefault("constrained", {})[str(rows)] = _plain(schema)
         if FLAGS.arrivals:
-            over = {name: await overload(client, name, prompts) for name in ("grpc", "completions")}
+            over = {name: await overload(client, name, prompts) for name in FLAGS.doors if name != "chat"}
             sections.append(overload_section(over))
-            figures["overload"] = {name: [asdict(run) for run in runs] for name, runs in over.items()}
+            figures["overload"] = _plain(over)
     await asyncio.to_thread(engine.shutdown, 0)
     publish("bench_doors", sections, figures, roofline)
 

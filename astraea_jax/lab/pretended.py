@@ -16,6 +16,7 @@ import numpy as np
 
 from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.extras import Extras
+from astraea_jax.engine.resampling import WORD, mask_words
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.scheduler.plan import Plan
 
@@ -50,7 +51,10 @@ class PretendedRunner:
     def __init__(self, step_s: float, vocab_size: int, avoided: frozenset[int]):
         self._step_s, self._vocab_size = step_s, vocab_size
         self._rng = np.random.default_rng(0)
-        self._avoided = [token for token in avoided if token < vocab_size]
+        kept = np.zeros(WORD * mask_words(vocab_size), np.uint8)
+        kept[:vocab_size] = 1
+        kept[[token for token in avoided if token < vocab_size]] = 0
+        self._kept = np.packbits(kept, bitorder="little").view(np.uint32)
         self._free = 0.0  # when the device has done all that it was given
 
     def compile(self, progress: Callable[[int, int], None]) -> None: ...
@@ -72,12 +76,17 @@ class PretendedRunner:
 
     def resample(self, step: InFlight, extras: Extras) -> InFlight:
         tokens: Any = np.array(step.tokens)
-        bits = np.unpackbits(extras.masks.view(np.uint8), axis=1, bitorder="little")[:, : self._vocab_size]
-        weights = bits * self._rng.random(bits.shape, np.float32)
-        weights[:, self._avoided] *= 1e-6
-        tokens[extras.masked] = weights.argmax(axis=1)
+        tokens[extras.masked] = [self._allowed(mask.view(np.uint32)) for mask in extras.masks]
         self._free = max(self._free, time.perf_counter())  # where masks come late, the next step begins late, too
         return replace(step, tokens=tokens)
+
+    def _allowed(self, mask: np.ndarray) -> int:
+        """Draw a token whose bit is set, from a word of the mask that is drawn first: words are fewer than tokens."""
+        preferred = mask & self._kept
+        mask = preferred if preferred.any() else mask
+        at = int(self._rng.choice(np.flatnonzero(mask)))
+        bits = np.flatnonzero(np.unpackbits(mask[at : at + 1].view(np.uint8), bitorder="little"))
+        return WORD * at + int(self._rng.choice(bits))
 
     def read(self, step: InFlight) -> list[int]:
         assert isinstance(step, Pretended)

@@ -218,7 +218,8 @@ def test_off_is_what_the_template_makes_of_what_was_sent():
         opened = known.begin(ME, None, messages)
         assert (opened.report.why, opened.report.kept) == ("off", 0)
         assert opened.prompt == known._tokenizer.encode_chat(messages)
-        messages += [say(known, opened, " It is 14. "), MORE]
+        say(known, opened, " It is 14. ", reasoning="Hm.")
+        messages += [{"role": "assistant", "content": "It is 14."}, MORE]  # its client has dropped the thought
     assert opened.parent is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -142,3 +143,20 @@ async def test_nothing_is_lost_whenever_turns_come(acts, paced):
 
 async def _all(generation: Generation) -> list[Delta]:
     return [d async for d in generation]
+
+
+async def test_a_turn_waits_while_the_latest_one_still_spends(monkeypatch):
+    """Messages are written after the turn that wakes their streams, when the next turn has already been set."""
+    spent, woken = [0.0], []
+    monkeypatch.setattr("astraea_jax.engine.pacing.time.thread_time", lambda: spent[0])
+    pace = Pace(share=1e-6, longest_s=600)
+    reader = SimpleNamespace(wake=lambda: woken.append(spent[0]))
+    pace.wake(reader)
+    spent[0] = 5e-8
+    pace.wake(reader)
+    spent[0] = 1.0
+    await asyncio.sleep(0.1)
+    assert woken == [0.0]
+    spent[0] = 0.0
+    pace._turn()
+    assert woken == [0.0, 0.0]

@@ -115,3 +115,40 @@ def test_they_share_the_memory_of_the_host(wide_folder):
     config = dataclasses.replace(TIGHT, data_parallel=2, host_kv_bytes=20 * 4096)
     made = load_engine(wide_folder, config)
     assert [engine.layout.host.pages for engine in made.replicas] == [10, 10]
+
+
+def test_branches_go_where_their_session_is(replicas):
+    async def work() -> None:
+        first = await tokens(replicas.generate(PROMPTS[0], PARAMS, session="parent"))
+        home = replicas._homes["", "parent"]
+        await asyncio.wrap_future(replicas.fork("parent", "child"))
+        text = [*PROMPTS[0], *first, 5]
+        found = await asyncio.wrap_future(replicas.held(text, session="child"))
+        assert found.matched == found.device + 1 == len(text) - 1
+        child = replicas.generate(text, PARAMS, session="child")
+        await tokens(child)
+        assert child.usage.cached_tokens > 0
+        assert replicas._homes["", "child"] is home
+        tail = [*PROMPTS[0][:10], *PROMPTS[1][:20]]
+        assert await replicas.replace_tail("child", tail) is True
+        assert (await asyncio.wrap_future(replicas.held([*tail, 1], session="child"))).device == len(tail) - 1
+        assert (await asyncio.wrap_future(replicas.held(tail))).tokens == len(tail)
+
+        await tokens(replicas.generate(PROMPTS[2], PARAMS, session="elsewhere"))
+        assert replicas._homes["", "elsewhere"] is not home
+        with pytest.raises(RequestError, match="name already"):
+            replicas.fork("parent", "elsewhere")
+        replicas._homes["", "elsewhere"].end_session("elsewhere")
+        await until(lambda: not replicas._homes["", "elsewhere"].knows("elsewhere"))
+        await asyncio.wrap_future(replicas.fork("parent", "elsewhere"))  # the name is free again
+        for call in (lambda: replicas.fork("nobody", "x"), lambda: replicas.fork("parent", "x", owner="o")):
+            with pytest.raises(RequestError, match="has expired"):
+                await asyncio.wrap_future(call())
+        with pytest.raises(RequestError, match="has expired"):
+            await replicas.replace_tail("nobody", tail)
+        break_loop(home, ZeroDivisionError())
+        await until(lambda: not home.live)
+        with pytest.raises(RequestError, match="has expired"):
+            replicas.fork("parent", "x")
+
+    asyncio.run(work())

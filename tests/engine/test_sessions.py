@@ -94,8 +94,9 @@ async def test_a_full_table_of_sessions_forks_nothing():
     engine.start()
     with held(engine, 1):
         running = [engine.generate([i], params(9), session=f"s{i}") for i in range(2)]
-        with pytest.raises(Overloaded, match="2 programs are live"):
-            await asked(engine.fork("s0", "child"))
+        forked = engine.fork("s0", "child")
+    with pytest.raises(Overloaded, match="2 programs are live"):
+        await asked(forked)
     for one, generation in enumerate(running):
         assert await tokens(generation) == complete([one], 9)
     engine.shutdown(0)

@@ -154,21 +154,6 @@ def test_template_arguments_reach_the_template(shop):
         shop.chat(SHOP, params=EIGHT, template_arguments={"enable_thinking": object()})
 
 
-def test_the_call_format_can_be_named(shop):
-    @tool
-    def price(item: str, number: int) -> int:
-        """Price of an item."""
-        return 14
-
-    [read] = shop.chat(SHOP, [price], max_steps=2, call_format="hermes")
-    [unread] = shop.chat(SHOP, [price], max_steps=2, call_format="gemma")
-    assert len(read.requests) == 2
-    assert len(unread.requests) == 1
-    assert "<tool_call>" in unread.text
-    with pytest.raises(ValueError, match="no call format 'nous'"):
-        shop.chat(SHOP, [price], call_format="nous")
-
-
 def test_chats_go_on_from_their_own_tokens(shop):
     """Within an agent, and in a later chat that continues what was said."""
 
@@ -186,6 +171,21 @@ def test_chats_go_on_from_their_own_tokens(shop):
     for before, after in itertools.pairwise(requests):
         known = before.usage.prompt_tokens + before.output_tokens - 1  # nothing was computed of the last token yet
         assert after.usage.cached_tokens >= known - known % page_size
+
+
+def test_the_call_format_can_be_named(shop):
+    @tool
+    def price(item: str, number: int) -> int:
+        """Price of an item."""
+        return 14
+
+    [read] = shop.chat(SHOP, [price], max_steps=2, call_format="hermes")
+    [unread] = shop.chat(SHOP, [price], max_steps=2, call_format="gemma")
+    assert len(read.requests) == 2
+    assert len(unread.requests) == 1
+    assert "<tool_call>" in unread.text
+    with pytest.raises(ValueError, match="no call format 'nous'"):
+        shop.chat(SHOP, [price], call_format="nous")
 
 
 def test_more_prompts_than_the_queue_holds(random_folder, greedy):

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
-from contextlib import contextmanager
 
 from hypothesis import given
 from hypothesis import strategies as st
 from support.http_server import serving
+from support.logged import written
 from support.stub import stub_engine
 
-from astraea_jax.frontends.logs import ACCESS, JsonFormatter, answered, configure
-
-
-@contextmanager
-def written(**how):
-    """What is logged meanwhile."""
-    text, level = io.StringIO(), ACCESS.level
-    handler = logging.StreamHandler(text)
-    configure(handler, **how)
-    logging.getLogger().addHandler(handler)
-    try:
-        yield text
-    finally:
-        logging.getLogger().removeHandler(handler)
-        ACCESS.setLevel(level)
+from astraea_jax.frontends.logs import JsonFormatter, answered
 
 
 def record(message="what {} happened", **extra):

@@ -107,3 +107,29 @@ def test_nothing_is_lost_and_no_token_is_forged(user, result):
     chat = [HISTORY[0], {"role": "user", "content": user}, HISTORY[2], {**HISTORY[3], "content": result}]
     assert text(chat) == TOKENIZER.render(chat)
     assert ids(chat) == [5, 4, 0]
+
+
+def test_a_token_that_ends_turns_is_text_in_every_message(tmp_path):
+    """Whatever its name is: <|call|> ends turns of gpt-oss, and would end one that only quotes it."""
+    folder = copy_tiny(tmp_path / "model")
+    change(folder / "generation_config.json", eos_token_id=[END, CALL])
+    tokenizer = Tokenizer.from_folder(folder)
+    for role in ("assistant", "system"):
+        assert tokenizer.encode_chat([{"role": role, "content": "a <tool_call> b"}]).count(CALL) == 0
+
+
+def test_rendered_chats_can_be_compared_and_cut():
+    """Whatever else is in them: characters that would have stood for tokens move those that do."""
+    odd = {"role": "user", "content": chr(0xF0000) + chr(0xF0001) + ATTACK}
+    one, other = (
+        [*HISTORY[:1], {"role": "user", "content": ATTACK}],
+        [*HISTORY[:1], {"role": "user", "content": ATTACK}, odd],
+    )
+    begins, whole = (TOKENIZER.render_chat(chat, add_generation_prompt=False) for chat in (one, other))
+    assert whole.startswith(begins)
+    assert begins.count("<|im_end|>") == 2
+    assert TOKENIZER.encode_rendered(whole) == TOKENIZER.encode_chat(other, add_generation_prompt=False)
+    rest = whole[len(begins) :]
+    assert TOKENIZER.encode_rendered(begins) + TOKENIZER.encode_rendered(rest) == TOKENIZER.encode_rendered(whole)
+    with pytest.raises(ValueError, match="surrogate"):
+        TOKENIZER.render_chat([{"role": "user", "content": "half \udc00"}])

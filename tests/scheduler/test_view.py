@@ -7,6 +7,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.histogram import Histogram
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.wait import Wait
 
 
 def look(loop, limit=100, owner=None):
@@ -26,6 +27,18 @@ def test_a_program_is_seen_in_every_state():
     assert seen["a"] == ["queued", "prefill", "decode", "tool_wait"]
     assert seen["b"][:3] == ["queued", "prefill", "decode"]
     assert {(view.turns, view.tokens, view.residency) for view in look(loop)} == {(1, 9, "device")}
+
+
+def test_what_a_program_waits_for():
+    loop = Loop(make("program-fcfs"))
+    loop.scheduler.submit([1] * 6, 3, program="a", now=loop.now)
+    loop.drain()
+    seen = []
+    for wait in (Wait(("x", "y")), Wait(("z" * 200,) * 100), Wait()):
+        loop.scheduler.waits("a", wait, loop.now)
+        [view] = look(loop)
+        seen.append((view.state, view.tool))
+    assert seen == [("tool_wait", "x+y"), ("tool_wait", ("z" * 200 + "+" + "z" * 55)), ("human_wait", None)]
 
 
 def test_where_kv_is():

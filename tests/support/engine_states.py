@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
@@ -24,6 +23,7 @@ from hypothesis.stateful import (
 from support.device import VOCABULARY, complete
 from support.engines import break_loop
 from support.grammars import EVEN, Broken
+from support.session_states import LIMIT_S, NAMES, OWNERS, SessionRules
 from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.generation import Generation, Mailbox
@@ -33,14 +33,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.scheduler.wait import Wait
 
-LIMIT_S = 20.0
-"""An answer that takes longer is taken for one that never comes."""
-
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
-NAMES = (None, "a", "b", "#1", "#2", "#3")
-OWNERS = ("", "x")
-SECONDS = (None, 0, 3.5, -1, 10**400, -(10**400), 1e300, float("inf"), float("nan"))
-"""Hints of clients, absurd ones among them."""
 ODD = {
     "no sequence": lambda e: e.generate(7),
     "text": lambda e: e.generate("text"),
@@ -66,6 +59,13 @@ ODD = {
     "salt": lambda e: e.generate([1], salt=b"salt"),
     "long salt": lambda e: e.generate([1], salt="s" * 257),
     "salt of half a character": lambda e: e.generate([1], salt="\udfff"),
+    "fork of nobody": lambda e: e.fork(None, "b"),
+    "fork without a name": lambda e: e.fork("a", ""),
+    "fork under a long name": lambda e: e.fork("a", "b" * 257),
+    "fork of no owner": lambda e: e.fork("a", "b", owner=3),
+    "what is held of text": lambda e: e.held("text"),
+    "what is held of a list": lambda e: e.held([1], session=["a"]),
+    "what is held beyond the context": lambda e: e.held([1] * 44),
     "end of a list": lambda e: e.end_session(["a"]),
     "end of nobody": lambda e: e.end_session(None),
     "tool without a name": lambda e: e.waits("a", Wait(("",))),
@@ -125,7 +125,7 @@ def _even(token: int) -> int:
     return token if token % 2 == 0 else 0
 
 
-class Machine(RuleBasedStateMachine):
+class Machine(SessionRules):
     loop: asyncio.AbstractEventLoop
 
     @initialize(started=st.sampled_from([True, True, False]))
@@ -133,6 +133,7 @@ class Machine(RuleBasedStateMachine):
         self.engine, self.runner = stub_engine()
         self.asked: list[Asked] = []
         self.failures = 0
+        self.questions, self.tails = [], []
         self.forgotten = 0  # given up, and perhaps not yet noticed by the engine
         self.may_die = False
         if started:
@@ -149,12 +150,14 @@ class Machine(RuleBasedStateMachine):
         final=st.booleans(),
         grammar=st.sampled_from([None, EVEN, *map(Broken, ("fill", "refuses"))]),
         logprobs=st.sampled_from([None, 2]),
+        parent=st.sampled_from(NAMES),
+        priority=st.sampled_from([0, 0, 1, -1]),
     )
-    def submit(self, prompt, max_tokens, stop, name, owner, final, grammar, logprobs) -> None:
+    def submit(self, prompt, max_tokens, stop, name, owner, final, grammar, logprobs, parent, priority) -> None:
         params = SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(stop,), grammar=grammar, logprobs=logprobs
         )
-        self._submit(Asked(prompt, params, None if name is None else (owner, name)), final)
+        self._submit(Asked(prompt, params, None if name is None else (owner, name)), final, parent, priority)
 
     @rule(which=st.integers(0, 99))
     def next_turn(self, which) -> None:
@@ -175,14 +178,22 @@ class Machine(RuleBasedStateMachine):
         for key in (None, ("", "#1"), ("", "#2"), ("", "#3")):
             self._submit(Asked([1], ONE, key), final=False)
 
-    def _submit(self, asked: Asked, final: bool) -> bool:
+    def _submit(self, asked: Asked, final: bool, parent: str | None = None, priority: int = 0) -> bool:
         """Ask; whether it was accepted."""
         open_ = [a for a in self.asked if not a.ends]
         asked.may_be_busy = asked.key is not None and any(a.key == asked.key for a in open_)
         owner, name = asked.key or ("", None)
 
         async def ask() -> None:
-            generation = self.engine.generate(asked.prompt, asked.params, session=name, owner=owner, final=final)
+            generation = self.engine.generate(
+                asked.prompt,
+                asked.params,
+                session=name,
+                owner=owner,
+                final=final,
+                parent=parent,
+                priority=priority,
+            )
             asked.mailbox = generation._mailbox
             asked.reader = asyncio.create_task(asked.read(generation))
 
@@ -194,7 +205,8 @@ class Machine(RuleBasedStateMachine):
         except Overloaded:
             own = any((a.key or ("",))[0] == owner for a in open_)
             kept = STUB.max_queued // RESERVE if owner and own else 0
-            assert len(open_) + self.forgotten >= STUB.max_queued - kept
+            preparing = sum(not tail.done() for tail in self.tails)
+            assert len(open_) + preparing + self.forgotten >= STUB.max_queued - kept
         else:
             assert serving, "accepted by an engine that does not serve"
             self.asked.append(asked)
@@ -239,16 +251,6 @@ class Machine(RuleBasedStateMachine):
         for asked in self.asked:
             asked.may_be_cancelled |= asked.key == (owner, name) and not asked.ends
         self.engine.end_session(name, owner=owner)
-
-    @rule(
-        name=st.sampled_from(NAMES[1:]),
-        owner=st.sampled_from(OWNERS),
-        tools=st.sampled_from([("look",), ("x" * 256,), ("look", "look", "see"), ("look",) * 1000, ()]),
-        expected_s=st.sampled_from(SECONDS),
-        keep_s=st.sampled_from(SECONDS),
-    )
-    def wait(self, name, owner, tools, expected_s, keep_s) -> None:
-        self.engine.waits(name, Wait(tools, expected_s, keep_s), owner=owner)
 
     @rule(seeds=st.lists(st.integers(0, 30), min_size=2, max_size=4))
     def ask_and_forget_from_several_threads(self, seeds) -> None:
@@ -357,6 +359,7 @@ class Machine(RuleBasedStateMachine):
                 self._call(asked.over())
                 self._judge(asked)
                 asked.judged = True
+        self._judge_questions()
         self.asked = [a for a in self.asked if a.key]  # their sessions may go on
         if self.engine.live:
             with contextlib.suppress(*((TimeoutError, EngineDead) if self.may_die else ())):

@@ -5,6 +5,7 @@ A conversation that ends with the assistant's own message is refused: continuing
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.engine.sampling import Grammar, SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.frontends import logs
 from astraea_jax.frontends.http.constraints import Constraints
 from astraea_jax.frontends.http.errors import NotFound
 from astraea_jax.frontends.http.tool_turns import ToolTurn
@@ -37,6 +39,7 @@ from astraea_jax.frontends.http.turns import (
     reply_message,
     short_call_id,
 )
+from astraea_jax.frontends.http.usage import account_of
 from astraea_jax.frontends.http.waiting import Limits, Waiting
 from astraea_jax.frontends.programs import End, Opening, Programs
 from astraea_jax.frontends.sessions import Sessions
@@ -299,6 +302,8 @@ class Door:
                 final=request.final,
             )
         self.programs.end(opening, program, end, request.hints)
+        if turn.usage is not None and logs.ACCESS.isEnabledFor(logging.DEBUG):
+            logs.resumed(account_of(turn.about, turn.usage))
 
 
 def _nothing(turn: ModelTurn) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from astraea_jax.agents.opened import Continuation
-from astraea_jax.frontends.http.turns import Turn
+from astraea_jax.engine.generation import Usage
+from astraea_jax.frontends.http.turns import About, Turn
 
 CACHED_HEADER = "x-cached-tokens"
 """Header of an answer that is no stream: tokens of its prompt that were not computed again."""
@@ -39,17 +40,19 @@ def report_of(turn: Turn) -> dict[str, Any]:
     prompt was known, and why not more; ``wait``: the wait before the request, as predicted and as it was; ``hints``:
     what became of each hint.
     """
-    about, usage = turn.about, turn.usage
-    if usage is None or not (about.told or about.outcomes):
+    if turn.usage is None or not (turn.about.told or turn.about.outcomes):
         return {}
+    return {"astraea": account_of(turn.about, turn.usage)}
+
+
+def account_of(about: About, usage: Usage) -> dict[str, Any]:
+    """Return what was reused for a turn, and how its wait and its hints came out."""
     return {
-        "astraea": {
-            "program": about.program,
-            "resumed": asdict(usage.resumed),
-            "known": known_of(about.known),
-            "wait": None if usage.wait is None else asdict(usage.wait),
-            "hints": [outcome.plain() for outcome in about.outcomes],
-        }
+        "program": about.program,
+        "resumed": asdict(usage.resumed),
+        "known": known_of(about.known),
+        "wait": None if usage.wait is None else asdict(usage.wait),
+        "hints": [outcome.plain() for outcome in about.outcomes],
     }
 
 

@@ -5,13 +5,17 @@ wants within some seconds. Calls that have said nothing yet, and calls that last
 reads the reflection), may be so many; the next one takes the place of the oldest one of the connection that has most.
 So nobody is shut out by anybody's idle calls, least of all whoever asks for the health. Whatever a call asks for is
 bounded where it is done: requests in the engine's queue, texts in the pool that tokenises them.
+
+A client that stops reading stops its call, too: gRPC holds back what is written to it, without limit of time. Such a
+call ends with a status, which the client finds when it reads again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -19,84 +23,36 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health
 
-from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.engine.generation import Usage
+from astraea_jax.errors import EngineDead, RequestError
 from astraea_jax.frontends.http.tenants import Keys, Tenant
+from astraea_jax.frontends.logs import answered
 from astraea_jax.frontends.rpc import wire
-from astraea_jax.frontends.rpc.metadata import read_tenant
-from astraea_jax.frontends.rpc.status import TooSlow, abort
+from astraea_jax.frontends.rpc.limits import CallLimits, Room, Writes, address_of
+from astraea_jax.frontends.rpc.metadata import read_request_id, read_tenant
+from astraea_jax.frontends.rpc.status import TooSlow, abort, status_of
 
 OPEN = (f"/{health.SERVICE_NAME}/", f"/{wire.ORCHESTRATOR}/HealthCheck")
 """Beginnings of the methods that need no key."""
 LASTING = (f"/{health.SERVICE_NAME}/Watch", "/grpc.reflection.")
 """Beginnings of the methods whose calls last as long as the client wants."""
 
-CALLER: ContextVar[Tenant] = ContextVar("CALLER")
-"""The tenant whose call the present task answers; unset where none is needed."""
+HANG_UP_S = 1.0
+"""Seconds that the status of a call may take to leave; it waits for clients that do not read."""
 
 
-@dataclass(frozen=True)
-class CallLimits:
-    """Bounds on calls that do nothing."""
+@dataclass
+class Call:
+    """What is known of a call while it is answered."""
 
-    silent: int = 2048
-    """Calls that have sent no message yet."""
-    silent_s: float = 10.0
-    """Seconds in which a call has to send its message."""
-    lasting: int = 512
-    """Calls that watch the health or read the reflection."""
+    tenant: Tenant | None = None
+    """Whose it is; None where nobody needs to say so."""
+    usage: Usage | None = None
+    """Of its request, for the log."""
 
 
-class Room:
-    """Calls of one kind, of which there is a bounded number.
-
-    Args:
-        most: when there are so many, the next one takes the place of the oldest of the connection that has most.
-    """
-
-    def __init__(self, most: int):
-        self._most = most
-        self._calls: dict[str, dict[asyncio.Task[Any], None]] = {}
-        """Connection -> its calls, the oldest first."""
-        self._count = 0
-        self._sent_away: set[asyncio.Task[Any]] = set()
-
-    @contextmanager
-    def place(self, connection: str) -> Iterator[None]:
-        """Hold a place for the present task.
-
-        Raises:
-            Overloaded: another call has taken it.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        if self._count >= self._most:
-            self._send_away()
-        self._calls.setdefault(connection, {})[task] = None
-        self._count += 1
-        try:
-            yield
-        except asyncio.CancelledError:
-            if task in self._sent_away:
-                raise Overloaded("too many calls stand idle, and another one has taken this one's place") from None
-            raise
-        finally:
-            self._sent_away.discard(task)
-            self._leave(connection, task)
-
-    def _send_away(self) -> None:
-        crowd = max(self._calls, key=lambda connection: len(self._calls[connection]))
-        oldest = next(iter(self._calls[crowd]))
-        self._sent_away.add(oldest)
-        self._leave(crowd, oldest)
-        oldest.cancel()
-
-    def _leave(self, connection: str, task: asyncio.Task[Any]) -> None:
-        calls = self._calls.get(connection, {})
-        if task in calls:
-            del calls[task]
-            self._count -= 1
-            if not calls:
-                del self._calls[connection]
+CALL: ContextVar[Call] = ContextVar("CALL")
+"""The call that the present task answers."""
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
@@ -110,6 +66,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no type
     def __init__(self, keys: Keys, limits: CallLimits):
         self._keys, self._limits = keys, limits
         self._silent, self._lasting = Room(limits.silent), Room(limits.lasting)
+        self._writes = Writes(limits.write_s)
         self.cutting = False
         """Set when the server hangs up: calls that are cancelled from now on were cut off."""
 
@@ -125,20 +82,19 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no type
 
     def _single(self, method: str, handler: Any) -> Any:
         async def answer(_: Any, context: grpc.aio.ServicerContext) -> Any:
-            with self._status_of_errors() as ended:
-                self._enter(method, context)
+            async def respond() -> Any:
                 return await handler.unary_unary(await self._message(handler, context), context)
-            await abort(context, ended[0])
+
+            return await self._answer(method, context, respond)
 
         return answer
 
     def _streaming(self, method: str, handler: Any) -> Any:
         async def answer(_: Any, context: grpc.aio.ServicerContext) -> None:
-            with self._status_of_errors() as ended:
-                self._enter(method, context)
+            async def respond() -> None:
                 message = await self._message(handler, context)
                 if not method.startswith(LASTING):
-                    await self._write_all(handler.unary_stream(message, context), context)
+                    await self._writes.all(handler.unary_stream(message, context), context)
                     return
                 with self._lasting.place(context.peer()):
                     responses = (
@@ -146,11 +102,35 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no type
                         if handler.request_streaming
                         else handler.unary_stream(message, context)
                     )
-                    await self._write_all(responses, context)
-                return
-            await abort(context, ended[0])
+                    await self._writes.all(responses, context)
+
+            await self._answer(method, context, respond)
 
         return answer
+
+    async def _answer(
+        self, method: str, context: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Answer a call; an error becomes its status."""
+        call, began, status = Call(), time.monotonic(), "CANCELLED"
+        CALL.set(call)
+        metadata, peer = tuple(context.invocation_metadata() or ()), context.peer()
+        is_open = method.startswith(OPEN)
+        try:
+            with self._status_of_errors() as ended:
+                if not is_open:
+                    call.tenant = read_tenant(metadata, peer, self._keys)
+                response = await respond()
+                status = "OK"
+                return response
+            status = status_of(ended[0])[0].name
+            await self._end(context, ended[0])
+        finally:
+            if not is_open:
+                took_s = time.monotonic() - began
+                answered(
+                    "grpc", "call", method, status, read_request_id(metadata), address_of(peer), took_s, call.usage
+                )
 
     @contextmanager
     def _status_of_errors(self) -> Iterator[list[Exception]]:
@@ -167,9 +147,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no type
         except Exception as error:
             ended.append(error)
 
-    def _enter(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        if not method.startswith(OPEN):
-            CALLER.set(read_tenant(tuple(context.invocation_metadata() or ()), context.peer(), self._keys))
+    @staticmethod
+    async def _end(context: grpc.aio.ServicerContext, error: Exception) -> None:
+        """End a call with the status of an error, without waiting for a client that does not read."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HANG_UP_S):
+                await abort(context, error)
+        raise asyncio.CancelledError  # the status leaves when the client reads again
 
     async def _message(self, handler: Any, context: grpc.aio.ServicerContext) -> Any:
         """The first message of a call.
@@ -192,11 +176,6 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no type
         yield first
         while (data := await context.read()) is not grpc.aio.EOF:
             yield _parsed(handler.request_deserializer, data)
-
-    @staticmethod
-    async def _write_all(responses: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-        async for response in responses:
-            await context.write(response)
 
 
 def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:

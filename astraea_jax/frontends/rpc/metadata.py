@@ -15,6 +15,7 @@ from typing import Any
 from astraea_jax.engine.generation import Usage
 from astraea_jax.engine.sampling import MAX_BIASES, SamplingParams
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.guard import REQUEST_ID
 from astraea_jax.frontends.http.tenants import Keys, Tenant, presented_key
 from astraea_jax.frontends.identity import FINAL, NAMINGS, Identity, identify
 from astraea_jax.frontends.identity import KEYS as KEYS_OF_SESSIONS
@@ -151,6 +152,12 @@ def read_tenant(metadata: Metadata, peer: str, keys: Keys) -> Tenant:
     """
     values = _single_values(metadata, (SALT, *KEYS))
     return keys.tenant(presented_key(*(values.get(key) for key in KEYS)), peer, values.get(SALT, ""))
+
+
+def read_request_id(metadata: Metadata) -> str:
+    """The id that a client has given its call as ``x-request-id``, for the log; ``"-"`` if there is none."""
+    given = next((value for key, value in metadata if key == "x-request-id"), "")
+    return given if isinstance(given, str) and REQUEST_ID.fullmatch(given) else "-"
 
 
 def write_usage(usage: Usage, finish_reason: str) -> list[tuple[str, str]]:

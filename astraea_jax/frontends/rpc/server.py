@@ -9,7 +9,7 @@ or the prompt begins with one. Where JetStream truncates, ignores or dies, the r
     INVALID_ARGUMENT     no or malformed content, ``max_tokens`` below 1, more than one sample, a prompt beyond the
                          context or the vocabulary, sampling or a name that cannot be; the message says which
     UNAUTHENTICATED      the server has keys, and the call brings none of them; health needs none
-    DEADLINE_EXCEEDED    the call has sent no message in time
+    DEADLINE_EXCEEDED    the call has sent no message in time, or taken none
     NOT_FOUND            an adapter, as none are served
     RESOURCE_EXHAUSTED   too many requests; ``grpc-retry-pushback-ms`` says when to try again
     ABORTED              a step of the engine has failed; the request may be sent again
@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,8 +46,9 @@ from astraea_jax.errors import EngineDead, RequestError
 from astraea_jax.frontends.http.tenants import Keys, Tenant
 from astraea_jax.frontends.programs import End, Programs
 from astraea_jax.frontends.rpc import wire
-from astraea_jax.frontends.rpc.gate import CALLER, CallLimits, Gate
+from astraea_jax.frontends.rpc.gate import CALL, Gate
 from astraea_jax.frontends.rpc.health import Health, Status
+from astraea_jax.frontends.rpc.limits import CallLimits
 from astraea_jax.frontends.rpc.metadata import (
     Constraint,
     Metadata,
@@ -89,7 +91,7 @@ class Server:
         port: 0 takes a free one.
         keys: of those who may call; everybody by default. A key's tenant owns its sessions.
         tls: certificate and key; no encryption by default.
-        limits: on calls that do nothing.
+        limits: on calls that do nothing, and on how long they wait for their clients.
         grammars: compiles what requests constrain their text by; one of its own by default.
         programs: names the programs of requests in text and continues them; shared with other doors of the engine.
     """
@@ -174,35 +176,38 @@ class Server:
         await self._server.stop(HANG_UP_S)
         return self._cut + len(cut)
 
-    async def decode(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def decode(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any]:
         """Stream one request. The end of the call, by cancel or deadline too, cancels the generation."""
         self._decoding[context] = asyncio.current_task()
-        context.add_done_callback(lambda _: self._decoding.pop(context, None))
-        generation, turn = await self._generate(request, tuple(context.invocation_metadata() or ()))
-        context.add_done_callback(lambda _: generation.cancel())
-        as_text = request.WhichOneof("content") == "text_content"
+        turn = None
         try:
-            async for delta in generation.paced(self._pace):
-                if turn is not None:
-                    turn.add(delta)
-                yield _response(delta, as_text)
+            generation, turn = await self._generate(request, tuple(context.invocation_metadata() or ()))
+            as_text = request.WhichOneof("content") == "text_content"
+            async with aclosing(generation):
+                async for delta in generation.paced(self._pace):
+                    if turn is not None:
+                        turn.add(delta)
+                    yield _response(delta, as_text)
+            if delta.finish_reason == "cancelled":
+                raise Cancelled("the session was ended")
+            if delta.finish_reason == "length":
+                yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
+            if generation.usage is not None and delta.finish_reason is not None:
+                CALL.get().usage = generation.usage
+                context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
         except EngineDead:
             self._cut += context in self._finishing
             raise
         finally:
+            del self._decoding[context]
             if turn is not None:
                 turn.end()
-        if delta.finish_reason == "cancelled":
-            raise Cancelled("the session was ended")
-        if delta.finish_reason == "length":
-            yield _response(Delta("", ()), as_text)  # JetStream ends a length stop with an empty sample
-        if generation.usage is not None and delta.finish_reason is not None:
-            context.set_trailing_metadata(write_usage(generation.usage, delta.finish_reason))
 
     async def _generate(self, request: Any, metadata: Metadata) -> tuple[Generation, TextTurn | None]:
         if self._draining:
             raise EngineDead("the server is shutting down; use another one")
-        tenant = CALLER.get()
+        tenant = CALL.get().tenant
+        assert tenant is not None  # Decode is not open
         params = read_sampling(metadata, request.max_tokens)
         constraint = read_constraint(metadata)
         identity = read_identity(metadata)
@@ -301,8 +306,8 @@ def _unary(message: Any, answer: Callable[[Any, str], Any], response: Any) -> gr
     """Handle a method with one response, which ``answer`` makes of the request and the owner of its sessions."""
 
     async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        caller = CALLER.get(None)
-        return answer(request, "" if caller is None else caller.owner)
+        tenant = CALL.get().tenant
+        return answer(request, "" if tenant is None else tenant.owner)
 
     return grpc.unary_unary_rpc_method_handler(handle, message.FromString, response.SerializeToString)
 
@@ -311,7 +316,9 @@ def _awaited(message: Any, answer: Callable[[Any, Tenant], Awaitable[Any]], resp
     """Handle a method with one response, which ``answer`` waits for; the request is its tenant's."""
 
     async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        return await answer(request, CALLER.get())
+        tenant = CALL.get().tenant
+        assert tenant is not None  # this is not open
+        return await answer(request, tenant)
 
     return grpc.unary_unary_rpc_method_handler(handle, message.FromString, response.SerializeToString)
 

@@ -25,31 +25,36 @@ class Cancelled(RuntimeError):
 
 
 class TooSlow(TimeoutError):
-    """The client has not said in time what it wants."""
+    """The client has not said in time what it wants, or not taken in time what it asked for."""
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, tuple[tuple[str, str], ...]]:
+    """The status that an error stands for, and the trailing metadata beside it."""
+    match error:
+        case RequestError():
+            return grpc.StatusCode.INVALID_ARGUMENT, ()
+        case Unauthorized():
+            return grpc.StatusCode.UNAUTHENTICATED, ()
+        case UnknownAdapter():
+            return grpc.StatusCode.NOT_FOUND, ()
+        case Cancelled():
+            return grpc.StatusCode.CANCELLED, ()
+        case TooSlow():
+            return grpc.StatusCode.DEADLINE_EXCEEDED, ()
+        case Overloaded():
+            after_ms = round(1000 * getattr(error, "retry_after_s", RETRY_AFTER_MS / 1000))
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(after_ms)),)
+        case StepFailed():
+            return grpc.StatusCode.ABORTED, ()
+        case EngineDead():
+            return grpc.StatusCode.UNAVAILABLE, ()
+    return grpc.StatusCode.INTERNAL, ()
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """End the call with the status an error stands for. What is not meant for clients goes to the log only."""
-    retry: tuple[tuple[str, str], ...] = ()
-    match error:
-        case RequestError():
-            status = grpc.StatusCode.INVALID_ARGUMENT
-        case Unauthorized():
-            status = grpc.StatusCode.UNAUTHENTICATED
-        case UnknownAdapter():
-            status = grpc.StatusCode.NOT_FOUND
-        case Cancelled():
-            status = grpc.StatusCode.CANCELLED
-        case TooSlow():
-            status = grpc.StatusCode.DEADLINE_EXCEEDED
-        case Overloaded():
-            after_ms = round(1000 * getattr(error, "retry_after_s", RETRY_AFTER_MS / 1000))
-            status, retry = grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(after_ms)),)
-        case StepFailed():
-            status = grpc.StatusCode.ABORTED
-        case EngineDead():
-            status = grpc.StatusCode.UNAVAILABLE
-        case _:
-            log.error("a request failed", exc_info=error)
-            status, error = grpc.StatusCode.INTERNAL, RuntimeError("internal error; the server's log has more")
-    await context.abort(status, told(error)[:MAX_DETAILS], retry)
+    status, trailing = status_of(error)
+    if status is grpc.StatusCode.INTERNAL:
+        log.error("a request failed", exc_info=error)
+        error = RuntimeError("internal error; the server's log has more")
+    await context.abort(status, told(error)[:MAX_DETAILS], trailing)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from support.engines import settled, until
+from support.logged import written
 
 from astraea_jax.errors import Overloaded
 from astraea_jax.frontends.rpc import wire
-from astraea_jax.frontends.rpc.gate import CallLimits, Room
+from astraea_jax.frontends.rpc.limits import CallLimits, Room, Writes
 from astraea_jax.frontends.rpc.server import Server
 
 DECODE = f"/{wire.ORCHESTRATOR}/Decode"
@@ -163,3 +165,101 @@ async def test_the_connection_with_most_calls_gives_way():
     began.set()
     await asyncio.gather(first, many[2], other, last)
     assert (room._count, room._calls, room._sent_away) == (0, {}, set())
+
+
+async def test_a_client_that_stops_reading_is_given_up(engine):
+    """Its request ends, the others do not, and when it reads again it finds why."""
+    server = Server(engine, limits=CallLimits(write_s=0.2))
+    address = f"127.0.0.1:{await server.start()}"
+    narrow = [*OWN, ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1)]
+    wordy = (("x-logprobs", "20"), ("x-ignore-eos", "true"))
+    long = wire.DecodeRequest(max_tokens=240, token_content={"token_ids": [5]}).SerializeToString()
+    async with grpc.aio.insecure_channel(address, narrow) as slow, grpc.aio.insecure_channel(address, OWN) as other:
+        calls = [slow.unary_stream(DECODE)(long, metadata=wordy) for _ in range(3)]
+        for call in calls:
+            assert await call.read() is not grpc.aio.EOF
+        await until(lambda: not server._decoding)
+        await settled(engine)
+        assert await answered(other)
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError, match="taken nothing"):
+                _ = [await call.read() for _ in range(300)]
+        assert {await status_of(call) for call in calls} == {"DEADLINE_EXCEEDED"}
+    await server.stop(0)
+
+
+class Stuck:
+    """A context whose client takes so many messages and no more."""
+
+    def __init__(self, takes: int):
+        self.taken, self._takes = 0, takes
+
+    async def write(self, _: object) -> None:
+        if self.taken == self._takes:
+            await asyncio.Event().wait()
+        self.taken += 1
+
+
+async def test_only_calls_whose_clients_take_nothing_are_ended():
+    writes = Writes(0.05)
+
+    async def responses(pause_s: float, count: int):
+        for _ in range(count):
+            await asyncio.sleep(pause_s)
+            yield b""
+
+    slow, stuck, patient = Stuck(10), Stuck(2), Stuck(1)
+    calls = [
+        asyncio.create_task(writes.all(responses(*how), context))
+        for how, context in [((0.03, 10), slow), ((0, 10), stuck), ((0.2, 1), patient)]
+    ]
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error).__name__ for error in done] == ["NoneType", "TooSlow", "NoneType"]
+    assert (slow.taken, stuck.taken, patient.taken) == (10, 2, 1)
+    hung = asyncio.create_task(writes.all(responses(0, 1), Stuck(0)))
+    await until(lambda: writes._began)
+    hung.cancel()
+    with pytest.raises(asyncio.CancelledError):  # the client has hung up
+        await hung
+    assert not writes._began
+    assert not writes._stopped
+
+
+async def test_the_address_with_most_calls_gives_way_first():
+    room, left = Room(5), []
+
+    async def stay(name: str) -> None:
+        try:
+            with room.place(name):
+                await asyncio.Event().wait()
+        except Overloaded:
+            left.append(name)
+
+    names = ["ipv4:10.0.0.1:1", "ipv4:10.0.0.1:2", "ipv4:10.0.0.2:1", "ipv4:10.0.0.2:1", "ipv4:10.0.0.1:3"]
+    tasks = []
+    for name in [*names, "ipv4:10.0.0.3:1", "ipv6:[::1]:9"]:
+        tasks.append(asyncio.create_task(stay(name)))
+        await asyncio.sleep(0)
+    await until(lambda: len(left) == 2)
+    assert left == ["ipv4:10.0.0.1:1", "ipv4:10.0.0.2:1"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (room._count, room._calls, room._of_address) == (0, {}, {})
+
+
+async def test_calls_are_logged_without_what_they_hold(endpoint):
+    with written(as_json=True, access=True) as text:
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            named = (("x-request-id", "mine"), ("x-session-id", "secret"))
+            assert [_ async for _ in channel.unary_stream(DECODE)(GOOD, metadata=named)]
+            bad = channel.unary_stream(DECODE)(b"", metadata=(("x-request-id", "no id, secret"),))
+            assert await bad.code() == grpc.StatusCode.INVALID_ARGUMENT
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await until(lambda: len(text.getvalue().splitlines()) == 2)
+    good, bad = (json.loads(line) for line in text.getvalue().splitlines())
+    assert (good["door"], good["path"], good["status"], good["request_id"]) == ("grpc", DECODE, "OK", "mine")
+    assert (good["output_tokens"], good["prompt_tokens"] > 0, good["client"]) == (2, True, "ipv4:127.0.0.1")
+    assert {"queue_s", "prefill_s", "decode_s", "seconds"} <= good.keys()
+    assert (bad["status"], bad["request_id"]) == ("INVALID_ARGUMENT", "-")
+    assert "secret" not in text.getvalue()

@@ -48,16 +48,16 @@ SECONDS = st.floats(0, 1e9)
 COUNTS = st.integers(0, 10**9)
 
 
-@given(
-    wait=st.none()
-    | st.builds(WaitOutcome, SECONDS, SECONDS, st.none() | st.sampled_from(["tool", "human"]), OUTCOMES, OUTCOMES),
-    resumed=st.builds(
-        Resumed, st.sampled_from(["new", "recomputed"]), st.sampled_from(["", "prefix differs"]), COUNTS, COUNTS, COUNTS
-    ),
-    counts=st.tuples(COUNTS, COUNTS, COUNTS, SECONDS, SECONDS, SECONDS, COUNTS),
+WAITS = st.builds(WaitOutcome, SECONDS, SECONDS, st.none() | st.sampled_from(["tool", "human"]), OUTCOMES, OUTCOMES)
+RESUMED = st.builds(
+    Resumed, st.sampled_from(["new", "recomputed"]), st.sampled_from(["", "prefix differs"]), COUNTS, COUNTS, COUNTS
 )
-def test_usage_survives_the_way(wait, resumed, counts):
-    usage = Usage(*counts, wait=wait, resumed=resumed)
+
+
+@given(
+    st.builds(Usage, COUNTS, COUNTS, COUNTS, SECONDS, SECONDS, SECONDS, COUNTS, wait=st.none() | WAITS, resumed=RESUMED)
+)
+def test_usage_survives_the_way(usage):
     assert read_usage(write_usage(usage, "stop")) == (usage, "stop")
 
 
