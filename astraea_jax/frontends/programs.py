@@ -217,10 +217,15 @@ class Programs:
         self.continued[opened.report.why] += 1
         known = opened.report.why not in ("new", "off")
         program = opened.program if session or comes_back or known else None
-        above = opened.parent or parent
+        above = opened.parent or self._working(tenant.owner, parent)
         return Opening(
             tenant, opened.prompt, session, program, above if above != program else None, opened.begins_job, opened
         )
+
+    def _working(self, owner: str, session: str | None) -> str | None:
+        """The program of a session that waits for tools, of which a child is one; the session's first if none does."""
+        waiting = [one.program for one in self.waits.find(owner, session) if one.wait.tools] if session else []
+        return waiting[-1] if waiting else session
 
 
 def scope_of(tenant: Tenant) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -19,7 +19,7 @@ from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_usage
 from astraea_jax.models.tokenizer import Tokenizer
 
-MODEL = "model"
+MODEL = "tiny"
 MAX_TOKENS = 4_096
 NO_SAMPLING = {"temperature": 0}
 
@@ -46,15 +46,19 @@ class Counts:
     cached: int
     output: int
     calls: int
+    report: Mapping[str, Any]
+    """What the server says of it, if its client asks; see :func:`astraea_jax.frontends.http.usage.report_of`."""
 
 
 @dataclass(frozen=True)
 class Habits:
-    """What a client does to its history."""
+    """What a client does to its history, and says beside it."""
 
     returns_thoughts: bool
     changes_header: bool
     random: random.Random
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of every request."""
 
     def system(self, text: str) -> list[str]:
         """Return the system text in parts; like Claude Code's, its header is another one each time."""
@@ -94,12 +98,14 @@ class ChatAgent:
         self._history += [{"role": role, "content": text} for role, text in said.items() if text]
         system = {"role": "system", "content": "\n".join(self._habits.system(self._system))}
         asked = {"model": MODEL, "messages": [system, *self._history], "tools": self._tools, "max_tokens": MAX_TOKENS}
-        answer = await _post(self._http, "/v1/chat/completions", asked)
+        answer = await _post(self._http, "/v1/chat/completions", {**asked, **self._habits.fields})
         message, usage = answer["choices"][0]["message"], answer["usage"]
         self.calls = message.get("tool_calls") or ()
         self._history.append(self._returned(message))
         cached = usage["prompt_tokens_details"]["cached_tokens"]
-        return Counts(usage["prompt_tokens"], cached, usage["completion_tokens"], len(self.calls))
+        return Counts(
+            usage["prompt_tokens"], cached, usage["completion_tokens"], len(self.calls), usage.get("astraea", {})
+        )
 
     def _returned(self, message: Mapping[str, Any]) -> dict[str, Any]:
         said = {"role": "assistant", "content": message["content"]}
@@ -143,12 +149,14 @@ class MessagesAgent:
             "max_tokens": MAX_TOKENS,
             "thinking": {"type": "adaptive"},
         }
-        answer = await _post(self._http, "/v1/messages", asked)
+        answer = await _post(self._http, "/v1/messages", {**asked, **self._habits.fields})
         content, usage = answer["content"], answer["usage"]
         self.calls = [block for block in content if block["type"] == "tool_use"]
         self._history.append({"role": "assistant", "content": [*map(self._returned, filter(self._returns, content))]})
         cached = usage["cache_read_input_tokens"]
-        return Counts(usage["input_tokens"] + cached, cached, usage["output_tokens"], len(self.calls))
+        return Counts(
+            usage["input_tokens"] + cached, cached, usage["output_tokens"], len(self.calls), usage.get("astraea", {})
+        )
 
     def _returns(self, block: Mapping[str, Any]) -> bool:
         return self._habits.returns_thoughts or block["type"] != "thinking"
@@ -180,12 +188,12 @@ class ResponsesAgent:
             "max_output_tokens": MAX_TOKENS,
             "store": False,
         }
-        answer = await _post(self._http, "/v1/responses", asked)
+        answer = await _post(self._http, "/v1/responses", {**asked, **self._habits.fields})
         items, usage = answer["output"], answer["usage"]
         self.calls = [item for item in items if item["type"] == "function_call"]
         self._history += map(self._returned, filter(self._returns, items))
         cached = usage["input_tokens_details"]["cached_tokens"]
-        return Counts(usage["input_tokens"], cached, usage["output_tokens"], len(self.calls))
+        return Counts(usage["input_tokens"], cached, usage["output_tokens"], len(self.calls), usage.get("astraea", {}))
 
     def _returns(self, item: Mapping[str, Any]) -> bool:
         return self._habits.returns_thoughts or item["type"] != "reasoning"
@@ -224,7 +232,7 @@ class TextAgent:
         usage, _ = read_usage(await call.trailing_metadata() or ())
         assert usage is not None, "the server has sent no usage"
         self._text += f"{answer}{self._stop}\n"
-        return Counts(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens, answer.count("<tool_call>"))
+        return Counts(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens, answer.count("<tool_call>"), {})
 
 
 async def _post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

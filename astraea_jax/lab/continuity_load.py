@@ -31,7 +31,17 @@ from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.programs import Programs
 from astraea_jax.frontends.rpc.server import Server as RpcServer
 from astraea_jax.lab.agent_sessions import JOB, STOP, SYSTEM, TOOLS, Author, Ticket, make_tokenizer
-from astraea_jax.lab.api_clients import Agent, ChatAgent, Counts, Habits, MessagesAgent, News, ResponsesAgent, TextAgent
+from astraea_jax.lab.api_clients import (
+    MODEL,
+    Agent,
+    ChatAgent,
+    Counts,
+    Habits,
+    MessagesAgent,
+    News,
+    ResponsesAgent,
+    TextAgent,
+)
 from astraea_jax.lab.pretended import ScriptedRunner
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models.config import ModelConfig
@@ -115,7 +125,7 @@ def pretended_engine(
 async def serving(engine: Engine, mode: Mode) -> AsyncIterator[tuple[int, int]]:
     """Serve an engine over HTTP and gRPC; yields their ports."""
     programs = Programs(engine, Conversations(engine.tokenizer, mode, ttl_s=engine.config.session_ttl_s))
-    door = Door(engine, formats.choose(engine.tokenizer), ["model"], programs=programs)
+    door = Door(engine, formats.choose(engine.tokenizer), [MODEL], programs=programs)
     servers = (HttpServer(make_app(door), door), RpcServer(engine, programs=programs))
     http_port, grpc_port = [await server.start() for server in servers]
     try:

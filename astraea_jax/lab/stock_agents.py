@@ -16,11 +16,15 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import agents
+from openai import AsyncOpenAI
+
 from astraea_jax.agents.loop import run_program
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.lab.agent_sessions import JOB, SYSTEM, TOOLS, Ticket, make_tokenizer
+from astraea_jax.lab.api_clients import MODEL
 from astraea_jax.models.tokenizer import Tokenizer
 
 INFERRED, NAMED, GRPC = "HTTP", "HTTP, named sessions", "gRPC, named sessions"
@@ -82,14 +86,15 @@ Run = Callable[[int, Errand], Awaitable[str]]
 """Runs the agent of a session, and returns its answer."""
 
 
-def stock_agent(http_port: int, *, named: bool, api: str = "chat") -> Run:
-    """Make agents of the framework, as its users write them; ``named``: they send a header that names the session."""
-    import agents  # its import takes seconds
-    from openai import AsyncOpenAI
+def openai_client(port: int) -> AsyncOpenAI:
+    """Make the framework's client of a server on this machine."""
+    return AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
+
+def stock_agent(client: AsyncOpenAI, *, named: bool, api: str = "chat") -> Run:
+    """Make agents of the framework, as its users write them; ``named``: they send a header that names the session."""
     agents.set_tracing_disabled(True)  # it would send traces to OpenAI
-    client = AsyncOpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", max_retries=0)
-    model = {"chat": agents.OpenAIChatCompletionsModel, "responses": agents.OpenAIResponsesModel}[api]("model", client)
+    model = {"chat": agents.OpenAIChatCompletionsModel, "responses": agents.OpenAIResponsesModel}[api](MODEL, client)
 
     async def run(number: int, errand: Errand) -> str:
         async def call(context: Any, arguments: str) -> str:
@@ -154,7 +159,8 @@ async def play(load: Load, run: Run) -> Done:
 async def play_through(load: Load, tokenizer: Tokenizer) -> Done:
     """Run agents in the way that their load names."""
     if load.way != GRPC:
-        return await play(load, stock_agent(load.http_port, named=load.way == NAMED))
+        async with openai_client(load.http_port) as stock:
+            return await play(load, stock_agent(stock, named=load.way == NAMED))
     async with Client(f"127.0.0.1:{load.grpc_port}", tokenizer) as client:
         return await play(load, grpc_agent(client))
 
@@ -162,7 +168,6 @@ async def play_through(load: Load, tokenizer: Tokenizer) -> Done:
 async def main() -> None:
     """Play what comes on the standard input until it ends."""
     tokenizer = make_tokenizer(TEMPLATE)
-    stock_agent(0, named=False)  # imports the framework
     while line := await asyncio.to_thread(sys.stdin.readline):
         done = await play_through(Load(**json.loads(line)), tokenizer)
         sys.stdout.write(json.dumps(asdict(done)) + "\n")
