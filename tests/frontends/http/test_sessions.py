@@ -173,6 +173,17 @@ async def test_a_session_ends_with_its_last_request(server):
     assert report_of(await ask(server, HELLO, headers={"x-session-id": "last"}))["program"] == "last"
 
 
+async def test_a_last_request_that_says_nothing_ends_all_programs_of_its_session(server, chatty):
+    """Dynamo's clients end a session with a small request of its own, which continues none of its conversations."""
+    named = {"x-session-id": "all of it"}
+    _, messages = await shop(server, headers=named)
+    await ask(server, messages[: len(TASK.messages()) + 2], headers=named)
+    assert len((await server.client.get("/v1/sessions/all of it")).json()["programs"]) == 2
+    await ask(server, HELLO, headers={**named, "x-dynamo-session-final": "true"}, max_tokens=1)
+    assert (await server.client.get("/v1/sessions/all of it")).status_code == 404
+    await settled(chatty, programs=True)
+
+
 async def test_an_explanation_queues_nothing(server, chatty):
     named = {"x-session-id": "explained"}
     turn = await ask(server, HELLO, headers=named)
