@@ -278,7 +278,10 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Mode
 
 _QWEN25 = ModelConfig(151_936, 896, 4864, 24, 14, 2, 64, 32_768, 1_000_000.0, tie_embeddings=True, qkv_bias=True)
 
+_SMOLLM2 = ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, 100_000.0, tie_embeddings=True)
+
 PUBLISHED: dict[str, ModelConfig] = {
+    "smollm2-135m": _SMOLLM2,
     "llama-3.1-8b": _llama(4096, 14_336, 32, 32, 128, 8.0, False),
     "llama-3.1-70b": _llama(8192, 28_672, 80, 64, 128, 8.0, False),
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 64, 32.0, True),

@@ -20,7 +20,7 @@ class InFlight:
 
     plan: Plan
     tokens: jax.Array
-    """``[R]`` int32, the sampled token of each row; -1 where the logits were not finite."""
+    """The sampled token of each row, int32; -1 where the logits were not finite. Rows beyond the plan's say nothing."""
     dispatched: float
     """Time of dispatch by ``time.perf_counter``."""
     logprobs: jax.Array | None = None

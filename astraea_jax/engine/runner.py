@@ -59,7 +59,7 @@ class Runner:
         self._leaves = self._step.pack(decoder)
         self.shapes = self._step.shapes
         """Step shapes, decode first."""
-        self._rows = sorted({shape.rows for shape in self.shapes})
+        self._rows = sorted({self._step.drawn(shape) for shape in self.shapes})
         self._make_arrays(sizes.max_seqs)
         self._compiled: dict[tuple[str, Any], Any] = {}
         self._blocks = block_sizes(staging)
@@ -127,7 +127,7 @@ class Runner:
         for shape in self.shapes:
             self.launch(shape, _empty_input(shape))
             self.adjust(np.full((ENTRIES, ENTRY), NOWHERE, np.int32))
-            self.redraw(np.zeros((shape.rows, COLUMNS), np.int32)).block_until_ready()
+            self.redraw(np.zeros((self._step.drawn(shape), COLUMNS), np.int32)).block_until_ready()
             self.logprobs().block_until_ready()
         for size in self._blocks:
             there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
@@ -237,7 +237,7 @@ class Runner:
         return next(s for s in self.shapes if (s.q_tile == 1) == decode and s.tokens >= tokens)
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> jax.Array:
-        """Start the step of this shape on a packed input, and return ``[R]`` int32, its sampled tokens."""
+        """Start the step of this shape on a packed input, and return its sampled tokens, int32, of R rows or more."""
         step = self._compiled["step", shape]
         self._pages, self._last, self._table, self._sampled, self._logits = step(
             self._leaves, self._pages, self._last, self._table, packed

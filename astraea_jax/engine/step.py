@@ -31,8 +31,15 @@ from astraea_jax.models.sharding import TP, placed
 PREFILL_TILE = 16
 """Query tokens of a row that one attention tile holds in a step with prefill."""
 
+FEWEST_DRAWN = 8
+"""Rows of the smallest logits that a step returns, so that few executables draw from them again."""
+
 COLUMNS = 9
 """Values per row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
+
+FEWEST_ROWS = {"cpu": 1}
+"""Platform -> rows of the smallest decode step; 8 on others. A CPU's time grows with every row, while an accelerator's
+matrix units take eight rows in the time of one."""
 
 COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
 """Kind of device -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the weights have
@@ -66,9 +73,12 @@ class StepShape:
         return packed[: self.tokens], packed[self.tokens : rows].reshape(-1, COLUMNS), packed[rows:].reshape(2, -1)
 
 
-def step_shapes(max_seqs: int, max_step_tokens: int) -> tuple[StepShape, ...]:
-    """The shapes to compile: powers of two of rows for decode, and of tokens for steps with prefill."""
-    decode = [StepShape(n, n, 1) for n in _doubling(min(8, max_seqs), max_seqs)]
+def step_shapes(max_seqs: int, max_step_tokens: int, fewest: int) -> tuple[StepShape, ...]:
+    """The shapes to compile.
+
+    They double: the rows of decode, from ``fewest`` up, and the tokens of steps with prefill.
+    """
+    decode = [StepShape(n, n, 1) for n in _doubling(min(fewest, max_seqs), max_seqs)]
     lowest = min(max(64, 2 * max_seqs), max_step_tokens)
     return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
 
@@ -130,7 +140,12 @@ class Step:
     @property
     def shapes(self) -> tuple[StepShape, ...]:
         """The shapes that are compiled ahead, decode first."""
-        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens)
+        device = self._mesh.devices.flat[0]
+        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens, FEWEST_ROWS.get(device.platform, 8))
+
+    def drawn(self, shape: StepShape) -> int:
+        """Rows of what a step returns, at least R; those beyond R say nothing."""
+        return max(shape.rows, min(FEWEST_DRAWN, self._sizes.max_seqs))
 
     def packed(self, shape: StepShape) -> jax.ShapeDtypeStruct:
         """The packed input; see :meth:`StepShape.unpacked`."""
@@ -157,15 +172,15 @@ class Step:
     def jitted(self, shape: StepShape) -> Any:
         """The step of this shape, to be lowered with :meth:`arguments`; pages, last and table are donated.
 
-        It returns these three, ``[R]`` int32, the sampled token of each row, -1 where its logits were not finite, and
-        the logits (:meth:`logits`).
+        It returns these three, the sampled token of each row, int32, -1 where its logits were not finite, and the
+        logits (:meth:`logits`), both of :meth:`drawn` rows.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
         _, pages, replicated, _, _ = shardings
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
-            out_shardings=(pages, replicated, replicated, replicated, self.logits(shape.rows).sharding),
+            out_shardings=(pages, replicated, replicated, replicated, self.logits(self.drawn(shape)).sharding),
             donate_argnums=(1, 2, 3),
             compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
         )
@@ -218,7 +233,9 @@ class Step:
         # Resharded from vocabulary to rows, so no device ever holds all of them.
         logits = self._sharded(self._sharded(decoder.logits(hidden[jnp.maximum(ends - 1, 0)]), None, TP), TP)
         sampled = self.sampled(logits, rows)
-        return (kept,) if self.stacked else kept, remembered(last, rows, sampled), table, sampled, logits
+        last, more = remembered(last, rows, sampled), self.drawn(shape) - shape.rows
+        sampled, logits = jnp.pad(sampled, (0, more)), jnp.pad(logits, ((0, more), (0, 0)))
+        return (kept,) if self.stacked else kept, last, table, sampled, logits
 
     def _attend(self, q_tile: int) -> Any:
         """The backend's attention, on every device for its own heads."""

@@ -176,13 +176,24 @@ class Programs:
             return
         self._busy.discard((owner, program))
         if end.final:
-            self.conversations.forget(scope_of(opening.tenant), program)
+            with suppress(Overloaded, EngineDead):  # what is left will expire
+                self.end_session(opening.tenant, opening.session or program)
         elif end.message is not None and end.calls is not None:
             tools = (tool_wait(call.name for call in end.calls) or Wait()).tools
             wait = Wait(tools, hints.expected_of(tools), hints.keep_s)
             calls = frozenset(call.id for call in end.calls)
             self.waits.begin(owner, Waiting(program, opening.session, wait, calls))
             self.tell(owner, program, wait)
+
+    def end_session(self, tenant: Tenant, session: str) -> None:
+        """End a session and forget its conversations; unknown ones are ignored.
+
+        Raises:
+            RequestError, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.end_session`.
+        """
+        for program in {session, *self.conversations.forget(scope_of(tenant), session)}:
+            self.waits.end(tenant.owner, program)
+            self.engine.end_session(program, owner=tenant.owner)
 
     def tell(self, owner: str, program: str, wait: Wait) -> None:
         """Say what a program waits for, unless the engine has too much to do to learn from it."""

@@ -13,18 +13,19 @@ into tiles, tiles are sorted by the number of pages they read, and a flash-atten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .backend import Batch, stored
-from .tiles import Tiles, cut, most, queries
+from .tiles import Tiles, cut, most, queries, singles
 
 BLOCK_TOKENS = 128
 """Context tokens per iteration."""
 CHUNK_TILES = 16
-"""Query tiles per iteration."""
+"""Query tiles per iteration, at most."""
 BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
 """Dtype of keys and values -> dtype of the pages that hold their bits."""
 FLOATS = {bits: dtype for dtype, bits in BITS.items()}
@@ -99,12 +100,35 @@ def attention(
     Returns:
         ``[T, N, H]`` in the dtype of ``q``; rows of padding are zero.
     """
+    result = jnp.zeros_like(q)
+    attend = partial(_attend_tiles, q, pages, page_table, cu_q_lens, window=window, soft_cap=soft_cap)
+    single = singles(kv_lens, cu_q_lens)
+    if q_tile > 1:  # a lone query in a tile would cost as much as a full one
+        longer = jnp.where(single.used > 0, 0, kv_lens)
+        count = most(q.shape[0], page_table.shape[0], q_tile)
+        result = attend(result, cut(longer, cu_q_lens, q_tile, count), q_tile)
+    return attend(result, single, 1)
+
+
+def _attend_tiles(
+    q: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    result: jax.Array,
+    tiles: Tiles,
+    q_tile: int,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Put the attention of the queries in ``tiles`` into ``result [T, N, H]``; other arguments as :func:`attention`."""
     t, n, h = q.shape
     heads = pages.shape[2]
-    count = most(t, page_table.shape[0], q_tile)
-    tiles = cut(kv_lens, cu_q_lens, q_tile, -(-count // CHUNK_TILES) * CHUNK_TILES)
+    chunk = min(CHUNK_TILES, len(tiles.row))
+    padding = -len(tiles.row) % chunk
     order = jnp.argsort(-tiles.reach)
-    tiles = Tiles(*(column[order] for column in tiles))
+    tiles = Tiles(*(jnp.pad(column[order], (0, padding)) for column in tiles))
     q_index = queries(tiles, cu_q_lens, q_tile, t)
     lane = jnp.arange(q_tile)
     q_pos = jnp.where(lane < tiles.used[:, None], tiles.position[:, None] + lane, -1)
@@ -112,9 +136,8 @@ def attention(
     tiled = tiled.reshape(-1, q_tile, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
     tiled = tiled.reshape(len(q_index), heads, -1, h)  # [tiles, K, G * q_tile, H]
 
-    out = _flash_loop(tiled, pages, page_table[tiles.row], q_pos, tiles.reach, window, soft_cap)
+    out = _flash_loop(tiled, pages, page_table[tiles.row], q_pos, tiles.reach, chunk, window, soft_cap)
     out = out.reshape(-1, heads, n // heads, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
-    result = jnp.zeros((t, n, h), q.dtype)
     return result.at[q_index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
 
 
@@ -124,10 +147,14 @@ def _flash_loop(
     table: jax.Array,
     q_pos: jax.Array,
     reach: jax.Array,
+    at_once: int,
     window: int | None,
     soft_cap: float | None,
 ) -> jax.Array:
-    """Attend ``q [tiles, K, G * q_tile, H]``, sorted by falling ``reach [tiles]``, to pages ``table [tiles, M]``."""
+    """Attend ``q [tiles, K, G * q_tile, H]``, sorted by falling ``reach [tiles]``, to pages ``table [tiles, M]``.
+
+    An iteration takes ``at_once`` tiles, which divide their number.
+    """
     tiles, heads, lanes, h = q.shape
     s = pages.shape[3]
     per_block = max(1, BLOCK_TOKENS // s)
@@ -138,14 +165,14 @@ def _flash_loop(
     q_pos = jnp.tile(q_pos, (1, lanes // q_pos.shape[1]))  # [tiles, G * q_tile]
 
     def active_chunks(block: jax.Array) -> jax.Array:
-        return -(-jnp.sum(reach > block * block_tokens) // CHUNK_TILES)
+        return -(-jnp.sum(reach > block * block_tokens) // at_once)
 
     def body(state: State) -> State:
         block, chunk, top, mass, out = state
-        at = chunk * CHUNK_TILES
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, CHUNK_TILES)  # noqa: E731
-        ids = jax.lax.dynamic_slice(table, (at, block * per_block), (CHUNK_TILES, per_block))
-        head = ids[:, None] * (2 * heads) + jnp.arange(heads)[:, None]  # [CHUNK_TILES, K, per_block]
+        at = chunk * at_once
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, at_once)  # noqa: E731
+        ids = jax.lax.dynamic_slice(table, (at, block * per_block), (at_once, per_block))
+        head = ids[:, None] * (2 * heads) + jnp.arange(heads)[:, None]  # [at_once, K, per_block]
         k, v = (_heads(pages, head + side * heads) for side in (0, 1))
         at_pos = block * block_tokens + jnp.arange(block_tokens)
         inside = at_pos < cut(reach)[:, None]

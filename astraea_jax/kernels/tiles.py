@@ -22,6 +22,18 @@ class Tiles(NamedTuple):
     """Position of the tile's first query in its context."""
 
 
+def singles(kv_lens: jax.Array, cu_q_lens: jax.Array) -> Tiles:
+    """Return a tile of one query for each of the ``R`` rows that has just one; those of other rows are empty.
+
+    Args:
+        kv_lens: ``[R]`` int32, as in :func:`cut`.
+        cu_q_lens: ``[R + 1]`` int32, in the same way.
+    """
+    used = (cu_q_lens[1:] - cu_q_lens[:-1] == 1).astype(jnp.int32)
+    rows = jnp.arange(len(kv_lens))
+    return Tiles(rows, jnp.zeros_like(rows), used, kv_lens * used, kv_lens - 1)
+
+
 def cut(kv_lens: jax.Array, cu_q_lens: jax.Array, q_tile: int, tiles: int) -> Tiles:
     """Cut the queries of every row into tiles of ``q_tile``, the last of a row possibly shorter.
 

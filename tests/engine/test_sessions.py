@@ -292,7 +292,6 @@ async def family(engine: Engine, greedy, number: int, rng: random.Random) -> Non
     await asyncio.gather(*(branch(session, text) for session in (name, *children)))
 
 
-@pytest.mark.serves("reference", "tested", "forks and tails under pressure")
 @pytest.mark.parametrize("strategy", ["infercept", "always-offload", "adaptive"])
 async def test_greedy_tokens_do_not_depend_on_forks_and_tails(strategy, make_engine, greedy):
     engine = make_engine(dataclasses.replace(TIGHT, residency=strategy))
