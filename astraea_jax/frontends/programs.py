@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from astraea_jax.agents.conversations import Conversations
-from astraea_jax.agents.loop import tool_wait
+from astraea_jax.agents.loop import called_tools
 from astraea_jax.agents.opened import Continuation, Opened
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
@@ -179,7 +179,7 @@ class Programs:
             with suppress(Overloaded, EngineDead):  # what is left will expire
                 self.end_session(opening.tenant, opening.session or program)
         elif end.message is not None and end.calls is not None:
-            tools = (tool_wait(call.name for call in end.calls) or Wait()).tools
+            tools = called_tools(call.name for call in end.calls)
             wait = Wait(tools, hints.expected_of(tools), hints.keep_s)
             calls = frozenset(call.id for call in end.calls)
             self.waits.begin(owner, Waiting(program, opening.session, wait, calls))

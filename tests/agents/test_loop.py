@@ -20,7 +20,6 @@ from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.scheduler.wait import Wait
 
 TEMPLATE = Path(__file__).parents[2] / "models/astraea-tiny/chat_template.jinja"
 QUESTION = [{"role": "system", "content": "Help."}, {"role": "user", "content": "How much?"}]
@@ -84,9 +83,9 @@ class Script:
         self.requests.append(Turn(text, self._finish_reason, self.tokenizer))
         return self.requests[-1]
 
-    def waits(self, session: str, wait: Wait) -> None:
+    def tool_called(self, session: str, tool: str, *more: str) -> None:
         assert session in self.live
-        self.waited.append(wait.tools)
+        self.waited.append((tool, *more))
 
     def end_session(self, session: str) -> None:
         self.live.discard(session)
