@@ -258,7 +258,7 @@ class Conversations:
             if program.busy:
                 raise RequestError(f"the session {session!r} runs a request; replace its history between two requests")
             if tip.plain:
-                raise RequestError("the history has 0 messages, since its requests were plain text; give tokens instead")
+                raise RequestError("the history has 0 messages: its requests were plain text; give tokens instead")
             if not 0 <= keep_messages <= len(old):
                 raise RequestError(f"keep is {keep_messages}; the history has {len(old)} messages")
             given = [*old[:keep_messages], *new]

@@ -137,7 +137,7 @@ def test_what_cannot_be_replaced():
         known.replace(ME, "s", 1, [{"role": "user", "content": "\ud800"}])
     assert known.begin(ME, "s", messages).program == "s/2"  # "s" goes on from its newest turn
     known.begin_text(ME, "text", "Once").ended([1], " upon", "length")
-    with pytest.raises(RequestError, match="has 0 messages"):
+    with pytest.raises(RequestError, match="has 0 messages: its requests were plain text"):
         known.replace(ME, "text", 0, [MORE])
 
 
