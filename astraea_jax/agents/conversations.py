@@ -62,7 +62,7 @@ class Conversations:
     ):
         self.mode = mode
         self._tokenizer = tokenizer
-        self.normalise = normalise
+        self.normalise = normalise and mode != "off"
         """Whether what clients change at every request is left out, unless the mode is off."""
         self._continuity = Continuity(tokenizer, mode)
         self.owners = Owners(max_bytes, max_turns, ttl_s)
@@ -156,7 +156,7 @@ class Conversations:
 
     def _stable(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The messages that are compared and rendered, and the place of each among those that were given."""
-        if self.normalise and self.mode != "off":
+        if self.normalise:
             return without_volatile(messages)
         return messages, [*range(len(messages))]
 

@@ -66,8 +66,6 @@ class Asked:
         messages = [*told, *read.conversation(items, told)]
         if program["session"] is None and before is not None:
             program["session"] = before.session
-        elif program["session"] is None and body.store and body.tools:  # whoever has tools will come back
-            program["session"] = id
         every = [*(before.conversation if before else ()), *map(listed, items)]
         return cls(id, body, tenant, store, before, every, messages, program)
 

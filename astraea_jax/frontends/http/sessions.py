@@ -6,6 +6,7 @@ A tenant sees and changes its own sessions only; the same name is another sessio
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,6 +17,7 @@ from astraea_jax.frontends.hint_fields import KvHints, ToolProfileAction, ToolWa
 from astraea_jax.frontends.hints import Outcome, named_actions, read_tool_wait, unknown
 from astraea_jax.frontends.http import chat, messages
 from astraea_jax.frontends.http.agent_fields import Name
+from astraea_jax.frontends.http.bodies import prepared
 from astraea_jax.frontends.http.calls import door_of, program_of, tenant_of
 from astraea_jax.frontends.http.chat_schema import MAX_MESSAGES, ChatCompletionRequest, Message
 from astraea_jax.frontends.http.door import Door, rendered_tools
@@ -60,7 +62,7 @@ async def explain_chat(request: Request, body: ChatCompletionRequest) -> Respons
     """Say what a chat completion would reuse, and why not more; nothing is queued."""
     door = door_of(request)
     door.check_model(body.model)
-    return await _explained(door, chat.request_of(request, body, door))
+    return await _explained(door, await prepared(request, partial(chat.request_of, request, body, door)))
 
 
 @router.post("/cache/explain/messages")
@@ -68,7 +70,7 @@ async def explain_messages(request: Request, body: CountRequest) -> Response:
     """Say the same of a request of Anthropic's Messages API."""
     door = door_of(request)
     door.check_model(body.model)
-    return await _explained(door, messages.chat_of(body, request))
+    return await _explained(door, await prepared(request, partial(messages.chat_of, body, request)))
 
 
 @router.post("/cache/explain/responses")
@@ -92,7 +94,7 @@ async def end(request: Request, id: str) -> Response:
     """End a session: its requests are cancelled, and its KV is given up."""
     door, tenant = door_of(request), tenant_of(request)
     await _shown(door, tenant, id)
-    door.sessions.end(tenant, id)
+    door.programs.end_session(tenant, id)
     return answer({"session_id": id, "deleted": True})
 
 
