@@ -235,7 +235,10 @@ class Continuity:
         """Whether the template writes a stop text between a turn like this one and the message after it.
 
         Otherwise the first stop text would be that of the next message, which would be taken for a part of the turn.
+        Behind the last message none can be.
         """
+        if piece.end == len(chat.messages):
+            return True
         calls = bool(chat.messages[piece.end - 1].get("tool_calls"))
         key = (chat.tools is not None, calls, chat.messages[piece.end]["role"] == "tool")
         if key not in self._ends_turns:

@@ -257,8 +257,10 @@ class Conversations:
             old = [message for turn in tip.history() for message in turn.messages]
             if program.busy:
                 raise RequestError(f"the session {session!r} runs a request; replace its history between two requests")
-            if tip.plain or not 0 <= keep_messages <= len(old):
-                raise RequestError(f"keep_messages is {keep_messages}; the history has {len(old)} messages")
+            if tip.plain:
+                raise RequestError("the history has 0 messages: its requests were plain text; give tokens instead")
+            if not 0 <= keep_messages <= len(old):
+                raise RequestError(f"keep is {keep_messages}; the history has {len(old)} messages")
             given = [*old[:keep_messages], *new]
             digests = meaning.digests(given)
             match = recognise(state, session, given, digests)
