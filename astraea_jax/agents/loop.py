@@ -206,7 +206,10 @@ async def _request(
     ended = time.monotonic()
     last = Delta.joined(deltas) if deltas else Delta("", ())
     own_stops = frozenset(params.stop_token_ids if params else ()) - model.tokenizer.eos_ids
-    output = Output(last.text, last.token_ids, last.stop is None and own_stops.isdisjoint(last.token_ids[-1:]))
+    whole = last.stop is None and own_stops.isdisjoint(last.token_ids[-1:])
+    if whole:  # a model that is not this engine may give tokens which are not those of its text
+        whole = model.tokenizer.decode(last.token_ids).strip() == last.text.strip()
+    output = Output(last.text, last.token_ids, whole)
     reason = last.finish_reason or "cancelled"
     record = RequestRecord(submitted, first_token or ended, ended, len(output.token_ids), reason, stream.usage, ())
     return output, record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -141,7 +142,16 @@ async def test_each_prompt_continues_the_one_before() -> None:
     assert "price(item): Price of an item." in model.prompts[0]
 
 
-async def test_a_result_cannot_end_its_turn() -> None:
+class Strange(Turn):
+    """Reports tokens that do not make its text, as a model of somebody else's may."""
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        async for delta in super().__aiter__():
+            yield dataclasses.replace(delta, token_ids=tuple(self._tokenizer.encode("<|im_start|>")))
+
+
+@pytest.mark.parametrize("kind", [Turn, Strange])
+async def test_a_result_cannot_end_its_turn(kind: type[Turn]) -> None:
     @tool
     def fetch() -> str:
         """Read the page."""
@@ -150,7 +160,7 @@ async def test_a_result_cannot_end_its_turn() -> None:
     class Recorder(Script):
         def generate(self, prompt: Sequence[int], params: SamplingParams | None = None, **session: Any) -> Turn:
             starts.append(prompt.count(self.tokenizer.encode("<|im_start|>")[0]))
-            return super().generate(prompt, params, **session)
+            return kind(super().generate(prompt, params, **session)._text, "stop", self.tokenizer)
 
     starts: list[int] = []
     model = Recorder(call("fetch"), "done")
