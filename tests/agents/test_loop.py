@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -147,7 +146,7 @@ class Strange(Turn):
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         async for delta in super().__aiter__():
-            yield dataclasses.replace(delta, token_ids=tuple(self._tokenizer.encode("<|im_start|>")))
+            yield Delta(delta.text, tuple(self._tokenizer.encode("<|im_start|>")), delta.finish_reason)
 
 
 @pytest.mark.parametrize("kind", [Turn, Strange])
