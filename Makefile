@@ -10,7 +10,7 @@ PIP_INSTALL = python -m pip install --disable-pip-version-check --no-input --no-
 INSTALL = $(BIN)/$(PIP_INSTALL)
 SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 
-.PHONY: help demo test lint parity ahead bench-doors lock
+.PHONY: help demo test lint parity ahead bench-doors bench-continuity lock
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not 
 bench-doors: .venv/installed  ## What HTTP and gRPC, constrained decoding and overload cost, beside a CPU and a pretended device
 	$(BIN)/python scripts/bench_doors.py
 	$(BIN)/python scripts/bench_doors.py --pretend_ms=5
+
+bench-continuity: .venv/installed  ## What turns reuse of earlier ones, what that costs, and what agents that name no session get
+	$(BIN)/python scripts/bench_continuity.py
+	$(BIN)/python scripts/bench_agents.py
 
 # The one file with exact versions; users get the ranges of pyproject.toml.
 lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in requirements/ci.lock

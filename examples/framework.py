@@ -10,5 +10,4 @@ from shop import QUESTION, SYSTEM, calculator, price, stock
 url = sys.argv[1] if sys.argv[1:] else "http://localhost:8000"
 model = OpenAIChatModel("astraea-tiny", provider=OpenAIProvider(base_url=f"{url}/v1", api_key="none"))
 agent = Agent(model, system_prompt=SYSTEM, tools=[price, stock, calculator])
-session = {"extra_headers": {"X-Session-ID": "shopper-3"}}  # names the program that this run is
-print(agent.run_sync(QUESTION, model_settings=session).output)
+print(agent.run_sync(QUESTION).output)  # names no session: the server recognises what goes on

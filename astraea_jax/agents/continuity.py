@@ -247,6 +247,7 @@ class Continuity:
         """Whether the template writes a stop text between a turn like this one and the message after it.
 
         Otherwise the first stop text would be that of the next message, which would be taken for a part of the turn.
+        Behind the last message none can be.
         """
         if piece.end == len(chat.messages):
             return True

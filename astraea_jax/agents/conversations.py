@@ -64,7 +64,7 @@ class Conversations:
     ):
         self.mode = mode
         self._tokenizer = tokenizer
-        self.normalise = normalise
+        self.normalise = normalise and mode != "off"
         """Whether what clients change at every request is left out, unless the mode is off."""
         self._hidden = tokenizer.eos_ids | tokenizer.delimiters.keys()
         """Tokens that clients never see: a turn that goes on after one (``ignore_eos``) is not what they have."""
@@ -160,7 +160,7 @@ class Conversations:
 
     def _stable(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The messages that are compared and rendered, and the place of each among those that were given."""
-        if self.normalise and self.mode != "off":
+        if self.normalise:
             return without_volatile(messages)
         return messages, [*range(len(messages))]
 
@@ -263,8 +263,10 @@ class Conversations:
             old = [message for turn in tip.history() for message in turn.messages]
             if program.busy:
                 raise RequestError(f"the session {session!r} runs a request; replace its history between two requests")
-            if tip.plain or not 0 <= keep_messages <= len(old):
-                raise RequestError(f"keep_messages is {keep_messages}; the history has {len(old)} messages")
+            if tip.plain:
+                raise RequestError("the history has 0 messages: its requests were plain text; give tokens instead")
+            if not 0 <= keep_messages <= len(old):
+                raise RequestError(f"keep is {keep_messages}; the history has {len(old)} messages")
             given = [*old[:keep_messages], *new]
             digests = meaning.digests(given)
             match = recognise(state, session, given, digests)

@@ -27,7 +27,6 @@ from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.interface import Model
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.models.chat import normalise_messages
-from astraea_jax.scheduler.wait import Wait
 
 Message = dict[str, Any]
 """A chat message in OpenAI's shape."""
@@ -184,13 +183,9 @@ async def _open(
     return await encode_prompt(characters, begin)
 
 
-def tool_wait(names: Iterable[str]) -> Wait | None:
-    """Return the wait for tools of those names, called together; None if there are none.
-
-    Names too long for an engine are left out.
-    """
-    tools = tuple(sorted(name for name in names if name and len(name) <= MAX_NAME))
-    return Wait(tools) if tools else None
+def called_tools(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of tools that are called together, as an engine takes them; those too long are left out."""
+    return tuple(sorted(name for name in names if name and len(name) <= MAX_NAME))
 
 
 async def _request(
@@ -211,7 +206,10 @@ async def _request(
     ended = time.monotonic()
     last = Delta.joined(deltas) if deltas else Delta("", ())
     own_stops = frozenset(params.stop_token_ids if params else ()) - model.tokenizer.eos_ids
-    output = Output(last.text, last.token_ids, last.stop is None and own_stops.isdisjoint(last.token_ids[-1:]))
+    whole = last.stop is None and own_stops.isdisjoint(last.token_ids[-1:])
+    if whole:  # a model that is not this engine may give tokens which are not those of its text
+        whole = model.tokenizer.decode(last.token_ids).strip() == last.text.strip()
+    output = Output(last.text, last.token_ids, whole)
     reason = last.finish_reason or "cancelled"
     record = RequestRecord(submitted, first_token or ended, ended, len(output.token_ids), reason, stream.usage, ())
     return output, record
@@ -221,8 +219,8 @@ async def _run_tools(
     model: Model, session: str, calls: Sequence[ToolCall], tools: Mapping[str, Tool]
 ) -> list[tuple[Message, ToolRun]]:
     """Run the calls of one turn at the same time, after telling the model what its program waits for."""
-    if wait := tool_wait(call.name for call in calls if call.name in tools):
-        model.waits(session, wait)
+    if names := called_tools(call.name for call in calls if call.name in tools):
+        model.tool_called(session, *names)
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(_call(call, tools)) for call in calls]
     return [task.result() for task in running]

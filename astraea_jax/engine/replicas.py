@@ -159,6 +159,10 @@ class Replicas:
         if home is not None:
             home.waits(session, wait, owner=owner)
 
+    def tool_called(self, session: str, tool: str, *more: str, owner: str = "") -> None:
+        """Say which tools a program waits for, to the replica that has it."""
+        self.waits(session, Wait((tool, *more)), owner=owner)
+
     def fork(self, session: str, child: str, *, owner: str = "") -> Future[None]:
         """Fork a session, on the replica that has it."""
         key = checked_key(child, owner)

@@ -75,6 +75,10 @@ class Sessions:
         """
         self._post_bounded(Waits(checked_key(session, owner), checked_wait(wait)))
 
+    def tool_called(self, session: str, tool: str, *more: str, owner: str = "") -> None:
+        """Say which tools a program waits for, called together: :meth:`waits` without hints, with the same errors."""
+        self.waits(session, Wait((tool, *more)), owner=owner)
+
     def fork(self, session: str, child: str, *, owner: str = "") -> Future[None]:
         """Ask for a session that shares what another has computed, as a sub-agent or a second attempt does.
 

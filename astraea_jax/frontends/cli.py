@@ -10,7 +10,7 @@ COMMANDS = {
     "serve": ("astraea_jax.frontends.serve", "serve a model"),
     "convert": ("astraea_jax.frontends.convert", "convert a checkpoint between Hugging Face and Orbax, or to 8 bits"),
     "bench attention": ("astraea_jax.lab.bench_attention", "measure attention kernels"),
-    "bench continuity": ("astraea_jax.lab.bench_continuity", "measure how long conversations are recognised"),
+    "bench continuity": ("astraea_jax.lab.bench_continuity", "measure what turns reuse, and what that costs"),
     "bench doors": ("astraea_jax.lab.bench_doors", "measure what the front doors cost, and constrained decoding"),
     "bench jct": ("astraea_jax.lab.bench_jct", "study job completion times under policies, simulated"),
     "bench offload": ("astraea_jax.lab.bench_offload", "measure the moving of KV against computing it again"),

@@ -45,7 +45,7 @@ class PatientModel:
 
     def __init__(self, model: Model):
         self.tokenizer = model.tokenizer
-        self.waits, self.end_session = model.waits, model.end_session
+        self.tool_called, self.end_session = model.tool_called, model.end_session
         self._model = model
         self._entry = asyncio.Lock()
 

@@ -99,7 +99,7 @@ class Metrics:
 
     def __init__(self, engine: Serving, model: str, prefix: str = PREFIX, continued: Mapping[str, int] | None = None):
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_Engines(engine, model, prefix, continued or {}))
+        self.registry.register(_Engines(engine, model, prefix, {} if continued is None else continued))
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 

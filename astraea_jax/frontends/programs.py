@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from astraea_jax.agents.continuity import Mode
 from astraea_jax.agents.conversations import Conversations
-from astraea_jax.agents.loop import tool_wait
+from astraea_jax.agents.loop import called_tools
 from astraea_jax.agents.opened import Continuation, Opened
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
@@ -178,13 +178,24 @@ class Programs:
             return
         self._busy.discard((owner, program))
         if end.final:
-            self.conversations.forget(scope_of(opening.tenant), program)
+            with suppress(Overloaded, EngineDead):  # what is left will expire
+                self.end_session(opening.tenant, opening.session or program)
         elif end.message is not None and end.calls is not None:
-            tools = (tool_wait(call.name for call in end.calls) or Wait()).tools
+            tools = called_tools(call.name for call in end.calls)
             wait = Wait(tools, hints.expected_of(tools), hints.keep_s)
             calls = frozenset(call.id for call in end.calls)
             self.waits.begin(owner, Waiting(program, opening.session, wait, calls))
             self.tell(owner, program, wait)
+
+    def end_session(self, tenant: Tenant, session: str) -> None:
+        """End a session and forget its conversations; unknown ones are ignored.
+
+        Raises:
+            RequestError, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.end_session`.
+        """
+        for program in {session, *self.conversations.forget(scope_of(tenant), session)}:
+            self.waits.end(tenant.owner, program)
+            self.engine.end_session(program, owner=tenant.owner)
 
     def tell(self, owner: str, program: str, wait: Wait) -> None:
         """Say what a program waits for, unless the engine has too much to do to learn from it."""
@@ -219,10 +230,15 @@ class Programs:
         self.continued[opened.report.why] += 1
         known = opened.report.why not in ("new", "off")
         program = opened.program if session or comes_back or known else None
-        above = opened.parent or parent
+        above = opened.parent or self._working(tenant.owner, parent)
         return Opening(
             tenant, opened.prompt, session, program, above if above != program else None, opened.begins_job, opened
         )
+
+    def _working(self, owner: str, session: str | None) -> str | None:
+        """The program of a session that waits for tools, of which a child is one; the session's first if none does."""
+        waiting = [one.program for one in self.waits.find(owner, session) if one.wait.tools] if session else []
+        return waiting[-1] if waiting else session
 
 
 def conversations_of(engine: Serving, mode: Mode = "job", *, normalise: bool = True) -> Conversations:

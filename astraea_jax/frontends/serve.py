@@ -12,9 +12,10 @@ Several processes serve one model together, each started with the same flags and
 
   astraea-jax serve --tensor_parallel=16 --coordinator=10.0.0.1:9100 --processes=2 --process=0
 
-Clients name the program that a request belongs to with the gRPC metadata key x-session-id, so that the engine keeps
-its KV while the program waits for a tool. Sampling comes as metadata too: x-temperature, x-top-p, x-top-k, x-min-p,
-x-seed, x-stop. The first SIGTERM or Ctrl-C lets running requests finish, the second stops at once.
+Requests that go on with a conversation are recognised, so that the engine keeps its KV while tools run; clients may
+name it, too, by X-Session-ID (over gRPC as metadata, as is sampling). The first start compiles for a minute or more;
+later ones take what is compiled from --compile_cache. The first SIGTERM or Ctrl-C lets running requests finish, the
+second stops at once.
 """
 
 from __future__ import annotations

@@ -139,16 +139,6 @@ class Sessions:
             self._programs.tell(tenant.owner, waiting.program, replace(waiting.wait, expected_s=expected_s))
         return len(found)
 
-    def end(self, tenant: Tenant, session: str) -> None:
-        """End a session and forget its conversations; unknown ones are ignored.
-
-        Raises:
-            RequestError, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.end_session`.
-        """
-        for program in {session, *self._conversations.forget(scope_of(tenant), session)}:
-            self._programs.waits.end(tenant.owner, program)
-            self._engine.end_session(program, owner=tenant.owner)
-
     async def _answered(self, answer: Future[T]) -> T:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(answer), ANSWER_S)

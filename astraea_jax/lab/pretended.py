@@ -1,7 +1,8 @@
-"""A device that is pretended: it takes the time of a real one and none of the host's processors.
+"""Devices that are pretended: they take the time of a real one and none of the host's processors.
 
-With it a machine without an accelerator can tell what the host's own work costs beside one. Tokens are random, and
-those that a grammar allows where there is one.
+With them a machine without an accelerator can tell what the host's own work costs beside one. Tokens are random, and
+those that a grammar allows where there is one; or they are those of a script, so that a model seems to think, to call
+tools and to answer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from astraea_jax.engine.extras import Extras
 from astraea_jax.engine.resampling import WORD, mask_words
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.scheduler.plan import Plan
+
+REMEMBERED = 1_024
+"""Requests whose script is kept; that of an older one is written again."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,17 @@ class PretendedRunner:
     def set_sampling(self, slot: int, params: SamplingParams) -> None: ...
 
     def dispatch(self, plan: Plan) -> InFlight:
-        tokens: Any = self._rng.integers(0, self._vocab_size, plan.samples, np.int32)
         now = time.perf_counter()
-        self._free = max(self._free, now) + self._step_s
-        return Pretended(plan, tokens, now, ready=self._free)
+        self._free = max(self._free, now) + self.seconds(plan)
+        return Pretended(plan, self.sampled(plan), now, ready=self._free)
+
+    def seconds(self, plan: Plan) -> float:
+        """Return how long a step takes."""
+        return self._step_s
+
+    def sampled(self, plan: Plan) -> Any:
+        """Return the tokens that a step samples."""
+        return self._rng.integers(0, self._vocab_size, plan.samples, np.int32)
 
     def resample(self, step: InFlight, extras: Extras) -> InFlight:
         tokens: Any = np.array(step.tokens)
@@ -91,3 +102,34 @@ class PretendedRunner:
     def reset(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class ScriptedRunner(PretendedRunner):
+    """Runs steps whose model writes what a script says.
+
+    Args:
+        write: from the tokens of a prompt to those that the model writes after it, its stop token the last one.
+        step_s: seconds of a step.
+        token_s: seconds more for each of its tokens, so that KV which is lost costs time.
+    """
+
+    def __init__(self, write: Callable[[Sequence[int]], Sequence[int]], step_s: float = 0.0, token_s: float = 0.0):
+        super().__init__(step_s, 1, frozenset())
+        self._write, self._token_s = write, token_s
+        self._written: dict[int, Sequence[int]] = {}
+        """Number of a request -> what the model writes; the last ones. A step may come after the one that ends it."""
+
+    def seconds(self, plan: Plan) -> float:
+        return self._step_s + self._token_s * plan.tokens
+
+    def sampled(self, plan: Plan) -> Any:
+        tokens = np.zeros(plan.samples, np.int32)
+        places = (plan.starts[: plan.samples] + plan.counts[: plan.samples]).tolist()
+        for row, (request, place) in enumerate(zip(plan.requests, places, strict=False)):
+            if request.number not in self._written:
+                self._written[request.number] = self._write(request.prompt)
+                if len(self._written) > REMEMBERED:
+                    self._written.pop(next(iter(self._written)))
+            written = self._written[request.number]
+            tokens[row] = written[min(place - len(request.prompt), len(written) - 1)]
+        return tokens

@@ -20,7 +20,6 @@ from astraea_jax.engine.generation import Delta, Usage
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import RequestError
 from astraea_jax.models.tokenizer import Tokenizer
-from astraea_jax.scheduler.wait import Wait
 
 TEMPLATE = Path(__file__).parents[2] / "models/astraea-tiny/chat_template.jinja"
 QUESTION = [{"role": "system", "content": "Help."}, {"role": "user", "content": "How much?"}]
@@ -84,9 +83,9 @@ class Script:
         self.requests.append(Turn(text, self._finish_reason, self.tokenizer))
         return self.requests[-1]
 
-    def waits(self, session: str, wait: Wait) -> None:
+    def tool_called(self, session: str, tool: str, *more: str) -> None:
         assert session in self.live
-        self.waited.append(wait.tools)
+        self.waited.append((tool, *more))
 
     def end_session(self, session: str) -> None:
         self.live.discard(session)
@@ -142,7 +141,16 @@ async def test_each_prompt_continues_the_one_before() -> None:
     assert "price(item): Price of an item." in model.prompts[0]
 
 
-async def test_a_result_cannot_end_its_turn() -> None:
+class Strange(Turn):
+    """Reports tokens that do not make its text, as a model of somebody else's may."""
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        async for delta in super().__aiter__():
+            yield Delta(delta.text, tuple(self._tokenizer.encode("<|im_start|>")), delta.finish_reason)
+
+
+@pytest.mark.parametrize("kind", [Turn, Strange])
+async def test_a_result_cannot_end_its_turn(kind: type[Turn]) -> None:
     @tool
     def fetch() -> str:
         """Read the page."""
@@ -151,7 +159,7 @@ async def test_a_result_cannot_end_its_turn() -> None:
     class Recorder(Script):
         def generate(self, prompt: Sequence[int], params: SamplingParams | None = None, **session: Any) -> Turn:
             starts.append(prompt.count(self.tokenizer.encode("<|im_start|>")[0]))
-            return super().generate(prompt, params, **session)
+            return kind(super().generate(prompt, params, **session)._text, "stop", self.tokenizer)
 
     starts: list[int] = []
     model = Recorder(call("fetch"), "done")

@@ -116,6 +116,14 @@ def test_a_tail_can_go_altogether():
     assert later.program == "s"
 
 
+def test_a_history_that_ends_with_a_known_turn_is_looked_at():
+    known = conversations()
+    messages = talk(known, "s")
+    looked, program = known.look(ME, "s", messages)
+    assert (looked.why, looked.message, program) == ("same", None, "s")
+    assert looked.kept == known.look(ME, "s", [*messages, MORE])[0].kept
+
+
 def test_what_cannot_be_replaced():
     known = conversations()
     messages = talk(known, "s")
@@ -137,7 +145,7 @@ def test_what_cannot_be_replaced():
         known.replace(ME, "s", 1, [{"role": "user", "content": "\ud800"}])
     assert known.begin(ME, "s", messages).program == "s/2"  # "s" goes on from its newest turn
     known.begin_text(ME, "text", "Once").ended([1], " upon", "length")
-    with pytest.raises(RequestError, match="has 0 messages"):
+    with pytest.raises(RequestError, match="has 0 messages: its requests were plain text"):
         known.replace(ME, "text", 0, [MORE])
 
 

@@ -99,6 +99,9 @@ async def test_a_child_goes_where_its_parent_is():
     replicas.waits("a", Wait(), owner="o")
     replicas.check()
     assert replicas.stats().in_human_wait == 1
+    replicas.tool_called("a", "search", "shell", owner="o")
+    replicas.check()
+    assert replicas.stats().in_human_wait == 0
     replicas.shutdown(0)
 
 

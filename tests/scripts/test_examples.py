@@ -24,7 +24,7 @@ class Section:
     @property
     def promised(self) -> str:
         """What its ``print`` says that it prints."""
-        return "".join(f"{line}\n" for line in re.findall(r"^print\(.*\)  # (.*)", self.python, re.MULTILINE))
+        return "".join(f"{line}\n" for line in re.findall(r"^ *print\(.*\)  # (.*)", self.python, re.MULTILINE))
 
 
 def section(document: Path, heading: str) -> Section:
@@ -76,6 +76,30 @@ def test_the_readmes_grpc(server):
     answers = run(command, server.address).splitlines()
     assert len(answers) == 3
     assert all(re.search(r"\?  .*\d", answer) for answer in answers)
+
+
+def test_the_documented_calls_about_sessions(execute):
+    document, decoder = ROOT / "docs" / "http.md", json.JSONDecoder()
+    answers = []
+    for heading in ("What was reused", "Hints", "Forks and other tails"):
+        code = section(document, heading)
+        rest = execute(code, code.shell)
+        while rest := rest.strip():
+            answer, end = decoder.raw_decode(rest)
+            answers.append(answer)
+            rest = rest[end:]
+    turn, hint, seen, fork, replaced, ended = answers
+    assert turn["usage"]["astraea"]["program"] == "trip"
+    assert [outcome["outcome"] for outcome in hint["outcomes"]] == ["accepted"]
+    assert [program["program"] for program in seen["programs"]] == ["trip"]
+    assert fork == {"session_id": "trip-b", "parent_session_id": "trip"}
+    assert replaced["computed"]
+    assert ended == {"session_id": "trip", "deleted": True}
+
+
+def test_the_documented_branches():
+    code = section(ROOT / "docs" / "scheduling.md", "Branches of a history")
+    assert code.promised == run_shell(f"python - <<'END'\n{code.python}\nEND\n", EXAMPLES)
 
 
 def test_a_grpc_client_of_ones_own(execute):

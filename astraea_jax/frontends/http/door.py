@@ -145,7 +145,7 @@ class Door:
         def end() -> None:
             if not keep:
                 with suppress(Overloaded, EngineDead):  # it will expire
-                    self.sessions.end(request.tenant, str(request.session))
+                    self.programs.end_session(request.tenant, str(request.session))
 
         return ToolTurn(turn, replace(request, n=1), begin, end, tools)
 

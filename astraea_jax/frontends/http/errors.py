@@ -121,5 +121,6 @@ def _invalid(error: RequestValidationError) -> Failure:
     """The first field that a schema refuses. What the client has sent is not repeated."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-    message = f"{where}: {first['msg']}" if where else str(first["msg"])
+    told = str(first["msg"]).removeprefix("Value error, ")
+    message = f"{where}: {told}" if where else told
     return Failure(400, "invalid_request_error", message[:MAX_MESSAGE], str(first["type"]), where or None)

@@ -68,8 +68,6 @@ class Asked:
         messages = [*told, *read.conversation(items, told)]
         if program["session"] is None and before is not None:
             program["session"] = before.session
-        elif program["session"] is None and body.store and body.tools:  # whoever has tools will come back
-            program["session"] = id
         new = [*map(listed, items)]
         size = len(json.dumps([messages[len(told) :], new, body.instructions, body.metadata]))
         size += sum(len(str(tool)) for tool in body.tools)

@@ -97,7 +97,7 @@ async def end(request: Request, id: str) -> Response:
     """End a session: its requests are cancelled, and its KV is given up."""
     door, tenant = door_of(request), tenant_of(request)
     await _shown(door, tenant, id)
-    door.sessions.end(tenant, id)
+    door.programs.end_session(tenant, id)
     return answer({"session_id": id, "deleted": True})
 
 

@@ -76,7 +76,6 @@ class Client:
             f"{wire.ORCHESTRATOR}/HealthCheck", wire.HealthCheckRequest, wire.HealthCheckResponse
         )
         self._end = self._unary(f"{wire.SESSIONS}/End", wire.EndRequest, wire.EndResponse)
-        self._tool = self._unary(f"{wire.SESSIONS}/ToolCalled", wire.ToolCalledRequest, wire.ToolCalledResponse)
         self._waits = self._unary(f"{wire.SESSIONS}/Waits", wire.WaitsRequest, wire.WaitsResponse)
         self._fork = self._unary(f"{wire.SESSIONS}/Fork", wire.ForkRequest, wire.ForkResponse)
         self._replace_tail = self._unary(
@@ -149,9 +148,9 @@ class Client:
         """Tell the server, without waiting, that a program has ended."""
         self._tell(self._end, wire.EndRequest(session=session), salt)
 
-    def tool_called(self, session: str, tool: str, *, salt: str = "") -> None:
-        """Tell the server, without waiting, which tool a program waits for."""
-        self._tell(self._tool, wire.ToolCalledRequest(session=session, tool=tool), salt)
+    def tool_called(self, session: str, tool: str, *more: str, salt: str = "") -> None:
+        """Tell the server, without waiting, which tools a program waits for, called together."""
+        self.waits(session, Wait((tool, *more)), salt=salt)
 
     def waits(self, session: str, wait: Wait, *, salt: str = "") -> None:
         """Tell the server, without waiting, what a program waits for."""

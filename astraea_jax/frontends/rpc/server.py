@@ -267,9 +267,9 @@ class Server:
         """Whether the server accepts requests."""
         return wire.HealthCheckResponse(is_live=self._health.status(wire.ORCHESTRATOR) == Status.SERVING)
 
-    def end(self, request: Any, owner: str) -> Any:
+    async def end(self, request: Any, tenant: Tenant) -> Any:
         """End a session of the caller's; other names are ignored."""
-        self._engine.end_session(request.session, owner=owner)
+        self._programs.end_session(tenant, request.session)
         return wire.EndResponse()
 
     def tool_called(self, request: Any, owner: str) -> Any:
@@ -334,7 +334,7 @@ def _handlers(server: Server) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
             "HealthCheck": _unary(wire.HealthCheckRequest, server.health_check, wire.HealthCheckResponse),
         },
         wire.SESSIONS: {
-            "End": _unary(wire.EndRequest, server.end, wire.EndResponse),
+            "End": _awaited(wire.EndRequest, server.end, wire.EndResponse),
             "ToolCalled": _unary(wire.ToolCalledRequest, server.tool_called, wire.ToolCalledResponse),
             "Waits": _unary(wire.WaitsRequest, server.waits, wire.WaitsResponse),
             "Fork": _awaited(wire.ForkRequest, server.fork, wire.ForkResponse),

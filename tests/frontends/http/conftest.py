@@ -4,6 +4,7 @@ import dataclasses
 
 import openai
 import pytest
+from support.engines import end_all_sessions
 from support.http_server import serving
 from support.sizes import SMALL
 
@@ -14,12 +15,18 @@ CHAT = dataclasses.replace(SMALL, max_context=512)
 
 
 @pytest.fixture(scope="session")
-def chatty():
-    """astraea-tiny, which speaks and calls tools."""
+def bundled():
     engine = Engine.from_folder(resolve("astraea-tiny"), CHAT)
     engine.start()
     yield engine
     engine.shutdown(grace_s=0)
+
+
+@pytest.fixture
+def chatty(bundled):
+    """astraea-tiny, which speaks and calls tools, without the sessions of earlier tests."""
+    end_all_sessions(bundled)
+    return bundled
 
 
 @pytest.fixture

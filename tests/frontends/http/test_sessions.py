@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -172,6 +173,17 @@ async def test_a_session_ends_with_its_last_request(server):
     assert report_of(await ask(server, HELLO, headers={"x-session-id": "last"}))["program"] == "last"
 
 
+async def test_a_last_request_that_says_nothing_ends_all_programs_of_its_session(server, chatty):
+    """Dynamo's clients end a session with a small request of its own, which continues none of its conversations."""
+    named = {"x-session-id": "all of it"}
+    _, messages = await shop(server, headers=named)
+    await ask(server, messages[: len(TASK.messages()) + 2], headers=named)
+    assert len((await server.client.get("/v1/sessions/all of it")).json()["programs"]) == 2
+    await ask(server, HELLO, headers={**named, "x-dynamo-session-final": "true"}, max_tokens=1)
+    assert (await server.client.get("/v1/sessions/all of it")).status_code == 404
+    await settled(chatty, programs=True)
+
+
 async def test_an_explanation_queues_nothing(server, chatty):
     named = {"x-session-id": "explained"}
     turn = await ask(server, HELLO, headers=named)
@@ -257,7 +269,9 @@ async def test_a_fork_goes_on_from_where_its_parent_is(server, chatty):
 async def test_what_has_expired_or_cannot_be_is_refused(server, path, body, named):
     answer = await server.client.post(path, json=body)
     assert answer.status_code == 400
-    assert named in answer.json()["error"]["message"] or named in (answer.json()["error"]["param"] or "")
+    error = answer.json()["error"]
+    assert named in error["message"] or named in (error["param"] or "")
+    assert "Value error" not in error["message"]  # the word of a library
 
 
 async def test_a_name_that_is_taken_is_no_fork(server):
@@ -353,3 +367,45 @@ async def test_a_hint_of_another_shape_is_refused_by_its_field(server):
         answer = await server.client.post(path, json=body)
         assert answer.status_code == 400
         assert "expected_ms" in answer.json()["error"]["param"]
+
+
+async def test_turns_are_counted_and_logged_by_how_they_go_on(server, caplog):
+    with caplog.at_level(logging.DEBUG, "astraea_jax.access"):
+        turns, _ = await shop(server)
+    logged = [record.turn for record in caplog.records if hasattr(record, "turn")]
+    assert [turn["known"]["why"] for turn in logged] == [report_of(turn)["known"]["why"] for turn in turns]
+    metrics = (await server.client.get("/metrics")).text
+    assert f'turns_continued_total{{model_name="tiny",replica="",why="same"}} {len(turns) - 1}.0' in metrics
+
+
+async def test_messages_go_on_and_take_hints(server):
+    body = {"model": "tiny", "max_tokens": 6, "temperature": 0, **REPORT}
+    system = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
+    user = [{"role": "user", "content": "Hello"}]
+    first = (await server.client.post("/v1/messages", json={**body, "system": system, "messages": user})).json()
+    assert first["usage"]["astraea"]["hints"] == [{"hint": "cache_control.ttl", "outcome": "accepted"}]
+    system[0]["text"] = "x-anthropic-billing-header: cch=2;\nBe brief."
+    later = [*user, {"role": "assistant", "content": first["content"]}, {"role": "user", "content": "And?"}]
+    answer = await server.client.post("/v1/messages", json={**body, "system": system, "messages": later})
+    usage = answer.json()["usage"]
+    assert usage["astraea"]["known"]["why"] in ("same", "template")
+    assert usage["astraea"]["known"]["tokens"] > 0
+    assert answer.headers["x-cached-tokens"] == str(usage["cache_read_input_tokens"])
+
+
+async def test_responses_go_on_by_their_id(server):
+    body = {"model": "tiny", "max_output_tokens": 6, "temperature": 0, **REPORT}
+    first = (await server.client.post("/v1/responses", json={**body, "input": "Hello"})).json()
+    later = {**body, "input": "And?", "previous_response_id": first["id"]}
+    usage = (await server.client.post("/v1/responses", json=later)).json()["usage"]
+    assert usage["astraea"]["known"]["why"] in ("same", "template")
+    assert usage["astraea"]["known"]["tokens"] > 0
+
+
+async def test_a_history_of_ten_thousand_messages_hurts_nobody(server):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"Message {i}"} for i in range(10_001)]
+    long = asyncio.create_task(server.client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages}))
+    assert (await ask(server, HELLO))["choices"]
+    answer = await long
+    assert answer.status_code == 400
+    assert "context" in answer.json()["error"]["message"]
