@@ -69,7 +69,7 @@ TURNS = 5
 class AnyText:
     """A grammar that allows everything, so what it costs is the engine's part: no mask is computed."""
 
-    finished = False
+    finished = free = False  # not free, so that its mask is asked for
 
     def matcher(self) -> AnyText:
         return self

@@ -93,7 +93,7 @@ async def test_text_does_not_depend_on_batch_preemption_offload_or_prefixes(conf
     assert config is SMALL or after.preemptions > before.preemptions, "the pool was meant to be too small"
     assert config is not OFFLOADING or after.offloaded_pages > before.offloaded_pages
     await settled(engine)
-    assert engine._loop._trackers == 0
+    assert engine._loop._live.trackers == 0
 
 
 async def test_plain_draws_do_not_notice_rows_that_are_drawn_again(engine):

@@ -29,7 +29,7 @@ def replicas(wide_folder) -> Iterator[Replicas]:
     assert isinstance(made, Replicas)
     seen = []
     made.start(lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (12, 12), "two steps, the page table, and three that draw rows again, of two copies"
+    assert seen[-1] == (16, 16), "four steps, the page table, and three that draw rows again, of two copies"
     assert sorted(seen) == seen
     yield made
     made.shutdown(grace_s=0)
