@@ -76,7 +76,7 @@ def _ends_that_ask_the_scheduler(patch) -> None:
     die = Engine._die
 
     def broken(self, reason):
-        for request in list(self._loop._requests):
+        for request in list(self._loop._live._by_request):
             if "test" in reason:
                 raise KeyError(request.number)
         die(self, reason)

@@ -198,15 +198,15 @@ class Machine(SessionRules):
             asked.reader = asyncio.create_task(asked.read(generation))
 
         serving = self.engine.live
+        unseen = self.forgotten + sum(not tail.done() for tail in self.tails)  # which may be of any owner
         try:
             self._call(ask())
         except EngineDead:
             assert not serving or self.may_die
         except Overloaded:
-            own = any((a.key or ("",))[0] == owner for a in open_)
+            own = unseen or any((a.key or ("",))[0] == owner for a in open_)
             kept = STUB.max_queued // RESERVE if owner and own else 0
-            preparing = sum(not tail.done() for tail in self.tails)
-            assert len(open_) + preparing + self.forgotten >= STUB.max_queued - kept
+            assert len(open_) + unseen >= STUB.max_queued - kept
         else:
             assert serving, "accepted by an engine that does not serve"
             self.asked.append(asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 from openai import AsyncOpenAI
-from support.engines import settled
+from support.engines import held, settled
 from support.http_server import MODEL, serving
 
 from astraea_jax.frontends.http.tenants import Keys
@@ -151,10 +151,10 @@ async def test_probabilities_of_the_text(client):
 
 async def test_a_session_that_ends_during_a_stream_is_a_failed_response(client, engine):
     named = {"extra_headers": {"x-session-id": "agent"}}
-    events = []
-    async for event in await client.responses.create(model=MODEL, input="Hello", stream=True, **named):
+    with held(engine, 2):
+        stream = await client.responses.create(model=MODEL, input="Hello", stream=True, **named)
         engine.end_session("agent", owner="peer:127.0.0.1")
-        events.append(event)
+    events = [event async for event in stream]
     assert events[-1].type == "response.failed"
     assert "session was ended" in events[-1].response.error.message
     assert [event.sequence_number for event in events] == list(range(len(events)))
