@@ -102,7 +102,8 @@ def job_of(engine, name: str):
 
 
 def waits(engine) -> tuple[int, int, int]:
-    """How many waits for tools and for humans have ended, and jobs."""
+    """How many waits for tools and for humans have ended, and jobs, once the engine has taken in what it was told."""
+    engine.check()
     counts = (engine.tool_waits.seconds, engine.human_waits.seconds, engine.job_times)
     tools, humans, jobs = (sum(histogram.counts) for histogram in counts)
     return tools, humans, jobs
