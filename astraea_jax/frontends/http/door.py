@@ -16,7 +16,7 @@ from typing import Any
 from astraea_jax.agents.formats import CallFormat
 from astraea_jax.agents.reply import ReplyReader
 from astraea_jax.agents.tools import Tool
-from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
+from astraea_jax.engine.encoding import check_length, checked_ids
 from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
@@ -43,7 +43,6 @@ from astraea_jax.frontends.http.usage import account_of
 from astraea_jax.frontends.http.waiting import Limits, Waiting
 from astraea_jax.frontends.programs import End, Opening, Programs
 from astraea_jax.frontends.sessions import Sessions
-from astraea_jax.models.config import CheckpointError
 
 TAIL = 64
 """Tokens at the end of a prompt that are decoded to see whether it has opened a thought."""
@@ -244,12 +243,7 @@ class Door:
             encode = partial(tokenizer.encode, request.prompt, add_bos=request.add_bos)
         else:
             return [*request.prompt]
-        try:
-            return await DOORS.run(request.tenant.owner, characters, lambda: checked_ids(encode(), room))
-        except (RequestError, CheckpointError):
-            raise
-        except (TypeError, ValueError) as error:
-            raise RequestError(str(error)) from error
+        return await self.programs.made(request.tenant, characters, lambda: checked_ids(encode(), room))
 
     def _encode_chat(self, request: ChatRequest) -> list[int]:
         tokenizer = self.engine.tokenizer
