@@ -1,4 +1,4 @@
-"""The jitted step: one forward over a ragged batch, spread over a mesh, and one sampled token per row.
+"""The jitted step: one forward over a ragged batch, spread over a mesh, and the most probable token of each row.
 
 A step runs ``R`` rows (one per running request) and ``T`` tokens laid end to end. Per batch slot the device keeps the
 last sampled token, used where the host sends -1 because it has not read the token yet, and a row of the page table, of
@@ -7,6 +7,9 @@ which the host sends only updates. So the input of a step does not grow with the
 Over several devices the compiler partitions the matrix products as the weights are sharded, and attention runs on each
 device for its own heads, so that a kernel sees the arrays of one device. :class:`Step` holds no array, so it can also
 be compiled for devices that are absent.
+
+A step neither branches nor loops on the device, so that XLA can record it as one command buffer (a CUDA graph). Rows
+with a temperature are drawn again from its logits, by an executable of their own (:mod:`.resampling`).
 """
 
 from __future__ import annotations
@@ -172,7 +175,7 @@ class Step:
     def jitted(self, shape: StepShape) -> Any:
         """The step of this shape, to be lowered with :meth:`arguments`; pages, last and table are donated.
 
-        It returns these three, the sampled token of each row, int32, -1 where its logits were not finite, and the
+        It returns these three, the most probable token of each row, int32, -1 where its logits were not finite, and the
         logits (:meth:`logits`), both of :meth:`drawn` rows.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
@@ -195,7 +198,7 @@ class Step:
     def _run(
         self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, packed: jax.Array
     ) -> tuple[PagedKV, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """One forward over a ragged batch, and one sampled token per row.
+        """One forward over a ragged batch, and the most probable token of each row.
 
         Args:
             shape: T, R and the query tile of attention.
@@ -214,7 +217,9 @@ class Step:
         ends = jnp.cumsum(count)
         cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
         index = jnp.arange(tokens.shape[0])
-        row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), shape.rows - 1)
+        # Comparing all with all takes no loop.
+        row = jnp.searchsorted(ends, index, side="right", method="compare_all") if shape.q_tile > 1 else index
+        row = jnp.minimum(row, shape.rows - 1)
         position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
         page = page_table[row, position // page_size]
         slot_mapping = jnp.where(index < ends[-1], page * page_size + position % page_size, 0)
@@ -232,7 +237,7 @@ class Step:
         hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
         # Resharded from vocabulary to rows, so no device ever holds all of them.
         logits = self._sharded(self._sharded(decoder.logits(hidden[jnp.maximum(ends - 1, 0)]), None, TP), TP)
-        sampled = self.sampled(logits, rows)
+        sampled = self._checked(logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
         last, more = remembered(last, rows, sampled), self.drawn(shape) - shape.rows
         sampled, logits = jnp.pad(sampled, (0, more)), jnp.pad(logits, ((0, more), (0, 0)))
         return (kept,) if self.stacked else kept, last, table, sampled, logits
@@ -259,7 +264,11 @@ class Step:
         temperature, top_p, min_p = jax.lax.bitcast_convert_type(rows[:, 6:COLUMNS], jnp.float32).T
         how = (temperature, rows[:, 4], top_p, min_p, seed, start + count)
         drawn = sample(logits, *(self._sharded(one) for one in how))
-        return self._sharded(self._sharded(jnp.where(jnp.isfinite(logits.max(-1)), drawn, -1), TP))
+        return self._checked(logits, drawn)
+
+    def _checked(self, logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        """``tokens [R]`` int32 on every device, -1 where no logit is finite, or one is not a number."""
+        return self._sharded(self._sharded(jnp.where(jnp.isfinite(logits.max(-1)), tokens, -1), TP))
 
     def _sharded(self, array: jax.Array, *axes: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, PartitionSpec(*axes)))
