@@ -15,7 +15,7 @@ with a temperature are drawn again from its logits, by an executable of their ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from astraea_jax.engine.sampling import sample
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.heads import Heads
 from astraea_jax.models.sharding import TP, placed
 
 PREFILL_TILE = 16
@@ -224,13 +225,10 @@ class Step:
         page = page_table[row, position // page_size]
         slot_mapping = jnp.where(index < ends[-1], page * page_size + position % page_size, 0)
         batch = Batch(page_table, jnp.where(count > 0, start + count, 0), cu_q_lens, slot_mapping)
-        attend_heads = self._attend(shape.q_tile)
 
-        def attend(
-            i: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
+        def attend(i: int | jax.Array, heads: Heads, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
             here = batch.shifted(i * self._sizes.num_pages, page_size) if self.stacked else batch
-            return attend_heads(q, k, v, layer, here)
+            return self._attend(shape.q_tile, heads, layer, here)
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
@@ -242,16 +240,19 @@ class Step:
         sampled, logits = jnp.pad(sampled, (0, more)), jnp.pad(logits, ((0, more), (0, 0)))
         return (kept,) if self.stacked else kept, last, table, sampled, logits
 
-    def _attend(self, q_tile: int) -> Any:
+    def _attend(self, q_tile: int, heads: Heads, layer: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The backend's attention, on every device for its own heads."""
-        heads, pages = heads_spec(1), heads_spec(self.backend.heads_axis)
-        return jax.shard_map(
+        by_head, pages = heads_spec(1), heads_spec(self.backend.heads_axis)
+        shared = jax.tree.map(lambda _: PartitionSpec(), heads)
+        attend: Any = jax.shard_map(
             partial(self.backend.attend, q_tile=q_tile),
             mesh=self._mesh,
-            in_specs=(heads, heads, heads, pages, PartitionSpec()),
-            out_specs=(heads, pages),
+            in_specs=(replace(shared, qkv=by_head), pages, PartitionSpec()),
+            out_specs=(by_head, pages),
             check_vma=False,  # kernels do not say along which axes their arrays vary
         )
+        out, layer = attend(heads, layer, batch)
+        return out, layer
 
     def sampled(self, logits: jax.Array, rows: jax.Array) -> jax.Array:
         """Sample one token per row, each row on one device: ``[R]`` int32 from ``logits [R, V]``.

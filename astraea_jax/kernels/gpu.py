@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from astraea_jax.errors import StartupError
+from astraea_jax.models.heads import Heads
 
 from .backend import Batch, stored
 
@@ -137,10 +138,9 @@ class Triton:
         """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
         """Write keys and values, attend rows with one query, then longer rows if ``q_tile`` allows any."""
+        q, k, v = heads.rotated()
         dtype = pages.dtype
         k, v = stored(k, dtype), stored(v, dtype)
         if dtype == FP8 and self._capability() < FP8_CAPABILITY:
