@@ -55,6 +55,11 @@ class Heads:
         nothing = jnp.zeros((t, h // 2), jnp.float32)
         return cls(qkv, nothing + 1, nothing)
 
+    @property
+    def group(self) -> int:
+        """G, the queries that share a key."""
+        return self.qkv.shape[2] - 2
+
     def rotated(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries ``[T, N, H]`` and keys ``[T, K, H]`` after norm and rotation, and values ``[T, K, H]``."""
         q, k, v = self.qkv[:, :, :-2], self.qkv[:, :, -2], self.qkv[:, :, -1]
