@@ -33,6 +33,7 @@ from astraea_jax.kernels import BACKENDS, Batch
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, best_seconds
+from astraea_jax.models.heads import Heads
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("backends", ["triton", "cudnn", "flashinfer", "gather", "reference"], "Backends to measure.")
@@ -191,7 +192,7 @@ def attend_of(name: str, case: Case) -> Attend:
     """
     if name in BACKENDS:
         backend = BACKENDS[name]()
-        return lambda q, k, v, pool, batch: backend.attend(q, k, v, pool, batch, q_tile=case.q_tile)
+        return lambda q, k, v, pool, batch: backend.attend(Heads.of(q, k, v), pool, batch, q_tile=case.q_tile)
     if name not in ("gather", "cudnn", "flashinfer"):
         raise ValueError(f"unknown; choose from {', '.join([*BACKENDS, 'gather', 'cudnn', 'flashinfer'])}")
     if case.kind != "decode":
