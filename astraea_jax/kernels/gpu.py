@@ -116,6 +116,11 @@ class Triton:
     compute_capability: int | None = None
     """Compute capability of an absent GPU to compile for, such as 90 for H100 and H200."""
 
+    single: Blocks | None = None
+    """Blocks for rows with one query. None: :func:`single_blocks`."""
+    tiles: Blocks | None = None
+    """Blocks for longer rows. None: :func:`tile_blocks`."""
+
     name = "triton"
     heads_axis = 2
 
@@ -228,7 +233,7 @@ class Triton:
         t, k, _, h = heads.qkv.shape
         n = k * heads.group
         rows, width = batch.page_table.shape
-        blocks = single_blocks(heads.group, h, heads.qkv.dtype)
+        blocks = self.single or single_blocks(heads.group, h, heads.qkv.dtype)
         splits, least = split_context(rows, k, width * pool.shape[3], blocks.n)
         parts, heights = self.launch(
             "attend_single",
@@ -256,7 +261,7 @@ class Triton:
         k = pool.shape[2]
         t, n, h = queries.shape
         group, rows = n // k, batch.page_table.shape[0]
-        blocks = tile_blocks(group, h, queries.dtype)
+        blocks = self.tiles or tile_blocks(group, h, queries.dtype)
         self.launch(
             "attend_tiles",
             (k, t // (blocks.m // group) + rows),
