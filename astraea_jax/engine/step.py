@@ -45,9 +45,14 @@ FEWEST_ROWS = {"cpu": 1}
 """Platform -> rows of the smallest decode step; 8 on others. A CPU's time grows with every row, while an accelerator's
 matrix units take eight rows in the time of one."""
 
-COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
-"""Kind of device -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the weights have
-and would copy all weights into them at every step."""
+COMPILER_OPTIONS = {
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
+"""Kind of device, or platform -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the
+weights have and would copy all weights into them at every step. On GPUs matrix products are cuBLAS's: with these a step
+of Llama-3.1-8B reached 94 % of an H200's read floor and all its executables compiled in 25 s, since XLA need not try
+kernels of its own for every product and shape."""
 
 Packed = tuple[Any, ...]
 """A model's arrays, or their shapes, as arguments of a step."""
@@ -181,12 +186,13 @@ class Step:
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
         _, pages, replicated, _, _ = shardings
+        device = self._mesh.devices.flat[0]
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
             out_shardings=(pages, replicated, replicated, replicated, self.logits(self.drawn(shape)).sharding),
             donate_argnums=(1, 2, 3),
-            compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
+            compiler_options=COMPILER_OPTIONS.get(device.device_kind, COMPILER_OPTIONS.get(device.platform)),
         )
 
     def pack(self, decoder: Decoder) -> Packed:

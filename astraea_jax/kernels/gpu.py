@@ -32,7 +32,7 @@ MOST_SPLITS = 32
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of a kernel's matrix products and how many threads compute them: a guess, not tuned yet."""
+    """Block sizes of a kernel's matrix products and how many threads compute them."""
 
     m: int
     """Query rows: query heads of one key/value head, times queries."""
@@ -44,8 +44,13 @@ class Blocks:
 
 
 def single_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
-    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time."""
-    return Blocks(max(16, _power(group)), 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 4, 3)
+    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time.
+
+    Measured with Llama-3.1-8B's heads on an H200 (benchmarks/RESULTS.md), where two warps are a little faster than
+    four; guessed for others.
+    """
+    m = max(16, _power(group))
+    return Blocks(m, 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 2 if m == 16 else 4, 3)
 
 
 def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:

@@ -125,14 +125,18 @@ def test_matches_numpy(triton, case, variant):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_matches_numpy_in_half_precision(triton, dtype, size, head):
     case = Ragged.make(size, 4, 4, head, [1, 130, 0, 1, 17], [3000, 65, 0, size - 1, 0], seed=head)
-    case.check(case.attend(triton(), dtype), case.expected(), rtol=2e-2, atol=2e-2)  # outputs of up to 4, of 8 bits each
+    case.check(
+        case.attend(triton(), dtype), case.expected(), rtol=2e-2, atol=2e-2
+    )  # outputs of up to 4, of 8 bits each
 
 
 @on_a_gpu
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 32])
 def test_query_heads_that_share_a_head(triton, group):
     case = Ragged.make(16, 2, group, 64, [1, 50, 1], [500, 100, 0], seed=group)
-    case.check(case.attend(triton(), jnp.bfloat16), case.expected(), rtol=2e-2, atol=2e-2)  # outputs of up to 4, of 8 bits each
+    case.check(
+        case.attend(triton(), jnp.bfloat16), case.expected(), rtol=2e-2, atol=2e-2
+    )  # outputs of up to 4, of 8 bits each
 
 
 @pytest.mark.serves("triton", "written", "fp8 KV")
