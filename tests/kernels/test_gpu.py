@@ -109,7 +109,7 @@ def triton():
 
 
 @pytest.mark.serves(
-    "triton", "written", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "triton", "run", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
 )
 @on_a_gpu
 @settings(deadline=None, max_examples=20)  # each compiles its kernels
@@ -118,7 +118,7 @@ def test_matches_numpy(triton, case, variant):
     case.check(case.attend(triton(*variant)), case.expected(*variant), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.serves("triton", "written", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
+@pytest.mark.serves("triton", "run", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
 @on_a_gpu
 @pytest.mark.parametrize("head", HEAD_DIMS)
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
@@ -139,7 +139,7 @@ def test_query_heads_that_share_a_head(triton, group):
     )  # outputs of up to 4, of 8 bits each
 
 
-@pytest.mark.serves("triton", "written", "fp8 KV")
+@pytest.mark.serves("triton", "run", "fp8 KV")
 @on_a_gpu
 def test_float8_pages(triton):
     case = Ragged.make(32, 4, 4, 128, [1, 40, 1], [700, 30, 5], seed=8)
@@ -148,7 +148,7 @@ def test_float8_pages(triton):
     np.testing.assert_allclose(out[:real], case.expected()[0][:real], atol=0.15)
 
 
-@pytest.mark.serves("triton", "written", "the engine's tokens, against dense attention")
+@pytest.mark.serves("triton", "run", "the engine's tokens, against dense attention")
 @on_a_gpu
 async def test_the_engine_generates_what_dense_attention_does(triton, make_engine, greedy):
     """The default backend of a GPU, with prefill in chunks and decode in one batch."""
