@@ -45,7 +45,7 @@ FEWEST_ROWS = {"cpu": 1}
 """Platform -> rows of the smallest decode step; 8 on others. A CPU's time grows with every row, while an accelerator's
 matrix units take eight rows in the time of one."""
 
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
     "gpu": {"xla_gpu_enable_triton_gemm": False},
 }

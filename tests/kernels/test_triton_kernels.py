@@ -79,9 +79,9 @@ def test_float8_is_rounded_as_by_the_other_backends(interpreted, capability):
     """Ties, what lies beside them, what is too large, and what is no number."""
     numbers = np.arange(0x7F, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
     ties = (numbers[1:] + numbers[:-1]) / 2
-    several = [numbers, ties, np.nextafter(ties, 0), np.nextafter(ties, np.inf), [449, 464, 465, 1e9, np.inf, np.nan]]
-    several = np.concatenate(several).astype(np.float32)
-    several = np.resize(np.concatenate([several, -several]), (1, 8, 128))
+    others = [449, 464, 465, 1e9, np.inf, np.nan]
+    above_zero = np.concatenate([numbers, ties, np.nextafter(ties, 0), np.nextafter(ties, np.inf), others])
+    several = np.resize(np.concatenate([above_zero, -above_zero]), (1, 8, 128)).astype(np.float32)
     case = Ragged.make(16, 8, 1, 128, [1], [0], seed=2)
     keys = np.nan_to_num(several, nan=0, posinf=500, neginf=-500)
     case = dataclasses.replace(case, k=keys, v=several[:, ::-1])
