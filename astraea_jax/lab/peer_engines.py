@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,6 @@ Engine = tuple[Generate, str, str]
 
 async def astraea(setup: Setup) -> Engine:
     """Start our engine."""
-    import astraea_jax
     from astraea_jax.engine.config import EngineConfig
     from astraea_jax.engine.engine import Engine
     from astraea_jax.engine.sampling import SamplingParams
@@ -155,7 +155,7 @@ async def astraea(setup: Setup) -> Engine:
         async for delta in engine.generate(request.prompt, params, session=request.program, final=request.last):
             yield delta.token_ids
 
-    return generate, astraea_jax.__version__, f"{config.policy}, host tier {setup.host_bytes >> 20} MiB"
+    return generate, version("astraea-jax"), f"{config.policy}, host tier {setup.host_bytes >> 20} MiB"
 
 
 async def vllm(setup: Setup) -> Engine:
@@ -319,13 +319,13 @@ async def work(name: str, setup: Setup, tell: Callable[[object], None]) -> None:
     """Start an engine, then serve every load of standard input."""
     began = time.perf_counter()
     try:
-        generate, version, note = await ENGINES[name](setup)
+        generate, number, note = await ENGINES[name](setup)
     except ModuleNotFoundError as error:
         tell({"missing": error.name})
         return
     small = Load([[[1 + i] * 32, [3 + i] * 8] for i in range(2)], [4, 4])
     await serve(generate, small, "first")
-    tell(asdict(Ready(version, note, time.perf_counter() - began)))
+    tell(asdict(Ready(number, note, time.perf_counter() - began)))
     served = 0
     while line := await asyncio.to_thread(sys.stdin.readline):
         tell(asdict(await serve(generate, Load(**json.loads(line)), str(served))))

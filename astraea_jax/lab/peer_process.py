@@ -77,6 +77,14 @@ class PeerProcess:
         with contextlib.suppress(BrokenPipeError):  # then there is no answer, either
             self._process.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
             self._process.stdin.flush()
+        return self.answer(within_s)
+
+    def answer(self, within_s: float) -> Served:
+        """Wait for what became of a load that it was told.
+
+        Raises:
+            PeerError: it failed or took longer.
+        """
         return Served(**self._answer(within_s))
 
     def pause(self) -> None:
@@ -95,7 +103,8 @@ class PeerProcess:
     def end(self) -> None:
         """End it and all that it started."""
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # it may have read less than it was told
+            self._process.communicate()
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
