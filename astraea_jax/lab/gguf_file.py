@@ -28,7 +28,10 @@ def write(folder: Path, file: Path) -> None:
             values = tensor.astype(np.float32)
             if hf["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
                 values = _in_pairs(values, hf["head_dim"])
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values)
+            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if theirs is None:
+                raise SystemExit(f"{name} has no name in a GGUF file of a {hf['model_type']}")
+            writer.add_tensor(theirs, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,7 +15,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -242,8 +241,10 @@ async def llama_cpp(setup: Setup) -> Engine:
 
     weights = Path(setup.folder) / "model.gguf"
     if not weights.exists():
-        convert = [sys.executable, Path(__file__).with_name("gguf_file.py"), setup.folder, weights]
-        await asyncio.to_thread(subprocess.run, convert, check=True)
+        program = Path(__file__).with_name("gguf_file.py")
+        converter = await asyncio.create_subprocess_exec(sys.executable, program, setup.folder, weights)
+        if await converter.wait():
+            raise RuntimeError("the checkpoint could not be written as GGUF, as above")
     params = library.CommonParams()
     params.model.path = str(weights)
     params.n_parallel, params.kv_unified = setup.max_seqs, True
