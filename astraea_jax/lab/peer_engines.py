@@ -209,12 +209,13 @@ async def transformers(setup: Setup) -> Engine:
     batching = library.ContinuousBatchingConfig(
         max_requests_per_batch=setup.max_seqs,
         allow_block_sharing=True,
-        block_size=(block := 256),
-        num_blocks=-(-setup.pool_tokens // block),
+        num_blocks=-(-setup.pool_tokens // 256),  # tokens of a block, by default
         max_batch_tokens=512 if device == "cpu" else None,  # by itself it takes most of the memory
     )
     greedy = library.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     manager = model.eval().init_continuous_batching(generation_config=greedy, continuous_batching_config=batching)
+    if device == "cuda":
+        manager.warmup()
     manager.start()
     count = iter(range(sys.maxsize))
 
