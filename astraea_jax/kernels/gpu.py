@@ -79,6 +79,7 @@ def load_kernels() -> ModuleType:
         StartupError: Triton or jax-triton is not installed.
     """
     try:
+        _complete_triton()
         import jax_triton  # noqa: F401
 
         from . import triton_kernels
@@ -88,6 +89,17 @@ def load_kernels() -> ModuleType:
             "`pip install astraea-jax[cuda]`; or start with attention 'reference', which is slower"
         ) from error
     return triton_kernels
+
+
+def _complete_triton() -> None:
+    """Give Triton 3.6, which PyTorch 2.11 brings, the constant of 3.7 without which jax-triton sees no NVIDIA backend.
+
+    Only tensor descriptors use it (CUDA's number of the tf32 data type), and our kernels have none.
+    """
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "TMA_TF32"):
+        driver.TMA_TF32 = 11
 
 
 @dataclass(frozen=True)
