@@ -63,6 +63,8 @@ class StepFit:
         """The latest fit; at first a guess of the size that small models have."""
         self.mean_step_s = self.costs.base_s
         """Mean over the last 50 steps or so: how long one decoded token takes at the present load."""
+        self.largest_step = 512
+        """Tokens of the largest step so far; at first a guess."""
         self._steps = 0
         self._recent: list[tuple[float, ...]] = []  # steps that are not in the sums yet
         self._gram = np.zeros((5, 5))
@@ -72,6 +74,7 @@ class StepFit:
         """Learn how long a step took."""
         prefills = plan.tokens > len(plan.requests)
         self._recent.append((1.0, prefills, plan.tokens, plan.context, prefilled_pairs(plan), seconds))
+        self.largest_step = max(self.largest_step if self._steps else 1, plan.tokens)
         self._steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self._steps, 50)
         if len(self._recent) == self.EVERY:
@@ -80,6 +83,11 @@ class StepFit:
     def decode_s(self, tokens: float) -> float:
         """Seconds until ``tokens`` more tokens are decoded, at the present load."""
         return self.mean_step_s * tokens
+
+    def again_s(self, tokens: int) -> float:
+        """Seconds of step time that it adds to prefill ``tokens`` more, in a request that prefills something anyway."""
+        costs = self.costs
+        return costs.prefill_s(tokens) + costs.per_prefill_s * (tokens / self.largest_step - 1)
 
     def _fit(self) -> None:
         steps = np.array(self._recent)

@@ -3,7 +3,7 @@
   python scripts/bench_jct.py                       the shipped trace, five policies, half a minute
   python scripts/bench_jct.py --policies=all --workload=swe-batch --oversubscription=0.5,1,1.5,2.5 --seeds=5
   python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --plots=out
-  python scripts/bench_jct.py --backend=engine --policies=fcfs@keep-lru,fcfs@host,astraea@host --programs=60 --seeds=5
+  python scripts/bench_jct.py --backend=engine --context=4096,8192,16384 --programs=60 --seeds=5
 
 The simulator (`scheduler/simulation/`) runs the engine's own scheduler on a virtual clock. Accelerator machines are
 computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
@@ -33,10 +33,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from astraea_jax.engine.config import EngineConfig
+from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import engine_flags, run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
-from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.config import PUBLISHED, CheckpointError
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
 from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,
@@ -51,15 +52,18 @@ from astraea_jax.scheduler.simulation.experiment import (
 from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
+SIMULATED = ("fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant")
+ON_ENGINE = ("fcfs@keep-lru", "fcfs@host", "astraea@host")
+
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("backend", "sim", ["sim", "engine"], "Simulate, or replay against the real engine on this machine.")
 flags.DEFINE_multi_string("trace", [], "Trace file to replay; repeatable.")
 flags.DEFINE_list("workload", [], f"Workloads, of {', '.join(WORKLOADS)}; claude-code if neither is given.")
 flags.DEFINE_list(
     "policies",
-    ["fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant"],
+    [],
     f"Some of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time. POLICY@RESIDENCY runs "
-    "with that residency only.",
+    f"with that residency only. By default {', '.join(SIMULATED)}, and on the engine {', '.join(ON_ENGINE)}.",
 )
 flags.DEFINE_list("predictor", ["online"], f"Some of {', '.join(PREDICTORS)}.")
 flags.DEFINE_list("residency", ["host"], f"Some of {', '.join(RESIDENCIES)}.")
@@ -88,10 +92,11 @@ BEGAN = time.monotonic()
 
 def arms() -> list[tuple[str, str]]:
     """Policies and the residencies that each runs with."""
+    on_engine = FLAGS.backend == "engine"
     names: list[str] = []
-    for name in FLAGS.policies:
+    for name in FLAGS.policies or (ON_ENGINE if on_engine else SIMULATED):
         names += list(POLICIES) if name == "all" else list(ABLATION) if name == "ablation" else [name]
-    known = SERVING if FLAGS.backend == "engine" else [*POLICIES, *ABLATION]
+    known = SERVING if on_engine else [*POLICIES, *ABLATION]
     default = one_of("residency", FLAGS.residency)
     found = []
     for name in names:
@@ -112,7 +117,7 @@ def one_of(flag: str, values: list[str], allowed: Iterable[str] = RESIDENCIES) -
 def numbers(flag: str, above: float = 0.0) -> list[float]:
     """The values of a flag that must be numbers ``above`` something."""
     try:
-        found = [float(x) for x in FLAGS[flag].value]
+        found = [float(x) for x in FLAGS[flag].value or ()]
     except ValueError:
         raise app.UsageError(f"--{flag}: {FLAGS[flag].value} are not all numbers") from None
     if not all(above < x < math.inf for x in found):
@@ -292,7 +297,10 @@ def main(_: list[str]) -> None:
     cells = study()
     if FLAGS.backend == "engine":
         roofline = Roofline.measure(EngineConfig().weight_dtype())
-        sections, results = study_on_engine(cells)
+        try:
+            sections, results = study_on_engine(cells)
+        except (CheckpointError, StartupError) as error:
+            raise SystemExit(f"bench_jct: {error}") from error
     else:
         roofline, results = None, run_all(cells)
         sections = completion_times([row for row, _ in results])

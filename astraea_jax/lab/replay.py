@@ -193,7 +193,7 @@ class Replayer:
         cut = [record for record in records if record.ended < 0]
         for record in cut:
             record.ended = max(record.arrival, took_s)
-            record.spans.append((record.arrival, *[record.ended] * 3))
+            record.spans.append((record.arrival, record.ended, record.ended, record.ended))
         times, page = engine.times, engine.layout.page_bytes
         outcome = Outcome(
             records=records,
@@ -233,11 +233,12 @@ class Replayer:
 
     def _sizes(self, pool_tokens: int, host_tokens: int = 0) -> Sizes:
         page = self._config.page_size
+        pages = -(-pool_tokens // page)
         return Sizes(
-            pool_tokens,
+            page * pages,
             page_size=page,
             max_seqs=self._config.max_seqs,
             max_step_tokens=self._config.max_step_tokens,
             host_tokens=host_tokens,
-            staging_tokens=page * staging_pages(-(-pool_tokens // page)),
+            staging_tokens=page * staging_pages(pages),
         )

@@ -79,7 +79,7 @@ class Prepared:
     def pool_tokens(self, oversubscription: float) -> int:
         """Tokens of the pool; the longest context has room in any."""
         longest = max(p.longest for p in self.programs)
-        return max(int(self.live_context / oversubscription), longest + min(4096, longest // 8))
+        return max(int(self.live_context / oversubscription), longest + min(4096, longest // 8 + 2 * Sizes.page_size))
 
 
 def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: float = 1.0) -> list[TraceProgram]:
@@ -178,6 +178,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
     jct = np.array([r.jct_s for r in records])
     alone = np.array([alone_s(r.program, machine.steps) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
+    jobs = [s for r in records for s in r.job_times] or jct.tolist()  # a run that was cut off may have none that ended
     s, page = outcome.stats, Sizes.page_size
     return {
         "workload": cell.workload,
@@ -199,8 +200,8 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "p99_jct_s": p99,
         "mean_jct_no_tool_s": float(np.mean([r.jct_no_tool_s for r in records])),
         "p99_jct_no_tool_s": float(np.percentile([r.jct_no_tool_s for r in records], 99)),
-        "mean_job_s": float(np.mean([s for r in records for s in r.job_times])),
-        "p99_job_s": float(np.percentile([s for r in records for s in r.job_times], 99)),
+        "mean_job_s": float(np.mean(jobs)),
+        "p99_job_s": float(np.percentile(jobs, 99)),
         "mean_queue_s": float(np.mean([r.queue_s for r in records])),
         "max_slowdown": float((jct / alone).max()),
         "programs_per_s": len(records) / outcome.makespan_s,
