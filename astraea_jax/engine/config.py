@@ -34,7 +34,7 @@ LARGEST_SIZE = 2**63 - 1
 
 SIZES = {"cpu": (64, 512)}
 """Platform -> max_seqs and max_step_tokens unless they are given; on others :data:`ACCELERATOR_SIZES`.
-A CPU's time grows with every token, so that a long step keeps those who decode waiting; an accelerator wants many for its products."""
+A CPU's time grows with every token, so that a long step keeps those who decode waiting; an accelerator wants many."""
 ACCELERATOR_SIZES = (256, 2048)
 
 
