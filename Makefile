@@ -15,7 +15,7 @@ SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-demo: .venv/installed  ## 64 agents against a real server on this machine: a table and a timeline picture
+demo: .venv/installed  ## 64 agents against a real server, and what scheduling gains where memory is short: tables and pictures
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch

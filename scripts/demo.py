@@ -1,17 +1,19 @@
-"""Runs many agents against a real server on this machine: right answers, tables, and a picture of their time.
+"""Agents on this machine: right answers from a real server, then what scheduling gains where memory is short.
 
-Starts `scripts/serve.py` with the bundled model in a process of its own, then runs agents against it: over gRPC, and
-once more over HTTP, where they speak OpenAI's chat API as any agent framework does. Each agent gets a shopping question
-and real tools; a tool also waits as long as coding agents' tools were measured to take (see
-scheduler/simulation/workload.py), scaled by --tool_scale so that the whole takes about a minute.
+First starts `scripts/serve.py` with the bundled model in a process of its own and runs agents against it: over gRPC,
+and once more over HTTP, where they speak OpenAI's chat API as any agent framework does. Each agent gets a shopping
+question and real tools; a tool also waits as long as coding agents' tools were measured to take (see
+scheduler/simulation/workload.py), scaled by --tool_scale. The server's KV pool is deliberately too small for the
+contexts of all agents; the answers must be the same in every run (--residency takes several strategies for KV that
+waits). While a server runs, the page whose address it prints shows its programs.
 
-The server's KV pool is deliberately too small for the contexts of all agents. The same agents run once for each way to
-deal with that (--residency): moving the KV of waiting agents to host memory, keeping it until somebody needs the pages
-and computing it again, or dropping it whenever a tool is called. The answers must be the same. While a server runs, the
-page whose address it prints shows its programs.
+Then replays recorded sessions of a coding agent, scaled to --context tokens, on one engine whose memory holds a part of
+their contexts: `fcfs` without host memory for KV, as engines serve by default, and `astraea` with it. Both run the same
+programs on the same compiled steps, one after the other, and in the other order with other programs.
 
   python scripts/demo.py
-  python scripts/demo.py --programs=256 --concurrency=128 --tool_scale=1 --residency=adaptive --kv_bytes=67108864
+  python scripts/demo.py --programs=256 --concurrency=128 --tool_scale=1 --kv_bytes=67108864 --sessions=0
+  python scripts/demo.py --residency=adaptive,always-keep,always-discard --nohttp
 
 Exits non-zero if too few answers are right, if they differ between the runs, or if anything hangs.
 """
@@ -43,32 +45,33 @@ from rich.table import Table
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import Tool, tool
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.lab.http_agents import run_http_agent
 from astraea_jax.lab.plots import spans, timelines
 from astraea_jax.lab.shop import Task, make_tasks
+from astraea_jax.lab.short_memory import Shortage, replay_both_ways
 from astraea_jax.models import resolve
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.simulation.workload import CLAUDE_CODE_TOOLS
 from astraea_jax.scheduler.strategies import STRATEGIES
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("programs", 128, "Agents of a run.", lower_bound=1)
+flags.DEFINE_integer("programs", 64, "Agents of a run.", lower_bound=1)
 flags.DEFINE_integer("concurrency", 64, "Agents alive at once; the next arrives when one ends.", lower_bound=1)
 flags.DEFINE_float("tool_scale", 0.2, "Factor on the tools' published durations.", lower_bound=0.0)
-flags.DEFINE_list(
-    "residency",
-    ["adaptive", "always-keep", "always-discard"],
-    f"Residency strategies to run, some of {', '.join(STRATEGIES)}.",
-)
+flags.DEFINE_list("residency", ["adaptive"], f"Residency strategies to run, some of {', '.join(STRATEGIES)}.")
 flags.DEFINE_bool("http", True, "Run the agents once more over HTTP, with the first of these strategies.")
 flags.DEFINE_integer("kv_bytes", 3 * 2**20, "Device memory for KV; 2 KiB hold a token of astraea-tiny.", 1)
 flags.DEFINE_integer("host_kv_bytes", 64 * 2**20, "Host memory for KV of agents that wait.", 0)
 flags.DEFINE_integer("seed", 1, "Seed of the tasks and the tool times.")
 flags.DEFINE_float("limit_s", 300.0, "Seconds after which the run counts as hung.")
 flags.DEFINE_float("wanted", 0.95, "Share of right answers below which the exit status is 1.")
-flags.DEFINE_string("picture", "out/demo.png", "File for the picture of the timelines.")
+flags.DEFINE_integer("sessions", Shortage.programs, "Recorded sessions to replay; 0: no replay.", lower_bound=0)
+flags.DEFINE_integer("context", Shortage.context, "Tokens that recorded sessions are scaled to fit in.", 1024, 32768)
+flags.DEFINE_string("picture", "out/agents.png", "File for the picture of the agents' time.")
+flags.DEFINE_string("replay_picture", "out/demo.png", "File for the picture of the replay.")
 
 SERVER = Path(__file__).with_name("serve.py")
 console = Console(width=max(110, Console().width))
@@ -275,8 +278,27 @@ def serve_and_run(residency: str, tasks: list[Task], cache: str, *, http: bool =
         return Run(f"{residency}, HTTP" if http else residency, outcomes, counts, time.monotonic() - began)
 
 
+def drawn_to(file: str) -> Path:
+    """A file in a folder that exists."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def main(_: list[str]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    serve_agents()
+    if FLAGS.sessions:
+        shortage = Shortage(programs=FLAGS.sessions, context=FLAGS.context)
+        try:
+            replay_both_ways(shortage, console, drawn_to(FLAGS.replay_picture))
+        except StartupError as error:
+            raise SystemExit(f"demo: {error}") from error
+        console.print(f"both ways side by side: {FLAGS.replay_picture}")
+
+
+def serve_agents() -> None:
+    """Serve the agents every way, and end the process if their answers are not right."""
     tasks = make_tasks(seed=FLAGS.seed, split="test", count=FLAGS.programs)
     with tempfile.TemporaryDirectory() as cache:
         strategies = one_of_strategies()
@@ -290,10 +312,8 @@ def main(_: list[str]) -> None:
         console.print(
             f"[red]wrong:[/] {outcome.task.question!r} → {outcome.result.text!r}, not {outcome.task.answer!r}"
         )
-    picture = Path(FLAGS.picture)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    timelines([o.result for o in outcomes], picture, f"{len(outcomes)} agents on one engine")
-    console.print(f"timelines: {picture}")
+    timelines([o.result for o in outcomes], drawn_to(FLAGS.picture), f"{len(outcomes)} agents on one engine")
+    console.print(f"the agents' time: {FLAGS.picture}\n")
     for other in runs[1:]:
         changed = sum(a.result.text != b.result.text for a, b in zip(outcomes, other.outcomes, strict=True))
         if changed:

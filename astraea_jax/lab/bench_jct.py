@@ -171,7 +171,7 @@ def run_all(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRec
 
 def study_on_engine(cells: Sequence[Cell]) -> tuple[list[Section], list[tuple[dict[str, Any], list[ProgramRecord]]]]:
     """Every cell on the real engine, and its simulation: tables and rows."""
-    from astraea_jax.lab.engine_study import Study, tables
+    from astraea_jax.lab.engine_study import Study, costs_of, named, tables
     from astraea_jax.lab.replay import Replayer
 
     longest = max(cell.context for cell in cells) or None
@@ -181,7 +181,11 @@ def study_on_engine(cells: Sequence[Cell]) -> tuple[list[Section], list[tuple[di
     replayer.compile()
     console.print(f"{FLAGS.model} is ready, with room for {replayer.tokens:,} tokens", highlight=False)
     study = Study(replayer, console, BEGAN + FLAGS.limit_s)
-    pairs = study.simulate(study.run(cells))
+    runs = study.run(cells)
+    for run in runs:
+        what = f"{run.cell.label}, {run.cell.oversubscription:g}x, seed {run.cell.seed}, {named(run.cell)}"
+        console.print(f"steps of {what}: {costs_of(run.replayed.machine)}", highlight=False)
+    pairs = study.simulate(runs)
     results = [
         (row, outcome.records)
         for pair in pairs

@@ -79,10 +79,11 @@ class Study:
         replayer: the model.
         console: where each run is told of as it ends.
         until: time by ``time.monotonic`` at which the run in progress is cut off, and after which none begins.
+        run_limit_s: seconds after which any run is cut off.
     """
 
-    def __init__(self, replayer: Replayer, console: Console, until: float = math.inf):
-        self._replayer, self._console, self._until = replayer, console, until
+    def __init__(self, replayer: Replayer, console: Console, until: float = math.inf, run_limit_s: float = math.inf):
+        self._replayer, self._console, self._until, self._run_limit_s = replayer, console, until, run_limit_s
         self._here: dict[tuple[str, int], Machine] = {}
         """The machine as the workload's steps show it, by workload and context; it sets the rate of arrival."""
         self._prepared: dict[Cell, Prepared] = {}
@@ -102,8 +103,9 @@ class Study:
                         continue
                     setting = Setting(cell.policy, prepared.pool_tokens(cell.oversubscription), *residency_of(cell))
                     began = time.monotonic()
+                    limit_s = min(left_s, self._run_limit_s)
                     replayed = self._replayer.run(
-                        prepared.programs, setting, lambda: bar.update(shown, advance=1), left_s
+                        prepared.programs, setting, lambda: bar.update(shown, advance=1), limit_s
                     )
                     runs.append(Run(cell, setting, prepared, replayed, time.monotonic() - began))
                     self._console.print(told(runs[-1]), highlight=False)
@@ -129,8 +131,7 @@ class Study:
         programs = draw(cell.workload, cell.programs, cell.seed, cell.context, cell.tool_scale)
         key = (cell.workload, cell.context)
         if key not in self._here:
-            self._here[key] = machine = self._replayer.measure(programs, self._until - time.monotonic())
-            self._console.print(f"steps: {costs_of(machine)}", highlight=False)
+            self._here[key] = self._replayer.measure(programs, self._until - time.monotonic())
         return self._replayer.let_arrive(programs, self._here[key], cell.load, cell.seed)
 
 
@@ -158,8 +159,7 @@ def told(run: Run) -> str:
     )
     return (
         f"{what}, {named(run.cell)}: mean JCT {jct.mean():.1f} s{cut}; "
-        f"{outcome.stats.recomputed_tokens:,} tokens computed again, {outcome.steps:,} steps in {run.took_s:.0f} s; "
-        f"{costs_of(run.replayed.machine)}"
+        f"{outcome.stats.recomputed_tokens:,} tokens computed again, {outcome.steps:,} steps in {run.took_s:.0f} s"
     )
 
 
@@ -191,6 +191,7 @@ def _completion_times(group: tuple[str, float], arms: dict[str, list[Pair]]) -> 
         seeds = {pair.run.cell.seed for pair in arm}
         base = [pair.run.jct_s for pair in first if pair.run.cell.seed in seeds]
         ratio, low, high = ratio_interval(jct, base) if len(base) == len(jct) else (math.nan,) * 3
+        most = "≤ " if not cut and any(pair.run.replayed.cut for pair in first) else ""
         of = interval([x.mean() for x in jct] if len(jct) >= 3 else np.concatenate(jct).tolist())
         every = np.concatenate(jct)
         rows.append(
@@ -198,7 +199,7 @@ def _completion_times(group: tuple[str, float], arms: dict[str, list[Pair]]) -> 
                 name,
                 f"{cut}{every.mean():.2f}",
                 f"{of[0]:.1f}-{of[1]:.1f}",
-                f"{ratio:.3f}",
+                f"{most}{ratio:.3f}",
                 f"{low:.3f}-{high:.3f}",
                 *(f"{np.percentile(every, q):.1f}" for q in (50, 99)),
                 f"{np.mean([o.stats.recomputed_tokens for o in outcomes]):,.0f}",

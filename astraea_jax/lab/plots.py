@@ -10,6 +10,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -45,16 +46,45 @@ def timelines(programs: Sequence[ProgramResult], path: Path, title: str) -> None
 
 def simulated_timelines(records: Sequence[ProgramRecord], path: Path, title: str) -> None:
     """Draw :func:`timelines` of simulated or replayed programs."""
-    rows = []
-    for record in sorted(records, key=lambda record: record.arrival):
-        found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
-        for i, (submitted, scheduled, first, ended) in enumerate(record.spans):
-            found["queue"].append((submitted, scheduled - submitted))
-            found["prefill"].append((scheduled, first - scheduled))
-            found["decode"].append((first, ended - first))
-            found["tool wait"].append((ended, record.program.requests[i].tool_s))
-        rows.append(found)
-    _bars(rows, 0.0, path, title)
+    _bars([spans_of(record) for record in sorted(records, key=lambda record: record.arrival)], 0.0, path, title)
+
+
+def spans_of(record: ProgramRecord) -> dict[str, list[Span]]:
+    """Spans of the time of a simulated or replayed program, by kind."""
+    found: dict[str, list[Span]] = {kind: [] for kind in COLOURS}
+    for i, (submitted, scheduled, first, ended) in enumerate(record.spans):
+        found["queue"].append((submitted, scheduled - submitted))
+        found["prefill"].append((scheduled, first - scheduled))
+        found["decode"].append((first, ended - first))
+        found["tool wait"].append((ended, min(record.program.requests[i].tool_s, max(record.ended - ended, 0.0))))
+    return found
+
+
+def replays(runs: Mapping[str, Sequence[Sequence[ProgramRecord]]], path: Path, title: str) -> None:
+    """Draw how the same programs fare under several policies: timelines of the first seed, and completions of all.
+
+    ``runs`` has by policy the programs of every seed.
+    """
+    height = max(2.0, 0.1 * max(len(seeds[0]) for seeds in runs.values()))
+    figure, panels = plt.subplots(
+        len(runs) + 1, 1, figsize=(12, height * (len(runs) + 1)), layout="constrained", sharex=True
+    )
+    for axes, (name, seeds) in zip(panels, runs.items(), strict=False):
+        _draw_bars(axes, [spans_of(record) for record in sorted(seeds[0], key=lambda record: record.arrival)], 0.0)
+        axes.set(ylabel="program", title=name)
+    for index, (name, seeds) in enumerate(runs.items()):
+        for number, records in enumerate(seeds):
+            ends = sorted(record.ended for record in records)
+            label = f"{name}, every seed" if number == 0 else None
+            panels[-1].step([0.0, *ends], range(len(ends) + 1), where="post", label=label, **_style(name, index))
+    panels[-1].set(xlabel="seconds", ylabel="programs that ended")
+    panels[-1].set_xlim(left=0)
+    panels[-1].grid(alpha=0.3)
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.legend(*_kinds(), ncols=len(COLOURS), loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def distributions(jct: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
@@ -124,15 +154,24 @@ def _style(name: str, index: int) -> dict[str, Any]:
 
 def _bars(rows: Sequence[Mapping[str, Sequence[Span]]], zero: float, path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(12, max(4.0, 1.5 + 0.08 * len(rows))), layout="constrained")
+    _draw_bars(axes, rows, zero)
+    axes.set(xlabel="seconds", ylabel="program", title=title)
+    axes.set_xlim(left=0)
+    figure.legend(*_kinds(), ncols=len(COLOURS), loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Sequence[Span]]], zero: float) -> None:
     for row, kinds in enumerate(rows):
         for kind, found in kinds.items():
             shifted = [(start - zero, length) for start, length in found]
             axes.broken_barh(shifted, (row - 0.42, 0.84), facecolors=COLOURS[kind], linewidth=0)
-    axes.set(xlabel="seconds", ylabel="program", title=title, ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xlim(left=0)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    patches = [Patch(color=colour) for colour in COLOURS.values()]
-    figure.legend(patches, list(COLOURS), ncols=len(COLOURS), loc="outside lower center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+
+def _kinds() -> tuple[list[Patch], list[str]]:
+    """Handles and labels of a legend of the colours."""
+    return [Patch(color=colour) for colour in COLOURS.values()], list(COLOURS)

@@ -29,8 +29,9 @@ from astraea_jax.scheduler.simulation.simulator import Outcome, ProgramRecord, S
 from astraea_jax.scheduler.simulation.trace import TraceProgram
 from astraea_jax.scheduler.transfer import HostTier
 
-CALIBRATION = 16
-"""Programs that run together, without waiting for tools, to find out what steps cost."""
+CALIBRATION = 4, 16
+"""At least and at most so many programs, or else a quarter, run together without waiting for tools, to find out what
+steps cost."""
 
 
 async def replay(
@@ -153,7 +154,9 @@ class Replayer:
 
     def measure(self, programs: Sequence[TraceProgram], limit_s: float = math.inf) -> Machine:
         """Measure what steps cost here and now, with some of the programs at once."""
-        some = [replace(p.scaled(1.0, 0.0), arrival_s=0.0) for p in programs[:CALIBRATION]]
+        least, most = CALIBRATION
+        count = min(max(len(programs) // 4, least), most)
+        some = [replace(p.scaled(1.0, 0.0), arrival_s=0.0) for p in programs[:count]]
         return self.run(some, Setting("fcfs", min(everything(some), self.tokens)), limit_s=limit_s).machine
 
     def let_arrive(self, programs: Sequence[TraceProgram], machine: Machine, load: float, seed: int) -> Prepared:
