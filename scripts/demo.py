@@ -38,6 +38,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 from absl import app, flags
+from absl import logging as absl_logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -74,7 +75,7 @@ flags.DEFINE_string("picture", "out/agents.png", "File for the picture of the ag
 flags.DEFINE_string("replay_picture", "out/demo.png", "File for the picture of the replay.")
 
 SERVER = Path(__file__).with_name("serve.py")
-console = Console(width=max(110, Console().width))
+console = Console(width=max(140, Console().width))
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,7 @@ def drawn_to(file: str) -> Path:
 
 def main(_: list[str]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    absl_logging.set_verbosity(absl_logging.WARNING)  # what JAX tells about backends that it did not find is noise here
     serve_agents()
     if FLAGS.sessions:
         shortage = Shortage(programs=FLAGS.sessions, context=FLAGS.context)

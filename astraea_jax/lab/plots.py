@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from astraea_jax.agents.loop import ProgramResult, RequestRecord
+from astraea_jax.lab.replay import Replayed
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
@@ -60,21 +61,24 @@ def spans_of(record: ProgramRecord) -> dict[str, list[Span]]:
     return found
 
 
-def replays(runs: Mapping[str, Sequence[Sequence[ProgramRecord]]], path: Path, title: str) -> None:
+def replays(runs: Mapping[str, Sequence[Replayed]], path: Path, title: str) -> None:
     """Draw how the same programs fare under several policies: timelines of the first seed, and completions of all.
 
-    ``runs`` has by policy the programs of every seed.
+    ``runs`` has by policy the run of every seed.
     """
-    height = max(2.0, 0.1 * max(len(seeds[0]) for seeds in runs.values()))
+    height = max(2.0, 0.1 * max(len(seeds[0].outcome.records) for seeds in runs.values()))
     figure, panels = plt.subplots(
         len(runs) + 1, 1, figsize=(12, height * (len(runs) + 1)), layout="constrained", sharex=True
     )
     for axes, (name, seeds) in zip(panels, runs.items(), strict=False):
-        _draw_bars(axes, [spans_of(record) for record in sorted(seeds[0], key=lambda record: record.arrival)], 0.0)
-        axes.set(ylabel="program", title=name)
+        records = sorted(seeds[0].outcome.records, key=lambda record: record.arrival)
+        _draw_bars(axes, [spans_of(record) for record in records], 0.0)
+        cut = f", cut off after {seeds[0].outcome.makespan_s:.0f} s" if seeds[0].cut else ""
+        axes.set(ylabel="program", title=name + cut)
     for index, (name, seeds) in enumerate(runs.items()):
-        for number, records in enumerate(seeds):
-            ends = sorted(record.ended for record in records)
+        for number, replayed in enumerate(seeds):
+            records = replayed.outcome.records
+            ends = sorted(record.ended for record in records)[: len(records) - replayed.cut]
             label = f"{name}, every seed" if number == 0 else None
             panels[-1].step([0.0, *ends], range(len(ends) + 1), where="post", label=label, **_style(name, index))
     panels[-1].set(xlabel="seconds", ylabel="programs that ended")

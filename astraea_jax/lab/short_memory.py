@@ -8,11 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from astraea_jax.engine.config import EngineConfig
-from astraea_jax.lab.engine_study import Pair, Run, Study, named, tables
+from astraea_jax.lab.engine_study import Pair, Study, named, tables
 from astraea_jax.lab.plots import replays
-from astraea_jax.lab.replay import Replayer
+from astraea_jax.lab.replay import Replayed, Replayer
 from astraea_jax.scheduler.simulation.experiment import Cell
-from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 MODEL = "tiny-32k"
 """Shape of the model, with random weights: what it writes does not matter here."""
@@ -48,7 +47,7 @@ class Shortage:
         ]
 
 
-def replay_both_ways(shortage: Shortage, console: Console, picture: Path) -> list[Run]:
+def replay_both_ways(shortage: Shortage, console: Console, picture: Path) -> None:
     """Run the sessions both ways on the same compiled steps, print a table and draw a picture.
 
     The order of the two turns from seed to seed.
@@ -63,9 +62,8 @@ def replay_both_ways(shortage: Shortage, console: Console, picture: Path) -> lis
     runs.sort(key=lambda run: (run.cell.seed, WAYS.index((run.cell.policy, run.cell.residency))))
     for section in tables([Pair(run, None) for run in runs]):
         console.print(section.table())
-    records: dict[str, list[list[ProgramRecord]]] = {}
+    found: dict[str, list[Replayed]] = {}
     for run in runs:
-        records.setdefault(named(run.cell), []).append(run.replayed.outcome.records)
-    title = f"Recorded agents whose contexts are {shortage.oversubscription:g} times the device's memory"
-    replays(records, picture, title)
-    return runs
+        found.setdefault(named(run.cell), []).append(run.replayed)
+    title = f"{shortage.programs} recorded agents, device memory for {runs[0].setting.pool_tokens:,} tokens of KV"
+    replays(found, picture, title)
