@@ -33,6 +33,7 @@ class Running:
         self._changed: dict[Request, int] = {}  # index of the first page that the device does not know yet
         self._decodes = DecodeBatch(config.max_seqs)
         self._others: list[Request] = []  # by rank
+        self._ranks: dict[Request, tuple[float, ...]] = {}
         self._pool, self._size, self._slots, self._rank = pool, config.page_size, config.max_seqs, rank
 
     def __len__(self) -> int:
@@ -62,8 +63,9 @@ class Running:
         self._pool.pin(pages)
         request.pages, request.capacity, request.slot = pages, len(pages) * self._size, self._free.pop()
         self._changed[request] = 0
-        bisect.insort(self.requests, request, key=self._rank)
-        bisect.insort(self._others, request, key=self._rank)
+        self._ranks[request] = self._rank(request)
+        bisect.insort(self.requests, request, key=self._ranks.__getitem__)
+        bisect.insort(self._others, request, key=self._ranks.__getitem__)
 
     def remove(self, request: Request) -> list[int]:
         """Take a request off its slot; returns its pages."""
@@ -74,6 +76,7 @@ class Running:
             self._others.remove(request)
         self._free.append(request.slot)
         self._changed.pop(request, None)
+        del self._ranks[request]
         request.slot = -1
         pages, request.pages = request.pages, []
         self._pool.unpin(pages)
@@ -92,15 +95,11 @@ class Running:
 
         If too few pages are free, move those requests to the others, where each has to ask for one.
         """
-        due = self._decodes.due()
-        for request in due:
-            if request.num_computed == request.max_computed:
-                self._decodes.discard(request)
-        full = [request for request in due if request in self._decodes]
+        full = self._decodes.full()
         if len(full) > self._pool.free:
             for request in full:
                 self._decodes.discard(request)
-                bisect.insort(self._others, request, key=self._rank)
+                bisect.insort(self._others, request, key=self._ranks.__getitem__)
         elif full:
             pages = self._pool.allocate(len(full))
             self._pool.pin(pages)
@@ -115,8 +114,8 @@ class Running:
 
         All these tokens count as computed from now on.
         """
-        requests, slots, starts = self._decodes.advance()
-        num_decodes, counts = len(requests), np.ones(len(requests), np.int32)
+        requests, outputs, slots, starts = self._decodes.advance()
+        num_decodes, counts, last = len(requests), np.ones(len(requests), np.int32), self._decodes.last()
         samples = num_decodes
         if chosen:
             ending: list[Request] = []  # requests whose last known token is computed, so that they sample
@@ -133,7 +132,9 @@ class Running:
                 self._others.remove(request)
                 if request.num_computed < request.max_computed:
                     self._decodes.add(request)
+            last += [num_decodes + i for i, r in enumerate(ending) if r.num_computed == r.max_computed]
             requests += rows
+            outputs += [request.output for request in ending]
             samples += len(ending)
             slots = np.concatenate((slots, columns[0]))
             starts = np.concatenate((starts, columns[1]))
@@ -142,7 +143,9 @@ class Running:
         self._changed.clear()
         tokens = num_decodes + sum(chosen.values())
         context = int(starts.sum()) + tokens
-        return Plan(requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context)
+        return Plan(
+            requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context, outputs, last
+        )
 
     def extend(self, plan: Plan, times: int) -> int:
         """Repeat a plan for up to ``times`` equal steps; returns how many steps it stands for now.
@@ -166,6 +169,7 @@ class Running:
             if need > 0:
                 self.grow(request, need)
                 self._decodes.schedule(request)
+        plan.last.extend(self._decodes.last())
         return times
 
     def cache_pages(self, request: Request, start: int) -> None:

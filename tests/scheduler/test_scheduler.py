@@ -120,7 +120,7 @@ def test_a_token_the_device_could_not_choose_ends_the_request():
     scheduler = make()
     request = scheduler.submit([1], 5, program="p", now=0)
     plan = scheduler.plan(0)
-    assert scheduler.commit(plan, [-1], 0) == [(request, -1)]
+    assert scheduler.commit(plan, [-1], 0) == ([request], [-1])
     assert request.finish_reason == "error"
     assert scheduler.stats().retained_pages == 0
     scheduler.check()
