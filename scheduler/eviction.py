@@ -65,10 +65,11 @@ class EvictionOrder:
             self.recount(program)
 
     def discard(self, program: Program) -> None:
-        for order in (self.all, self.dirty, self._clean):
-            order.discard(program)
         self.shared.pop(program, None)
-        self.clean_pages -= self.clean.pop(program, 0)
+        if program in self.all:
+            for order in (self.all, self.dirty, self._clean):
+                order.discard(program)
+            self.clean_pages -= self.clean.pop(program, 0)
 
     def set_aside(self, program: Program) -> None:
         """A program's last pages turn out to be shared."""

@@ -31,7 +31,6 @@ from .view import ProgramView
 from .wait import Wait
 from .waits import Waits
 
-
 _finish_reason = attrgetter("finish_reason")
 
 

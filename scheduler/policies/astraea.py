@@ -84,14 +84,19 @@ class Astraea(Policy):
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
             size *= request.num_tokens - terms.resident * held
-        return request.queued - program.job.waited_s, program.job.ran_s, size**terms.exponent
+        since = request.queued - program.job.waited_s
+        return since, since - program.job.ran_s, size**-terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        since, ran, size = features.T
+        since, began, weight = features.T
         typical = self.predict.job_s()
-        wait = now - since
-        response = (wait + ran if self._terms.wait else 0.0) + self._terms.typical * typical
-        return np.where(wait > PATIENCE * typical, -CLASS - wait, -response / size)
+        head_start = self._terms.typical * typical
+        scores: np.ndarray = began - (now + head_start) if self._terms.wait else np.full(len(began), -head_start)
+        scores *= weight
+        if now - since.min() > PATIENCE * typical:  # rarely, so it is asked before everybody is weighed
+            wait = now - since
+            scores = np.where(wait > PATIENCE * typical, -CLASS - wait, scores)
+        return scores
 
     def rank(self, request: Request) -> tuple[float, ...]:
         return (request.program.job.arrival, request.number)
