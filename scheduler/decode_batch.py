@@ -39,8 +39,7 @@ class DecodeBatch:
         self._requests.append(request)
         self._outputs.append(request.output)
         request.advance_with(self._steps)
-        before = request.num_computed - self._steps.taken
-        self._slots[at], self._before[at] = request.slot, before
+        self._slots[at], self._before[at] = request.slot, request.computed_else
         self.schedule(request)
 
     def schedule(self, request: Request) -> None:
@@ -48,8 +47,10 @@ class DecodeBatch:
 
         To be called when its pages have become more.
         """
-        step = self._steps.taken + min(request.capacity, request.max_computed) - request.num_computed
-        (self._full if request.capacity < request.max_computed else self._last)[step].append(request)
+        if request.capacity < request.max_computed:
+            self._full[request.capacity - request.computed_else].append(request)
+        else:
+            self._last[request.max_computed - request.computed_else].append(request)
 
     def discard(self, request: Request) -> None:
         """Take a request out, if it is in."""
@@ -80,7 +81,7 @@ class DecodeBatch:
                 if request in self._at and request.num_computed == request.max_computed:
                     self.discard(request)
             due = self._full.pop(self._looked, ())
-            found += [r for r in due if r in self._at and r.num_computed == r.capacity]
+            found += [r for r in due if r in self._at and r.capacity - r.computed_else == self._looked]
         return found
 
     def advance(self, times: int = 1) -> tuple[list[Request], list[list[int]], np.ndarray, np.ndarray]:
@@ -100,6 +101,7 @@ class DecodeBatch:
         for request, at in self._at.items():
             assert request.slot == self._slots[at]
             assert request.output is self._outputs[at]
-            assert request.num_computed == self._before[at] + self._steps.taken == request.num_with_pending - 1
-            step = self._steps.taken + min(request.capacity, request.max_computed) - request.num_computed
+            assert request.steps is self._steps
+            assert request.computed_else == self._before[at] == request.num_with_pending - 1 - self._steps.taken
+            step = min(request.capacity, request.max_computed) - request.computed_else
             assert request in (self._full if request.capacity < request.max_computed else self._last)[step]

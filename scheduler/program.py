@@ -212,8 +212,9 @@ class Request:
     """Time at which it was first part of a step."""
 
     # Written by DecodeBatch, and by whoever sets num_computed.
-    _steps: StepCount = field(init=False, default=_ALONE)
-    _computed_before: int = field(init=False, default=0)
+    steps: StepCount = field(init=False, default=_ALONE)
+    """The steps at each of which it computes one token."""
+    computed_else: int = field(init=False, default=0)
     """``num_computed`` less the steps taken."""
 
     # Written by Residency and HostCopies when it is admitted, and when a restore ends.
@@ -237,16 +238,16 @@ class Request:
 
         Residency, Running and DecodeBatch advance it; Scheduler sets it back to 0 when it leaves its slot.
         """
-        return self._computed_before + self._steps.taken
+        return self.computed_else + self.steps.taken
 
     @num_computed.setter
     def num_computed(self, tokens: int) -> None:
-        self._computed_before = tokens - self._steps.taken
+        self.computed_else = tokens - self.steps.taken
 
     def advance_with(self, steps: StepCount | None) -> None:
         """From now on one token is computed at every step that is counted; None: no longer."""
         computed = self.num_computed
-        self._steps = steps or _ALONE
+        self.steps = steps or _ALONE
         self.num_computed = computed
 
     @property

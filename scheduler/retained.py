@@ -93,12 +93,14 @@ class RetainedKV:
         The others have copies on the host, or are no longer kept.
         """
         gone = program.pages[keep:]
-        if gone:
-            self._pool.release(gone)
-            del program.pages[keep:]
-        if not program.pages:
+        if not gone:
+            return
+        self._pool.release(gone)
+        del program.pages[keep:]
+        if program.pages:
+            self.order.recount(program)
+        else:
             self.order.discard(program)
-        self.order.recount(program)
 
     # -- the host's copies -------------------------------------------------------------------------------------
 
@@ -110,8 +112,9 @@ class RetainedKV:
 
     def cut_copies(self, program: Program, keep: int) -> None:
         """Drop the copies of all but the first ``keep`` pages."""
-        self._copies.cut(program, keep)
-        self.order.recount(program)
+        if program.copies:
+            self._copies.cut(program, keep)
+            self.order.recount(program)
 
     def lose_copy(self, program: Program, copy: HostCopy, why: str) -> None:
         """Drop a copy, and the KV that only it held."""

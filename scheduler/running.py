@@ -101,13 +101,13 @@ class Running:
                 self._decodes.discard(request)
                 bisect.insort(self._others, request, key=self._ranks.__getitem__)
         elif full:
-            pages = self._pool.allocate(len(full))
+            pages, changed, schedule = self._pool.allocate(len(full)), self._changed, self._decodes.schedule
             self._pool.pin(pages)
             for request, page in zip(full, pages, strict=True):
-                self._changed.setdefault(request, len(request.pages))
+                changed.setdefault(request, len(request.pages))
                 request.pages.append(page)
                 request.capacity += self._size
-                self._decodes.schedule(request)
+                schedule(request)
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
         """Plan a step of the decode batch, and of ``chosen``: how many tokens of which other requests.
