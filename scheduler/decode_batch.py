@@ -84,16 +84,19 @@ class DecodeBatch:
             found += [r for r in due if r in self._at and r.capacity - r.computed_else == self._looked]
         return found
 
-    def advance(self, times: int = 1) -> tuple[list[Request], list[list[int]], np.ndarray, np.ndarray]:
+    def advance(self, times: int = 1, room: int = 0) -> tuple[list[Request], list[list[int]], np.ndarray, np.ndarray]:
         """Take ``times`` steps.
 
         Returns:
-            The requests, their outputs, their slots ``[n]``, and the tokens they had computed before ``[n]``.
+            The requests, their outputs, their slots, and the tokens they had computed before. The latter two are
+            ``[n + room]`` int32, for as many rows more, which the caller fills in.
         """
         n = len(self._requests)
-        starts = (self._before[:n] + self._steps.taken).astype(np.int32)
+        slots, starts = np.empty(n + room, np.int32), np.empty(n + room, np.int32)
+        slots[:n] = self._slots[:n]
+        np.add(self._before[:n], self._steps.taken, out=starts[:n], casting="same_kind")
         self._steps.taken += times
-        return self._requests.copy(), self._outputs.copy(), self._slots[:n].copy(), starts
+        return self._requests.copy(), self._outputs.copy(), slots, starts
 
     def check(self) -> None:
         """Raise AssertionError unless columns and schedule agree with the requests (for tests; O(everything))."""

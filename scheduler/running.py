@@ -69,7 +69,8 @@ class Running:
 
     def remove(self, request: Request) -> list[int]:
         """Take a request off its slot; returns its pages."""
-        self.requests.remove(request)
+        at = bisect.bisect_left(self.requests, self._ranks[request], key=self._ranks.__getitem__)
+        del self.requests[self.requests.index(request, at)]
         if request in self._decodes:
             self._decodes.discard(request)
         elif request in self._others:
@@ -114,16 +115,18 @@ class Running:
 
         All these tokens count as computed from now on.
         """
-        requests, outputs, slots, starts = self._decodes.advance()
-        num_decodes, counts, last = len(requests), np.ones(len(requests), np.int32), self._decodes.last()
-        samples = num_decodes
+        num_decodes = samples = len(self._decodes)
+        requests, outputs, slots, starts = self._decodes.advance(room=len(chosen))
+        counts, last = np.ones(len(slots), np.int32), self._decodes.last()
         if chosen:
             ending: list[Request] = []  # requests whose last known token is computed, so that they sample
             rest: list[Request] = []
             for request, count in chosen.items():
                 (ending if request.num_computed + count == request.num_with_pending else rest).append(request)
             rows = ending + rest
-            columns = np.array([(r.slot, r.num_computed, chosen[r]) for r in rows], np.int32).T
+            slots[num_decodes:] = [request.slot for request in rows]
+            starts[num_decodes:] = [request.num_computed for request in rows]
+            counts[num_decodes:] = [chosen[request] for request in rows]
             for request in rows:
                 self._compute(request, chosen[request], now)
                 if request.num_computed == request.max_computed and request.prepares:
@@ -136,9 +139,6 @@ class Running:
             requests += rows
             outputs += [request.output for request in ending]
             samples += len(ending)
-            slots = np.concatenate((slots, columns[0]))
-            starts = np.concatenate((starts, columns[1]))
-            counts = np.concatenate((counts, columns[2]))
         changes = [(r.slot, first, r.pages[first:]) for r, first in self._changed.items()]
         self._changed.clear()
         tokens = num_decodes + sum(chosen.values())

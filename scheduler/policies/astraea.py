@@ -172,6 +172,8 @@ class Gate:
         self._faded = max(0.0, self._faded - context * 2.0 ** -((self._at - since) / HALF_LIFE_S))
 
     def _fade(self, now: float) -> None:
+        if now == self._at:
+            return
         self._faded *= 2.0 ** -((now - self._at) / HALF_LIFE_S)
         self._again_s *= math.exp(-(now - self._at) / self.WINDOW_S)
         self._at = now
