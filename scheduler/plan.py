@@ -36,3 +36,5 @@ class Plan(NamedTuple):
     """The outputs of the requests of the rows that sample, to which commit appends."""
     last: list[int]
     """Rows that sample the last token that their requests may generate, in order."""
+    ended: list[Request]
+    """Requests that have ended since, with a token under way. Written by Scheduler."""

@@ -7,7 +7,7 @@ A policy never looks at all waiting programs one by one. When a request is queue
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ CLASS = 1e12
 stay far below it, is exact to 1e-4."""
 
 
-@dataclass(frozen=True)
-class Pressure:
+class Pressure(NamedTuple):
     """The pool as policies see it."""
 
     page_size: int

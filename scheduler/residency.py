@@ -156,7 +156,7 @@ class Residency:
         if request.num_pending:
             return None
         offer = self._offer(request)
-        return offer if all(part.copy.ready for part in offer.parts) else None
+        return None if offer.parts and not all(part.copy.ready for part in offer.parts) else offer
 
     def held(self, request: Request) -> tuple[int, int]:
         """Count the tokens of a request that could start now whose KV is on the device, and on the host."""

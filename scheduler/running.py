@@ -144,7 +144,7 @@ class Running:
         tokens = num_decodes + sum(chosen.values())
         context = int(starts.sum()) + tokens
         return Plan(
-            requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context, outputs, last
+            requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context, outputs, last, []
         )
 
     def extend(self, plan: Plan, times: int) -> int:

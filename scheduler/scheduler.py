@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
-from operator import attrgetter
 
 from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
@@ -31,7 +30,8 @@ from .view import ProgramView
 from .wait import Wait
 from .waits import Waits
 
-_finish_reason = attrgetter("finish_reason")
+NO_TOKEN = -1
+"""What a row samples if the device could not choose a token, because its logits are not finite."""
 
 
 class Scheduler:
@@ -47,7 +47,8 @@ class Scheduler:
         self._programs = Registry(config.max_programs, self._forget)
         self._waits = Waits(self._programs, self._residency, policy.predict)
         self._numbers = itertools.count(1)
-        self._stops: Counter[int] = Counter()  # of all live requests
+        self._in_flight: deque[Plan] = deque()  # plans that are not committed
+        self._stops = Counter([NO_TOKEN])  # tokens that end a row: the stops of all live requests, too
         self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
         """Forks, and tails that are replaced."""
 
@@ -128,6 +129,9 @@ class Scheduler:
             self._planner.preparations.end(request.program, reason)
             return
         request.finish_reason = reason
+        if request.num_pending:
+            for plan in self._in_flight:
+                plan.ended.append(request)
         program, job = request.program, request.program.job
         del self._programs.live[program]
         for token in request.stops:
@@ -198,6 +202,7 @@ class Scheduler:
         no host copy has kept from their first token on. Every page is free afterwards, and every transfer under way is
         cancelled. Plans that have not been committed must not be: what they sampled is lost.
         """
+        self._in_flight.clear()
         failed = list(self._running.requests)
         for request in failed:
             self.finish(request, "error", now)
@@ -254,7 +259,8 @@ class Scheduler:
         self._programs.check()
         self._admission.check()
         self._planner.preparations.check(self._programs.programs())
-        assert self._stops == Counter(stop for request in self._programs.live.values() for stop in request.stops)
+        stops = (stop for request in self._programs.live.values() for stop in request.stops)
+        assert self._stops == Counter([NO_TOKEN, *stops])
         requests = [*self._programs.live.values(), *(p.preparing for p in self._programs.idle)]
         started = {r for r in requests if r is not None and r.slot >= 0}
         assert started == set(self._running.requests), "a running request is not live"
@@ -269,7 +275,10 @@ class Scheduler:
         """
         self.expire(now)
         self._residency.end_leases(now)
-        return self._planner.plan(now)
+        plan = self._planner.plan(now)
+        if plan is not None:
+            self._in_flight.append(plan)
+        return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Learn how long a step took, for predictions."""
@@ -292,10 +301,10 @@ class Scheduler:
         return self._residency.take_transfers()
 
     def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> tuple[list[Request], Sequence[int]]:
-        """Take in what a dispatched plan sampled, ``tokens`` one per row that samples.
+        """Take in what the oldest plan under way sampled, ``tokens`` one per row that samples.
 
         Returns live requests, and the new token of each. Requests that have ended since the plan are left out. A
-        request ends here if its token is a stop or its last, or negative: that is, if the device could not choose one.
+        request ends here if its token is a stop or its last, or ``NO_TOKEN``.
 
         What happens to all rows runs at the speed of C; Python looks only at rows that may begin or end.
         """
@@ -303,15 +312,17 @@ class Scheduler:
         last: Sequence[int] = plan.last
         if len(tokens) != len(requests):
             raise ValueError(f"{len(tokens)} tokens for {len(requests)} rows that sample")
-        if any(map(_finish_reason, requests)):
+        if self._in_flight and self._in_flight[0] is plan:
+            self._in_flight.popleft()
+        if plan.ended:
             rows = zip(requests, outputs, tokens, strict=True)
             live = [row for row in rows if row[0].finish_reason is None]
             requests, outputs, tokens = [r for r, _, _ in live], [o for _, o, _ in live], [t for _, _, t in live]
             first, last = 0, range(len(live))
-        elif min(tokens, default=0) < 0 or not self._stops.keys().isdisjoint(tokens):
+        elif not self._stops.keys().isdisjoint(tokens):
             last = range(len(requests))
         for request, token in zip(requests[first:], tokens[first:], strict=True):
-            if not request.output and token >= 0:
+            if not request.output and token != NO_TOKEN:
                 request.first_token = now
         deque(map(list.append, outputs, tokens), maxlen=0)
         for row in last:
@@ -320,7 +331,7 @@ class Scheduler:
 
     def _end_row(self, request: Request, token: int, now: float) -> None:
         """End a request if the token just added to its output is its last."""
-        if token < 0:
+        if token == NO_TOKEN:
             request.output.pop()
             self.finish(request, "error", now)
         elif token in request.stops:

@@ -75,6 +75,7 @@ class Astraea(Policy):
         self._terms = terms or Terms()
         self.backfill = self._terms.backfill
         self._gate = Gate()
+        self._oldest = math.inf  # nobody has waited since before
 
     def features(self, request: Request) -> Sequence[float]:
         program, terms = request.program, self._terms
@@ -85,6 +86,7 @@ class Astraea(Policy):
             held = min(request.reusable, len(program.pages) * request.page_size)
             size *= request.num_tokens - terms.resident * held
         since = request.queued - program.job.waited_s
+        self._oldest = min(self._oldest, since)
         return since, since - program.job.ran_s, size**-terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
@@ -93,8 +95,8 @@ class Astraea(Policy):
         head_start = self._terms.typical * typical
         scores: np.ndarray = began - (now + head_start) if self._terms.wait else np.full(len(began), -head_start)
         scores *= weight
-        if now - since.min() > PATIENCE * typical:  # rarely, so it is asked before everybody is weighed
-            wait = now - since
+        if now - self._oldest > PATIENCE * typical:  # rarely, so not everybody is looked at each time
+            wait, self._oldest = now - since, float(since.min())
             scores = np.where(wait > PATIENCE * typical, -CLASS - wait, scores)
         return scores
 

@@ -24,7 +24,7 @@ def test_step_costs_are_found_from_steps():
         context = rng.randint(0, 100_000)
         seconds = truth.step_s(rows, tokens, context)
         assert seconds == pytest.approx(2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context)
-        plan = Plan([None] * rows, none, none, none, 0, rows, [], [], tokens, context, [], [])
+        plan = Plan([None] * rows, none, none, none, 0, rows, [], [], tokens, context, [], [], [])
         fit.observe(plan, seconds * rng.uniform(0.95, 1.05))
     assert fit.costs.base_s == pytest.approx(2e-3, rel=0.1)
     assert fit.costs.per_prefill_s == pytest.approx(5e-3, rel=0.15)
