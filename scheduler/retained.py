@@ -119,11 +119,11 @@ class RetainedKV:
     def lose_copy(self, program: Program, copy: HostCopy, why: str) -> None:
         """Drop a copy, and the KV that only it held."""
         self._copies.remove(program, copy)
+        self.order.recount(program)
         if program.running is None and copy.end > len(program.pages):
             self.cut_to(program, max(copy.first, len(program.pages)), why)
         elif program in self.order.all:
             self.order.dirty.add(program)
-            self.order.recount(program)
 
     def make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
         """Drop copies until the host has room for ``count`` pages.
