@@ -23,6 +23,7 @@ class DecodeBatch:
         self._at: dict[Request, int] = {}
         self._slots = np.zeros(size, np.int32)
         self._before = np.zeros(size, np.int64)  # tokens that each has computed, less the steps taken
+        self._sum = 0  # of these
         self._steps = StepCount()
         self._full: defaultdict[int, list[Request]] = defaultdict(list)  # by step; outdated entries are ignored
         self._last: defaultdict[int, list[Request]] = defaultdict(list)
@@ -30,6 +31,11 @@ class DecodeBatch:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    @property
+    def context(self) -> int:
+        """Tokens that all of them have computed."""
+        return self._sum + len(self._requests) * self._steps.taken
 
     def __contains__(self, request: Request) -> bool:
         return request in self._at
@@ -39,7 +45,8 @@ class DecodeBatch:
         self._requests.append(request)
         self._outputs.append(request.output)
         request.advance_with(self._steps)
-        self._slots[at], self._before[at] = request.slot, request.computed_else
+        self._slots[at], self._before[at] = request.slot, request.computed_base
+        self._sum += request.computed_base
         self.schedule(request)
 
     def schedule(self, request: Request) -> None:
@@ -48,15 +55,16 @@ class DecodeBatch:
         To be called when its pages have become more.
         """
         if request.capacity < request.max_computed:
-            self._full[request.capacity - request.computed_else].append(request)
+            self._full[request.capacity - request.computed_base].append(request)
         else:
-            self._last[request.max_computed - request.computed_else].append(request)
+            self._last[request.max_computed - request.computed_base].append(request)
 
     def discard(self, request: Request) -> None:
         """Take a request out, if it is in."""
         at = self._at.pop(request, None)
         if at is None:
             return
+        self._sum -= request.computed_base
         request.advance_with(None)
         last, output = self._requests.pop(), self._outputs.pop()
         if last is not request:
@@ -81,7 +89,7 @@ class DecodeBatch:
                 if request in self._at and request.num_computed == request.max_computed:
                     self.discard(request)
             due = self._full.pop(self._looked, ())
-            found += [r for r in due if r in self._at and r.capacity - r.computed_else == self._looked]
+            found += [r for r in due if r in self._at and r.capacity - r.computed_base == self._looked]
         return found
 
     def advance(self, times: int = 1, room: int = 0) -> tuple[list[Request], list[list[int]], np.ndarray, np.ndarray]:
@@ -101,10 +109,11 @@ class DecodeBatch:
     def check(self) -> None:
         """Raise AssertionError unless columns and schedule agree with the requests (for tests; O(everything))."""
         assert self._at == {request: at for at, request in enumerate(self._requests)}
+        assert self.context == sum(request.num_computed for request in self._requests)
         for request, at in self._at.items():
             assert request.slot == self._slots[at]
             assert request.output is self._outputs[at]
             assert request.steps is self._steps
-            assert request.computed_else == self._before[at] == request.num_with_pending - 1 - self._steps.taken
-            step = min(request.capacity, request.max_computed) - request.computed_else
+            assert request.computed_base == self._before[at] == request.num_with_pending - 1 - self._steps.taken
+            step = min(request.capacity, request.max_computed) - request.computed_base
             assert request in (self._full if request.capacity < request.max_computed else self._last)[step]

@@ -214,7 +214,7 @@ class Request:
     # Written by DecodeBatch, and by whoever sets num_computed.
     steps: StepCount = field(init=False, default=_ALONE)
     """The steps at each of which it computes one token."""
-    computed_else: int = field(init=False, default=0)
+    computed_base: int = field(init=False, default=0)
     """``num_computed`` less the steps taken."""
 
     # Written by Residency and HostCopies when it is admitted, and when a restore ends.
@@ -238,11 +238,11 @@ class Request:
 
         Residency, Running and DecodeBatch advance it; Scheduler sets it back to 0 when it leaves its slot.
         """
-        return self.computed_else + self.steps.taken
+        return self.computed_base + self.steps.taken
 
     @num_computed.setter
     def num_computed(self, tokens: int) -> None:
-        self.computed_else = tokens - self.steps.taken
+        self.computed_base = tokens - self.steps.taken
 
     def advance_with(self, steps: StepCount | None) -> None:
         """From now on one token is computed at every step that is counted; None: no longer."""

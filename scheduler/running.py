@@ -116,6 +116,7 @@ class Running:
         All these tokens count as computed from now on.
         """
         num_decodes = samples = len(self._decodes)
+        context = self._decodes.context + sum(request.num_computed for request in chosen)
         requests, outputs, slots, starts = self._decodes.advance(room=len(chosen))
         counts, last = np.ones(len(slots), np.int32), self._decodes.last()
         if chosen:
@@ -142,10 +143,8 @@ class Running:
         changes = [(r.slot, first, r.pages[first:]) for r, first in self._changed.items()]
         self._changed.clear()
         tokens = num_decodes + sum(chosen.values())
-        context = int(starts.sum()) + tokens
-        return Plan(
-            requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context, outputs, last, []
-        )
+        columns = (requests, slots, starts, counts)
+        return Plan(*columns, num_decodes, samples, admitted, changes, tokens, context + tokens, outputs, last, [])
 
     def extend(self, plan: Plan, times: int) -> int:
         """Repeat a plan for up to ``times`` equal steps; returns how many steps it stands for now.
