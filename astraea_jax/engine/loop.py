@@ -270,8 +270,8 @@ class ServingLoop:
         arrived, now = time.perf_counter(), time.monotonic()
         logprobs = {} if step.logprobs is None else self._logprobs(step, tokens)
         took = arrived - max(step.dispatched, self._step_ended)
-        requests, tokens = self._scheduler.commit(step.plan, tokens, now)
-        for request, token in zip(requests, tokens, strict=True):
+        requests, new = self._scheduler.commit(step.plan, tokens, now)
+        for request, token in zip(requests, new, strict=True):
             self._push(self._live[request], token, logprobs.get(request, ()), now)
         self._scheduler.observe(step.plan, took)
         self.work.committed(len(requests), took)
