@@ -130,7 +130,7 @@ class Replayer:
         pages = layout.num_pages - 1
         self.tokens = pages * config.page_size
         """Tokens of KV that the device holds."""
-        transfers = replace(layout, host=HostTier(pages, staging_pages(pages)))
+        transfers = replace(layout, host=HostTier(pages, staging_pages(pages, config.page_size)))
         self._runner = SharedRunner.of(self._decoder, config, transfers, meshes[0])
 
     def check(self, programs: Sequence[TraceProgram]) -> None:
@@ -240,5 +240,5 @@ class Replayer:
             max_seqs=self._config.max_seqs,
             max_step_tokens=self._config.max_step_tokens,
             host_tokens=host_tokens,
-            staging_tokens=page * staging_pages(pages),
+            staging_tokens=page * staging_pages(pages, page),
         )
