@@ -46,8 +46,8 @@ SIZES = {"cpu": Sizes(max_seqs=64, max_step_tokens=512, page_size=16)}
 """Platform -> sizes, for those that are not given. A CPU's time grows with every token, so that a long step keeps those
 who decode waiting."""
 ACCELERATOR = Sizes(max_seqs=256, max_step_tokens=2048, page_size=64)
-"""For other platforms. With pages of 16 tokens the KV of a program came back from the host in some 35 pieces, which took
-the host longer than a step took an H200; with 64 there are 12 (counted in simulation)."""
+"""For other platforms. With pages of 16 tokens the KV of a program came back from the host in some 35 pieces, which
+took the host longer than a step took an H200; with 64 there are 12 (counted in simulation)."""
 
 
 def default_sizes(platform: str) -> Sizes:
