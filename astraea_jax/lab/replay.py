@@ -203,6 +203,7 @@ class Replayer:
             scheduler_s=times.plan_s + times.commit_s,
             mean_live_context=0.0,
             refused=0,
+            page_size=self._config.page_size,
         )
         link = page / max(engine.transfer_costs.per_page_s, 1e-9)
         machine = Machine(engine.step_costs.costs, page / self._config.page_size, link_bytes_s=link, measured=True)
