@@ -32,6 +32,17 @@ LARGEST_COUNT = 2**31 - 1
 LARGEST_SIZE = 2**63 - 1
 
 
+SIZES = {"cpu": (64, 512)}
+"""Platform -> max_seqs and max_step_tokens unless they are given; on others :data:`ACCELERATOR_SIZES`.
+A CPU's time grows with every token, so that a long step keeps those who decode waiting; an accelerator wants many."""
+ACCELERATOR_SIZES = (256, 2048)
+
+
+def default_sizes(platform: str) -> tuple[int, int]:
+    """``max_seqs`` and ``max_step_tokens`` for a kind of device, as JAX names it."""
+    return SIZES.get(platform, ACCELERATOR_SIZES)
+
+
 @dataclass(frozen=True)
 class Whole:
     """An option that is an integer."""
@@ -102,10 +113,10 @@ class EngineConfig:
         StartupError: a value is not allowed; the message names the field, the value and what is allowed.
     """
 
-    max_seqs: int = _option(64, Whole())
-    """Requests that run at once."""
-    max_step_tokens: int = _option(512, Whole())
-    """Tokens of one step, prefill and decode together."""
+    max_seqs: int = _option(None, Whole())
+    """Requests that run at once. None: 256, on a CPU 64 (:data:`SIZES`)."""
+    max_step_tokens: int = _option(None, Whole())
+    """Tokens of one step, prefill and decode together. None: 2,048, on a CPU 512 (:data:`SIZES`)."""
     page_size: int = _option(16, Whole())
     """Tokens per KV page."""
     kv_bytes: int | None = _option(None, Whole(1, LARGEST_SIZE))
@@ -156,11 +167,19 @@ class EngineConfig:
                 continue
             also = ", or None" if field.default is None else ""
             raise StartupError(f"{field.name} is {shown(value)}; it must be {allowed}{also}")
+        self._fill_in_sizes()
         if self.max_step_tokens < self.max_seqs:
             raise StartupError(
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
                 "a step must hold one token of every running request"
             )
+
+    def _fill_in_sizes(self) -> None:
+        """Choose what was not given, so that given sizes fit: as many rows as a step has tokens, and the reverse."""
+        if self.max_seqs is None or self.max_step_tokens is None:
+            seqs, tokens = default_sizes(jax.default_backend())
+            object.__setattr__(self, "max_seqs", self.max_seqs or min(seqs, self.max_step_tokens or seqs))
+            object.__setattr__(self, "max_step_tokens", self.max_step_tokens or max(tokens, self.max_seqs))
 
     def weight_dtype(self) -> Any:
         """The dtype of activations, and of weights that are not quantized."""

@@ -57,7 +57,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
 flags.DEFINE_bool("extras", False, "Also measure rows that need more than plain sampling, in turns with plain ones.")
-options = engine_flags(*MODEL, "max_step_tokens")
+options = engine_flags(*MODEL, "max_step_tokens", max_step_tokens=512)
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )
@@ -167,8 +167,12 @@ async def decode(
         while engine.times.steps - before.steps < steps:
             await asyncio.sleep(0.001)
         took, after = time.perf_counter() - began, StepTimes(**asdict(engine.times))
-    for generation in running:
-        generation.cancel()
+        for generation in running:
+            generation.cancel()
+        if watch:  # it watches every step until the device is idle
+            while engine.times.steps > after.steps:
+                after = StepTimes(**asdict(engine.times))
+                await asyncio.sleep(0.1)
     spent = {name: getattr(after, name) - getattr(before, name) for name in asdict(before)}
     return took, StepTimes(**spent)
 

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 
 from ..config import SchedulerConfig, SchedulerStats
+from ..costs import prefilled_pairs
 from ..plan import Plan
 from ..policy import Policy
 from ..program import Rejected, Request
@@ -182,7 +183,7 @@ class Simulator:
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step; returns how many equal ones it stands for, when the last of them starts, and when that ends."""
         costs = self._machine.steps
-        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context)
+        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context, prefilled_pairs(plan))
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1

@@ -132,7 +132,7 @@ def triton():
 
 
 @pytest.mark.serves(
-    "triton", "written", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "triton", "run", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
 )
 @on_a_gpu
 @settings(deadline=None, max_examples=20)  # each compiles its kernels
@@ -141,21 +141,25 @@ def test_matches_numpy(triton, case, variant):
     case.check(case.attend(triton(*variant)), case.expected(*variant), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.serves("triton", "written", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
+@pytest.mark.serves("triton", "run", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
 @on_a_gpu
 @pytest.mark.parametrize("head", HEAD_DIMS)
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_matches_numpy_in_half_precision(triton, dtype, size, head):
     case = Ragged.make(size, 4, 4, head, [1, 130, 0, 1, 17], [3000, 65, 0, size - 1, 0], seed=head)
-    case.check(case.attend(triton(), dtype), case.expected(), rtol=1e-2, atol=1e-2)
+    case.check(
+        case.attend(triton(), dtype), case.expected(), rtol=2e-2, atol=2e-2
+    )  # outputs of up to 4, of 8 bits each
 
 
 @on_a_gpu
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 32])
 def test_query_heads_that_share_a_head(triton, group):
     case = Ragged.make(16, 2, group, 64, [1, 50, 1], [500, 100, 0], seed=group)
-    case.check(case.attend(triton(), jnp.bfloat16), case.expected(), rtol=1e-2, atol=1e-2)
+    case.check(
+        case.attend(triton(), jnp.bfloat16), case.expected(), rtol=2e-2, atol=2e-2
+    )  # outputs of up to 4, of 8 bits each
 
 
 @on_a_gpu
@@ -179,7 +183,7 @@ def test_decode_steps(triton, rows, past):
     case.check(case.attend(triton()), case.expected(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.serves("triton", "written", "fp8 KV")
+@pytest.mark.serves("triton", "run", "fp8 KV")
 @on_a_gpu
 def test_float8_pages(triton):
     case = Ragged.make(32, 4, 4, 128, [1, 40, 1], [700, 30, 5], seed=8)
@@ -188,7 +192,7 @@ def test_float8_pages(triton):
     np.testing.assert_allclose(out[:real], case.expected()[0][:real], atol=0.15)
 
 
-@pytest.mark.serves("triton", "written", "the engine's tokens, against dense attention")
+@pytest.mark.serves("triton", "run", "the engine's tokens, against dense attention")
 @on_a_gpu
 async def test_the_engine_generates_what_dense_attention_does(triton, make_engine, greedy):
     """The default backend of a GPU, with prefill in chunks and decode in one batch."""

@@ -135,7 +135,7 @@ class Ragged:
         """Two backends write the same numbers, but for a last digit here and there, and their outputs are close."""
         (got, pages), (expected, written) = (self.attend(backend, dtype, kv_dtype) for backend in (one, other))
         real = self.batch.cu_q_lens[-1]
-        np.testing.assert_allclose(got[:real], expected[:real], rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(got[:real], expected[:real], rtol=3e-2, atol=3e-2)
         assert np.isfinite(got[real:]).all()
         pages, written = pages[1:], written[1:]
         assert ((pages == written) | np.isnan(written)).mean() > 0.995
