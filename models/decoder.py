@@ -1,8 +1,8 @@
 """The decoder shared by Llama 3.x, Qwen2.5 and Qwen3 (dense).
 
 The three differ in two switches of :class:`ModelConfig` (``qkv_bias``, ``qk_norm``) and in the scaling of the rotary
-embedding, so one file serves them all. It does not know about pages: the caller passes ``attend``, which stores the new
-keys and values in its cache and returns the attention output.
+embedding, so one file serves them all. It does not know about pages: the caller passes ``attend``, which rotates
+queries and keys, stores the new keys and values in its cache and returns the attention output.
 
 Axis letters: T tokens of all sequences laid end to end, D hidden size, N query heads, K key/value heads, G = N / K
 queries that share one, H head size, F feed-forward size, V vocabulary.
@@ -10,6 +10,7 @@ queries that share one, H head size, F feed-forward size, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import ModelConfig, RopeScaling
+from .heads import Heads, rms_norm
 from .quantize import matrix, project
 
 LayerCache = Any
@@ -26,8 +28,11 @@ LayerCache = Any
 
 Index = int | jax.Array
 
-Attend = Callable[[Index, jax.Array, jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache]]
-"""``attend(layer, q [T, N, H], k [T, K, H], v [T, K, H], cache) -> (out [T, N, H], cache)``."""
+Attend = Callable[[Index, Heads, LayerCache], tuple[jax.Array, LayerCache]]
+"""``attend(layer, heads, cache) -> (out [T, N, H], cache)``."""
+
+Rotary = tuple[jax.Array, jax.Array]
+"""Cosine and sine ``[T, H / 2]`` of the rotary embedding's angles."""
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -45,26 +50,15 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
     return freqs * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Apply the rotary embedding ``cos, sin [T, 1, H / 2]`` to ``x [T, heads, H]``.
-
-    Halves are paired as in Hugging Face's models.
-    """
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32."""
+    """:func:`~astraea_jax.models.heads.rms_norm` with its scale."""
 
     def __init__(self, size: int, eps: float, dtype: Any):
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        f = x.astype(jnp.float32)
-        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
-        return f.astype(x.dtype) * self.scale[...]
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Attention(nnx.Module):
@@ -88,17 +82,16 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(h, config.rms_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Index, cache: LayerCache
+        self, x: jax.Array, rotary: Rotary, attend: Attend, layer: Index, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
         qkv = project(x, self.qkv, self.qkv_scale)
         if self.has_bias:
             qkv = qkv + self.qkv_bias[...]
-        qkv = qkv.reshape(-1, *self.heads)
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        q = q.reshape(q.shape[0], -1, q.shape[-1])
+        heads = Heads(qkv.reshape(-1, *self.heads), *rotary)
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
+            q_norm, k_norm = self.q_norm.scale[...], self.k_norm.scale[...]
+            heads = dataclasses.replace(heads, q_norm=q_norm, k_norm=k_norm, eps=self.q_norm.eps)
+        out, cache = attend(layer, heads, cache)
         return project(out.reshape(out.shape[0], -1), self.o, self.o_scale), cache
 
 
@@ -131,9 +124,9 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype, quantized_dtype, rngs)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Index, cache: LayerCache
+        self, x: jax.Array, rotary: Rotary, attend: Attend, layer: Index, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        out, cache = self.attention(self.input_norm(x), cos, sin, attend, layer, cache)
+        out, cache = self.attention(self.input_norm(x), rotary, attend, layer, cache)
         x = x + out
         return x + self.mlp(self.post_attention_norm(x)), cache
 
@@ -148,16 +141,14 @@ class Stack(nnx.Module):
     def __init__(self, layer: Layer, count: int):
         self.layer, self.count = layer, count
 
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+    def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         graph, arrays = nnx.split(self.layer)
 
         def body(carry: tuple[jax.Array, LayerCache], each: Any) -> tuple[tuple[jax.Array, LayerCache], None]:
             i, of_one = each
             layer: Layer = nnx.merge(graph, of_one)
             x, cache = carry
-            return layer(x, cos, sin, attend, i, cache), None
+            return layer(x, rotary, attend, i, cache), None
 
         with jax.named_scope("layers"):
             carry, _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.count), arrays))
@@ -206,18 +197,18 @@ class Decoder(nnx.Module):
         is given the one or the other.
         """
         c = self.config
-        angle = positions[:, None, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        cos, sin = jnp.cos(angle), jnp.sin(angle)  # [T, 1, H / 2]
+        angle = positions[:, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        rotary = jnp.cos(angle), jnp.sin(angle)
         x = self.embed.weight[...][tokens]
         if isinstance(self.layers, Stack):
-            x, cache = self.layers(x, cos, sin, attend, cache)
+            x, cache = self.layers(x, rotary, attend, cache)
             return self.norm(x), cache
         graph, _ = nnx.split(self.layers[0])
 
         @jax.jit  # traced once instead of once per layer; what is compiled is the same
         def run(of_one: Any, i: jax.Array, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
             layer: Layer = nnx.merge(graph, of_one)
-            return layer(x, cos, sin, attend, i, cache)
+            return layer(x, rotary, attend, i, cache)
 
         caches = []
         for i, layer in enumerate(self.layers):

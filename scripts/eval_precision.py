@@ -109,7 +109,7 @@ def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
     def predict(decoder: Decoder, tokens: jax.Array, n: jax.Array) -> jax.Array:
         pages = (jnp.zeros(shape, backend.page_dtype(kv_dtype)),) * c.num_layers
         where = Batch(table, n[None], jnp.stack([0, n]), jnp.where(at < n, at + PAGE, 0))
-        hidden, _ = decoder(tokens, at, pages, lambda _, q, k, v, p: backend.attend(q, k, v, p, where, q_tile=16))
+        hidden, _ = decoder(tokens, at, pages, lambda _, heads, p: backend.attend(heads, p, where, q_tile=16))
         return jax.nn.log_softmax(decoder.logits(hidden))
 
     graph, state = nnx.split(decoder)

@@ -49,6 +49,7 @@ from astraea_jax.models import BUNDLED
 from astraea_jax.models.checkpoint import save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.heads import Heads
 from astraea_jax.models.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -171,8 +172,8 @@ def logits_of(decoder: Decoder, tokens: jax.Array) -> jax.Array:
     """Logits of every next token, ``[B, L] -> [B, L, V]``, with plain causal attention."""
     b, length = tokens.shape
 
-    def attend(_: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        q, k, v = (x.reshape(b, length, *x.shape[1:]) for x in (q, k, v))
+    def attend(_: int | jax.Array, heads: Heads, cache: Any) -> tuple[jax.Array, Any]:
+        q, k, v = (x.reshape(b, length, *x.shape[1:]) for x in heads.rotated())
         return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b * length, *q.shape[2:]), cache
 
     positions = jnp.tile(jnp.arange(length), b)

@@ -128,7 +128,8 @@ def dense(random_folder: Path) -> Callable[[Sequence[int]], np.ndarray]:
     graph, state = nnx.split(decoder)
     length = RANDOM.max_position
 
-    def attend(_, q, k, v, cache):
+    def attend(_, heads, cache):
+        q, k, v = heads.rotated()
         return jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0], cache
 
     @jax.jit

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors"},
-    {"models", "scheduler", "kernels"},
+    {"models", "scheduler"},
+    {"kernels"},
     {"kv_cache"},
     {"engine"},
     {"agents"},

@@ -1,8 +1,9 @@
-"""Drawing again from the logits of a step, for rows that need more than plain sampling.
+"""Drawing from the logits of a step, for rows that need more than the most probable token.
 
-The step samples every row plainly. What penalties, biases and grammars make of a row's logits depends on the token
-before, which the host learns while the forward of the step runs; then it changes some logits, masks others, and has
-those rows drawn again. A step without such rows is one executable, and nothing here runs.
+The step takes the most probable token of every row; rows with a temperature are drawn at once. What penalties, biases
+and grammars make of a row's logits depends on the token before, which the host learns while the forward of the step
+runs; then it changes some logits, masks others, and has those rows drawn again. If all rows are greedy, nothing here
+runs.
 """
 
 from __future__ import annotations

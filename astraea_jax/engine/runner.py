@@ -19,7 +19,7 @@ from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.extras import Extras
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.resampling import ENTRIES, ENTRY, lowerings, mask_words
-from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.sampling import MIN_TEMPERATURE, SamplingParams
 from astraea_jax.engine.step import COLUMNS, Step, StepShape, StepSizes
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.arrays import PagedKV, make_pages
@@ -66,6 +66,7 @@ class Runner:
         self.block_sharding = block_sharding(self._pages[0])
         """Sharding of a block of pages on the device."""
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
+        self._draws = np.zeros(sizes.max_seqs, bool)  # whether a slot has a temperature
 
     def _make_arrays(self, slots: int) -> None:
         """Make what steps read and write: pages, the last token of each slot, the page table, and masks of all 1."""
@@ -162,6 +163,7 @@ class Runner:
         """Set how the rows of a batch slot sample from the next dispatch on."""
         self._sampling[slot, :2] = min(params.top_k, 2**31 - 1), np.uint32(params.seed or 0).astype(np.int32)
         self._sampling[slot, 2:].view(np.float32)[:] = params.temperature, params.top_p, params.min_p
+        self._draws[slot] = params.temperature >= MIN_TEMPERATURE
 
     def dispatch(self, plan: Plan) -> InFlight:
         """Start a step and return at once."""
@@ -174,6 +176,8 @@ class Runner:
             self._update_table(updates, plan.changes)
         _fill_tokens(tokens[: plan.tokens], plan)
         sampled = self.launch(shape, packed)
+        if self._draws[plan.slots[: plan.samples]].any():
+            sampled = self.redraw(self._described(plan))
         sampled.copy_to_host_async()
         return InFlight(plan, sampled, time.perf_counter())
 
@@ -203,15 +207,20 @@ class Runner:
             reported.copy_to_host_async()
         return replace(step, tokens=tokens, logprobs=reported)
 
+    def _described(self, plan: Plan) -> np.ndarray:
+        """The first argument of :meth:`redraw`, for all rows of the last step."""
+        rows = np.zeros((len(self._sampled), COLUMNS), np.int32)
+        self._describe(rows, plan)
+        return rows
+
     def _redrawn(self, plan: Plan, extras: Extras) -> tuple[np.ndarray, np.ndarray | None]:
         """The arguments of :meth:`redraw`."""
-        size = len(self._sampled)
-        rows, described = np.zeros((size, COLUMNS), np.int32), np.zeros((size, COLUMNS), np.int32)
-        self._describe(described, plan)
+        described = self._described(plan)
+        rows = np.zeros_like(described)
         rows[extras.rows] = described[extras.rows]  # the others are greedy, which takes no time, and are not looked at
         if not extras.masked:
             return rows, None
-        masks = np.full((size, extras.masks.shape[1]), -1, np.int32)
+        masks = np.full((len(rows), extras.masks.shape[1]), -1, np.int32)
         masks[extras.masked] = extras.masks
         return rows, masks
 

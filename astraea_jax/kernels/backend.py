@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.models.heads import Heads
+
 
 class Batch(NamedTuple):
     """Places of a step's tokens in the paged arrays."""
@@ -59,19 +61,16 @@ class Backend(Protocol):
     def page_dtype(self, dtype: Any) -> Any:
         """Dtype of the array that holds pages of keys and values in ``dtype``; its size is the same."""
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
         """Store keys and values, then attend causally, scaled by ``H ** -0.5``; see :func:`stored` for float8 pages.
 
         Args:
-            q: ``[T, N, H]`` queries of all rows end to end, padding last.
-            k: ``[T, K, H]`` keys.
-            v: ``[T, K, H]`` values.
+            heads: of the T tokens of all rows end to end, padding last; queries, keys and values are what
+                :meth:`~astraea_jax.models.heads.Heads.rotated` makes of them.
             pages: ``[P, *page_shape]``, this layer's pages.
             batch: where the tokens are in the pages.
             q_tile: 1 if every row has at most one token and token t belongs to row t; otherwise rows have any length.
 
         Returns:
-            ``[T, N, H]`` in the dtype of ``q``, finite but undefined for padding, and the pages.
+            ``[T, N, H]`` in the dtype of ``heads``, finite but undefined for padding, and the pages.
         """

@@ -1,8 +1,8 @@
 """Ragged paged attention on NVIDIA GPUs: the kernels of :mod:`.triton_kernels`, launched from a compiled step.
 
-Keys and values are written in place and outputs replace the queries, so a step holds no second copy of a pool. The
-launches are custom calls that XLA records into command buffers (CUDA graphs): jaxlib registers their handler,
-``triton_kernel_call_ffi``, as compatible, and XLA's default ``--xla_gpu_enable_command_buffer`` includes custom calls.
+Keys and values are written in place, so a step holds no second copy of a pool. The launches are custom calls that XLA
+records into command buffers (CUDA graphs): jaxlib registers their handler, ``triton_kernel_call_ffi``, as compatible,
+and XLA's default ``--xla_gpu_enable_command_buffer`` includes custom calls.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from astraea_jax.errors import StartupError
+from astraea_jax.models.heads import Heads
 
-from .backend import Batch, stored
+from .backend import Batch
 
 Operand = jax.Array | jax.Ref | int | float
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
@@ -27,13 +28,11 @@ FP8_CAPABILITY = 89
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MOST_SPLITS = 32
 """Most Triton instances that share the context of one query."""
-WRITE_BLOCK = 1024
-"""Elements that one Triton instance writes."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of a kernel's matrix products and how many threads compute them: a guess, not tuned yet."""
+    """Block sizes of a kernel's matrix products and how many threads compute them."""
 
     m: int
     """Query rows: query heads of one key/value head, times queries."""
@@ -45,8 +44,13 @@ class Blocks:
 
 
 def single_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
-    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time."""
-    return Blocks(max(16, _power(group)), 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 4, 3)
+    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time.
+
+    Measured with Llama-3.1-8B's heads on an H200 (benchmarks/RESULTS.md), where two warps are a little faster than
+    four; guessed for others.
+    """
+    m = max(16, _power(group))
+    return Blocks(m, 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 2 if m == 16 else 4, 3)
 
 
 def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
@@ -117,6 +121,11 @@ class Triton:
     compute_capability: int | None = None
     """Compute capability of an absent GPU to compile for, such as 90 for H100 and H200."""
 
+    single: Blocks | None = None
+    """Blocks for rows with one query. None: :func:`single_blocks`."""
+    tiles: Blocks | None = None
+    """Blocks for longer rows. None: :func:`tile_blocks`."""
+
     name = "triton"
     heads_axis = 2
 
@@ -149,20 +158,23 @@ class Triton:
         """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """Write keys and values, attend rows with one query, then longer rows if ``q_tile`` allows any."""
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
+        """Attend rows with one query, which writes them; if ``q_tile`` allows longer rows, write all, and attend these.
+
+        In a step with longer rows, those with one query are written twice, with the same numbers.
+        """
         dtype = pages.dtype
-        k, v = stored(k, dtype), stored(v, dtype)
         if dtype == FP8 and self._capability() < FP8_CAPABILITY:
-            k, v, pages = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v, pages))
-        queries, pool = jax.new_ref(q), jax.new_ref(pages)
-        self._write(k, v, batch.slot_mapping, pool)
-        self._attend_single(queries, pool, batch)
-        if q_tile > 1:
+            pages = jax.lax.bitcast_convert_type(pages, jnp.uint8)
+        pool = jax.new_ref(pages)
+        if q_tile == 1:
+            (out,) = self._attend_single(heads, pool, batch, None)
+        else:
+            queries = jax.new_ref(self._turn_and_write(heads, pool, batch))
+            self._attend_single(heads, pool, batch, queries)
             self._attend_tiles(queries, pool, batch)
-        return jax.freeze(queries), jax.lax.bitcast_convert_type(jax.freeze(pool), dtype)
+            out = jax.freeze(queries)
+        return out, jax.lax.bitcast_convert_type(jax.freeze(pool), dtype)
 
     def _capability(self) -> int:
         return self.compute_capability or int(jax.devices()[0].compute_capability.replace(".", ""))
@@ -207,28 +219,32 @@ class Triton:
         )
         return filled
 
-    def _write(self, k: jax.Array, v: jax.Array, slot_mapping: jax.Array, pool: jax.Ref) -> None:
-        t, heads, h = k.shape
-        block = min(WRITE_BLOCK, _power(heads * h))
-        self.launch(
-            "write_kv",
-            (t, -(-heads * h // block)),
-            {"k": k, "v": v, "slot_mapping": slot_mapping, "pages": pool},
-            {"K": heads, "S": pool.shape[3], "H": h, "BLOCK": block},
+    def _turn_and_write(self, heads: Heads, pool: jax.Ref, batch: Batch) -> jax.Array:
+        t, k, _, h = heads.qkv.shape
+        group = heads.group
+        (queries,) = self.launch(
+            "turn_and_write",
+            (t, k),
+            {**_unturned(heads), "slot_mapping": batch.slot_mapping, "pages": pool},
+            {**_sizes(pool, group), "BLOCK_G": _power(group), "NORM": heads.q_norm is not None},
+            out={"q": jax.ShapeDtypeStruct((t, k * group, h), heads.qkv.dtype)},
         )
+        return queries
 
-    def _attend_single(self, queries: jax.Ref, pool: jax.Ref, batch: Batch) -> None:
-        heads, size = pool.shape[2:4]
-        _, n, h = queries.shape
+    def _attend_single(
+        self, heads: Heads, pool: jax.Ref, batch: Batch, queries: jax.Ref | None
+    ) -> tuple[jax.Array, ...]:
+        """Put the outputs of rows with one query into ``queries``; without it, return those of a decode step."""
+        t, k, _, h = heads.qkv.shape
+        n = k * heads.group
         rows, width = batch.page_table.shape
-        blocks = single_blocks(n // heads, h, queries.dtype)
-        splits, least = split_context(rows, heads, width * size, blocks.n)
-        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": self.window or 0}
+        blocks = self.single or single_blocks(heads.group, h, heads.qkv.dtype)
+        splits, least = split_context(rows, k, width * pool.shape[3], blocks.n)
         parts, heights = self.launch(
             "attend_single",
-            (heads, rows, splits),
-            {**self._operands(queries, pool, batch), "splits": splits, "least": least},
-            {**self._constants(queries, pool, blocks), **share},
+            (k, rows, splits),
+            {**_unturned(heads), **_context(pool, batch), "splits": splits, "least": least},
+            {**self._constants(heads.qkv, pool, heads.group, blocks), "NORM": heads.q_norm is not None},
             out={
                 "parts": jax.ShapeDtypeStruct((rows, n, splits, h), jnp.float32),
                 "heights": jax.ShapeDtypeStruct((rows, n, splits), jnp.float32),
@@ -236,49 +252,67 @@ class Triton:
             warps=blocks.warps,
             stages=blocks.stages,
         )
-        lens = {"kv_lens": batch.kv_lens, "cu_q_lens": batch.cu_q_lens}
-        self.launch(
+        operands = {"kv_lens": batch.kv_lens, "cu_q_lens": batch.cu_q_lens, "parts": parts, "heights": heights}
+        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": self.window or 0, "BLOCK_SPLITS": _power(splits)}
+        return self.launch(
             "combine",
             (n, rows),
-            {"q": queries, **lens, "parts": parts, "heights": heights, "splits": splits, "least": least},
-            {"N": n, "BLOCK_SPLITS": _power(splits), **share},
+            {**operands, "splits": splits, "least": least, **({} if queries is None else {"q": queries})},
+            {"N": n, "DECODE": queries is None, **share},
+            out={"q": jax.ShapeDtypeStruct((t, n, h), heads.qkv.dtype)} if queries is None else None,
         )
 
     def _attend_tiles(self, queries: jax.Ref, pool: jax.Ref, batch: Batch) -> None:
-        heads = pool.shape[2]
+        k = pool.shape[2]
         t, n, h = queries.shape
-        rows = batch.page_table.shape[0]
-        blocks = tile_blocks(n // heads, h, queries.dtype)
+        group, rows = n // k, batch.page_table.shape[0]
+        blocks = self.tiles or tile_blocks(group, h, queries.dtype)
         self.launch(
             "attend_tiles",
-            (heads, t // (blocks.m // (n // heads)) + rows),
-            {**self._operands(queries, pool, batch), "rows": rows},
-            self._constants(queries, pool, blocks),
+            (k, t // (blocks.m // group) + rows),
+            {"q": queries, **_context(pool, batch), "rows": rows},
+            self._constants(queries, pool, group, blocks),
             warps=blocks.warps,
             stages=blocks.stages,
         )
 
-    def _operands(self, queries: jax.Ref, pool: jax.Ref, batch: Batch) -> dict[str, Operand]:
+    def _constants(
+        self, queries: jax.Array | jax.Ref, pool: jax.Ref, group: int, blocks: Blocks
+    ) -> dict[str, int | float | str]:
         return {
-            "q": queries,
-            "pages": pool,
-            "page_table": batch.page_table,
-            "kv_lens": batch.kv_lens,
-            "cu_q_lens": batch.cu_q_lens,
-            "width": batch.page_table.shape[1],
-            "scale": queries.shape[2] ** -0.5,
-        }
-
-    def _constants(self, queries: jax.Ref, pool: jax.Ref, blocks: Blocks) -> dict[str, int | float | str]:
-        heads, size, h = pool.shape[2:]
-        return {
-            "K": heads,
-            "G": queries.shape[1] // heads,
-            "S": size,
-            "H": h,
+            **_sizes(pool, group),
             "BLOCK_M": blocks.m,
             "BLOCK_N": blocks.n,
             "WINDOW": self.window or 0,
             "SOFT_CAP": self.soft_cap or 0.0,
             "PRECISION": "ieee" if queries.dtype == jnp.float32 else "tf32",
         }
+
+
+def _unturned(heads: Heads) -> dict[str, Operand]:
+    """The heads as kernels take them; without a norm its scales are not looked at."""
+    q_norm, k_norm = (heads.cos if norm is None else norm for norm in (heads.q_norm, heads.k_norm))
+    return {
+        "qkv": heads.qkv,
+        "cos": heads.cos,
+        "sin": heads.sin,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
+        "eps": heads.eps,
+    }
+
+
+def _context(pool: jax.Ref, batch: Batch) -> dict[str, Operand]:
+    return {
+        "pages": pool,
+        "page_table": batch.page_table,
+        "kv_lens": batch.kv_lens,
+        "cu_q_lens": batch.cu_q_lens,
+        "width": batch.page_table.shape[1],
+        "scale": pool.shape[4] ** -0.5,
+    }
+
+
+def _sizes(pool: jax.Ref, group: int) -> dict[str, int]:
+    _, _, heads, size, h = pool.shape
+    return {"K": heads, "G": group, "S": size, "H": h}

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from astraea_jax.errors import StartupError
+from astraea_jax.models.heads import Heads
 
 from .backend import Batch, stored
 from .tiles import cut, most, queries
@@ -82,10 +83,9 @@ class PallasTPU:
         """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
         """:func:`write_kv`, then :func:`attention`."""
+        q, k, v = heads.rotated()
         check_page_table(batch)
         pages = write_kv(pages, k, v, batch, decode=q_tile == 1, interpret=self.interpret)
         return attention(q, pages, batch, q_tile=q_tile, interpret=self.interpret), pages

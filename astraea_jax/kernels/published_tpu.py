@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from astraea_jax.errors import StartupError
+from astraea_jax.models.heads import Heads
 
 from .backend import Batch, stored
 from .pallas_tpu import LANES, VMEM_BYTES, check_page_table
@@ -48,10 +49,9 @@ class TokamaxRPA:
         """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
         """Call the kernel, which uses its decode path for leading rows of one token."""
+        q, k, v = heads.rotated()
         from tokamax import ops
 
         check_page_table(batch)
@@ -95,10 +95,9 @@ class JaxRPA:
         """Return ``dtype``: pages hold the numbers themselves."""
         return jnp.dtype(dtype)
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
         """Scatter, then attend."""
+        q, k, v = heads.rotated()
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
         check_page_table(batch)

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.models.heads import Heads
+
 from .backend import Batch, stored
 from .tiles import Tiles, cut, most, queries, singles
 
@@ -54,10 +56,9 @@ class Reference:
         """The integer dtype of :data:`BITS` if ``dtype`` has one, else ``dtype``."""
         return BITS.get(jnp.dtype(dtype), jnp.dtype(dtype))
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
         """:func:`write_kv`, then :func:`attention`."""
+        q, k, v = heads.rotated()
         pages = write_kv(pages, k, v, batch.slot_mapping)
         where = batch.page_table, batch.kv_lens, batch.cu_q_lens
         return attention(q, pages, *where, q_tile=q_tile, window=self.window, soft_cap=self.soft_cap), pages

@@ -167,8 +167,12 @@ async def decode(
         while engine.times.steps - before.steps < steps:
             await asyncio.sleep(0.001)
         took, after = time.perf_counter() - began, StepTimes(**asdict(engine.times))
-    for generation in running:
-        generation.cancel()
+        for generation in running:
+            generation.cancel()
+        if watch:  # it watches every step until the device is idle
+            while engine.times.steps > after.steps:
+                after = StepTimes(**asdict(engine.times))
+                await asyncio.sleep(0.1)
     spent = {name: getattr(after, name) - getattr(before, name) for name in asdict(before)}
     return took, StepTimes(**spent)
 

@@ -47,7 +47,8 @@ def likeliest(folder, config):
     graph, state = nnx.split(decoder)
     kv_dtype = config.page_dtype()
 
-    def attend(_, q, k, v, cache):
+    def attend(_, heads, cache):
+        q, k, v = heads.rotated()
         k, v = (x.astype(kv_dtype).astype(jnp.float32) for x in (k, v))
         return jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0], cache
 

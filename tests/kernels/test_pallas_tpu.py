@@ -70,9 +70,8 @@ def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dty
         row[-(-length // SIZE) :] = 2**30  # what lies beyond a context may be any number
 
     shape = PallasTPU().page_shape(kv_heads, SIZE, head, kv_dtype)
-    tokens = [jnp.asarray(x, dtype) for x in (case.q, case.k, case.v)]
     pages = jnp.asarray(to_lanes(case.pages, shape), kv_dtype)
-    out, result = own(*tokens, pages, case.batch._replace(page_table=table), q_tile=1 if decode else 4)
+    out, result = own(case.heads(dtype), pages, case.batch._replace(page_table=table), q_tile=1 if decode else 4)
 
     tolerance = 1e-4 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=tolerance, atol=tolerance)

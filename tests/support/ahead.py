@@ -9,9 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRITON_DUMP_DIR"] = tempfile.mkdtemp()  # read when jax-triton is imported
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from astraea_jax.kernels import Batch, Triton
 from astraea_jax.lab.ahead import TARGETS
+from astraea_jax.lab.gpu_code import assembled
+from astraea_jax.models.heads import Heads
 from astraea_jax.models.sharding import mesh_of
 
 PAGES, SIZE, HEADS, GROUP, HEAD, ROWS, WIDTH = 4096, 16, 8, 4, 128, 16, 256
@@ -32,18 +38,22 @@ def compile_attention(target: str, kind: str) -> dict[str, int | str]:
     def array(shape: tuple[int, ...], dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-    new = [array((tokens, n, HEAD), jnp.bfloat16) for n in (HEADS * GROUP, HEADS, HEADS)]
+    rotary = [array((tokens, HEAD // 2), jnp.float32) for _ in ("cos", "sin")]
+    norms = [array((HEAD,), jnp.bfloat16) for _ in ("queries", "keys")]
+    heads = Heads(array((tokens, HEADS, GROUP + 2, HEAD), jnp.bfloat16), *rotary, *norms)
     backend = Triton(compute_capability=TARGETS[target].capability)
     kv_dtype = jnp.float8_e4m3fn if kind == "float8" else jnp.bfloat16
     pool = array((PAGES, *backend.page_shape(HEADS, SIZE, HEAD, kv_dtype)), kv_dtype)
     batch = Batch(array((ROWS, WIDTH)), array((ROWS,)), array((ROWS + 1,)), array((tokens,)))
 
-    def attend(q, k, v, pages, batch):
-        return backend.attend(q, k, v, pages, batch, q_tile=q_tile)
+    def attend(heads, pages, batch):
+        return backend.attend(heads, pages, batch, q_tile=q_tile)
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(attend, donate_argnums=3).lower(*new, pool, batch).compile()
+        compiled = jax.jit(attend, donate_argnums=1).lower(heads, pool, batch).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    kernels = list(assembled(Path(os.environ["JAX_TRITON_DUMP_DIR"]), TARGETS[target].capability))
+    shutil.rmtree(os.environ["JAX_TRITON_DUMP_DIR"])
     return {
         "kernels": hlo.count('custom_call_target="triton_kernel_call_ffi"'),
         "pages": PAGES,
@@ -51,6 +61,7 @@ def compile_attention(target: str, kind: str) -> dict[str, int | str]:
         "aliased": memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "hlo": hlo,
+        "spilled": sum(kernel.spilled for kernel in kernels),
     }
 
 

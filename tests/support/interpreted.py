@@ -32,7 +32,7 @@ class Interpreted(Triton):
         def run(*values: jax.Array) -> tuple[np.ndarray, ...]:
             tensors = {name: _tensor(np.asarray(x)) for name, x in zip(arrays, values, strict=True)}
             for name, x in (out or {}).items():
-                tensors[name] = torch.full(x.shape, torch.nan)
+                tensors[name] = _tensor(np.full(x.shape, np.nan, x.dtype))
             getattr(triton_kernels, kernel)[grid](**tensors, **numbers, **constants)
             return tuple(_array(tensors[name], x.dtype) for name, x in results.items())
 

@@ -34,8 +34,8 @@ def check_logits(folder: Path) -> None:
     pages = (jnp.zeros((table.shape[1] + 1, 2, config.num_kv_heads, size, config.head_dim)),) * config.num_layers
     where = Batch(table, jnp.array([length]), jnp.array([0, length]), slots)
 
-    def attend(_, q, k, v, layer):
-        return Reference().attend(q, k, v, layer, where, q_tile=16)
+    def attend(_, heads, layer):
+        return Reference().attend(heads, layer, where, q_tile=16)
 
     hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, attend))(prompt)
     error = np.abs(np.asarray(decoder.logits(hidden)) - golden["logits"]).max() / np.abs(golden["logits"]).max()

@@ -12,8 +12,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from astraea_jax.kernels import Backend, Batch
+from astraea_jax.models.heads import Heads
 
 ROWS, TOKENS = 8, 64
+EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Ragged:
     pages: np.ndarray
     batch: Batch
     q_tile: int
+    angle: np.ndarray
+    """``[T, H / 2]``, by which queries and keys are rotated."""
+    norms: tuple[np.ndarray, np.ndarray] | None
+    """Scales ``[H]`` of the norms of queries and keys."""
 
     @classmethod
     def make(
@@ -38,10 +44,13 @@ class Ragged:
         past: list[int],
         seed: int,
         longest: int = 0,
+        *,
+        rotated: bool = False,
+        normed: bool = False,
     ) -> Ragged:
         """Rows of ``q_lens`` new tokens after ``past`` ones, on pages of ``size`` tokens in random order.
 
-        The page table is wide enough for ``longest`` tokens, too.
+        The page table is wide enough for ``longest`` tokens, too. Queries and keys may need a rotation or a norm.
         """
         rng = np.random.default_rng(seed)
         rows = len(q_lens)
@@ -63,14 +72,29 @@ class Ragged:
         q, k, v = (
             rng.normal(size=(tokens, n, head)).astype(np.float32) for n in (kv_heads * group, kv_heads, kv_heads)
         )
-        return cls(q, k, v, pages, Batch(table, lens.astype(np.int32), cu, slot_mapping), 1 if decode else 16)
+        batch = Batch(table, lens.astype(np.int32), cu, slot_mapping)
+        angle = rng.uniform(0, 7 if rotated else 0, size=(tokens, head // 2)).astype(np.float32)
+        norms = rng.uniform(0.5, 2, size=(2, head)).astype(np.float32)
+        return cls(q, k, v, pages, batch, 1 if decode else 16, angle, tuple(norms) if normed else None)
+
+    def heads(self, dtype: Any) -> Heads:
+        """The tokens as attention takes them."""
+        plain = Heads.of(*(jnp.asarray(x, dtype) for x in (self.q, self.k, self.v)))
+        q_norm, k_norm = (jnp.asarray(x, dtype) for x in self.norms) if self.norms else (None, None)
+        return Heads(plain.qkv, jnp.cos(self.angle), jnp.sin(self.angle), q_norm, k_norm, EPS)
+
+    def turned(self, x: np.ndarray, norm: int) -> np.ndarray:
+        """Queries (norm 0) or keys (norm 1) after their norm and rotation."""
+        if self.norms:
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * self.norms[norm]
+        pairs = (x[..., : x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2 :]) * np.exp(1j * self.angle)[:, None]
+        return np.concatenate([pairs.real, pairs.imag], axis=-1).astype(np.float32)
 
     def attend(self, backend: Backend, dtype: Any = jnp.float32, kv_dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Return what a backend makes of it: outputs and pages, as float32."""
-        tokens = [x.astype(dtype) for x in (self.q, self.k, self.v)]
         kv_dtype = kv_dtype or dtype
         pages = self.pages.astype(kv_dtype).view(backend.page_dtype(kv_dtype))
-        out, pages = _attend(backend, *tokens, pages, self.batch, self.q_tile)
+        out, pages = _attend(backend, self.heads(dtype), pages, self.batch, self.q_tile)
         assert out.dtype == dtype
         return np.asarray(out, np.float32), np.asarray(pages).view(kv_dtype).astype(np.float32)
 
@@ -78,9 +102,10 @@ class Ragged:
         """Return what it must be; outputs of padding are 0."""
         table, lens, cu, slot_mapping = self.batch
         pages, out = self.pages.copy(), np.zeros_like(self.q)
+        q, k = self.turned(self.q, 0), self.turned(self.k, 1)
         kv_heads, size, head = pages.shape[2:]
         real = slot_mapping[: cu[-1]]
-        pages[real // size, 0, :, real % size] = self.k[: cu[-1]]
+        pages[real // size, 0, :, real % size] = k[: cu[-1]]
         pages[real // size, 1, :, real % size] = self.v[: cu[-1]]
         for row, kv_len in enumerate(lens):
             used = table[row, : -(-kv_len // size)]
@@ -88,7 +113,7 @@ class Ragged:
             for t in range(cu[row], cu[row + 1]):
                 end = kv_len - (cu[row + 1] - t) + 1
                 keys, values = context[:, :, max(0, end - window) if window else 0 : end]
-                queries = self.q[t].reshape(kv_heads, -1, head)
+                queries = q[t].reshape(kv_heads, -1, head)
                 scores = np.einsum("KGH,KSH->KGS", queries, keys) * head**-0.5
                 if soft_cap:
                     scores = soft_cap * np.tanh(scores / soft_cap)
@@ -107,15 +132,13 @@ class Ragged:
         np.testing.assert_allclose(got[1][1:], expected[1][1:], rtol=rtol, atol=atol)
 
 
-@partial(jax.jit, static_argnums=(0, 6))
-def _attend(
-    backend: Backend, q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: Batch, q_tile: int
-) -> tuple[jax.Array, jax.Array]:
-    return backend.attend(q, k, v, pages, batch, q_tile=q_tile)
+@partial(jax.jit, static_argnums=(0, 4))
+def _attend(backend: Backend, heads: Heads, pages: jax.Array, batch: Batch, q_tile: int) -> tuple[jax.Array, jax.Array]:
+    return backend.attend(heads, pages, batch, q_tile=q_tile)
 
 
-LAYOUTS = st.sampled_from([(1, 2, 2), (4, 1, 8), (16, 2, 3)])
-"""Few, since each is compiled: tokens of a page, key/value heads, query heads to each."""
+LAYOUTS = st.sampled_from([(1, 2, 2, False), (4, 1, 8, True), (16, 2, 3, True)])
+"""Few, since each is compiled: tokens of a page, key/value heads, query heads to each, whether these have a norm."""
 VARIANTS = st.sampled_from([(None, None), (5, 2.0)])
 """Window and soft cap."""
 
@@ -123,7 +146,7 @@ VARIANTS = st.sampled_from([(None, None), (5, 2.0)])
 @st.composite
 def ragged(draw: st.DrawFn, head: int = 16, long: int = 40) -> Ragged:
     """Rows of 0, 1 or many queries on contexts around page edges, and up to ``long`` tokens before them."""
-    size, kv_heads, group = draw(LAYOUTS)
+    size, kv_heads, group, normed = draw(LAYOUTS)
     decode = draw(st.booleans())
     edges = st.sampled_from([0, 1, size - 1, size, size + 1, long])
     q_lens = [draw(st.integers(0, 1)) if decode else draw(st.sampled_from([0, 1, 3, 16, 17])) for _ in range(ROWS)]
@@ -132,4 +155,5 @@ def ragged(draw: st.DrawFn, head: int = 16, long: int = 40) -> Ragged:
     if decode:  # rows without a query come last, as the runner lays them out
         q_lens.sort(reverse=True)
     past = [draw(edges) if n else 0 for n in q_lens]
-    return Ragged.make(size, kv_heads, group, head, q_lens, past, draw(st.integers(0, 2**32 - 1)), long + 17)
+    seed = draw(st.integers(0, 2**32 - 1))
+    return Ragged.make(size, kv_heads, group, head, q_lens, past, seed, long + 17, rotated=True, normed=normed)
