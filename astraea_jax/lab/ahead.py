@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,7 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     """
     model, dtype, target = PUBLISHED[case.model], jnp.dtype(jnp.bfloat16), TARGETS[case.target]
     platform = "tpu" if target.capability is None else "gpu"
-    max_seqs, max_step_tokens = default_sizes(platform)
-    config = EngineConfig(max_seqs=max_seqs, max_step_tokens=max_step_tokens)
+    config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
     quantized = EIGHT_BITS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype

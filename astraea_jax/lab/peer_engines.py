@@ -20,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,10 @@ async def astraea(setup: Setup) -> Engine:
 
     model = ModelConfig.from_hf(read_json(Path(setup.folder) / "config.json"))
     config = EngineConfig(dtype=setup.dtype, max_seqs=setup.max_seqs, host_kv_bytes=setup.host_bytes)
+    # The time limit of a step is long, as one may last while this process is paused.
     page = page_bytes(model, config.backend(model), config.page_size, config.page_dtype())
     pages = 1 + -(-setup.pool_tokens // config.page_size)
-    config = EngineConfig(**{**asdict(config), "kv_bytes": pages * page, "max_context": setup.max_context})
+    config = replace(config, kv_bytes=pages * page, max_context=setup.max_context, step_timeout_s=86_400.0)
     engine = Engine.from_folder(setup.folder, config)
     engine.start()
 
@@ -256,7 +257,7 @@ async def llama_cpp(setup: Setup) -> Engine:
     server = library.Server(params)
     threads = ThreadPoolExecutor(setup.max_seqs)
 
-    def stream(request: Request, put: Callable[[Sequence[int] | None], object]) -> None:
+    def stream(request: Request, put: Callable[[Sequence[int]], object]) -> None:
         body = {"prompt": request.prompt, "n_predict": request.output, "temperature": 0, "ignore_eos": True}
         body |= {"stream": True, "return_tokens": True, "cache_prompt": True}
         to = urllib.request.Request(f"{server.listening_address}/completion", json.dumps(body).encode())
@@ -264,18 +265,29 @@ async def llama_cpp(setup: Setup) -> Engine:
             for line in answer:
                 if line.startswith(b"data: "):
                     put(json.loads(line[6:])["tokens"])
-        put(None)
+
+    room, free = asyncio.Condition(), setup.pool_tokens
+
+    async def change(tokens: int) -> None:
+        """Free tokens, or take them once there are so many."""
+        nonlocal free
+        async with room:
+            await room.wait_for(lambda: free + tokens >= 0)
+            free += tokens
+            room.notify_all()
 
     async def generate(request: Request) -> AsyncIterator[Sequence[int]]:
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Sequence[int] | None]()
-        done = loop.run_in_executor(
-            threads, stream, request, lambda ids: loop.call_soon_threadsafe(parts.put_nowait, ids)
-        )
+        put = lambda ids: loop.call_soon_threadsafe(parts.put_nowait, ids)  # noqa: E731
+        need = len(request.prompt) + request.output
+        await change(-need)  # for it fails all requests once their contexts do not fit together
+        done = loop.run_in_executor(threads, stream, request, put)
         done.add_done_callback(lambda _: parts.put_nowait(None))
         while (ids := await parts.get()) is not None:
             if ids:
                 yield ids
         await done
+        await change(need)
 
     instructions = library.get_system_info().partition(":")[2].replace(" = 1 ", "").replace("|", "").split()
     return generate, library.__version__, f"its server, {' '.join(instructions)}, prompt cache in memory"

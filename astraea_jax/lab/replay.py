@@ -131,7 +131,7 @@ class Replayer:
         pages = layout.num_pages - 1
         self.tokens = pages * config.page_size
         """Tokens of KV that the device holds."""
-        transfers = replace(layout, host=HostTier(pages, staging_pages(pages)))
+        transfers = replace(layout, host=HostTier(pages, staging_pages(pages, config.page_size)))
         self._runner = SharedRunner.of(self._decoder, config, transfers, meshes[0])
 
     def check(self, programs: Sequence[TraceProgram]) -> None:
@@ -206,6 +206,7 @@ class Replayer:
             scheduler_s=times.plan_s + times.commit_s,
             mean_live_context=0.0,
             refused=0,
+            page_size=self._config.page_size,
         )
         link = page / max(engine.transfer_costs.per_page_s, 1e-9)
         machine = Machine(engine.step_costs.costs, page / self._config.page_size, link_bytes_s=link, measured=True)
@@ -243,5 +244,5 @@ class Replayer:
             max_seqs=self._config.max_seqs,
             max_step_tokens=self._config.max_step_tokens,
             host_tokens=host_tokens,
-            staging_tokens=page * staging_pages(pages),
+            staging_tokens=page * staging_pages(pages, page),
         )

@@ -179,7 +179,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
     alone = np.array([alone_s(r.program, machine.steps) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
     jobs = [s for r in records for s in r.job_times] or jct.tolist()  # a run that was cut off may have none that ended
-    s, page = outcome.stats, Sizes.page_size
+    s = outcome.stats
     return {
         "workload": cell.workload,
         "policy": cell.policy,
@@ -208,7 +208,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
-        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * machine.kv_bytes,
+        "moved_bytes": (s.offloaded_pages + s.restored_pages) * outcome.page_size * machine.kv_bytes,
         "preemptions": s.preemptions,
         "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
         "steps": outcome.steps,

@@ -77,6 +77,8 @@ class Outcome:
     """Tokens of KV that live programs held in the mean, tool waits included: what unlimited memory would hold."""
     refused: int
     """Programs larger than the whole pool."""
+    page_size: int
+    """Tokens of a page."""
     plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = None
     """Each plan as its time and (request, start, tokens) of its rows, if asked for."""
 
@@ -226,7 +228,7 @@ class Simulator:
             self.scheduler.commit(plan, [request.num_tokens for request in plan.requests[: plan.samples]], now)
         # A sampled token is its position, as in the prompts: so the next prompt repeats it.
         tokens = [request.num_tokens for request in plan.requests[: plan.samples]]
-        for request, _token in self.scheduler.commit(plan, tokens, now):
+        for request in self.scheduler.commit(plan, tokens, now)[0]:
             if request.finish_reason is not None:
                 self._finished(request, now)
 
@@ -260,6 +262,7 @@ class Simulator:
             scheduler_s=spent,
             mean_live_context=self._held_area / now if now else 0.0,
             refused=self._refused,
+            page_size=self.scheduler.config.page_size,
             plans=self._plans,
         )
 
