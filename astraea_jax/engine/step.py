@@ -45,6 +45,9 @@ FEWEST_ROWS = {"cpu": 1}
 """Platform -> rows of the smallest decode step; 8 on others. A CPU's time grows with every row, while an accelerator's
 matrix units take eight rows in the time of one."""
 
+FEWEST_TOKENS = 64
+"""Tokens of the smallest step with prefill."""
+
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
     "gpu": {"xla_gpu_enable_triton_gemm": False},
@@ -85,10 +88,11 @@ class StepShape:
 def step_shapes(max_seqs: int, max_step_tokens: int, fewest: int) -> tuple[StepShape, ...]:
     """The shapes to compile.
 
-    They double: the rows of decode, from ``fewest`` up, and the tokens of steps with prefill.
+    They double: the rows of decode, from ``fewest`` up, and the tokens of steps with prefill. Of these, a CPU has none
+    with fewer tokens than twice the rows: each is another executable to compile.
     """
     decode = [StepShape(n, n, 1) for n in _doubling(min(fewest, max_seqs), max_seqs)]
-    lowest = min(max(64, 2 * max_seqs), max_step_tokens)
+    lowest = min(FEWEST_TOKENS if fewest > 1 else max(FEWEST_TOKENS, 2 * max_seqs), max_step_tokens)
     return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
 
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.config import EngineConfig, default_sizes
 from astraea_jax.engine.layout import DEVICE_KV_SHARE
 from astraea_jax.engine.step import Step, StepSizes
 from astraea_jax.kernels import choose
@@ -177,15 +177,16 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
         Unfit: the pages hold less than one context of MAX_CONTEXT tokens.
         StartupError: the attention backend is not available on these devices.
     """
-    config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
-    target = TARGETS[case.target]
+    model, dtype, target = PUBLISHED[case.model], jnp.dtype(jnp.bfloat16), TARGETS[case.target]
+    platform = "tpu" if target.capability is None else "gpu"
+    config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
     quantized = EIGHT_BITS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
     decoder = abstract_decoder(model, dtype, mesh, quantized_dtype=quantized, stacked=scan)
     backend = choose(
         case.attention,
-        "tpu" if target.capability is None else "gpu",
+        platform,
         kv_heads=model.num_kv_heads // case.tp,
         head_dim=model.head_dim,
         page_size=config.page_size,

@@ -49,7 +49,7 @@ PEERS = ("transformers", "torch", "vllm", "sglang")
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
-options = engine_flags(*MODEL, "max_seqs", "max_step_tokens", max_seqs=32)
+options = engine_flags(*MODEL, "max_seqs", "max_step_tokens", max_seqs=32, max_step_tokens=512)
 flags.DEFINE_integer("prompts", 64, "Prompts of the offline run.", lower_bound=2)
 flags.DEFINE_integer("input", 128, "Tokens of a prompt.", lower_bound=1)
 flags.DEFINE_integer("output", 64, "Tokens generated for each prompt.", lower_bound=2)

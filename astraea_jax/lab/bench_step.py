@@ -57,7 +57,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
 flags.DEFINE_bool("extras", False, "Also measure rows that need more than plain sampling, in turns with plain ones.")
-options = engine_flags(*MODEL, "max_step_tokens")
+options = engine_flags(*MODEL, "max_step_tokens", max_step_tokens=512)
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )

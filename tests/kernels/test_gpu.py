@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.greedy_tokens import generate, greedy_tokens
-from support.ragged import VARIANTS, Ragged, ragged
+from support.ragged import VARIANTS, Ragged, like_a_model, ragged
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.errors import StartupError
-from astraea_jax.kernels import Triton
+from astraea_jax.kernels import Reference, Triton
 from astraea_jax.kernels.gpu import HEAD_DIMS, MOST_SPLITS, load_kernels, split_context
 from astraea_jax.lab.gpu_code import assembled
 from astraea_jax.models.config import PUBLISHED
@@ -160,6 +160,27 @@ def test_query_heads_that_share_a_head(triton, group):
     case.check(
         case.attend(triton(), jnp.bfloat16), case.expected(), rtol=2e-2, atol=2e-2
     )  # outputs of up to 4, of 8 bits each
+
+
+@on_a_gpu
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("normed", "kv_heads", "group", "head"), [(False, 8, 4, 128), (True, 8, 4, 128), (True, 2, 7, 64)]
+)
+@pytest.mark.parametrize("kv_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_queries_and_keys_are_rounded_as_by_the_other_backends(triton, decode, normed, kv_heads, group, head, kv_dtype):
+    case = like_a_model(decode, normed, 16, kv_heads, group, head, seed=head + group)
+    case.check_alike(triton(), Reference(), jnp.bfloat16, kv_dtype)
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("rows", "past"), [(1, 0), (1, 6000), (8, 31), (8, 32), (8, 33), (8, 3000), (64, 1), (64, 130)]
+)
+def test_decode_steps(triton, rows, past):
+    """Contexts that end at edges of blocks, of which the new token is attended to before it is in memory."""
+    case = Ragged.make(32, 4, 4, 128, [1] * rows, [past] * rows, seed=past, longest=past + 100, rotated=True)
+    case.check(case.attend(triton()), case.expected(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.serves("triton", "run", "fp8 KV")

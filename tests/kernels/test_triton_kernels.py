@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from support.ragged import VARIANTS, Ragged, ragged
+from support.ragged import VARIANTS, Ragged, like_a_model, ragged
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.sampling import SamplingParams
@@ -96,14 +96,7 @@ def test_float8_is_rounded_as_by_the_other_backends(interpreted, capability):
 @pytest.mark.parametrize("normed", [True, False])
 def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, decode, normed):
     """A norm is rounded before and after its scale, a rotation once."""
-    case = Ragged.make(16, 2, 4, 64, [1, 1 if decode else 3], [0, 5], seed=3, rotated=True, normed=normed)
-    got, pages = case.attend(interpreted(), jnp.float16)
-    expected, written = case.attend(Reference(), jnp.float16)
-    real = case.batch.cu_q_lens[-1]
-    np.testing.assert_allclose(got[:real], expected[:real], rtol=1e-2, atol=1e-2)
-    same = (pages == written) | np.isnan(written)
-    assert same[1:].mean() > 0.99, "but for a last digit here and there"
-    np.testing.assert_allclose(pages[1:], written[1:], rtol=2e-3, atol=1e-6)
+    like_a_model(decode, normed, 16, 2, 4, 64, seed=3).check_alike(interpreted(), Reference(), jnp.float16)
 
 
 @pytest.mark.serves("triton", "interpreted", "the engine's tokens, against dense attention")
