@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from astraea_jax.engine.compilation import accepted
 from astraea_jax.engine.sampling import sample
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
@@ -45,9 +46,17 @@ FEWEST_ROWS = {"cpu": 1}
 """Platform -> rows of the smallest decode step; 8 on others. A CPU's time grows with every row, while an accelerator's
 matrix units take eight rows in the time of one."""
 
-COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
+ACTIVATIONS = {"cpu": jnp.float32}
+"""Platform -> dtype of activations; on others it is that of the weights. XLA for CPUs computes narrower numbers as
+float32, and would convert every activation there and back."""
+
+COMPILER_OPTIONS = {
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
+    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+}
 """Kind of device -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the weights have
-and would copy all weights into them at every step."""
+and would copy all weights into them at every step. By default a CPU's computes first what waits for nothing: it widens
+every narrow weight before the first product, and a step takes five to twenty times as long."""
 
 Packed = tuple[Any, ...]
 """A model's arrays, or their shapes, as arguments of a step."""
@@ -144,8 +153,12 @@ class Step:
     @property
     def shapes(self) -> tuple[StepShape, ...]:
         """The shapes that are compiled ahead, decode first."""
-        device = self._mesh.devices.flat[0]
-        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens, FEWEST_ROWS.get(device.platform, 8))
+        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens, FEWEST_ROWS.get(self._platform, 8))
+
+    @property
+    def _platform(self) -> str:
+        platform: str = self._mesh.devices.flat[0].platform
+        return platform
 
     def drawn(self, shape: StepShape) -> int:
         """Rows of what a step returns, at least R; those beyond R say nothing."""
@@ -186,8 +199,13 @@ class Step:
             in_shardings=shardings,
             out_shardings=(pages, replicated, replicated, replicated, self.logits(self.drawn(shape)).sharding),
             donate_argnums=(1, 2, 3),
-            compiler_options=COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind),
+            compiler_options=self._compiler_options(),
         )
+
+    def _compiler_options(self) -> dict[str, str]:
+        options = COMPILER_OPTIONS.get(self._mesh.devices.flat[0].device_kind, {})
+        # Devices of other kinds may be absent, so what their compilers accept cannot be tried.
+        return {k: v for k, v in options.items() if self._platform != "cpu" or accepted(k, v)}
 
     def pack(self, decoder: Decoder) -> Packed:
         """The decoder's arrays in the step's shardings; arrays that have them already are not copied."""
@@ -232,7 +250,9 @@ class Step:
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
-        hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
+        hidden, kept = decoder(
+            tokens, position, pages[0] if self.stacked else pages, attend, dtype=ACTIVATIONS.get(self._platform)
+        )
         # Resharded from vocabulary to rows, so no device ever holds all of them.
         logits = self._sharded(self._sharded(decoder.logits(hidden[jnp.maximum(ends - 1, 0)]), None, TP), TP)
         sampled = self._checked(logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
