@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from .config import CheckpointError, ModelConfig, read_json
-from .decoder import Decoder
+from .decoder import Decoder, Layer
 from .hf_layout import check_tensors, hf_tensors, read_joined, settle_head
 from .quantize import SCALE, quantize
 from .safetensors_files import open_tensors
@@ -214,14 +215,24 @@ def copy_beside(source: Path, target: Path) -> None:
 def random_decoder(
     config: ModelConfig, dtype: Any, seed: int, mesh: Mesh | None = None, *, quantized_dtype: Any = None
 ) -> Decoder:
-    """A decoder with random weights, which are made on the devices that hold them."""
+    """A decoder with random weights, which are made on the devices that hold them.
+
+    One executable makes every layer: that of all at once took XLA 95 s for Llama-3.1-8B on a GPU.
+    """
     graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), quantized_dtype=quantized_dtype))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    layers = state.pop("layers")
+    sizes = {"dtype": dtype, "quantized_dtype": quantized_dtype}
 
-    def make() -> Any:
-        return nnx.state(Decoder(config, dtype=dtype, quantized_dtype=quantized_dtype, rngs=nnx.Rngs(seed)))
+    def make(shapes: Any, module: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[jax.Array], Any]:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        return jax.jit(lambda key: nnx.state(module(nnx.Rngs(key))), out_shardings=shardings)
 
-    return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
+    made = make(state, lambda rngs: Decoder(replace(config, num_layers=0), **sizes, rngs=rngs))
+    layer = make(layers[0], lambda rngs: Layer(config, **sizes, rngs=rngs))
+    keys = jax.random.split(jax.random.key(seed), len(layers) + 1)
+    filled = made(keys[0])
+    filled["layers"] = nnx.State({index: layer(key) for index, key in zip(layers, keys[1:], strict=True)})
+    return nnx.merge(graph, filled)
 
 
 def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -280,7 +280,10 @@ _QWEN25 = ModelConfig(151_936, 896, 4864, 24, 14, 2, 64, 32_768, 1_000_000.0, ti
 
 _SMOLLM2 = ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, 100_000.0, tie_embeddings=True)
 
+_TINY_32K = ModelConfig(517, 256, 1024, 2, 4, 2, 32, 32_768, 10_000.0, tie_embeddings=True)
+
 PUBLISHED: dict[str, ModelConfig] = {
+    "tiny-32k": _TINY_32K,
     "smollm2-135m": _SMOLLM2,
     "llama-3.1-8b": _llama(4096, 14_336, 32, 32, 128, 8.0, False),
     "llama-3.1-70b": _llama(8192, 28_672, 80, 64, 128, 8.0, False),
@@ -304,4 +307,4 @@ PUBLISHED: dict[str, ModelConfig] = {
     "qwen3-8b": _qwen3(4096, 12_288, 36, 32, False),
     "qwen3-32b": _qwen3(5120, 25_600, 64, 64, False),
 }
-"""Shapes as published, for benchmarks with random weights."""
+"""Shapes as published, for benchmarks with random weights; and ``tiny-32k``, nobody's, for long contexts on a CPU."""

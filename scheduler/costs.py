@@ -20,23 +20,41 @@ class StepCosts:
     """For each new token."""
     per_context_s: float
     """For each token attended to."""
+    per_pair_s: float = 0.0
+    """For each pair of a token that is prefilled and one that it attends to."""
 
-    def step_s(self, rows: int, tokens: int, context: int) -> float:
-        """Seconds of a step of ``rows`` rows that computes ``tokens`` new tokens and attends to ``context`` tokens."""
+    def step_s(self, rows: int, tokens: int, context: int, pairs: float = 0.0) -> float:
+        """Seconds of a step.
+
+        Args:
+            rows: that it has.
+            tokens: that it computes.
+            context: tokens that it attends to.
+            pairs: of tokens that it prefills and those that they attend to; see :func:`prefilled_pairs`.
+        """
         prefill = self.per_prefill_s if tokens > rows else 0.0
-        return self.base_s + prefill + self.per_token_s * tokens + self.per_context_s * context
+        linear = self.per_token_s * tokens + self.per_context_s * context
+        return self.base_s + prefill + linear + self.per_pair_s * pairs
 
-    def prefill_s(self, tokens: int) -> float:
-        """Seconds of step time that prefilling ``tokens`` adds."""
-        return self.per_prefill_s + self.per_token_s * tokens
+    def prefill_s(self, tokens: int, before: int = 0) -> float:
+        """Seconds of step time that prefilling ``tokens`` adds, with ``before`` in front of them that are there."""
+        return self.per_prefill_s + self.per_token_s * tokens + self.per_pair_s * tokens * (before + tokens / 2)
+
+
+def prefilled_pairs(plan: Plan) -> float:
+    """Pairs of a token that a step prefills and one that it attends to."""
+    if plan.tokens == len(plan.requests):
+        return 0.0
+    counts = plan.counts[plan.num_decodes :].astype(np.float64)
+    return float(counts @ (plan.starts[plan.num_decodes :] + counts / 2))
 
 
 class StepFit:
     """Learns step costs online: least squares over a sliding exponential window, solved again every few steps."""
 
     EVERY = 64
-    SCALE = np.array([1.0, 1.0, 1e-2, 1e-5])
-    """Brings steps' columns (one, prefills, tokens, context) to one size."""
+    SCALE = np.array([1.0, 1.0, 1e-2, 1e-5, 1e-6])
+    """Brings steps' columns (one, prefills, tokens, context, pairs) to one size."""
 
     def __init__(self) -> None:
         self.forget = 0.998
@@ -45,14 +63,18 @@ class StepFit:
         """The latest fit; at first a guess of the size that small models have."""
         self.mean_step_s = self.costs.base_s
         """Mean over the last 50 steps or so: how long one decoded token takes at the present load."""
+        self.largest_step = 512
+        """Tokens of the largest step so far; at first a guess."""
         self._steps = 0
         self._recent: list[tuple[float, ...]] = []  # steps that are not in the sums yet
-        self._gram = np.zeros((4, 4))
-        self._right = np.zeros(4)
+        self._gram = np.zeros((5, 5))
+        self._right = np.zeros(5)
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Learn how long a step took."""
-        self._recent.append((1.0, plan.tokens > len(plan.requests), plan.tokens, plan.context, seconds))
+        prefills = plan.tokens > len(plan.requests)
+        self._recent.append((1.0, prefills, plan.tokens, plan.context, prefilled_pairs(plan), seconds))
+        self.largest_step = max(self.largest_step if self._steps else 1, plan.tokens)
         self._steps += 1
         self.mean_step_s += (seconds - self.mean_step_s) / min(self._steps, 50)
         if len(self._recent) == self.EVERY:
@@ -62,15 +84,24 @@ class StepFit:
         """Seconds until ``tokens`` more tokens are decoded, at the present load."""
         return self.mean_step_s * tokens
 
+    def again_s(self, tokens: int) -> float:
+        """Seconds of step time that it adds to prefill ``tokens`` more, in a request that prefills something anyway."""
+        costs = self.costs
+        return costs.prefill_s(tokens) + costs.per_prefill_s * (tokens / self.largest_step - 1)
+
     def _fit(self) -> None:
         steps = np.array(self._recent)
         self._recent.clear()
-        rows, weights = self.SCALE * steps[:, :4], self.forget ** np.arange(self.EVERY - 1, -1, -1)
+        rows, weights = self.SCALE * steps[:, :-1], self.forget ** np.arange(self.EVERY - 1, -1, -1)
         self._gram = self.forget**self.EVERY * self._gram + (weights * rows.T) @ rows
-        self._right = self.forget**self.EVERY * self._right + (weights * steps[:, 4]) @ rows
-        ridge = 1e-6 * np.trace(self._gram) * np.eye(4)
-        fitted = np.linalg.solve(self._gram + ridge, self._right) * self.SCALE
-        self.costs = StepCosts(*np.maximum(fitted, 0.0).tolist())
+        self._right = self.forget**self.EVERY * self._right + (weights * steps[:, -1]) @ rows
+        ridge = 1e-6 * np.trace(self._gram) * np.eye(5)
+        fitted, kept = np.full(5, -1.0), np.ones(5, bool)
+        while (fitted[kept] < 0.0).any():  # no cost is below 0: the others are found again without those that were
+            fitted = np.zeros(5)
+            fitted[kept] = np.linalg.solve((self._gram + ridge)[np.ix_(kept, kept)], self._right[kept])
+            kept &= fitted >= 0.0
+        self.costs = StepCosts(*(np.maximum(fitted, 0.0) * self.SCALE).tolist())
 
 
 class TransferFit:

@@ -132,7 +132,7 @@ class Adaptive(Strategy):
 
     def offloads(self, program: Program) -> bool:
         back_s = self.predict.transfers.seconds(len(program.pages))
-        again_s = self.predict.costs.per_token_s * program.kept  # its next request has something to prefill anyway
+        again_s = self.predict.steps.again_s(program.kept)
         return back_s * program.kept < again_s * (program.kept + self.running_tokens)
 
 

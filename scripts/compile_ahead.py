@@ -6,16 +6,20 @@
 
 The steps are those that the engine compiles at start-up (the extremes of their shapes), with its default sizes and as
 many pages as a device holds; then the gather that offloads pages and the scatter that restores them. For TPUs libtpu
-must be installed (the [tpu] extra; `make ahead` does it in a virtual environment of its own). Exit status 1: a program
-does not compile, or does not pass a gate (astraea_jax/lab/ahead.py).
+must be installed (the [tpu] extra; `make ahead` does it in a virtual environment of its own). For GPUs launches are
+counted, and their kernels assembled. Exit status 1: a program does not compile, or does not pass a gate
+(astraea_jax/lab/ahead.py).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, astuple
 from functools import partial
@@ -25,6 +29,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # libtpu would ask a metadata server which TPU this machine has, refuse a second process, and warn.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+os.environ["JAX_TRITON_DUMP_DIR"] = tempfile.mkdtemp()  # read when jax-triton is imported
 
 from absl import app, flags
 from rich.console import Console
@@ -53,7 +58,7 @@ flags.DEFINE_string("markdown", None, "Also write the table to this file, with a
 
 COLUMNS = (
     *("target", "model", "tp", "weights", "KV", "attention", "layers", "program"),
-    *("arguments GB", "aliased GB", "temp GB", "collectives", "s"),
+    *("arguments GB", "aliased GB", "temp GB", "collectives", "launches", "s"),
 )
 
 
@@ -76,9 +81,10 @@ def row(figures: Figures) -> list[str]:
     case, exchanges = figures.case, ", ".join(f"{n} {kind}" for kind, n in sorted(figures.collectives.items()))
     sizes = [f"{size / 1e9:.2f}" for size in (figures.arguments, figures.aliased)]
     layers = "loop" if case.scan else "unrolled"
+    launches = "" if figures.launches is None else str(figures.launches)
     dtypes = [case.quantize or "bf16", case.kv_dtype or "bf16"]
     named = [case.target, case.model, str(case.tp), *dtypes, case.attention or "", layers, figures.program]
-    return [*named, *sizes, f"{figures.temp / 1e9:.3f}", exchanges or "none", f"{figures.seconds:.0f}"]
+    return [*named, *sizes, f"{figures.temp / 1e9:.3f}", exchanges or "none", launches, f"{figures.seconds:.0f}"]
 
 
 def markdown(done: list[Figures], unfit: dict[str, str]) -> str:
@@ -158,6 +164,7 @@ def _show(bars: Progress, task: TaskID, case: str, program: str) -> None:
 
 
 def main(_: list[str]) -> None:
+    atexit.register(shutil.rmtree, os.environ["JAX_TRITON_DUMP_DIR"])
     console = Console(stderr=True)
     try:
         with cross_compiling():

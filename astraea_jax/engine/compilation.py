@@ -56,7 +56,7 @@ def compile_all(
 
 
 @cache
-def accepted(option: str, value: str) -> bool:
+def accepted(option: str, value: str | bool) -> bool:
     """Whether the compiler of the default device knows an option of XLA; one that it does not know is logged.
 
     Options come and go with versions of jaxlib, and a compilation that is given an unknown one fails.

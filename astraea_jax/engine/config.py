@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +31,28 @@ KV_DTYPES = ("fp8",)
 LARGEST_COUNT = 2**31 - 1
 """Counts of tokens, rows and pages are int32 on the device."""
 LARGEST_SIZE = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of an engine that suit a kind of device."""
+
+    max_seqs: int
+    max_step_tokens: int
+    page_size: int
+
+
+SIZES = {"cpu": Sizes(max_seqs=64, max_step_tokens=512, page_size=16)}
+"""Platform -> sizes, for those that are not given. A CPU's time grows with every token, so that a long step keeps those
+who decode waiting."""
+ACCELERATOR = Sizes(max_seqs=256, max_step_tokens=2048, page_size=64)
+"""For other platforms. With pages of 16 tokens the KV of a program came back from the host in some 35 pieces, which
+took the host longer than a step took an H200; with 64 there are 12 (counted in simulation)."""
+
+
+def default_sizes(platform: str) -> Sizes:
+    """Sizes for a kind of device, as JAX names it."""
+    return SIZES.get(platform, ACCELERATOR)
 
 
 @dataclass(frozen=True)
@@ -102,12 +125,12 @@ class EngineConfig:
         StartupError: a value is not allowed; the message names the field, the value and what is allowed.
     """
 
-    max_seqs: int = _option(64, Whole())
-    """Requests that run at once."""
-    max_step_tokens: int = _option(512, Whole())
-    """Tokens of one step, prefill and decode together."""
-    page_size: int = _option(16, Whole())
-    """Tokens per KV page."""
+    max_seqs: int = _option(None, Whole())
+    """Requests that run at once. None: 256, on a CPU 64."""
+    max_step_tokens: int = _option(None, Whole())
+    """Tokens of one step, prefill and decode together. None: 2,048, on a CPU 512."""
+    page_size: int = _option(None, Whole())
+    """Tokens per KV page. None: 64, on a CPU 16."""
     kv_bytes: int | None = _option(None, Whole(1, LARGEST_SIZE))
     """Memory for KV pages on each device. None: most of what is free on an accelerator, 512 MiB on a CPU."""
     host_kv_bytes: int | None = _option(None, Whole(0, LARGEST_SIZE))
@@ -156,11 +179,20 @@ class EngineConfig:
                 continue
             also = ", or None" if field.default is None else ""
             raise StartupError(f"{field.name} is {shown(value)}; it must be {allowed}{also}")
+        self._fill_in_sizes()
         if self.max_step_tokens < self.max_seqs:
             raise StartupError(
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
                 "a step must hold one token of every running request"
             )
+
+    def _fill_in_sizes(self) -> None:
+        """Choose what was not given, so that given sizes fit: as many rows as a step has tokens, and the reverse."""
+        if None in (self.max_seqs, self.max_step_tokens, self.page_size):
+            sizes, fill_in = default_sizes(jax.default_backend()), partial(object.__setattr__, self)
+            fill_in("max_seqs", self.max_seqs or min(sizes.max_seqs, self.max_step_tokens or sizes.max_seqs))
+            fill_in("max_step_tokens", self.max_step_tokens or max(sizes.max_step_tokens, self.max_seqs))
+            fill_in("page_size", self.page_size or sizes.page_size)
 
     def weight_dtype(self) -> Any:
         """The dtype of weights that are not quantized, and of activations but on a CPU."""

@@ -43,7 +43,7 @@ from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
-from astraea_jax.scheduler.costs import StepFit
+from astraea_jax.scheduler.costs import StepFit, TransferFit
 from astraea_jax.scheduler.histogram import Histogram
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.prediction import Predictor
@@ -296,6 +296,11 @@ class Engine(Sessions):
     def step_costs(self) -> StepFit:
         """Step costs on this machine, fitted to the steps taken so far."""
         return self._predictor.steps
+
+    @property
+    def transfer_costs(self) -> TransferFit:
+        """Costs of moving KV to the host and back, fitted to the transfers so far."""
+        return self._predictor.transfers
 
     def stats(self) -> SchedulerStats:
         """Counts of programs, requests and pages as of the last step."""

@@ -24,8 +24,9 @@ from astraea_jax.scheduler.transfer import HostTier
 log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 512 * 2**20
-STAGING_PAGES = 4 * LARGEST_BLOCK
-"""Device memory for KV on its way to the host, and as much for KV on its way back; at most half of a small pool."""
+STAGING_TOKENS = 4096
+"""Device memory for KV on its way to the host, and as much for KV on its way back; two of the largest
+blocks or more, at most half of a small pool."""
 DEVICE_KV_SHARE = 0.85
 """Share of the accelerator memory left after loading that KV pages take; the rest is for activations."""
 HOST_SHARE = 0.5
@@ -75,18 +76,21 @@ class Layout:
             backend=backend,
             num_pages=num_pages,
             page_bytes=one,
-            host=_host_tier(config.host_kv_bytes, one // jax.process_count(), num_pages - 1, config.data_parallel),
+            host=_host_tier(
+                config.host_kv_bytes, one // jax.process_count(), config.page_size, num_pages - 1, config.data_parallel
+            ),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
 
 
-def _host_tier(budget: int | None, page: int, pool: int, replicas: int) -> HostTier:
+def _host_tier(budget: int | None, page: int, page_size: int, pool: int, replicas: int) -> HostTier:
     """Host tier of one of ``replicas`` replicas that split ``budget`` bytes.
 
     Args:
         budget: bytes of this machine's memory; None: the default for this backend.
         page: bytes of a page in this machine's memory.
+        page_size: tokens of a page.
         pool: pages of a replica on the device.
         replicas: how many split the budget.
     """
@@ -110,12 +114,12 @@ def _host_tier(budget: int | None, page: int, pool: int, replicas: int) -> HostT
         raise StartupError(
             f"host_kv_bytes {budget} holds no page of {page} bytes{each}; raise it, or give 0 for no host tier"
         )
-    return HostTier(budget // replicas // page, staging_pages(pool))
+    return HostTier(budget // replicas // page, staging_pages(pool, page_size))
 
 
-def staging_pages(pool: int) -> int:
-    """Pages that may be on their way to the host at once, from a pool of ``pool`` pages."""
-    return max(1, min(STAGING_PAGES, pool // 2))
+def staging_pages(pool: int, page_size: int) -> int:
+    """Pages of so many tokens that may be on their way to the host at once, from a pool of ``pool`` pages."""
+    return max(1, min(max(2 * LARGEST_BLOCK, STAGING_TOKENS // page_size), pool // 2))
 
 
 def _free_memory(mesh: Mesh) -> int:

@@ -13,9 +13,9 @@ from astraea_jax.engine.config import SWITCH, Choice, EngineConfig, Seconds, Who
 from astraea_jax.engine.engine import Engine
 
 OPTIONS = {
-    "max_seqs": "Requests that run at once.",
-    "max_step_tokens": "Tokens of one step.",
-    "page_size": "Tokens per KV page.",
+    "max_seqs": "Requests that run at once; by default 256, on a CPU 64.",
+    "max_step_tokens": "Tokens of one step; by default 2048, on a CPU 512.",
+    "page_size": "Tokens per KV page; by default 64, on a CPU 16.",
     "kv_bytes": "Memory for KV pages on each device; by default what is free (512 MiB on a CPU).",
     "host_kv_bytes": "Pinned host memory for KV of waiting programs, used under memory pressure; 0: none. By default "
     "half of the machine's memory on an accelerator, none on a CPU.",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+LINE_S = 10.0
+"""Least seconds between two lines about the same thing in a log."""
 
 
 class StartupDisplay:
@@ -23,6 +28,7 @@ class StartupDisplay:
             disable=not (enabled and self._console.is_terminal),
         )
         self._tasks: dict[str, TaskID] = {}
+        self._began = self._said = time.monotonic()
 
     def __enter__(self) -> StartupDisplay:
         self._bars.start()
@@ -47,5 +53,7 @@ class StartupDisplay:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total, count=count)
         self._bars.update(self._tasks[name], completed=done, total=total, count=count)
-        if self._enabled and not self._console.is_terminal and done == total:
-            self._console.print(f"{name}: {count}")
+        now = time.monotonic()
+        if self._enabled and not self._console.is_terminal and (done == total or now - self._said >= LINE_S):
+            self._said = now
+            self._console.print(f"{name}: {count}, {now - self._began:.0f} s after the start")

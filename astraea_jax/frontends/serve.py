@@ -263,7 +263,7 @@ def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
     size = pages * layout.page_bytes / 2**20
     if FLAGS.tensor_parallel * FLAGS.data_parallel > 1:
         say(f"{FLAGS.data_parallel} replicas, each on {FLAGS.tensor_parallel} devices; sizes are per replica")
-    say(f"KV: {pages} pages of {FLAGS.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    say(f"KV: {pages} pages of {engine.config.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
     say(f"attention: {layout.backend.name}")
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")

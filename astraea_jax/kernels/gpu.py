@@ -32,7 +32,7 @@ MOST_SPLITS = 32
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of a kernel's matrix products and how many threads compute them: a guess, not tuned yet."""
+    """Block sizes of a kernel's matrix products and how many threads compute them."""
 
     m: int
     """Query rows: query heads of one key/value head, times queries."""
@@ -44,8 +44,13 @@ class Blocks:
 
 
 def single_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
-    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time."""
-    return Blocks(max(16, _power(group)), 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 4, 3)
+    """Blocks for rows with one query: a matrix product takes at least 16 rows; loading dominates the time.
+
+    Measured with Llama-3.1-8B's heads on an H200 (benchmarks/RESULTS.md), where two warps are a little faster than
+    four; guessed for others.
+    """
+    m = max(16, _power(group))
+    return Blocks(m, 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 2 if m == 16 else 4, 3)
 
 
 def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
@@ -78,6 +83,7 @@ def load_kernels() -> ModuleType:
         StartupError: Triton or jax-triton is not installed.
     """
     try:
+        _complete_triton()
         import jax_triton  # noqa: F401
 
         from . import triton_kernels
@@ -87,6 +93,17 @@ def load_kernels() -> ModuleType:
             "`pip install astraea-jax[cuda]`; or start with attention 'reference', which is slower"
         ) from error
     return triton_kernels
+
+
+def _complete_triton() -> None:
+    """Give Triton 3.6, which PyTorch 2.11 brings, the constant of 3.7 without which jax-triton sees no NVIDIA backend.
+
+    Only tensor descriptors use it (CUDA's number of the tf32 data type), and our kernels have none.
+    """
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "TMA_TF32"):
+        driver.TMA_TF32 = 11
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,11 @@ class Triton:
     """Attention scores become ``cap * tanh(score / cap)``."""
     compute_capability: int | None = None
     """Compute capability of an absent GPU to compile for, such as 90 for H100 and H200."""
+
+    single: Blocks | None = None
+    """Blocks for rows with one query. None: :func:`single_blocks`."""
+    tiles: Blocks | None = None
+    """Blocks for longer rows. None: :func:`tile_blocks`."""
 
     name = "triton"
     heads_axis = 2
@@ -216,7 +238,7 @@ class Triton:
         t, k, _, h = heads.qkv.shape
         n = k * heads.group
         rows, width = batch.page_table.shape
-        blocks = single_blocks(heads.group, h, heads.qkv.dtype)
+        blocks = self.single or single_blocks(heads.group, h, heads.qkv.dtype)
         splits, least = split_context(rows, k, width * pool.shape[3], blocks.n)
         parts, heights = self.launch(
             "attend_single",
@@ -244,7 +266,7 @@ class Triton:
         k = pool.shape[2]
         t, n, h = queries.shape
         group, rows = n // k, batch.page_table.shape[0]
-        blocks = tile_blocks(group, h, queries.dtype)
+        blocks = self.tiles or tile_blocks(group, h, queries.dtype)
         self.launch(
             "attend_tiles",
             (k, t // (blocks.m // group) + rows),

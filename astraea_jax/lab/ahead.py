@@ -8,11 +8,12 @@ which need no device. Nothing is run, so there are no times.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.config import EngineConfig, default_sizes
 from astraea_jax.engine.layout import DEVICE_KV_SHARE
 from astraea_jax.engine.step import Step, StepSizes
 from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, block_sharding
+from astraea_jax.lab import gpu_code
 from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.quantize import EIGHT_BITS
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
@@ -113,6 +115,10 @@ class Figures:
     """Number of collectives by kind; those of a loop count once."""
     seconds: float = 0.0
     """Time to trace, lower and compile."""
+    launches: int | None = None
+    """Launches of a step on a GPU whose layers are unrolled."""
+    registers: dict[str, int] = field(default_factory=dict)
+    """Registers per thread of those kernels for GPUs that were compiled for this executable first."""
     failures: list[str] = field(default_factory=list)
     """Checks that it does not pass."""
 
@@ -131,6 +137,8 @@ class _Executable:
     """Sizes, in elements, of weights, which it must not make anew."""
     shared_layers: int
     """Layers in its HLO that devices compute together; 0: each device works alone."""
+    unrolled_layers: int = 0
+    """Layers of a step, unless they are one loop."""
 
 
 class Unfit(Exception):
@@ -169,15 +177,16 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
         Unfit: the pages hold less than one context of MAX_CONTEXT tokens.
         StartupError: the attention backend is not available on these devices.
     """
-    config, model, dtype = EngineConfig(), PUBLISHED[case.model], jnp.dtype(jnp.bfloat16)
-    target = TARGETS[case.target]
+    model, dtype, target = PUBLISHED[case.model], jnp.dtype(jnp.bfloat16), TARGETS[case.target]
+    platform = "tpu" if target.capability is None else "gpu"
+    config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
     quantized = EIGHT_BITS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
     decoder = abstract_decoder(model, dtype, mesh, quantized_dtype=quantized, stacked=scan)
     backend = choose(
         case.attention,
-        "tpu" if target.capability is None else "gpu",
+        platform,
         kv_heads=model.num_kv_heads // case.tp,
         head_dim=model.head_dim,
         page_size=config.page_size,
@@ -205,10 +214,10 @@ def _executables(step: Step, tp: int) -> Iterator[_Executable]:
     if step.stacked:  # the layers' matrices have three axes
         weights |= {_shard_elements(leaf) // step.num_layers for leaf in step.leaves if len(leaf.shape) > 2}
     weights = {elements for elements in weights if elements >= LARGE}
-    decode = [shape for shape in step.shapes if shape.q_tile == 1]
+    decode, unrolled = [shape for shape in step.shapes if shape.q_tile == 1], 0 if step.stacked else step.num_layers
     for name, shape in zip(EXECUTABLES, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Executable(name, lower, pool, paged, weights, in_text if tp > 1 else 0)
+        yield _Executable(name, lower, pool, paged, weights, in_text if tp > 1 else 0, unrolled)
     gather, scatter = step.transfers()
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.replicated)
     whole = (LARGEST_BLOCK, step.num_layers, *pages[0].shape[1:])
@@ -239,7 +248,22 @@ def _compile(case: Case, program: _Executable) -> Figures:
         figures.failures.append(f"wants {figures.temp / 1e9:.2f} GB of scratch memory")
     figures.failures += [f"moves {what}" for what in moved(text, program.pages, program.weights)]
     figures.failures += wrong_collectives(found, program.shared_layers)
+    if (capability := TARGETS[case.target].capability) is not None:
+        _look_at_gpu_code(figures, text, program.unrolled_layers, capability)
     return figures
+
+
+def _look_at_gpu_code(figures: Figures, text: str, layers: int, capability: int) -> None:
+    kind = figures.program.partition("-")[0]
+    if kind in gpu_code.LAYER and layers:
+        figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers)
+        if figures.launches > most and figures.case.tp == 1 and not figures.case.quantize:
+            figures.failures.append(f"launches {figures.launches} kernels, {most} at most")
+        figures.failures += [f"is no single command buffer: has a {opcode}" for opcode in gpu_code.branches(text)]
+    for kernel in gpu_code.assembled(Path(os.environ["JAX_TRITON_DUMP_DIR"]), capability):
+        figures.registers[kernel.name] = max(kernel.registers, figures.registers.get(kernel.name, 0))
+        if kernel.spilled:
+            figures.failures.append(f"{kernel.name} spills {kernel.spilled} bytes of registers")
 
 
 def _shard_elements(array: jax.ShapeDtypeStruct) -> int:

@@ -7,6 +7,7 @@ both measured here; and the largest error against the reference in float32.
   python scripts/bench_attention.py                     Llama-3.1-8B's heads on a GPU; a few tiny shapes on a CPU
   python scripts/bench_attention.py --batches=64 --contexts=2048,8192 --chunks= --page_size=64
   python scripts/bench_attention.py --backends=triton,cudnn --kv_dtype=float8_e4m3fn
+  python scripts/bench_attention.py --backends=triton,triton:16x128x4x3    (M x N x warps x stages)
 
 Backends: `triton` and `reference` are what `scripts/serve.py --attention` takes. The others are here to compare with:
 `gather` (XLA: copy the pages, then attend), `cudnn` (its paged attention, through JAX's private interface) and
@@ -29,7 +30,8 @@ from rich.console import Console
 
 from astraea_jax.engine.step import PREFILL_TILE
 from astraea_jax.frontends.flags import run_main
-from astraea_jax.kernels import BACKENDS, Batch
+from astraea_jax.kernels import BACKENDS, Backend, Batch, Triton
+from astraea_jax.kernels.gpu import Blocks
 from astraea_jax.kernels.reference import attention, write_kv
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, best_seconds
@@ -184,14 +186,27 @@ def flashinfer_attend() -> Attend:
     return attend
 
 
+def is_backend(name: str) -> bool:
+    return name.partition(":")[0] in BACKENDS
+
+
+def backend_of(name: str) -> Backend:
+    """A backend of the engine; ``triton:MxNxWARPSxSTAGES`` has these blocks for rows of any length."""
+    name, _, sizes = name.partition(":")
+    if not sizes:
+        return BACKENDS[name]()
+    blocks = Blocks(*map(int, sizes.split("x")))
+    return Triton(single=blocks, tiles=blocks)
+
+
 def attend_of(name: str, case: Case) -> Attend:
     """The ``attend`` function of a backend.
 
     Raises:
         ValueError: the backend does not do this kind of step, or is unknown.
     """
-    if name in BACKENDS:
-        backend = BACKENDS[name]()
+    if is_backend(name):
+        backend = backend_of(name)
         return lambda q, k, v, pool, batch: backend.attend(Heads.of(q, k, v), pool, batch, q_tile=case.q_tile)
     if name not in ("gather", "cudnn", "flashinfer"):
         raise ValueError(f"unknown; choose from {', '.join([*BACKENDS, 'gather', 'cudnn', 'flashinfer'])}")
@@ -202,7 +217,7 @@ def attend_of(name: str, case: Case) -> Attend:
 
 def bits_of(name: str) -> Any:
     """Dtype of the array in which a backend's pages lie."""
-    return BACKENDS[name]().page_dtype(np.dtype(FLAGS.kv_dtype))
+    return backend_of(name).page_dtype(np.dtype(FLAGS.kv_dtype))
 
 
 def make_pool(name: str, case: Case, seed: int) -> Pool:
@@ -218,8 +233,8 @@ def make_pool(name: str, case: Case, seed: int) -> Pool:
         if name in ("tokamax", "jax-rpa"):  # per token and head: the key, then the value
             of_token = pages.transpose(0, 3, 2, 1, 4)
             sizes = FLAGS.kv_heads, FLAGS.page_size, FLAGS.head_dim, np.dtype(FLAGS.kv_dtype)
-            return of_token.reshape(len(pages), *BACKENDS[name]().page_shape(*sizes))
-        return pages.view(bits_of(name)) if name in BACKENDS else pages
+            return of_token.reshape(len(pages), *backend_of(name).page_shape(*sizes))
+        return pages.view(bits_of(name)) if is_backend(name) else pages
 
     return jax.block_until_ready(make(jax.random.key(seed)))
 

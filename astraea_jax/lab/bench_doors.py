@@ -54,7 +54,7 @@ from astraea_jax.models.tokenizer import Tokenizer
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
-options = engine_flags(*MODEL, "max_step_tokens")
+options = engine_flags(*MODEL, "max_step_tokens", max_step_tokens=512)
 flags.DEFINE_list("doors", list(DOORS), "Front doors to measure; empty: none.")
 flags.register_validator("doors", lambda given: {*given} <= {*DOORS}, f"--doors may name {', '.join(DOORS)}")
 flags.DEFINE_integer("streams", 64, "Streams at once.", lower_bound=1)

@@ -3,24 +3,27 @@
   python scripts/bench_jct.py                       the shipped trace, five policies, half a minute
   python scripts/bench_jct.py --policies=all --workload=swe-batch --oversubscription=0.5,1,1.5,2.5 --seeds=5
   python scripts/bench_jct.py --trace=mine.jsonl --predictor=online,noise50 --residency=keep-lru,host --plots=out
-  python scripts/bench_jct.py --backend=engine --policies=fcfs,plas,astraea --workload=infercept-mix --programs=120
+  python scripts/bench_jct.py --backend=engine --context=4096,8192,16384 --programs=60 --seeds=5
 
 The simulator (`scheduler/simulation/`) runs the engine's own scheduler on a virtual clock. Accelerator machines are
 computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
 keep-lru has no host memory; host has a host tier that is never full, with the adaptive strategy or the policy's own;
 the other names are strategies with such a host tier.
 
-The engine backend serves astraea-tiny here, with lengths scaled to its context and tools sped up by --tool_scale, and
+The engine backend serves `--model` here, with lengths scaled to `--context` and tools sped up by `--tool_scale`, and
 prints beside each run the simulation of that run, with the step costs fitted to it. Programs arrive at the rate that
-this machine can work off, as its steps show before the first run.
+this machine can work off, as its steps show before the first run. All runs share the compiled steps; `--limit_s` ends
+the study early, with what there is.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from astraea_jax.engine.config import EngineConfig
-from astraea_jax.frontends.flags import run_main
+from astraea_jax.errors import StartupError
+from astraea_jax.frontends.flags import engine_flags, run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
+from astraea_jax.models.config import PUBLISHED, CheckpointError
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
 from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,
@@ -41,12 +46,14 @@ from astraea_jax.scheduler.simulation.experiment import (
     Cell,
     draw,
     interval,
-    residency_of,
     simulate,
     summary,
 )
-from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
+from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
+
+SIMULATED = ("fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant")
+ON_ENGINE = ("fcfs@keep-lru", "fcfs@host", "astraea@host")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("backend", "sim", ["sim", "engine"], "Simulate, or replay against the real engine on this machine.")
@@ -54,64 +61,93 @@ flags.DEFINE_multi_string("trace", [], "Trace file to replay; repeatable.")
 flags.DEFINE_list("workload", [], f"Workloads, of {', '.join(WORKLOADS)}; claude-code if neither is given.")
 flags.DEFINE_list(
     "policies",
-    ["fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant"],
-    f"Some of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time.",
+    [],
+    f"Some of {', '.join(POLICIES)}; all; or ablation: astraea with one term left out at a time. POLICY@RESIDENCY runs "
+    f"with that residency only. By default {', '.join(SIMULATED)}, and on the engine {', '.join(ON_ENGINE)}.",
 )
 flags.DEFINE_list("predictor", ["online"], f"Some of {', '.join(PREDICTORS)}.")
 flags.DEFINE_list("residency", ["host"], f"Some of {', '.join(RESIDENCIES)}.")
 flags.DEFINE_list("oversubscription", ["1.5"], "Live contexts over the KV pool.")
 flags.DEFINE_integer("programs", 300, "Programs of a run.", lower_bound=1)
 flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
-flags.DEFINE_float("load", 0.85, "Share of the machine's throughput that arrives.", lower_bound=0.01)
+flags.DEFINE_list("load", ["0.85"], "Shares of the machine's throughput that arrive.")
+flags.DEFINE_list("context", [], "Tokens that contexts are scaled to; 0, the default but on the engine: as recorded.")
 flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of the simulated machine.")
-flags.DEFINE_float("tool_scale", 0.1, "Factor on tool times of the engine backend.", lower_bound=0.0)
+flags.DEFINE_float("tool_scale", None, "Factor on tool times; by default 1, and 0.1 on the engine.", lower_bound=0.0)
+flags.DEFINE_string(
+    "model",
+    "tiny-32k",
+    f"Model of the engine: with random weights {', '.join(PUBLISHED)}; or a folder, or astraea-tiny.",
+)
+flags.DEFINE_float("limit_s", math.inf, "Seconds after which the engine's run is cut off and no other begins.", 1.0)
+engine_config = engine_flags(
+    *("max_seqs", "max_step_tokens", "page_size", "kv_bytes", "dtype", "attention"), max_seqs=32, max_step_tokens=256
+)
 define_flags("bench_jct")
 flags.DEFINE_string("plots", None, "Draw pictures into this folder.")
 
 console = Console(width=max(140, Console().width))
+BEGAN = time.monotonic()
 
 
-def policies() -> list[str]:
+def arms() -> list[tuple[str, str]]:
+    """Policies and the residencies that each runs with."""
+    on_engine = FLAGS.backend == "engine"
     names: list[str] = []
-    for name in FLAGS.policies:
+    for name in FLAGS.policies or (ON_ENGINE if on_engine else SIMULATED):
         names += list(POLICIES) if name == "all" else list(ABLATION) if name == "ablation" else [name]
-    known = SERVING if FLAGS.backend == "engine" else [*POLICIES, *ABLATION]
+    known = SERVING if on_engine else [*POLICIES, *ABLATION]
+    default = one_of("residency", FLAGS.residency)
+    found = []
     for name in names:
-        if name not in known:
-            raise app.UsageError(f"no policy is called {name!r}; --backend={FLAGS.backend} has {', '.join(known)}")
-    return names
+        policy, at, own = name.partition("@")
+        if policy not in known:
+            raise app.UsageError(f"no policy is called {policy!r}; --backend={FLAGS.backend} has {', '.join(known)}")
+        found += [(policy, residency) for residency in (one_of("policies", [own]) if at else default)]
+    return found
 
 
-def one_of(flag: str, allowed: Iterable[str]) -> list[str]:
-    values: list[str] = FLAGS[flag].value or []
+def one_of(flag: str, values: list[str], allowed: Iterable[str] = RESIDENCIES) -> list[str]:
     for value in values:
         if value not in allowed:
             raise app.UsageError(f"--{flag}: {value!r} is none of {', '.join(allowed)}")
     return values
 
 
-def cells() -> list[Cell]:
-    """All cells of the study; those that run the same programs stand together."""
+def numbers(flag: str, above: float = 0.0) -> list[float]:
+    """The values of a flag that must be numbers ``above`` something."""
     try:
-        factors = [float(x) for x in FLAGS.oversubscription]
+        found = [float(x) for x in FLAGS[flag].value or ()]
     except ValueError:
-        raise app.UsageError(f"--oversubscription: {FLAGS.oversubscription} are not all numbers") from None
-    if not all(0 < x < float("inf") for x in factors):
-        raise app.UsageError("--oversubscription: every factor must be above 0")
+        raise app.UsageError(f"--{flag}: {FLAGS[flag].value} are not all numbers") from None
+    if not all(above < x < math.inf for x in found):
+        raise app.UsageError(f"--{flag}: every one must be above {above:g}")
+    return found
+
+
+def study() -> list[Cell]:
+    """All cells of the study; those that run the same programs stand together."""
+    on_engine = FLAGS.backend == "engine"
+    tool_scale = FLAGS.tool_scale if FLAGS.tool_scale is not None else 0.1 if on_engine else 1.0
+    contexts = [int(x) for x in numbers("context", above=-1)] or [4096 if on_engine else 0]
     workloads = [*FLAGS.trace, *FLAGS.workload] or ["claude-code"]
-    for workload in workloads:
-        try:
-            draw(workload, 1, 0)
-        except ValueError as error:
-            raise app.UsageError(str(error)) from None
+    try:
+        for workload, context in itertools.product(workloads, contexts):
+            draw(workload, FLAGS.programs, 0, context)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    machine = f"{FLAGS.model} here" if on_engine else FLAGS.machine
     return [
-        Cell(workload, policy, predictor, residency, factor, seed, FLAGS.programs, FLAGS.load, FLAGS.machine)
+        Cell(
+            *(workload, policy, predictor, residency, factor, seed, FLAGS.programs, load, machine, context), tool_scale
+        )
         for workload in workloads
+        for context in contexts
+        for load in numbers("load")
+        for factor in numbers("oversubscription")
         for seed in range(FLAGS.seeds)
-        for residency in one_of("residency", RESIDENCIES)
-        for factor in factors
-        for predictor in one_of("predictor", PREDICTORS)
-        for policy in policies()
+        for predictor in one_of("predictor", FLAGS.predictor, PREDICTORS)
+        for policy, residency in arms()
     ]
 
 
@@ -120,54 +156,46 @@ def run_cell(cell: Cell) -> tuple[dict[str, Any], list[ProgramRecord]]:
     return summary(cell, outcome), outcome.records
 
 
-def run_all(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
+def run_all(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
     """Every cell, several at a time."""
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
     with Progress(*columns, console=console) as bar, ProcessPoolExecutor(os.cpu_count()) as pool:
-        shown = bar.add_task("runs", total=len(study))
-        chunk = max(1, min(len(policies()), len(study) // (2 * (os.cpu_count() or 1))))
-        for result in pool.map(run_cell, study, chunksize=chunk):
+        shown = bar.add_task("runs", total=len(cells))
+        chunk = max(1, min(len(arms()), len(cells) // (2 * (os.cpu_count() or 1))))
+        for result in pool.map(run_cell, cells, chunksize=chunk):
             results.append(result)
             bar.update(shown, advance=1)
     return results
 
 
-def run_on_engine(study: Sequence[Cell]) -> list[tuple[dict[str, Any], list[ProgramRecord]]]:
-    """Every cell on the real engine, and its simulation."""
-    from astraea_jax.lab.replay import (
-        Setting,
-        let_arrive_here,
-        measure_machine,
-        run_engine,
-        scale_to_fit,
-        simulate_engine,
-    )
+def study_on_engine(cells: Sequence[Cell]) -> tuple[list[Section], list[tuple[dict[str, Any], list[ProgramRecord]]]]:
+    """Every cell on the real engine, and its simulation: tables and rows."""
+    from astraea_jax.lab.engine_study import Study, tables
+    from astraea_jax.lab.replay import Replayer
 
-    results = []
-    here: dict[str, Machine] = {}  # as the workload's steps show it; it sets the rate of arrival
-    columns = (TextColumn("programs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        shown = bar.add_task("programs", total=sum(cell.programs for cell in study))
-        for cell in (replace(cell, machine="cpu-tiny") for cell in study):
-            programs = scale_to_fit(draw(cell.workload, cell.programs, cell.seed), 1000, FLAGS.tool_scale)
-            if cell.workload not in here:
-                here[cell.workload] = measure_machine(programs)
-            prepared = let_arrive_here(programs, here[cell.workload], cell.load, cell.seed)
-            pool = max(int(prepared.live_context / cell.oversubscription), 1100)
-            setting = Setting(cell.policy, pool, *residency_of(cell))
-            real, machine = run_engine(prepared.programs, setting, lambda: bar.update(shown, advance=1))
-            for name, outcome in (("", real), (" simulated", simulate_engine(prepared.programs, setting, machine))):
-                row = summary(replace(cell, policy=cell.policy + name), outcome, machine)
-                results.append((row, outcome.records))
-    return results
+    longest = max(cell.context for cell in cells) or None
+    replayer = Replayer(FLAGS.model, engine_config(max_context=longest, max_queued=8192))
+    for workload, context, seed in {(cell.workload, cell.context, cell.seed) for cell in cells}:
+        replayer.check(draw(workload, FLAGS.programs, seed, context))
+    replayer.compile()
+    console.print(f"{FLAGS.model} is ready, with room for {replayer.tokens:,} tokens", highlight=False)
+    study = Study(replayer, console, BEGAN + FLAGS.limit_s)
+    pairs = study.simulate(study.run(cells))
+    results = [
+        (row, outcome.records)
+        for pair in pairs
+        for row, outcome in zip(pair.rows(), (pair.run.replayed.outcome, pair.simulated), strict=False)
+        if outcome is not None
+    ]
+    return tables(pairs), results
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]]:
-    """(workload, residency, oversubscription) -> (policy, predictor) -> its rows, one per seed."""
+    """(label of the workload, residency, oversubscription) -> (policy, predictor) -> its rows, one per seed."""
     found: dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for row in rows:
-        group = found.setdefault((row["workload"], row["residency"], row["oversubscription"]), {})
+        group = found.setdefault((row["label"], row["residency"], row["oversubscription"]), {})
         group.setdefault((row["policy"], row["predictor"]), []).append(row)
     return found
 
@@ -178,7 +206,7 @@ def completion_times(rows: Sequence[dict[str, Any]]) -> list[Section]:
     for (workload, residency, factor), group in groups(rows).items():
         first = next((runs for (policy, _), runs in group.items() if policy == "fcfs"), next(iter(group.values())))
         title = (
-            f"{Path(workload).stem}, KV {residency}, {factor:g}x oversubscribed, "
+            f"{workload}, KV {residency}, {factor:g}x oversubscribed, "
             f"{first[0]['programs']} programs, {len(first)} seeds, {first[0]['machine']}"
         )
         columns = (
@@ -217,7 +245,7 @@ def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
         return []
     cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        key = (Path(row["workload"]).stem, row["oversubscription"], row["policy"])
+        key = (row["label"], row["oversubscription"], row["policy"])
         cells.setdefault(key, {}).setdefault(row["residency"], []).append(row)
     table = []
     for (workload, factor, policy), by_name in cells.items():
@@ -233,6 +261,11 @@ def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
     return [Section(title, ("workload", "policy", "x", f"{names[0]}, s", *names[1:]), table, named=2)]
 
 
+def slug(label: str) -> str:
+    """A label as part of a file's name."""
+    return label.replace(", ", "_").replace(" ", "-")
+
+
 def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], folder: Path) -> None:
     from astraea_jax.lab.plots import distributions, simulated_timelines, sweep
 
@@ -240,33 +273,39 @@ def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], fo
     rows = [row for row, _ in results]
     lines: dict[tuple[str, str], dict[str, list[tuple[float, float, float, float]]]] = {}
     for (workload, residency, factor), group in groups(rows).items():
-        name = f"{Path(workload).stem}_{residency}_{factor:g}x"
+        name = f"{slug(workload)}_{residency}_{factor:g}x"
         jct: dict[str, list[float]] = {}
         for (policy, predictor), runs in group.items():
             label = policy if predictor in ("online", "oracle") else f"{policy} ({predictor})"
             jct[label] = [r.jct_s for row, records in results if row in runs for r in records]
             means = [r["mean_jct_s"] for r in runs]
-            lines.setdefault((Path(workload).stem, residency), {}).setdefault(label, []).append(
+            lines.setdefault((workload, residency), {}).setdefault(label, []).append(
                 (factor, float(np.mean(means)), *interval(means))
             )
         distributions(jct, folder / f"cdf_{name}.png", f"{workload}, KV {residency}, {factor:g}x oversubscribed")
     for (workload, residency), found in lines.items():
         if len(next(iter(found.values()))) > 1:
-            sweep(found, folder / f"sweep_{workload}_{residency}.png", f"{workload}, KV {residency}")
+            sweep(found, folder / f"sweep_{slug(workload)}_{residency}.png", f"{workload}, KV {residency}")
     for row, records in results:
         if row["seed"] == 0 and row["policy"] in ("fcfs", "astraea") and row["predictor"] == "online":
-            name = f"{Path(row['workload']).stem}_{row['residency']}_{row['oversubscription']:g}x_{row['policy']}"
+            name = f"{slug(row['label'])}_{row['residency']}_{row['oversubscription']:g}x_{row['policy']}"
             simulated_timelines(records[:100], folder / f"timeline_{name}.png", name.replace("_", ", "))
     console.print(f"pictures in {folder}")
 
 
 def main(_: list[str]) -> None:
-    on_engine = FLAGS.backend == "engine"
-    study = cells()
-    roofline = Roofline.measure(EngineConfig().weight_dtype()) if on_engine else None
-    results = (run_on_engine if on_engine else run_all)(study)
-    rows = [row for row, _ in results]
-    publish("bench_jct", completion_times(rows) + residencies_compared(rows), {"rows": rows}, roofline, console=console)
+    cells = study()
+    if FLAGS.backend == "engine":
+        roofline = Roofline.measure(EngineConfig().weight_dtype())
+        try:
+            sections, results = study_on_engine(cells)
+        except (CheckpointError, StartupError) as error:
+            raise SystemExit(f"bench_jct: {error}") from error
+    else:
+        roofline, results = None, run_all(cells)
+        sections = completion_times([row for row, _ in results])
+        sections += residencies_compared([row for row, _ in results])
+    publish("bench_jct", sections, {"rows": [row for row, _ in results]}, roofline, console=console)
     if FLAGS.plots:
         draw_plots(results, Path(FLAGS.plots))
 

@@ -24,7 +24,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from astraea_jax.engine.layout import STAGING_PAGES
+from astraea_jax.engine.layout import staging_pages
 from astraea_jax.engine.runner import Runner
 from astraea_jax.engine.step import StepSizes
 from astraea_jax.frontends.flags import engine_flags, run_main
@@ -43,7 +43,7 @@ from astraea_jax.scheduler.transfer import HostCopy, HostPages, Part, Transfer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
-options = engine_flags("dtype", "attention", "scan_layers", "page_size")
+options = engine_flags("dtype", "attention", "scan_layers", "page_size", page_size=16)
 flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192", "16384", "32768"], "Tokens to restore or recompute.")
 flags.DEFINE_integer("chunk", 512, "Tokens of a prefill step.", lower_bound=16)
 flags.DEFINE_integer("batch", 32, "Programs that decode while transfers run.", lower_bound=1)
@@ -87,16 +87,17 @@ class Bench:
         decoder = random_decoder(self.config, self.dtype, seed=0)
         if engine.stacks():
             decoder.stack()
+        self.staging = staging_pages(pages, size)
         self.runner = Runner(
             decoder,
             backend,
             StepSizes(
                 num_pages=pages + len(self.spare), max_pages_per_seq=-(-longest // size), kv_dtype=self.dtype, **sizes
             ),
-            staging=STAGING_PAGES,
+            staging=self.staging,
         )
         self.scheduler = Scheduler(SchedulerConfig(num_pages=pages, max_context=longest, **sizes), make_policy("fcfs"))
-        self.store = HostStore(self.runner, self.runner.block_sharding, STAGING_PAGES)
+        self.store = HostStore(self.runner, self.runner.block_sharding, self.staging)
 
     def steps(self) -> Iterator[float]:
         """Run the engine's loop until nothing is left to do; the seconds of each step as it ends."""
@@ -176,7 +177,7 @@ class Bench:
 
     def _decode(self, steps: Iterator[float], moving: bool) -> float:
         """Mean seconds of a step."""
-        total, pages = 0.0, min(STAGING_PAGES, len(self.spare))
+        total, pages = 0.0, min(self.staging, len(self.spare))
         there, back = self.transfers(pages)
         turn = 0
         for _ in range(FLAGS.steps):

@@ -36,6 +36,9 @@ from astraea_jax.engine.replicas import load_engine
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title, run_main
 from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab.peer_engines import Load as PeerLoad
+from astraea_jax.lab.peer_engines import Setup
+from astraea_jax.lab.peer_process import PeerError, PeerProcess
 from astraea_jax.lab.record import Environment, Section, command, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.lab.serving_load import Latencies, Load, Slo, offline, online
@@ -46,7 +49,7 @@ PEERS = ("transformers", "torch", "vllm", "sglang")
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name; with --random_weights, a shape.")
 flags.DEFINE_bool("random_weights", False, f"Random weights at a published shape: {', '.join(PUBLISHED)}.")
-options = engine_flags(*MODEL, "max_seqs", "max_step_tokens", max_seqs=32)
+options = engine_flags(*MODEL, "max_seqs", "max_step_tokens", max_seqs=32, max_step_tokens=512)
 flags.DEFINE_integer("prompts", 64, "Prompts of the offline run.", lower_bound=2)
 flags.DEFINE_integer("input", 128, "Tokens of a prompt.", lower_bound=1)
 flags.DEFINE_integer("output", 64, "Tokens generated for each prompt.", lower_bound=2)
@@ -183,23 +186,45 @@ def own_part(part: str, folder: Path, within_s: float) -> dict[str, Any] | str:
 
 
 def peer(name: str, dtype: str, folder: Path, within_s: float) -> dict[str, Any] | str:
-    if importlib.util.find_spec(name) is None:
-        return "not installed"
+    """Figures of another engine on the offline load; or why there are none."""
+    until = time.monotonic() + within_s
     work = load(0)
-    spec = {
-        "hf": model_config().to_hf(),
-        "folder": None if FLAGS.random_weights else str(resolve(FLAGS.model)),
-        "dtype": dtype,
-        "prompts": work.prompts,
-        "outputs": work.outputs,
-        "max_seqs": FLAGS.max_seqs,
-        "max_step_tokens": FLAGS.max_step_tokens,
-    }
-    source, result = folder / "load.json", folder / f"{name}.json"
+    if name == "torch":
+        return products(work, dtype, folder, within_s)
+    total = sum(map(len, work.prompts)) + sum(work.outputs) + 256 * len(work.prompts)  # the rest of their last blocks
+    setup = Setup(str(model_folder(folder, dtype)), dtype, FLAGS.max_seqs, total, longest() + 1, host_bytes=0)
+    with contextlib.ExitStack() as stack:
+        try:
+            process = PeerProcess(name, sys.executable, setup, folder)
+            stack.callback(process.end)
+            ready = process.ready(within_s)
+            began = time.monotonic()
+            served = process.serve(PeerLoad([[prompt] for prompt in work.prompts], list(work.outputs)), until - began)
+        except PeerError as error:
+            return str(error)
+    return {**asdict(ready), "seconds": served.seconds, "output_tokens": sum(map(len, served.tokens))}
+
+
+def model_folder(folder: Path, dtype: str) -> Path:
+    """The checkpoint, or a folder with nothing but the configuration if weights are random."""
+    if not FLAGS.random_weights:
+        return resolve(FLAGS.model)
+    made = folder / "shape"
+    made.mkdir(exist_ok=True)
+    (made / "config.json").write_text(json.dumps({**model_config().to_hf(), "dtype": dtype}))
+    return made
+
+
+def products(work: Load, dtype: str, folder: Path, within_s: float) -> dict[str, Any] | str:
+    """Figures of ``torch_products.py``; or why there are none."""
+    if importlib.util.find_spec("torch") is None:
+        return "not installed"
+    spec = {"hf": model_config().to_hf(), "dtype": dtype, "inputs": [len(p) for p in work.prompts]}
+    spec |= {"outputs": work.outputs, "max_seqs": FLAGS.max_seqs, "max_step_tokens": FLAGS.max_step_tokens}
+    source, result = folder / "load.json", folder / "torch.json"
     source.write_text(json.dumps(spec))
-    return in_process(
-        [sys.executable, "-m", "astraea_jax.lab.serving_peers", name, str(source), str(result)], result, within_s
-    )
+    command = [sys.executable, "-m", "astraea_jax.lab.torch_products", str(source), str(result)]
+    return in_process(command, result, within_s)
 
 
 def in_process(arguments: list[str], result: Path, within_s: float) -> dict[str, Any] | str:

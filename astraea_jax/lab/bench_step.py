@@ -15,8 +15,10 @@ longer than the host's work; that bounds the gap.
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from astraea_jax.engine.times import StepTimes
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title, run_main
 from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab.device_profile import Profile, traced
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.models import resolve
@@ -54,14 +57,17 @@ flags.DEFINE_float(
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
 flags.DEFINE_bool("extras", False, "Also measure rows that need more than plain sampling, in turns with plain ones.")
-options = engine_flags(*MODEL, "max_step_tokens")
+options = engine_flags(*MODEL, "max_step_tokens", max_step_tokens=512)
 flags.DEFINE_bool(
     "compare_transformers", False, "Also time transformers' generate() on this checkpoint ([parity] extra)."
 )
+flags.DEFINE_bool("profile", False, "Also trace a few decode steps: kernel launches, idle gaps, where the time goes.")
 flags.DEFINE_string("compile_cache", None, "Folder where compiled steps are kept for the next run.")
 define_flags("bench_step")
 
 
+PROFILED = 8
+"""Decode steps that are traced."""
 TURNS = 5
 """Measurements of plain rows and of each kind of extras, one after the other; the median counts."""
 
@@ -140,24 +146,33 @@ def prompt(length: int, vocab: int, salt: int) -> list[int]:
     return [(7 * i + salt) % vocab for i in range(length)]
 
 
-async def decode(engine: Engine, extras: Mapping[str, Any]) -> tuple[float, StepTimes]:
-    """Seconds of ``--steps`` steps in which every program decodes, and what the loop did in them.
+async def decode(
+    engine: Engine, extras: Mapping[str, Any], steps: int, watch: AbstractContextManager[Any] | None = None
+) -> tuple[float, StepTimes]:
+    """Seconds of at least ``steps`` steps in which every program decodes, and what the loop did in them.
 
     Args:
         engine: idle.
         extras: parameters of every program beyond plain sampling.
+        steps: at most ``--steps``.
+        watch: entered for these steps, if given.
     """
     vocab = engine.model_config.vocab_size
     params = SamplingParams(max_tokens=output_tokens(), ignore_eos=True, **extras)
     running = [aiter(engine.generate(prompt(n, vocab, i), params)) for i, n in enumerate(context_lengths())]
     for generation in running:  # all prompts are in
         await anext(generation)
-    before, began = StepTimes(**asdict(engine.times)), time.perf_counter()
-    while engine.times.steps - before.steps < FLAGS.steps:
-        await asyncio.sleep(0.001)
-    took, after = time.perf_counter() - began, StepTimes(**asdict(engine.times))
-    for generation in running:
-        generation.cancel()
+    with watch or nullcontext():
+        before, began = StepTimes(**asdict(engine.times)), time.perf_counter()
+        while engine.times.steps - before.steps < steps:
+            await asyncio.sleep(0.001)
+        took, after = time.perf_counter() - began, StepTimes(**asdict(engine.times))
+        for generation in running:
+            generation.cancel()
+        if watch:  # it watches every step until the device is idle
+            while engine.times.steps > after.steps:
+                after = StepTimes(**asdict(engine.times))
+                await asyncio.sleep(0.1)
     spent = {name: getattr(after, name) - getattr(before, name) for name in asdict(before)}
     return took, StepTimes(**spent)
 
@@ -175,7 +190,7 @@ async def prefill(engine: Engine) -> float:
 
 def measure(engine: Engine, roofline: Roofline, compile_s: float) -> Figures:
     prefill_s = asyncio.run(prefill(engine))
-    took, spent = asyncio.run(decode(engine, {}))
+    took, spent = asyncio.run(decode(engine, {}, FLAGS.steps))
     work = Work.of(engine.model_config, engine.config, engine.layout)
     step_bytes = work.decode_bytes(1, FLAGS.batch * (FLAGS.context + FLAGS.steps / 2))
     per_step = 1e3 / spent.steps
@@ -201,9 +216,16 @@ def decode_with_extras(engine: Engine) -> dict[str, dict[str, float]]:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in EXTRAS}
     for _ in range(TURNS):
         for name, extras in EXTRAS.items():
-            took, spent = asyncio.run(decode(engine, extras))
+            took, spent = asyncio.run(decode(engine, extras, FLAGS.steps))
             found[name].append((1e3 * took / spent.steps, 1e3 * spent.resample_s / spent.steps))
     return {name: dict(zip(("decode_ms", "host_ms"), np.median(runs, 0).tolist())) for name, runs in found.items()}
+
+
+def profile(engine: Engine) -> Profile:
+    """What the device executed in a few decode steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, spent = asyncio.run(decode(engine, {}, PROFILED, traced(folder)))
+        return Profile.read(folder, spent.steps)
 
 
 def extras_section(found: Mapping[str, Mapping[str, float]]) -> Section:
@@ -303,12 +325,19 @@ def main(_: list[str]) -> None:
         compile_s = time.perf_counter() - began
     figures = measure(engine, roofline, compile_s)
     extras = decode_with_extras(engine) if FLAGS.extras else None
+    profiled = profile(engine) if FLAGS.profile else None
     engine.shutdown(grace_s=0)
     rival = None
     if FLAGS.compare_transformers:
         rival = transformers_tokens_s(resolve(FLAGS.model), engine.layout.dtype.name)
-    found = {**asdict(figures), "transformers_tokens_s": rival, "extras": extras}
+    found = {
+        **asdict(figures),
+        "transformers_tokens_s": rival,
+        "extras": extras,
+        "profile": profiled and asdict(profiled),
+    }
     tables = sections(engine, figures, rival) + ([extras_section(extras)] if extras is not None else [])
+    tables += [profiled.section()] if profiled is not None else []
     publish("bench_step", tables, found, roofline)
 
 

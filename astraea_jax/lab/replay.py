@@ -7,6 +7,8 @@ runs the same programs with step costs fitted to the engine's run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,30 +16,39 @@ from dataclasses import dataclass, replace
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.layout import staging_pages
+from astraea_jax.engine.layout import GPU_PINNED_BYTES, Layout, staging_pages
+from astraea_jax.engine.loading import load_model, random_model
+from astraea_jax.engine.runner import Progress, Runner
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.kv_cache.arrays import page_bytes
-from astraea_jax.models import resolve
-from astraea_jax.models.config import ModelConfig, read_json
+from astraea_jax.errors import StartupError
+from astraea_jax.models.config import PUBLISHED
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation.experiment import Prepared, everything, let_arrive
 from astraea_jax.scheduler.simulation.machines import Machine
 from astraea_jax.scheduler.simulation.simulator import Outcome, ProgramRecord, Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram
+from astraea_jax.scheduler.transfer import HostTier
 
-MODEL = "astraea-tiny"
-SEQS, STEP_TOKENS, PAGE = 32, 256, 16
+CALIBRATION = 16
+"""Programs that run together, without waiting for tools, to find out what steps cost."""
 
 
 async def replay(
-    engine: Engine, programs: Sequence[TraceProgram], progress: Callable[[], None] = lambda: None
+    engine: Engine,
+    programs: Sequence[TraceProgram],
+    progress: Callable[[], None] = lambda: None,
+    limit_s: float = math.inf,
 ) -> list[ProgramRecord]:
-    """Run programs with arrival times against a started engine; times count from the call."""
+    """Run programs with arrival times against a started engine; times count from the call.
+
+    After ``limit_s`` those that still run are cut off; their ``ended`` is below 0.
+    """
     zero = time.monotonic()
     vocab = engine.model_config.vocab_size
+    records = [ProgramRecord(program, program.arrival_s or 0.0) for program in programs]
 
-    async def one(program: TraceProgram) -> ProgramRecord:
-        record = ProgramRecord(program, program.arrival_s or 0.0)
+    async def one(record: ProgramRecord) -> None:
+        program = record.program
         rng = random.Random(program.id)
         text: list[int] = []
         await asyncio.sleep(max(0.0, zero + record.arrival - time.monotonic()))
@@ -61,20 +72,11 @@ async def replay(
                 await asyncio.sleep(request.tool_s)
         record.ended = time.monotonic() - zero
         progress()
-        return record
 
-    return list(await asyncio.gather(*(one(program) for program in programs)))
-
-
-def scale_to_fit(programs: Sequence[TraceProgram], longest: int, tool_scale: float) -> list[TraceProgram]:
-    """The same programs scaled so that the longest context is ``longest``, for models with short ones."""
-    factor = min(1.0, longest / (max(p.longest for p in programs) + 2 * max(len(p.requests) for p in programs)))
-    return [replace(p.scaled(factor, tool_scale), arrival_s=p.arrival_s) for p in programs]
-
-
-def let_arrive_here(programs: Sequence[TraceProgram], machine: Machine, load: float, seed: int) -> Prepared:
-    """Let programs arrive at ``load`` times what the engine here works off."""
-    return let_arrive(programs, machine, _sizes(everything(programs)), load, seed)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None if math.isinf(limit_s) else limit_s):
+            await asyncio.gather(*map(one, records))
+    return records
 
 
 @dataclass(frozen=True)
@@ -88,62 +90,156 @@ class Setting:
     strategy: str | None = None
 
 
-def simulate_engine(programs: Sequence[TraceProgram], setting: Setting, machine: Machine) -> Outcome:
-    """Run programs through a simulation of the engine."""
-    policy = make_policy(setting.policy, strategy=setting.strategy)
-    sizes = _sizes(setting.pool_tokens, everything(programs) if setting.host_tier else 0)
-    return Simulator(programs, policy, machine, sizes).run()
+@dataclass(frozen=True)
+class Replayed:
+    """What became of programs on the real engine."""
+
+    outcome: Outcome
+    """Programs that were cut off end when they were."""
+    machine: Machine
+    """As the run's steps showed it."""
+    cut: int
+    """Programs that were cut off."""
+    page_bytes: int
 
 
-def measure_machine(programs: Sequence[TraceProgram]) -> Machine:
-    """Measure what steps cost here and now, with some programs that all arrive at once in ample memory."""
-    at_once = [replace(p, arrival_s=0.0) for p in programs[: 2 * SEQS]]
-    return run_engine(at_once, Setting("fcfs", everything(at_once)))[1]
+class SharedRunner(Runner):
+    """A runner for one engine after the other: it compiles for the first, and its pages are enough for any."""
+
+    def compile(self, progress: Progress = lambda done, total: None) -> None:
+        """Compile everything, unless that has been done."""
+        if not self._compiled:
+            super().compile(progress)
 
 
-def run_engine(
-    programs: Sequence[TraceProgram], setting: Setting, progress: Callable[[], None] = lambda: None
-) -> tuple[Outcome, Machine]:
-    """Run programs through the real engine; returns what became of them, and the machine as its steps showed it."""
-    config = EngineConfig(
-        max_seqs=SEQS,
-        max_step_tokens=STEP_TOKENS,
-        page_size=PAGE,
-        policy=setting.policy,
-        residency=setting.strategy,
-        max_queued=8192,
-    )
-    model = ModelConfig.from_hf(read_json(resolve(MODEL) / "config.json"))
-    page = page_bytes(model, config.backend(model), PAGE, config.page_dtype())
-    bytes_of = lambda tokens: (1 + -(-tokens // PAGE)) * page  # noqa: E731
-    host = bytes_of(everything(programs)) if setting.host_tier else 0
-    engine = Engine.from_folder(MODEL, replace(config, kv_bytes=bytes_of(setting.pool_tokens), host_kv_bytes=host))
-    engine.step_costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
-    engine.start()
-    try:
-        records = asyncio.run(replay(engine, programs, progress))
-    finally:
-        engine.shutdown(grace_s=0)
-    times = engine.times
-    outcome = Outcome(
-        records=records,
-        stats=engine.stats(),
-        makespan_s=max(record.ended for record in records),
-        steps=times.steps,
-        scheduler_s=times.plan_s + times.commit_s,
-        mean_live_context=0.0,
-        refused=0,
-    )
-    return outcome, Machine(engine.step_costs.costs, page / PAGE, link_bytes_s=1e9, measured=True)
+class Replayer:
+    """A model on this machine, loaded and compiled once for the engines of all runs.
 
+    Args:
+        model: a published shape, which gets random weights, or a checkpoint folder, or ``"astraea-tiny"``.
+        config: of every engine, except for what a :class:`Setting` says. Its pages hold the largest pool.
 
-def _sizes(pool_tokens: int, host_tokens: int = 0) -> Sizes:
-    staging = PAGE * staging_pages(-(-pool_tokens // PAGE))
-    return Sizes(
-        pool_tokens,
-        page_size=PAGE,
-        max_seqs=SEQS,
-        max_step_tokens=STEP_TOKENS,
-        host_tokens=host_tokens,
-        staging_tokens=staging,
-    )
+    Raises:
+        StartupError, CheckpointError: it cannot be served here.
+    """
+
+    def __init__(self, model: str, config: EngineConfig):
+        self._decoder, self._tokenizer, meshes = (random_model if model in PUBLISHED else load_model)(model, config)
+        self._config, self._mesh = config, meshes[0]
+        self._layout = layout = Layout.plan(config, self._decoder.config, meshes[0])
+        pages = layout.num_pages - 1
+        self.tokens = pages * config.page_size
+        """Tokens of KV that the device holds."""
+        transfers = replace(layout, host=HostTier(pages, staging_pages(pages, config.page_size)))
+        self._runner = SharedRunner.of(self._decoder, config, transfers, meshes[0])
+
+    def check(self, programs: Sequence[TraceProgram]) -> None:
+        """See that the model can hold these programs.
+
+        Raises:
+            StartupError: it cannot; the message names the program.
+        """
+        most = self._layout.max_context
+        for program in programs:
+            if program.longest > most:
+                raise StartupError(
+                    f"program {program.id!r} has a context of {program.longest} tokens, and this engine serves {most}: "
+                    f"scale all lengths with --context={most} or less"
+                )
+
+    def compile(self, progress: Progress = lambda done, total: None) -> None:
+        """Compile what all runs execute."""
+        self._runner.compile(progress)
+
+    def measure(self, programs: Sequence[TraceProgram], limit_s: float = math.inf) -> Machine:
+        """Measure what steps cost here and now, with some of the programs at once."""
+        some = [replace(p.scaled(1.0, 0.0), arrival_s=0.0) for p in programs[:CALIBRATION]]
+        return self.run(some, Setting("fcfs", min(everything(some), self.tokens)), limit_s=limit_s).machine
+
+    def let_arrive(self, programs: Sequence[TraceProgram], machine: Machine, load: float, seed: int) -> Prepared:
+        """Let programs arrive at ``load`` times what the engine here works off."""
+        return let_arrive(programs, machine, self._sizes(everything(programs)), load, seed)
+
+    def simulate(self, programs: Sequence[TraceProgram], setting: Setting, machine: Machine) -> Outcome:
+        """Run programs through a simulation of the engine."""
+        policy = make_policy(setting.policy, strategy=setting.strategy)
+        host = self._host_tokens(programs) if setting.host_tier else 0
+        return Simulator(programs, policy, machine, self._sizes(setting.pool_tokens, host)).run()
+
+    def run(
+        self,
+        programs: Sequence[TraceProgram],
+        setting: Setting,
+        progress: Callable[[], None] = lambda: None,
+        limit_s: float = math.inf,
+    ) -> Replayed:
+        """Run programs through the real engine, for ``limit_s`` at most.
+
+        Raises:
+            StartupError: the pool is larger than what the device holds.
+        """
+        engine = Engine(
+            *(self._decoder, self._tokenizer, self._engine_config(programs, setting), self._mesh),
+            runner=lambda *_: self._runner,
+        )
+        engine.step_costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
+        engine.start()
+        began = time.monotonic()
+        try:
+            records = asyncio.run(replay(engine, programs, progress, limit_s))
+        finally:
+            took_s = time.monotonic() - began
+            engine.shutdown(grace_s=0)
+        cut = [record for record in records if record.ended < 0]
+        for record in cut:
+            record.ended = max(record.arrival, took_s)
+            record.spans.append((record.arrival, record.ended, record.ended, record.ended))
+        times, page = engine.times, engine.layout.page_bytes
+        outcome = Outcome(
+            records=records,
+            stats=engine.stats(),
+            makespan_s=max(record.ended for record in records),
+            steps=times.steps,
+            scheduler_s=times.plan_s + times.commit_s,
+            mean_live_context=0.0,
+            refused=0,
+            page_size=self._config.page_size,
+        )
+        link = page / max(engine.transfer_costs.per_page_s, 1e-9)
+        machine = Machine(engine.step_costs.costs, page / self._config.page_size, link_bytes_s=link, measured=True)
+        return Replayed(outcome, machine, len(cut), page)
+
+    def _engine_config(self, programs: Sequence[TraceProgram], setting: Setting) -> EngineConfig:
+        if setting.pool_tokens > self.tokens:
+            raise StartupError(
+                f"a pool of {setting.pool_tokens} tokens is wanted, and the device holds {self.tokens}: give more "
+                "--kv_bytes, fewer --programs, a shorter --context or more --oversubscription"
+            )
+        return replace(
+            self._config,
+            policy=setting.policy,
+            residency=setting.strategy,
+            kv_bytes=self._bytes(setting.pool_tokens),
+            host_kv_bytes=self._bytes(self._host_tokens(programs)) if setting.host_tier else 0,
+            max_context=max(p.longest for p in programs),
+        )
+
+    def _bytes(self, tokens: int) -> int:
+        return (1 + -(-tokens // self._config.page_size)) * self._layout.page_bytes
+
+    def _host_tokens(self, programs: Sequence[TraceProgram]) -> int:
+        """Tokens of a host tier that is never full, if as much may be pinned."""
+        page = self._config.page_size
+        return min(everything(programs), (GPU_PINNED_BYTES // self._layout.page_bytes - 1) * page)
+
+    def _sizes(self, pool_tokens: int, host_tokens: int = 0) -> Sizes:
+        page = self._config.page_size
+        pages = -(-pool_tokens // page)
+        return Sizes(
+            page * pages,
+            page_size=page,
+            max_seqs=self._config.max_seqs,
+            max_step_tokens=self._config.max_step_tokens,
+            host_tokens=host_tokens,
+            staging_tokens=page * staging_pages(pages, page),
+        )

@@ -23,7 +23,7 @@ from .machines import MACHINES, Machine
 from .oracle import Oracle
 from .simulator import Outcome, ProgramRecord, Simulator, Sizes
 from .trace import TraceProgram, load_trace
-from .workload import GENERATORS, generate, resample, with_arrivals
+from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
 
 TRACES = Path(__file__).parent / "traces"
 RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
@@ -57,6 +57,16 @@ class Cell:
     programs: int = 300
     load: float = 0.85
     machine: str = "h200-8b"
+    context: int = 0
+    """Tokens that the lengths are scaled to fit in; 0: they are as recorded."""
+    tool_scale: float = 1.0
+    """Factor on the times of tools."""
+
+    @property
+    def label(self) -> str:
+        """The workload as it is run, for tables."""
+        context = f" to {self.context} tokens" if self.context else ""
+        return f"{Path(self.workload).stem}{context}, load {self.load:g}"
 
 
 @dataclass(frozen=True)
@@ -66,26 +76,35 @@ class Prepared:
     programs: tuple[TraceProgram, ...]
     live_context: float
 
+    def pool_tokens(self, oversubscription: float) -> int:
+        """Tokens of the pool; the longest context has room in any."""
+        longest = max(p.longest for p in self.programs)
+        return max(int(self.live_context / oversubscription), longest + min(4096, longest // 8 + 2 * Sizes.page_size))
 
-def draw(workload: str, count: int, seed: int) -> list[TraceProgram]:
-    """Draw programs of a workload by name, or of a trace file.
+
+def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: float = 1.0) -> list[TraceProgram]:
+    """Draw programs of a workload by name, or of a trace file, scaled as :class:`Cell` says.
 
     Raises:
         ValueError: there is no such workload.
-        TraceError: the file cannot be replayed.
+        TraceError: the file cannot be replayed, or a program cannot be scaled so far down.
     """
-    if workload in GENERATORS:
-        return generate(workload, count, seed)
     path = RECORDED.get(workload, Path(workload))
-    if not path.is_file():
+    if workload in GENERATORS:
+        programs = generate(workload, count, seed)
+    elif path.is_file():
+        programs = resample(load_trace(path), count, seed)
+    else:
         raise ValueError(f"no workload or trace file is called {workload!r}; there are {', '.join(WORKLOADS)}")
-    return resample(load_trace(path), count, seed)
+    return scaled_to_fit(programs, context or max(p.longest for p in programs), tool_scale)
 
 
 @lru_cache(maxsize=64)
-def prepare(workload: str, count: int, seed: int, load: float, machine: str) -> Prepared:
+def prepare(
+    workload: str, count: int, seed: int, load: float, machine: str, context: int = 0, tool_scale: float = 1.0
+) -> Prepared:
     """Draw programs and let them arrive."""
-    programs = draw(workload, count, seed)
+    programs = draw(workload, count, seed, context, tool_scale)
     return let_arrive(programs, MACHINES[machine], Sizes(everything(programs)), load, seed)
 
 
@@ -105,9 +124,10 @@ def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
     Raises:
         ValueError: an unknown name.
     """
-    prepared = prepare(cell.workload, cell.programs, cell.seed, cell.load, cell.machine)
-    longest = max(p.longest for p in prepared.programs)
-    pool = max(int(prepared.live_context / cell.oversubscription), longest + 4096)
+    prepared = prepare(
+        *(cell.workload, cell.programs, cell.seed, cell.load, cell.machine), cell.context, cell.tool_scale
+    )
+    pool = prepared.pool_tokens(cell.oversubscription)
     host, strategy = residency_of(cell)
     sizes = Sizes(pool, host_tokens=UNLIMITED if host else 0)
     if cell.residency == "unlimited":
@@ -145,7 +165,8 @@ def alone_s(program: TraceProgram, costs: StepCosts, max_step_tokens: int = 2048
     total = program.tool_s
     for s in program.requests:
         steps = -(-s.new // max_step_tokens)
-        total += steps * costs.step_s(0, s.new // steps, s.prompt)
+        fresh = s.new / steps
+        total += steps * costs.step_s(0, round(fresh), s.prompt, fresh * (s.cached + s.new / 2))
         total += (s.output - 1) * costs.step_s(1, 1, s.prompt + s.output // 2)
     return total
 
@@ -157,7 +178,8 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
     jct = np.array([r.jct_s for r in records])
     alone = np.array([alone_s(r.program, machine.steps) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
-    s, page = outcome.stats, Sizes.page_size
+    jobs = [s for r in records for s in r.job_times] or jct.tolist()  # a run that was cut off may have none that ended
+    s = outcome.stats
     return {
         "workload": cell.workload,
         "policy": cell.policy,
@@ -167,6 +189,8 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "seed": cell.seed,
         "machine": cell.machine,
         "load": cell.load,
+        "context": cell.context,
+        "label": cell.label,
         "programs": len(records),
         "refused": outcome.refused,
         "mean_jct_s": float(jct.mean()),
@@ -176,15 +200,15 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "p99_jct_s": p99,
         "mean_jct_no_tool_s": float(np.mean([r.jct_no_tool_s for r in records])),
         "p99_jct_no_tool_s": float(np.percentile([r.jct_no_tool_s for r in records], 99)),
-        "mean_job_s": float(np.mean([s for r in records for s in r.job_times])),
-        "p99_job_s": float(np.percentile([s for r in records for s in r.job_times], 99)),
+        "mean_job_s": float(np.mean(jobs)),
+        "p99_job_s": float(np.percentile(jobs, 99)),
         "mean_queue_s": float(np.mean([r.queue_s for r in records])),
         "max_slowdown": float((jct / alone).max()),
         "programs_per_s": len(records) / outcome.makespan_s,
         "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
-        "moved_bytes": (s.offloaded_pages + s.restored_pages) * page * machine.kv_bytes,
+        "moved_bytes": (s.offloaded_pages + s.restored_pages) * outcome.page_size * machine.kv_bytes,
         "preemptions": s.preemptions,
         "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
         "steps": outcome.steps,
@@ -202,3 +226,23 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     means = data[rng.integers(0, len(data), (2000, len(data)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def ratio_interval(
+    runs: Sequence[np.ndarray], bases: Sequence[np.ndarray], seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of the means of paired runs, and its 95 % bootstrap interval.
+
+    Args:
+        runs: of each seed, a figure per program.
+        bases: the same of the same programs in the runs to compare with.
+        seed: of the bootstrap. It draws runs if there are at least three, or else programs, which takes those of one
+            run as independent.
+    """
+    pairs = np.array([[a.mean(), b.mean()] for a, b in zip(runs, bases, strict=True)])
+    drawn = pairs if len(pairs) >= 3 else np.column_stack([np.concatenate(runs), np.concatenate(bases)])
+    rng = np.random.default_rng(seed)
+    sums = drawn[rng.integers(0, len(drawn), (2000, len(drawn)))].sum(axis=1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    total = drawn.sum(axis=0)
+    return float(total[0] / total[1]), float(low), float(high)

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 
 from ..config import SchedulerConfig, SchedulerStats
+from ..costs import prefilled_pairs
 from ..plan import Plan
 from ..policy import Policy
 from ..program import Rejected, Request
@@ -76,6 +77,8 @@ class Outcome:
     """Tokens of KV that live programs held in the mean, tool waits included: what unlimited memory would hold."""
     refused: int
     """Programs larger than the whole pool."""
+    page_size: int
+    """Tokens of a page."""
     plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = None
     """Each plan as its time and (request, start, tokens) of its rows, if asked for."""
 
@@ -182,7 +185,7 @@ class Simulator:
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step; returns how many equal ones it stands for, when the last of them starts, and when that ends."""
         costs = self._machine.steps
-        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context)
+        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context, prefilled_pairs(plan))
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
         times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1
@@ -259,6 +262,7 @@ class Simulator:
             scheduler_s=spent,
             mean_live_context=self._held_area / now if now else 0.0,
             refused=self._refused,
+            page_size=self.scheduler.config.page_size,
             plans=self._plans,
         )
 

@@ -89,11 +89,16 @@ class TraceProgram:
         return sum(s.tool_s for s in self.requests)
 
     def scaled(self, tokens: float, tool_s: float = 1.0) -> TraceProgram:
-        """Multiply all lengths and all tool times, for small models."""
+        """Multiply all lengths and all tool times, for small models.
+
+        No length gets below 1, and what continues the request before still does.
+        """
         requests: list[TraceRequest] = []
+        before = 0
         for s in self.requests:
             held = requests[-1].context if requests else 0
-            cached = min(held, round(s.cached * tokens))
+            cached = held if s.cached == before else min(held, round(s.cached * tokens))
+            before = s.context
             requests.append(
                 TraceRequest(
                     cached,

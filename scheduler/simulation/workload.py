@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .trace import TraceProgram, TraceRequest
+from .trace import TraceError, TraceProgram, TraceRequest
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,25 @@ def resample(programs: Sequence[TraceProgram], count: int, seed: int) -> list[Tr
     while len(drawn) < count:
         drawn += rng.sample(list(programs), len(programs))
     return [replace(p, id=f"{p.id}#{i}") for i, p in enumerate(drawn[:count])]
+
+
+def scaled_to_fit(programs: Sequence[TraceProgram], longest: int, tool_scale: float = 1.0) -> list[TraceProgram]:
+    """Scale all lengths so that the longest context has at most ``longest`` tokens, and the times of tools.
+
+    Raises:
+        TraceError: no length is below one token, so a program of so many requests does not fit; the message names it.
+    """
+    recorded = max(p.longest for p in programs)
+    rounding = 2 * max(len(p.requests) for p in programs)
+    factor = 1.0 if recorded <= longest else max(0.0, (longest - rounding) / recorded)
+    found = [p if factor == tool_scale == 1.0 else p.scaled(factor, tool_scale) for p in programs]
+    for program in found:
+        if program.longest > longest:
+            raise TraceError(
+                f"program {program.id!r} does not fit into {longest} tokens: its {len(program.requests)} requests hold "
+                f"{program.longest}, with every length divided by {1 / max(factor, 1e-9):.3g} and none below 1"
+            )
+    return found
 
 
 def with_arrivals(programs: Sequence[TraceProgram], rate: float, seed: int) -> list[TraceProgram]:

@@ -1,11 +1,13 @@
-"""The serving step compiled for TPUs that are not here, through the script: what it says and what it refuses.
+"""The serving step compiled for chips that are not here, through the script: what it says and what it refuses.
 
-The shortest choice that shows every gate at work on each kind of chip: Llama-3.1-8B's smallest decode step over four
-devices, and the transfers. `python scripts/compile_ahead.py` compiles the rest.
+The shortest choice that shows every gate at work on each kind of chip: for TPUs Llama-3.1-8B's smallest decode step
+over four devices, and the transfers; for GPUs, its largest decode and mixed step. `python scripts/compile_ahead.py`
+compiles the rest.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -37,6 +39,27 @@ def test_steps_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
         assert step["temp"] < 2**26 < step["aliased"]
         assert step["aliased"] >= restore["aliased"] > 8e9  # the last tokens, too
         assert offload["collectives"] == restore["collectives"] == {}
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(package) for package in ("jax_triton", "jax_cuda13_plugin")),
+    reason="compiling for a GPU needs the [cuda] extra, on Python 3.12 or newer",
+)
+@pytest.mark.parametrize(("target", "models"), [("h200", ["llama-3.1-8b", "qwen3-4b"]), ("a100", ["qwen3-4b"])])
+def test_steps_on_a_gpu_launch_little_and_never_branch(target, models, tmp_path):
+    """What attention's kernels take of registers is looked at, too."""
+    done = run(
+        *(f"--target={target}", f"--model={','.join(models)}", "--tp=1", "--program=decode-most,mixed-most"),
+        f"--json={tmp_path / 'figures.json'}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    programs = json.loads((tmp_path / "figures.json").read_text())["programs"]
+    assert [step["program"] for step in programs] == ["decode-most", "mixed-most"] * len(models)
+    for decode, mixed in zip(programs[::2], programs[1::2], strict=True):
+        assert decode["case"]["attention"] == "triton"
+        assert decode["launches"] > 0 < mixed["launches"]
+        assert "attend_single" in decode["registers"]
+        assert {"turn_and_write", "attend_tiles"} <= mixed["registers"].keys()
 
 
 def test_a_model_that_does_not_fit_is_said_to_be_so():

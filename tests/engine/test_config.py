@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,7 +82,23 @@ def test_names_are_chosen_from_what_there_is(name, value, allowed):
 
 def test_sizes_must_fit_together():
     with pytest.raises(StartupError, match="max_step_tokens 4 is below max_seqs 64"):
-        EngineConfig(max_step_tokens=4)
+        EngineConfig(max_seqs=64, max_step_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes"), [("cpu", (64, 512, 16)), ("gpu", (256, 2048, 64)), ("tpu", (256, 2048, 64))]
+)
+def test_sizes_that_are_not_given_are_the_devices_and_fit_those_that_are(platform, sizes, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    def sizes_of(**given: int) -> tuple[int, int, int]:
+        config = EngineConfig(**given)
+        return config.max_seqs, config.max_step_tokens, config.page_size
+
+    assert sizes_of() == sizes
+    assert sizes_of(max_seqs=1000) == (1000, max(1000, sizes[1]), sizes[2])
+    assert sizes_of(max_step_tokens=4, page_size=1) == (4, 4, 1)
+    assert sizes_of(max_seqs=3, max_step_tokens=5) == (3, 5, sizes[2])
 
 
 @pytest.mark.parametrize("policy", SERVING)

@@ -13,7 +13,7 @@ import pytest
 from support.engines import break_loop, held, settled, until
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
-from astraea_jax.engine import runner
+from astraea_jax.engine import runner, step
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StartupError
@@ -46,6 +46,20 @@ async def test_greedy_tokens_do_not_depend_on_batch_chunks_or_preemption(config,
     assert config is SMALL or engine.stats().preemptions > before, "the pool was meant to be too small"
     await settled(engine)
     assert engine.stats().free_pages == engine.layout.num_pages - 1
+
+
+async def test_a_step_may_have_more_rows_than_tokens(random_folder, greedy, monkeypatch):
+    """As on accelerators: few tokens of prefill are no step of twice as many tokens as there may be rows."""
+    monkeypatch.setattr(step, "FEWEST_ROWS", {})
+    monkeypatch.setattr(step, "FEWEST_TOKENS", 4)
+    engine = Engine.from_folder(random_folder, SMALL)
+    engine.start()
+    try:
+        work = prompts(12, seed=5)
+        outputs = await asyncio.gather(*[tokens(engine.generate(p, no_eos(12))) for p in work])
+        assert outputs == [greedy(prompt, 12) for prompt in work]
+    finally:
+        await asyncio.to_thread(engine.shutdown, 0)
 
 
 async def test_a_page_table_that_changes_much_is_written_in_parts(random_folder, greedy, monkeypatch):

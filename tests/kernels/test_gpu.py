@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -17,14 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ragged import VARIANTS, Ragged, ragged
+from support.greedy_tokens import generate, greedy_tokens
+from support.ragged import VARIANTS, Ragged, like_a_model, ragged
 
 from astraea_jax.engine.config import EngineConfig
-from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
-from astraea_jax.kernels import Triton
+from astraea_jax.kernels import Reference, Triton
 from astraea_jax.kernels.gpu import HEAD_DIMS, MOST_SPLITS, load_kernels, split_context
+from astraea_jax.lab.gpu_code import assembled
 from astraea_jax.models.config import PUBLISHED
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("jax_triton", "jax_cuda13_plugin")}
@@ -71,7 +70,8 @@ def test_compiled_for_gpus_that_are_not_here_pools_are_written_in_place(target, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kernels"] == (4 if kind == "mixed" else 3)
+    assert report["kernels"] == (4 if kind == "mixed" else 2)
+    assert report["spilled"] == 0
     assert report["aliased"] >= report["pool"]
     assert report["temporary"] < report["pool"] / 4
     assert not re.search(rf"= \S*\[{report['pages']},2,\S* (copy|copy-start|fusion|scatter)\(", report["hlo"])
@@ -95,6 +95,27 @@ def test_the_step_on_four_gpus_and_the_transfers_pass_their_gates(tmp_path):
 
 
 @needs_no_gpu
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("spills", [True, False])
+def test_what_a_kernel_spills_is_seen(capability, spills, tmp_path):
+    """A kernel that keeps 64 numbers at once, with and without a bound on its registers."""
+    numbers = range(64)
+    body = [f"ld.volatile.global.u32 %r{i}, [%a+{4 * i}];" for i in numbers]
+    body += [f"st.volatile.global.u32 [%a+{4 * i}], %r{63 - i};" for i in numbers]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "some.ptx").write_text(
+        f".version 8.7\n.target sm_{capability}\n.address_size 64\n"
+        f".visible .entry some(.param .u64 at) {'.maxnreg 24' if spills else ''} {{\n"
+        ".reg .u32 %r<64>; .reg .u64 %a;\nld.param.u64 %a, [at];\n" + "\n".join(body) + "\nret;\n}\n"
+    )
+    (kernel,) = assembled(tmp_path, capability)
+    assert kernel.name == "some"
+    assert (kernel.spilled > 0) is spills
+    assert kernel.registers <= 24 if spills else kernel.registers > 60
+    assert list(assembled(tmp_path, capability)) == []
+
+
+@needs_no_gpu
 def test_launches_may_be_recorded_into_command_buffers():
     """XLA's FFI metadata say so of jaxlib's handler (bit 0 of the traits)."""
     done = subprocess.run([sys.executable, AHEAD, "traits"], capture_output=True, text=True, timeout=60)
@@ -111,33 +132,58 @@ def triton():
 
 
 @pytest.mark.serves(
-    "triton", "written", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "triton", "run", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
 )
 @on_a_gpu
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)  # each compiles its kernels
 @given(case=ragged(long=700), variant=VARIANTS)
 def test_matches_numpy(triton, case, variant):
     case.check(case.attend(triton(*variant)), case.expected(*variant), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.serves("triton", "written", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
+@pytest.mark.serves("triton", "run", "bfloat16", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
 @on_a_gpu
 @pytest.mark.parametrize("head", HEAD_DIMS)
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_matches_numpy_in_half_precision(triton, dtype, size, head):
     case = Ragged.make(size, 4, 4, head, [1, 130, 0, 1, 17], [3000, 65, 0, size - 1, 0], seed=head)
-    case.check(case.attend(triton(), dtype), case.expected(), rtol=1e-2, atol=1e-2)
+    case.check(
+        case.attend(triton(), dtype), case.expected(), rtol=2e-2, atol=2e-2
+    )  # outputs of up to 4, of 8 bits each
 
 
 @on_a_gpu
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 32])
 def test_query_heads_that_share_a_head(triton, group):
     case = Ragged.make(16, 2, group, 64, [1, 50, 1], [500, 100, 0], seed=group)
-    case.check(case.attend(triton(), jnp.bfloat16), case.expected(), rtol=1e-2, atol=1e-2)
+    case.check(
+        case.attend(triton(), jnp.bfloat16), case.expected(), rtol=2e-2, atol=2e-2
+    )  # outputs of up to 4, of 8 bits each
 
 
-@pytest.mark.serves("triton", "written", "fp8 KV")
+@on_a_gpu
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("normed", "kv_heads", "group", "head"), [(False, 8, 4, 128), (True, 8, 4, 128), (True, 2, 7, 64)]
+)
+@pytest.mark.parametrize("kv_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_queries_and_keys_are_rounded_as_by_the_other_backends(triton, decode, normed, kv_heads, group, head, kv_dtype):
+    case = like_a_model(decode, normed, 16, kv_heads, group, head, seed=head + group)
+    case.check_alike(triton(), Reference(), jnp.bfloat16, kv_dtype)
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("rows", "past"), [(1, 0), (1, 6000), (8, 31), (8, 32), (8, 33), (8, 3000), (64, 1), (64, 130)]
+)
+def test_decode_steps(triton, rows, past):
+    """Contexts that end at edges of blocks, of which the new token is attended to before it is in memory."""
+    case = Ragged.make(32, 4, 4, 128, [1] * rows, [past] * rows, seed=past, longest=past + 100, rotated=True)
+    case.check(case.attend(triton()), case.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.serves("triton", "run", "fp8 KV")
 @on_a_gpu
 def test_float8_pages(triton):
     case = Ragged.make(32, 4, 4, 128, [1, 40, 1], [700, 30, 5], seed=8)
@@ -146,7 +192,7 @@ def test_float8_pages(triton):
     np.testing.assert_allclose(out[:real], case.expected()[0][:real], atol=0.15)
 
 
-@pytest.mark.serves("triton", "written", "the engine's tokens, against dense attention")
+@pytest.mark.serves("triton", "run", "the engine's tokens, against dense attention")
 @on_a_gpu
 async def test_the_engine_generates_what_dense_attention_does(triton, make_engine, greedy):
     """The default backend of a GPU, with prefill in chunks and decode in one batch."""
@@ -158,22 +204,11 @@ async def test_the_engine_generates_what_dense_attention_does(triton, make_engin
 
 
 @on_a_gpu
-async def test_backends_generate_the_same_tokens(triton):
-    """The bundled model in float32 writes the same tokens."""
-    outputs = []
-    for attention in ("triton", "reference"):
-        engine = Engine.from_folder("astraea-tiny", EngineConfig(dtype="float32", attention=attention, kv_bytes=2**24))
-        engine.start()
-        try:
-            text = "What is the status of order 1042, and when will it arrive? "
-            outputs.append(await generate(engine, [engine.tokenizer.encode(text * n) for n in (1, 2, 5, 9)]))
-        finally:
-            await asyncio.to_thread(engine.shutdown, 0)
-    assert outputs[0] == outputs[1]
-
-
-async def generate(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """24 greedy tokens for each, all at once."""
-    params = SamplingParams(max_tokens=24, ignore_eos=True)
-    streams = [engine.generate(prompt, params) for prompt in prompts]
-    return [[token async for delta in stream for token in delta.token_ids] for stream in streams]
+def test_backends_and_the_processor_generate_the_same_tokens(triton):
+    """The bundled model in float32 writes the same tokens with either backend of the GPU, and on the processor."""
+    tokens = greedy_tokens("triton")
+    assert tokens == greedy_tokens("reference")
+    script = Path(__file__).parents[1] / "support" / "greedy_tokens.py"
+    on_cpu = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], env=on_cpu, capture_output=True, text=True, timeout=300)
+    assert json.loads(done.stdout.splitlines()[-1]) == tokens, done.stderr[-2000:]

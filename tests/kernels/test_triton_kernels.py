@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from support.ragged import VARIANTS, Ragged, ragged
+from support.ragged import VARIANTS, Ragged, like_a_model, ragged
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.sampling import SamplingParams
@@ -79,9 +79,9 @@ def test_float8_is_rounded_as_by_the_other_backends(interpreted, capability):
     """Ties, what lies beside them, what is too large, and what is no number."""
     numbers = np.arange(0x7F, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
     ties = (numbers[1:] + numbers[:-1]) / 2
-    several = [numbers, ties, np.nextafter(ties, 0), np.nextafter(ties, np.inf), [449, 464, 465, 1e9, np.inf, np.nan]]
-    several = np.concatenate(several).astype(np.float32)
-    several = np.resize(np.concatenate([several, -several]), (1, 8, 128))
+    others = [449, 464, 465, 1e9, np.inf, np.nan]
+    above_zero = np.concatenate([numbers, ties, np.nextafter(ties, 0), np.nextafter(ties, np.inf), others])
+    several = np.resize(np.concatenate([above_zero, -above_zero]), (1, 8, 128)).astype(np.float32)
     case = Ragged.make(16, 8, 1, 128, [1], [0], seed=2)
     keys = np.nan_to_num(several, nan=0, posinf=500, neginf=-500)
     case = dataclasses.replace(case, k=keys, v=several[:, ::-1])
@@ -96,14 +96,7 @@ def test_float8_is_rounded_as_by_the_other_backends(interpreted, capability):
 @pytest.mark.parametrize("normed", [True, False])
 def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, decode, normed):
     """A norm is rounded before and after its scale, a rotation once."""
-    case = Ragged.make(16, 2, 4, 64, [1, 1 if decode else 3], [0, 5], seed=3, rotated=True, normed=normed)
-    got, pages = case.attend(interpreted(), jnp.float16)
-    expected, written = case.attend(Reference(), jnp.float16)
-    real = case.batch.cu_q_lens[-1]
-    np.testing.assert_allclose(got[:real], expected[:real], rtol=1e-2, atol=1e-2)
-    same = (pages == written) | np.isnan(written)
-    assert same[1:].mean() > 0.99, "but for a last digit here and there"
-    np.testing.assert_allclose(pages[1:], written[1:], rtol=2e-3, atol=1e-6)
+    like_a_model(decode, normed, 16, 2, 4, 64, seed=3).check_alike(interpreted(), Reference(), jnp.float16)
 
 
 @pytest.mark.serves("triton", "interpreted", "the engine's tokens, against dense attention")

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from astraea_jax.scheduler.costs import StepCosts, StepFit
+from astraea_jax.scheduler.costs import StepCosts, StepFit, prefilled_pairs
 from astraea_jax.scheduler.plan import Plan
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
@@ -31,6 +31,28 @@ def test_step_costs_are_found_from_steps():
     assert fit.costs.per_token_s == pytest.approx(3e-5, rel=0.1)
     assert fit.costs.per_context_s == pytest.approx(4e-8, rel=0.1)
     assert 2e-3 < fit.mean_step_s < 3e-2
+
+
+def test_costs_of_attention_in_prefill_are_found_and_none_is_below_zero():
+    fit, rng = StepFit(), random.Random(0)
+    truth = StepCosts(0.0, 1e-3, 0.0, 4e-8, per_pair_s=2e-8)
+    for _ in range(2000):
+        rows, fresh = rng.randint(1, 32), rng.choice([0, 0, rng.randint(2, 500)])
+        starts, counts = np.array([rng.randint(0, 8000) for _ in range(rows)]), np.ones(rows, np.int32)
+        counts[-1] += fresh
+        decodes = rows - 1 if fresh else rows
+        plan = Plan([None] * rows, counts, starts, counts, decodes, rows, [], [], int(counts.sum()), int(starts.sum()))
+        pairs = (fresh + 1) * (starts[-1] + (fresh + 1) / 2) if fresh else 0.0
+        assert prefilled_pairs(plan) == pytest.approx(pairs)
+        seconds = truth.step_s(rows, plan.tokens, plan.context, prefilled_pairs(plan))
+        fit.observe(plan, seconds * rng.uniform(0.95, 1.05))
+    assert fit.costs.per_pair_s == pytest.approx(2e-8, rel=0.05)
+    assert fit.costs.per_context_s == pytest.approx(4e-8, rel=0.1)
+    assert 0.0 <= fit.costs.base_s < 1e-4
+    assert 0.0 <= fit.costs.per_token_s < 1e-6
+    assert fit.costs.prefill_s(100, before=400) == pytest.approx(
+        fit.costs.per_prefill_s + 100 * fit.costs.per_token_s + fit.costs.per_pair_s * 100 * 450
+    )
 
 
 def begun(turns, output_tokens=0) -> Program:

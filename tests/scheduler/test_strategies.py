@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.strategies import DISCARD, EVICT_FIRST, KEEP, STRATEGIES, make_strategy, time_to_live
@@ -62,6 +63,22 @@ def test_adaptive_moves_what_is_dearer_to_compute_than_to_bring_back():
     assert not strategy.offloads(program)
     strategy.running_tokens = 1600.0  # as many tokens wait in the batch while it is computed
     assert strategy.offloads(program)
+
+
+def test_computing_again_is_dear_where_steps_with_prefill_are_whatever_a_token_costs():
+    """On a CPU a step costs much and a token in it nothing: four steps more are not free."""
+    predict = Predictor()
+    strategy = make_strategy("adaptive", predict)
+    program = Program(1, 0.0, pages=list(range(1, 65)), kept=1024)
+    predict.steps.largest_step = 256
+    predict.transfers.observe(10_000, 1.0)  # 6.4 ms
+    predict.steps.costs = StepCosts(1e-3, per_prefill_s=5e-3, per_token_s=0.0, per_context_s=0.0)  # 15 ms
+    assert predict.steps.again_s(1024) == pytest.approx(0.02)
+    assert strategy.offloads(program)
+    predict.steps.costs = StepCosts(1e-3, 0.0, 0.0, 0.0, per_pair_s=1e-7)  # 52 ms
+    assert strategy.offloads(program)
+    predict.steps.costs = StepCosts(1e-3, 1e-4, 0.0, 0.0)
+    assert not strategy.offloads(program)
 
 
 def test_the_fixed_strategies_are_fixed():

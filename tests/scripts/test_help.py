@@ -15,7 +15,9 @@ def test_help_is_printed_and_no_failure(flag):
     assert "--source" in said
 
 
-@pytest.mark.parametrize("program", [["scripts/lock.py"], ["-m", "astraea_jax.lab.serving_peers"]])
+@pytest.mark.parametrize(
+    "program", [["scripts/lock.py"], ["-m", "astraea_jax.lab.peer_engines"], ["-m", "astraea_jax.lab.torch_products"]]
+)
 def test_help_of_programs_without_absl(program):
     assert "show this help" in run(*program, "--help")
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRITON_DUMP_DIR"] = tempfile.mkdtemp()  # read when jax-triton is imported
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from astraea_jax.kernels import Batch, Triton
 from astraea_jax.lab.ahead import TARGETS
+from astraea_jax.lab.gpu_code import assembled
 from astraea_jax.models.heads import Heads
 from astraea_jax.models.sharding import mesh_of
 
@@ -47,6 +52,8 @@ def compile_attention(target: str, kind: str) -> dict[str, int | str]:
     with jax.set_mesh(mesh):
         compiled = jax.jit(attend, donate_argnums=1).lower(heads, pool, batch).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    kernels = list(assembled(Path(os.environ["JAX_TRITON_DUMP_DIR"]), TARGETS[target].capability))
+    shutil.rmtree(os.environ["JAX_TRITON_DUMP_DIR"])
     return {
         "kernels": hlo.count('custom_call_target="triton_kernel_call_ffi"'),
         "pages": PAGES,
@@ -54,6 +61,7 @@ def compile_attention(target: str, kind: str) -> dict[str, int | str]:
         "aliased": memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "hlo": hlo,
+        "spilled": sum(kernel.spilled for kernel in kernels),
     }
 
 

@@ -18,8 +18,8 @@ BACKENDS = {
     "triton": "`triton` (NVIDIA)",
     "pallas": "`pallas` (TPU, ours)",
 }
-HOWS = ("tested", "interpreted", "compiled", "written")
-"""Run as it is in `make test`; its own code run by an interpreter; compiled for the device; a test waits for one."""
+HOWS = ("tested", "interpreted", "compiled", "run")
+"""Run as it is in `make test`; its own code run by an interpreter; compiled for the device; a test ran on one."""
 
 
 def marks(source: str) -> list[tuple[str, ...]]:

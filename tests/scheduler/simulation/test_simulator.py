@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.simulation import simulator
-from astraea_jax.scheduler.simulation.experiment import Cell, interval, simulate, summary
+from astraea_jax.scheduler.simulation.experiment import Cell, interval, ratio_interval, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
@@ -168,3 +169,16 @@ def test_summaries_hold_together():
 def test_intervals_cover_the_mean():
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert 1.0 <= low < 2.5 < high <= 4.0
+
+
+def test_ratios_of_paired_runs_have_intervals_of_runs_or_of_programs():
+    rng = np.random.default_rng(0)
+    bases = [rng.uniform(1, 9, 40) for _ in range(5)]
+    ratio, low, high = ratio_interval([base / 2 for base in bases], bases)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    for count in (1, 5):
+        noisy = [base * rng.uniform(0.6, 1.0, 40) for base in bases[:count]]
+        ratio, low, high = ratio_interval(noisy, bases[:count])
+        assert low < ratio < high
+        assert ratio == pytest.approx(0.8, abs=0.03)
+        assert high - low < 0.15

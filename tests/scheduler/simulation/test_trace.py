@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -82,3 +83,6 @@ def test_scaled_programs_are_still_programs():
         assert len(small.requests) == len(program.requests)
         assert small.longest <= 0.01 * program.longest + 3 * len(program.requests)
         assert small.tool_s == pytest.approx(program.tool_s / 2)
+        for one in (program, small):
+            continues = [s.cached == before.context for before, s in pairwise(one.requests)]
+            assert continues == [s.cached == before.context for before, s in pairwise(program.requests)]

@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
-from astraea_jax.scheduler.simulation.workload import CLAUDE_CODE_TOOLS, SWE_TOOLS, generate, resample, with_arrivals
+from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceRequest
+from astraea_jax.scheduler.simulation.workload import (
+    CLAUDE_CODE_TOOLS,
+    SWE_TOOLS,
+    generate,
+    resample,
+    scaled_to_fit,
+    with_arrivals,
+)
 
 
 def quantile(values, q):
@@ -72,3 +79,19 @@ def test_resampling_takes_everyone_equally():
     drawn = resample(programs, 21, 0)
     assert len({p.id for p in drawn}) == 21
     assert {p.id.split("#")[0] for p in drawn[:7]} == {p.id for p in programs}
+
+
+@pytest.mark.parametrize("longest", [300, 1000, 8192])
+def test_programs_are_scaled_to_fit_and_no_further(longest):
+    programs = generate("swe-batch", 20, 0)
+    scaled = scaled_to_fit(programs, longest, 0.5)
+    assert longest - 4 * max(len(p.requests) for p in programs) < max(p.longest for p in scaled) <= longest
+    assert [p.tool_s for p in scaled] == pytest.approx([p.tool_s / 2 for p in programs])
+    assert scaled_to_fit(programs, 10**6) == programs
+
+
+def test_a_program_of_too_many_requests_to_fit_is_named():
+    turns = tuple(TraceRequest(20 * i, 10, 10, "search" if i < 29 else None) for i in range(30))
+    programs = [TraceProgram("short", (TraceRequest(0, 9, 9),)), TraceProgram("chatty", turns)]
+    with pytest.raises(TraceError, match=r"'chatty' does not fit into 40 tokens: its 30 requests hold 60"):
+        scaled_to_fit(programs, 40)
