@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
-from astraea_jax.engine.sampling import sample
+from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
@@ -282,7 +282,7 @@ class Step:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""
         # Resharded from vocabulary to rows, so no device ever holds all of them.
         logits = self._sharded(self._sharded(decoder.logits(hidden), None, TP), TP)
-        return self._checked(logits, jnp.argmax(logits, axis=-1).astype(jnp.int32)), logits
+        return self._checked(logits, likeliest(logits)), logits
 
     def _attend(self, q_tile: int, heads: Heads, layer: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The backend's attention, on every device for its own heads."""
