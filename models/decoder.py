@@ -21,6 +21,7 @@ from flax import nnx
 
 from .config import ModelConfig, RopeScaling
 from .heads import Heads, rms_norm
+from .product import bits, product, rows
 from .quantize import matrix, project
 
 LayerCache = Any
@@ -190,8 +191,12 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = Head(config, dtype, rngs)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, cache: Any, attend: Attend, *, dtype: Any = None
+    ) -> tuple[jax.Array, Any]:
         """Run ``tokens [T]`` int32 at ``positions [T]`` int32; return the final hidden states ``[T, D]`` and the cache.
+
+        Activations are in ``dtype``; None: in that of the embedding.
 
         ``cache`` is a sequence with the cache of each layer, or one cache of all layers if they are stacked; ``attend``
         is given the one or the other.
@@ -199,7 +204,7 @@ class Decoder(nnx.Module):
         c = self.config
         angle = positions[:, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         rotary = jnp.cos(angle), jnp.sin(angle)
-        x = self.embed.weight[...][tokens]
+        x = rows(self.embed.weight[...], tokens, dtype or self.embed.weight[...].dtype)
         if isinstance(self.layers, Stack):
             x, cache = self.layers(x, rotary, attend, cache)
             return self.norm(x), cache
@@ -216,6 +221,15 @@ class Decoder(nnx.Module):
                 x, layer_cache = run(nnx.state(layer), jnp.int32(i), x, cache[i])
             caches.append(layer_cache)
         return self.norm(x), tuple(caches)
+
+    def keep_bits(self) -> None:
+        """Turn matrices of bfloat16 into integers of the same bits (:mod:`.product`), in place, for a CPU."""
+        state = nnx.state(self)
+        kept = [
+            (path, leaf.replace(bits(leaf[...])) if leaf.ndim > 1 and leaf.dtype == jnp.bfloat16 else leaf)
+            for path, leaf in nnx.to_flat_state(state)
+        ]
+        nnx.update(self, nnx.from_flat_state(kept))
 
     @property
     def stacked(self) -> bool:
@@ -238,11 +252,10 @@ class Decoder(nnx.Module):
         self.layers = Stack(nnx.merge(graph, nnx.from_flat_state(stacked)), count)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits of the next token, ``[..., D] -> [..., V]`` float32."""
-        weight, axes = (
-            (self.embed.weight[...], "VD") if self.config.tie_embeddings else (self.lm_head.weight[...], "DV")
-        )
-        return jnp.einsum(f"...D,{axes}->...V", hidden, weight, preferred_element_type=jnp.float32)
+        """Logits of the next token, ``[T, D] -> [T, V]`` float32."""
+        if self.config.tie_embeddings:
+            return product(hidden, self.embed.weight[...], transposed=True)
+        return product(hidden, self.lm_head.weight[...])
 
 
 def _normal(shape: tuple[int, ...], dtype: Any, rngs: nnx.Rngs) -> nnx.Param[Any]:

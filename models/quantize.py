@@ -1,8 +1,8 @@
 """Weight matrices in 8 bits, with one float32 scale per output channel.
 
 A weight is ``values * scale``, symmetric. Activations are multiplied by the values in their own dtype, which holds
-8-bit values exactly; sums are float32, and the scale multiplies the result. No dequantized copy is stored: XLA converts
-values on their way into the product (on a CPU into a temporary copy of that one matrix).
+8-bit values exactly; sums are float32, and the scale multiplies the result. No dequantized copy is stored: values are
+converted on their way into the product (:mod:`.product`).
 
 Plain scaled products instead of qwix (0.1.8), which intercepts ``jnp.einsum`` while a model is traced, replaces
 parameters by objects of its own, and needs the full model in memory to quantize it: the two functions here suffice.
@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from .product import product
 
 EIGHT_BITS: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 """Name in configurations and flags -> dtype."""
@@ -52,10 +54,10 @@ def matrix(
 def project(x: jax.Array, weight: nnx.Param[Any], scale: nnx.Param[Any] | None) -> jax.Array:
     """Multiply ``x [T, I]`` by ``weight [I, O]`` as :func:`matrix` makes it; the result has the dtype of ``x``."""
     x = _keep_layout(x)
-    if scale is None:
+    if scale is None and weight[...].dtype == x.dtype:
         return _keep_layout(x @ weight[...])
-    sums = jnp.matmul(x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-    return _keep_layout((sums * scale[...]).astype(x.dtype))
+    sums = product(x, weight[...])
+    return _keep_layout((sums if scale is None else sums * scale[...]).astype(x.dtype))
 
 
 def _keep_layout(x: jax.Array) -> jax.Array:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
 from astraea_jax.errors import StartupError
+
+log = logging.getLogger(__name__)
 
 STACK_BYTES = 64 * 2**20
 """Stack of a compiling thread. XLA for TPUs overflows the usual 8 MiB on large models, so tpu-inference's
@@ -49,6 +53,20 @@ def compile_all(
             if done > reported:
                 progress(done, len(lowerings))
     return {key: future.result() for future, key in futures.items()}
+
+
+@cache
+def accepted(option: str, value: str | bool) -> bool:
+    """Whether the compiler of the default device knows an option of XLA; one that it does not know is logged.
+
+    Options come and go with versions of jaxlib, and a compilation that is given an unknown one fails.
+    """
+    try:
+        jax.jit(lambda x: x + 1, compiler_options={option: value}).lower(jax.ShapeDtypeStruct((), "int32")).compile()
+    except jax.errors.JaxRuntimeError as error:
+        log.warning("this XLA does not accept %s=%s, so steps may be slower: %s", option, value, error)
+        return False
+    return True
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -141,8 +141,8 @@ class EngineConfig:
     max_context: int | None = _option(None, Whole())
     """Prompt and output tokens of one request. None: the model's own limit, or less if the pages do not hold it."""
     dtype: str | None = _option(None, Choice(DTYPES))
-    """Dtype of activations, and of weights and KV unless they have their own. None: float32 on a CPU, bfloat16
-    elsewhere."""
+    """Dtype of activations, and of weights and KV unless they have their own; a CPU's activations are float32 with any.
+    None: float32 on a CPU, bfloat16 elsewhere."""
     quantize: str | None = _option(None, Choice(EIGHT_BITS))
     """8-bit dtype of the layers' weight matrices, with a scale per output channel. None: as they are stored if that
     is 8-bit, else ``dtype``."""
@@ -195,7 +195,7 @@ class EngineConfig:
             fill_in("page_size", self.page_size or sizes.page_size)
 
     def weight_dtype(self) -> Any:
-        """The dtype of activations, and of weights that are not quantized."""
+        """The dtype of weights that are not quantized, and of activations but on a CPU."""
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
 

@@ -91,9 +91,11 @@ class Runner:
 
     @classmethod
     def of(cls, decoder: Decoder, config: EngineConfig, layout: Layout, mesh: Mesh) -> Self:
-        """The runner of an engine; it stacks the decoder's layers if that is configured."""
+        """The runner of an engine; it brings the decoder's weights into the form in which the device reads them."""
         if config.stacks():
             decoder.stack()
+        if mesh.devices.flat[0].platform == "cpu":
+            decoder.keep_bits()
         sizes = StepSizes(
             num_pages=layout.num_pages,
             page_size=config.page_size,

@@ -208,6 +208,16 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def likeliest(logits: jax.Array) -> jax.Array:
+    """The first of the highest of each row of ``logits [R, V]``: ``[R]`` int32, and V if one is not a number.
+
+    A maximum and a minimum, since XLA for CPUs computes argmax number by number, and takes ten times as long.
+    """
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    highest = logits == logits.max(-1, keepdims=True)
+    return jnp.where(highest, places, logits.shape[-1]).min(-1)
+
+
 def sample(
     logits: jax.Array,
     temperature: jax.Array,
@@ -224,7 +234,7 @@ def sample(
     min-p, on the probabilities at the row's temperature. Of equally probable tokens top-k and top-p keep the first
     ones, as argmax does. A row draws the same token whatever the other rows are. Its maximum must be finite.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
 
     def draw() -> jax.Array:
         draws = temperature >= MIN_TEMPERATURE  # not shared with `any` below, which devices would have to add up then
@@ -237,7 +247,7 @@ def sample(
         logp = _keep_most_probable(logp, jnp.exp(logp), top_p)
         logp = jnp.where(logp >= logp.max(-1, keepdims=True) + jnp.log(min_p)[:, None], logp, -jnp.inf)
         noise = jax.vmap(lambda seed, at: _gumbel(seed, at, logits.shape[-1]))(seeds, positions)
-        return jnp.where(draws, jnp.argmax(logp + noise, axis=-1).astype(jnp.int32), greedy)
+        return jnp.where(draws, likeliest(logp + noise), greedy)
 
     return jax.lax.cond(jnp.any(temperature >= MIN_TEMPERATURE), draw, lambda: greedy)
 

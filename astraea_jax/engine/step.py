@@ -8,8 +8,8 @@ Over several devices the compiler partitions the matrix products as the weights 
 device for its own heads, so that a kernel sees the arrays of one device. :class:`Step` holds no array, so it can also
 be compiled for devices that are absent.
 
-A step neither branches nor loops on the device, so that XLA can record it as one command buffer (a CUDA graph). Rows
-with a temperature are drawn again from its logits, by an executable of their own (:mod:`.resampling`).
+On accelerators a step neither branches nor loops on the device, so that XLA can record it as one command buffer (a CUDA
+graph). Rows with a temperature are drawn again from its logits, by an executable of their own (:mod:`.resampling`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from astraea_jax.engine.sampling import sample
+from astraea_jax.engine.compilation import accepted
+from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
@@ -48,14 +49,24 @@ matrix units take eight rows in the time of one."""
 FEWEST_TOKENS = 64
 """Tokens of the smallest step with prefill."""
 
+FEW_SAMPLES = {"cpu": 8}
+"""Platform -> rows that sample in a step with prefill, up to which the logits of only so many rows are computed. Other
+devices compute all of them, which takes them no longer and needs no branch."""
+
+ACTIVATIONS = {"cpu": jnp.float32}
+"""Platform -> dtype of activations; on others it is that of the weights. XLA for CPUs computes narrower numbers as
+float32, and would convert every activation there and back."""
+
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
     "gpu": {"xla_gpu_enable_triton_gemm": False},
+    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
 }
 """Kind of device, or platform -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the
 weights have and would copy all weights into them at every step. On GPUs matrix products are cuBLAS's: with these a step
 of Llama-3.1-8B reached 94 % of an H200's read floor and all its executables compiled in 25 s, since XLA need not try
-kernels of its own for every product and shape."""
+kernels of its own for every product and shape. By default a CPU's computes first what waits for nothing: it widens
+every narrow weight before the first product, and a step takes five to twenty times as long."""
 
 Packed = tuple[Any, ...]
 """A model's arrays, or their shapes, as arguments of a step."""
@@ -153,8 +164,12 @@ class Step:
     @property
     def shapes(self) -> tuple[StepShape, ...]:
         """The shapes that are compiled ahead, decode first."""
-        device = self._mesh.devices.flat[0]
-        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens, FEWEST_ROWS.get(device.platform, 8))
+        return step_shapes(self._sizes.max_seqs, self._sizes.max_step_tokens, FEWEST_ROWS.get(self._platform, 8))
+
+    @property
+    def _platform(self) -> str:
+        platform: str = self._mesh.devices.flat[0].platform
+        return platform
 
     def drawn(self, shape: StepShape) -> int:
         """Rows of what a step returns, at least R; those beyond R say nothing."""
@@ -190,14 +205,19 @@ class Step:
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
         _, pages, replicated, _, _ = shardings
-        device = self._mesh.devices.flat[0]
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
             out_shardings=(pages, replicated, replicated, replicated, self.logits(self.drawn(shape)).sharding),
             donate_argnums=(1, 2, 3),
-            compiler_options=COMPILER_OPTIONS.get(device.device_kind, COMPILER_OPTIONS.get(device.platform)),
+            compiler_options=self._compiler_options(),
         )
+
+    def _compiler_options(self) -> dict[str, Any]:
+        kind = self._mesh.devices.flat[0].device_kind
+        options = COMPILER_OPTIONS.get(kind, COMPILER_OPTIONS.get(self._platform, {}))
+        # Devices of other kinds may be absent, so what their compilers accept cannot be tried.
+        return {k: v for k, v in options.items() if self._platform != "cpu" or accepted(k, v)}
 
     def pack(self, decoder: Decoder) -> Packed:
         """The decoder's arrays in the step's shardings; arrays that have them already are not copied."""
@@ -242,13 +262,27 @@ class Step:
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
-        hidden, kept = decoder(tokens, position, pages[0] if self.stacked else pages, attend)
+        hidden, kept = decoder(
+            tokens, position, pages[0] if self.stacked else pages, attend, dtype=ACTIVATIONS.get(self._platform)
+        )
+        hidden = hidden[jnp.maximum(ends - 1, 0)]
+        few = FEW_SAMPLES.get(self._platform, shape.rows)
+        if shape.q_tile > 1 and few < shape.rows:
+            sampled, logits = jax.lax.cond(
+                jnp.sum(rows[:, 3]) <= few,  # they are the first
+                lambda: _padded(self._predicted(decoder, hidden[:few]), shape.rows),
+                lambda: self._predicted(decoder, hidden),
+            )
+        else:
+            sampled, logits = self._predicted(decoder, hidden)
+        last = remembered(last, rows, sampled)
+        return (kept,) if self.stacked else kept, last, table, *_padded((sampled, logits), self.drawn(shape))
+
+    def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""
         # Resharded from vocabulary to rows, so no device ever holds all of them.
-        logits = self._sharded(self._sharded(decoder.logits(hidden[jnp.maximum(ends - 1, 0)]), None, TP), TP)
-        sampled = self._checked(logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        last, more = remembered(last, rows, sampled), self.drawn(shape) - shape.rows
-        sampled, logits = jnp.pad(sampled, (0, more)), jnp.pad(logits, ((0, more), (0, 0)))
-        return (kept,) if self.stacked else kept, last, table, sampled, logits
+        logits = self._sharded(self._sharded(decoder.logits(hidden), None, TP), TP)
+        return self._checked(logits, likeliest(logits)), logits
 
     def _attend(self, q_tile: int, heads: Heads, layer: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The backend's attention, on every device for its own heads."""
@@ -293,6 +327,13 @@ def remembered(last: jax.Array, rows: jax.Array, sampled: jax.Array) -> jax.Arra
     """``last [max_seqs]`` with ``sampled [R]`` at the slots of those of ``rows [R, COLUMNS]`` that sample."""
     slot, samples = rows[:, 0], rows[:, 3]
     return last.at[jnp.where(samples > 0, slot, last.shape[0])].set(sampled, mode="drop")
+
+
+def _padded(predicted: tuple[jax.Array, jax.Array], rows: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens ``[R]`` and logits ``[R, V]`` with zeros up to a number of rows."""
+    tokens, logits = predicted
+    more = rows - len(tokens)
+    return jnp.pad(tokens, (0, more)), jnp.pad(logits, ((0, more), (0, 0)))
 
 
 def _updated(table: jax.Array, updates: jax.Array) -> jax.Array:

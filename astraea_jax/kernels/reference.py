@@ -6,8 +6,8 @@ and nobody reads them. Pages of bfloat16 and float8 are kept as integers of the 
 would convert a whole pool to float32 to write a few such numbers into it.
 
 Work is proportional to the sum of the contexts in the batch, not to the longest one times the batch: queries are cut
-into tiles, tiles are sorted by the number of pages they read, and a flash-attention loop (online softmax, arXiv
-2205.14135) visits for each block of pages only those chunks of tiles that still have one.
+into tiles, tiles are sorted by the number of pages they read, and a few of them at a time, of about the same length, go
+through a flash-attention loop (online softmax, arXiv 2205.14135) over the blocks of their contexts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from .tiles import Tiles, cut, most, queries, singles
 
 BLOCK_TOKENS = 128
 """Context tokens per iteration."""
-CHUNK_TILES = 16
-"""Query tiles per iteration, at most."""
+QUERY_TILE = 64
+"""Queries of one row in a tile, where rows have more than one; they share what is gathered of their context."""
+CHUNK_QUERIES = 128
+"""Queries in tiles per iteration."""
+CHUNK_ROWS = 16
+"""Lone queries per iteration, at most; each has a context of its own."""
 BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
 """Dtype of keys and values -> dtype of the pages that hold their bits."""
 FLOATS = {bits: dtype for dtype, bits in BITS.items()}
 
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""State of the loop: block, chunk, highest score, sum of weights, weighted values."""
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""State of the loop over blocks: highest score, sum of weights, weighted values."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Reference:
         q, k, v = heads.rotated()
         pages = write_kv(pages, k, v, batch.slot_mapping)
         where = batch.page_table, batch.kv_lens, batch.cu_q_lens
-        return attention(q, pages, *where, q_tile=q_tile, window=self.window, soft_cap=self.soft_cap), pages
+        tile = 1 if q_tile == 1 else QUERY_TILE
+        return attention(q, pages, *where, q_tile=tile, window=self.window, soft_cap=self.soft_cap), pages
 
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
@@ -126,20 +131,25 @@ def _attend_tiles(
     """Put the attention of the queries in ``tiles`` into ``result [T, N, H]``; other arguments as :func:`attention`."""
     t, n, h = q.shape
     heads = pages.shape[2]
-    chunk = min(CHUNK_TILES, len(tiles.row))
-    padding = -len(tiles.row) % chunk
+    at_once = min(CHUNK_ROWS if q_tile == 1 else max(1, CHUNK_QUERIES // q_tile), len(tiles.row))
     order = jnp.argsort(-tiles.reach)
-    tiles = Tiles(*(jnp.pad(column[order], (0, padding)) for column in tiles))
-    q_index = queries(tiles, cu_q_lens, q_tile, t)
+    tiles = Tiles(*(jnp.pad(column[order], (0, -len(order) % at_once)) for column in tiles))
     lane = jnp.arange(q_tile)
-    q_pos = jnp.where(lane < tiles.used[:, None], tiles.position[:, None] + lane, -1)
-    tiled = jnp.take(q, q_index, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * h**-0.5
-    tiled = tiled.reshape(-1, q_tile, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
-    tiled = tiled.reshape(len(q_index), heads, -1, h)  # [tiles, K, G * q_tile, H]
 
-    out = _flash_loop(tiled, pages, page_table[tiles.row], q_pos, tiles.reach, chunk, window, soft_cap)
-    out = out.reshape(-1, heads, n // heads, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
-    return result.at[q_index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
+    def attend_chunk(i: jax.Array, result: jax.Array) -> jax.Array:
+        chunk = Tiles(*(jax.lax.dynamic_slice_in_dim(column, i * at_once, at_once) for column in tiles))
+        index = queries(chunk, cu_q_lens, q_tile, t)
+        tiled = jnp.take(q, index, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * h**-0.5
+        tiled = tiled.reshape(at_once, q_tile, heads, -1, h).transpose(0, 2, 3, 1, 4)
+        tiled = tiled.reshape(at_once, heads, -1, h)  # [chunk, K, G * q_tile, H]
+        q_pos = jnp.where(lane < chunk.used[:, None], chunk.position[:, None] + lane, -1)
+        q_pos = jnp.tile(q_pos, (1, n // heads))
+        out = _flash_loop(tiled, pages, page_table[chunk.row], q_pos, chunk.reach, q_tile == 1, window, soft_cap)
+        out = out.reshape(at_once, heads, -1, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
+        return result.at[index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
+
+    chunks = -(-jnp.sum(tiles.reach > 0) // at_once)
+    return jax.lax.fori_loop(0, chunks, attend_chunk, result)
 
 
 def _flash_loop(
@@ -148,63 +158,44 @@ def _flash_loop(
     table: jax.Array,
     q_pos: jax.Array,
     reach: jax.Array,
-    at_once: int,
+    lone: bool,
     window: int | None,
     soft_cap: float | None,
 ) -> jax.Array:
-    """Attend ``q [tiles, K, G * q_tile, H]``, sorted by falling ``reach [tiles]``, to pages ``table [tiles, M]``.
+    """Attend ``q [C, K, G * q_tile, H]``, at ``q_pos [C, G * q_tile]``, to the pages ``table [C, M]``.
 
-    An iteration takes ``at_once`` tiles, which divide their number.
+    Of each row the first ``reach [C]`` tokens are read, of which the first row has most; ``lone``: q_tile is 1.
     """
-    tiles, heads, lanes, h = q.shape
-    s = pages.shape[3]
+    heads, s = pages.shape[2:4]
     per_block = max(1, BLOCK_TOKENS // s)
     block_tokens = per_block * s
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
     # The matrices of a single query are too small for a matrix library: fused loops take two thirds of its time.
-    scores_of, weigh = (_scores_of_few, _weigh_few) if q_pos.shape[1] == 1 else (_scores_of_many, _weigh_many)
-    q_pos = jnp.tile(q_pos, (1, lanes // q_pos.shape[1]))  # [tiles, G * q_tile]
+    scores_of, weigh = (_scores_of_few, _weigh_few) if lone else (_scores_of_many, _weigh_many)
 
-    def active_chunks(block: jax.Array) -> jax.Array:
-        return -(-jnp.sum(reach > block * block_tokens) // at_once)
-
-    def body(state: State) -> State:
-        block, chunk, top, mass, out = state
-        at = chunk * at_once
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, at_once)  # noqa: E731
-        ids = jax.lax.dynamic_slice(table, (at, block * per_block), (at_once, per_block))
-        head = ids[:, None] * (2 * heads) + jnp.arange(heads)[:, None]  # [at_once, K, per_block]
+    def visit(block: jax.Array, state: State) -> State:
+        top, mass, out = state
+        ids = jax.lax.dynamic_slice_in_dim(table, block * per_block, per_block, 1)
+        head = ids[:, None] * (2 * heads) + jnp.arange(heads)[:, None]  # [C, K, per_block]
         k, v = (_heads(pages, head + side * heads) for side in (0, 1))
         at_pos = block * block_tokens + jnp.arange(block_tokens)
-        inside = at_pos < cut(reach)[:, None]
+        inside = at_pos < reach[:, None]
         v = jnp.where(inside[:, None, :, None], v, 0.0)  # values beyond may be NaN, and 0 * NaN is NaN
-        scores = scores_of(cut(q), k)
+        scores = scores_of(q, k)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        seen = at_pos <= cut(q_pos)[:, :, None]
+        seen = at_pos <= q_pos[:, :, None]
         if window is not None:
-            seen &= at_pos > cut(q_pos)[:, :, None] - window
+            seen &= at_pos > q_pos[:, :, None] - window
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
-        m_old, l_old, o_old = cut(top), cut(mass), cut(out)
-        m_new = jnp.maximum(m_old, scores.max(-1))
-        safe = jnp.where(jnp.isfinite(m_new), m_new, 0.0)  # for lanes without any token so far
+        higher = jnp.maximum(top, scores.max(-1))
+        safe = jnp.where(jnp.isfinite(higher), higher, 0.0)  # for lanes without any token so far
         p = jnp.exp(scores - safe[..., None])
-        shrink = jnp.exp(m_old - safe)
-        l_new = l_old * shrink + p.sum(-1)
-        o_new = o_old * shrink[..., None] + weigh(p, v)
-        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, at, 0)  # noqa: E731
-        last = chunk + 1 >= active_chunks(block)
-        return (
-            jnp.where(last, block + 1, block),
-            jnp.where(last, 0, chunk + 1),
-            put(top, m_new),
-            put(mass, l_new),
-            put(out, o_new),
-        )
+        shrink = jnp.exp(top - safe)
+        return higher, mass * shrink + p.sum(-1), out * shrink[..., None] + weigh(p, v)
 
-    shape = (tiles, heads, lanes)
-    start: State = (jnp.int32(0), jnp.int32(0), jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
-    _, _, _, mass, out = jax.lax.while_loop(lambda state: active_chunks(state[0]) > 0, body, start)
+    start: State = (jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3]), jnp.zeros(q.shape))
+    _, mass, out = jax.lax.fori_loop(0, -(-reach[0] // block_tokens), visit, start)
     return out / jnp.where(mass == 0, 1.0, mass)[..., None]
 
 

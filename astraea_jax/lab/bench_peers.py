@@ -117,7 +117,9 @@ def measure(
                     with locked(), processes[name].running():
                         served = processes[name].serve(load, FLAGS.timeout_s)
                 except PeerError as error:
-                    states[name] = f"failed at {key}: {error}"
+                    ready = states[name]
+                    which = f"{ready.version} " if isinstance(ready, Ready) else ""
+                    states[name] = f"{which}failed at {key}: {error}"
                     console.print(f"{name}: {states[name]}")
                     processes[name].end()
                     alive.remove(name)

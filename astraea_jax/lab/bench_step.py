@@ -8,6 +8,7 @@ longer than the host's work; that bounds the gap.
   python scripts/bench_step.py                                      astraea-tiny, 64 programs of 256 tokens
   python scripts/bench_step.py --batch=32 --compare_transformers    the same weights in transformers, same machine
   python scripts/bench_step.py --batch=32 --spread=0.5 --compare_transformers    prompts of 128 to 384 tokens
+  python scripts/bench_step.py --batch=16 --context=2000 --mixed=64  also steps with a prompt beside rows that decode
   python scripts/bench_step.py --batch=32 --extras                   also rows with penalties, a grammar, log-probs
   python scripts/bench_step.py --model=llama-3.2-1b --random_weights --batch=8 --context=128
 """
@@ -34,7 +35,9 @@ from astraea_jax.engine.times import StepTimes
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import MODEL, engine_flags, engine_title, run_main
 from astraea_jax.frontends.progress import StartupDisplay
+from astraea_jax.lab import mixed_step
 from astraea_jax.lab.device_profile import Profile, traced
+from astraea_jax.lab.mixed_step import MixedStep
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.models import resolve
@@ -56,6 +59,9 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("steps", 128, "Decode steps to measure.", lower_bound=8)
 flags.DEFINE_integer("prefill", 512, "Prompt tokens of the prefill measurement, one program alone.", lower_bound=1)
+flags.DEFINE_integer(
+    "mixed", 0, "Also measure steps with a prompt of so many tokens beside --batch - 1 rows.", lower_bound=0
+)
 flags.DEFINE_bool("extras", False, "Also measure rows that need more than plain sampling, in turns with plain ones.")
 options = engine_flags(*MODEL, "max_step_tokens", max_step_tokens=512)
 flags.DEFINE_bool(
@@ -188,6 +194,11 @@ async def prefill(engine: Engine) -> float:
     return min(times)
 
 
+def measure_mixed(engine: Engine) -> MixedStep:
+    prompts = [prompt(n, engine.model_config.vocab_size, i) for i, n in enumerate(context_lengths()[1:])]
+    return mixed_step.measure(engine, prompts, FLAGS.mixed, max(2, FLAGS.steps // (2 * mixed_step.WINDOW)))
+
+
 def measure(engine: Engine, roofline: Roofline, compile_s: float) -> Figures:
     prefill_s = asyncio.run(prefill(engine))
     took, spent = asyncio.run(decode(engine, {}, FLAGS.steps))
@@ -317,6 +328,8 @@ def main(_: list[str]) -> None:
         try:
             config = engine_config()
             roofline = Roofline.measure(config.weight_dtype())
+            if FLAGS.mixed and not 0 < FLAGS.batch - 1 <= step_tokens() - FLAGS.mixed:
+                raise app.UsageError("--mixed needs a --batch of two or more, and room beside them in a step")
             engine = loaded_engine(config, display)
         except (CheckpointError, StartupError) as error:
             raise SystemExit(f"cannot measure: {error}") from None
@@ -324,6 +337,7 @@ def main(_: list[str]) -> None:
         engine.start(display.compiling)
         compile_s = time.perf_counter() - began
     figures = measure(engine, roofline, compile_s)
+    mixed = measure_mixed(engine) if FLAGS.mixed else None
     extras = decode_with_extras(engine) if FLAGS.extras else None
     profiled = profile(engine) if FLAGS.profile else None
     engine.shutdown(grace_s=0)
@@ -333,10 +347,12 @@ def main(_: list[str]) -> None:
     found = {
         **asdict(figures),
         "transformers_tokens_s": rival,
+        "mixed": mixed and asdict(mixed),
         "extras": extras,
         "profile": profiled and asdict(profiled),
     }
     tables = sections(engine, figures, rival) + ([extras_section(extras)] if extras is not None else [])
+    tables += [mixed.section()] if mixed is not None else []
     tables += [profiled.section()] if profiled is not None else []
     publish("bench_step", tables, found, roofline)
 

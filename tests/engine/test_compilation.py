@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from astraea_jax.engine.compilation import STACK_BYTES, _pool, compile_all, default_cache, use_cache
+from astraea_jax.engine.compilation import STACK_BYTES, _pool, accepted, compile_all, default_cache, use_cache
 from astraea_jax.errors import StartupError
 
 
@@ -111,3 +111,10 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     ]
     assert [run.stdout.strip() for run in hits] == ["0", "1"]
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_option_that_this_xla_does_not_know_is_left_out(caplog):
+    assert accepted("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
+    assert not accepted("xla_cpu_no_such_option", "1")
+    assert "does not accept xla_cpu_no_such_option=1" in caplog.text
+    assert not accepted("xla_cpu_scheduler_type", "NO_SUCH_SCHEDULER")

@@ -34,6 +34,7 @@ INT8_ALL = dataclasses.replace(
 )
 """The pages of NARROW in a quarter of the memory, and a host tier."""
 FP8_WEIGHTS = dataclasses.replace(NARROW, quantize="fp8", scan_layers=True)
+BFLOAT16 = dataclasses.replace(NARROW, dtype="bfloat16", kv_bytes=48 * PAGE_BYTES // 2)
 
 
 async def tokens(engine, prompt, n, **more) -> list[int]:
@@ -43,7 +44,7 @@ async def tokens(engine, prompt, n, **more) -> list[int]:
 
 def likeliest(folder, config):
     """``(text) -> the likeliest token after each of its tokens``, by dense attention over rounded keys and values."""
-    decoder = load_hf(folder, jnp.float32, quantized_dtype=config.quantized_dtype())
+    decoder = load_hf(folder, config.weight_dtype(), quantized_dtype=config.quantized_dtype())
     graph, state = nnx.split(decoder)
     kv_dtype = config.page_dtype()
 
@@ -55,14 +56,16 @@ def likeliest(folder, config):
     @jax.jit
     def follow(state, text):
         model = nnx.merge(graph, state)
-        hidden, _ = model(text, jnp.arange(LENGTH), (None,) * model.config.num_layers, attend)
+        hidden, _ = model(text, jnp.arange(LENGTH), (None,) * model.config.num_layers, attend, dtype=jnp.float32)
         return model.logits(hidden).argmax(-1)
 
     return lambda text: np.asarray(follow(state, np.array(text + [0] * (LENGTH - len(text)), np.int32)))
 
 
 @pytest.mark.serves("reference", "tested", "int8 and fp8 weights", "fp8 KV")
-@pytest.mark.parametrize("config", [INT8_ALL, FP8_WEIGHTS], ids=["int8 weights, fp8 KV", "fp8 weights"])
+@pytest.mark.parametrize(
+    "config", [INT8_ALL, FP8_WEIGHTS, BFLOAT16], ids=["int8 weights, fp8 KV", "fp8 weights", "bfloat16"]
+)
 async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, make_engine, random_folder):
     engine, follow, rng = make_engine(config), likeliest(random_folder, config), random.Random(0)
     work = [[rng.randrange(256) for _ in range(rng.randint(1, 50))] for _ in range(16)]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from astraea_jax.engine.sampling import SamplingParams, sample
+from astraea_jax.engine.sampling import SamplingParams, likeliest, sample
 from astraea_jax.errors import RequestError
 
-draw = jax.jit(sample)
+draw, jitted_likeliest = jax.jit(sample), jax.jit(likeliest)
 
 
 def run(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=0, positions=None):
@@ -133,6 +134,20 @@ def test_a_draw_depends_on_seed_and_position_only():
     together = run(logits, seeds=7, positions=[10, 11, 12, 13])
     assert alone == together.tolist()
     assert run([logits[0]] * 64, seeds=np.arange(64), positions=[5] * 64).std() > 0
+
+
+@given(
+    arrays(
+        np.float32,
+        (3, 7),
+        elements=st.sampled_from([-np.inf, -3e38, -1.0, -0.0, 0.0, 2.0, 3e38, np.inf]),
+    )
+)
+@settings(deadline=None, max_examples=100)
+def test_the_likeliest_is_the_first_of_the_highest(logits):
+    np.testing.assert_array_equal(jitted_likeliest(logits), logits.argmax(-1))
+    logits[1, 4] = np.nan
+    assert jitted_likeliest(logits)[1] == 7
 
 
 def test_greedy_rows_are_not_disturbed_by_others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from support.wide import WIDE, wide_decoder
 
 from astraea_jax.engine.step import Step, StepShape, StepSizes, step_shapes
 from astraea_jax.kernels import Reference
+from astraea_jax.kv_cache.offload import NOWHERE
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 
 SIZES = StepSizes(
@@ -62,3 +64,32 @@ def test_a_packed_model_is_the_model():
     again = step._decoder(packed)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(decoder), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rows_that_sample_get_their_tokens_whether_few_or_all_sample():
+    """With a prompt in the step, a CPU computes the logits of eight rows if no more sample."""
+    mesh, rows = mesh_of(jax.devices()[:1]), 12
+    decoder = wide_decoder()
+    sizes = dataclasses.replace(SIZES, max_seqs=rows, max_step_tokens=64)
+    step = Step(decoder, Reference(), sizes, mesh)
+    shape = step.shapes[-1]
+    run, leaves = step.jitted(shape).lower(*step.arguments(shape)).compile(), step.pack(decoder)
+
+    def sampled(samples):
+        packed = np.zeros(shape.packed_size, np.int32)
+        tokens, head, updates = shape.unpacked(packed)
+        updates[:] = NOWHERE
+        tokens[: 3 * rows] = np.arange(3 * rows) % WIDE.vocab_size
+        head[:, 0], head[:, 2], head[:samples, 3] = np.arange(rows), 3, 1
+        table = jnp.arange(1, rows + 1)[:, None] * jnp.ones((1, sizes.max_pages_per_seq), jnp.int32)
+        pages = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.pages)
+        return run(leaves, pages, jnp.full(rows, -1, jnp.int32), table.astype(jnp.int32), packed)
+
+    _, last, _, tokens, logits = sampled(rows)
+    assert tokens.min() >= 0
+    np.testing.assert_array_equal(last, tokens)
+    for few in (0, 1, 8, 9):
+        _, last, _, some, scores = sampled(few)
+        np.testing.assert_array_equal(some[:few], tokens[:few])
+        np.testing.assert_array_equal(last, [*tokens[:few].tolist(), *[-1] * (rows - few)])
+        np.testing.assert_allclose(scores[:few], logits[:few], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,93 @@
+"""Products of activations with weights of fewer bits, and rows of such weights.
+
+XLA for CPUs has no fast product of float32 with bfloat16 or 8-bit numbers, so the weight is widened first. For one row
+of activations widening and product are one loop over the weight, which then takes as long as reading it. For more rows
+a block of the weight at a time is widened, small enough to stay in the processor's cache until it has been multiplied;
+that needs a compiler that runs things in order (``COMPILER_OPTIONS`` of :mod:`astraea_jax.engine.step`), or else all
+weights are widened first and the copies are read back from memory. Other devices widen inside of the product.
+
+Weights of bfloat16 are kept as integers of the same bits there, since XLA would widen a whole weight to slice it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+BITS = jnp.dtype(jnp.uint16)
+"""Dtype of weights that hold the bits of bfloat16 numbers."""
+WIDENED_AT_ONCE = 2**21
+"""Numbers of a weight that are widened at once: 8 MiB in float32."""
+LANES = 8
+"""Numbers of a column that the product of one row adds up before it writes their sum."""
+
+
+def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """Multiply ``x [T, I]`` by ``weight [I, O]``, or ``[O, I]`` if it is transposed: ``[T, O]`` float32."""
+    if x.dtype == weight.dtype == jnp.float32:
+        return _multiplied(x, weight, transposed)
+
+    def on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if len(x) == 1 and not transposed and len(weight) % LANES == 0:
+            return _of_one_row(x, weight)
+        return _in_blocks(x, weight, transposed)
+
+    def elsewhere(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return _multiplied(x, weight.astype(x.dtype), transposed)
+
+    result: jax.Array = jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
+    return result
+
+
+def rows(weight: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
+    """Rows ``[T, D]`` of ``weight [V, D]``, in ``dtype``."""
+    return _widened(weight[index]).astype(dtype) if weight.dtype == BITS else weight[index].astype(dtype)
+
+
+def _multiplied(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
+    dims = (((1,), (int(transposed),)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32)
+
+
+def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product of a single row: sums of ``LANES`` products each, in one loop, and then the sum of those.
+
+    A sum over all of ``I`` would not be vectorised.
+    """
+    outputs = weight.shape[1]
+    factors, parts = x.reshape(-1, LANES), weight.reshape(-1, LANES, outputs)
+    sums = sum(factors[:, i, None] * _widened(parts[:, i]) for i in range(LANES))
+    return jnp.ones((1, len(factors)), jnp.float32) @ sums
+
+
+def _in_blocks(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
+    """The product, with a block of the weight's outputs widened at a time."""
+    axis = 0 if transposed else 1
+    outputs = weight.shape[axis]
+    size = min(outputs, max(1, WIDENED_AT_ONCE // weight.shape[1 - axis]))
+    if size == outputs:
+        return _multiplied(x, _widened(weight), transposed)
+
+    def put(i: jax.Array, result: jax.Array) -> jax.Array:
+        first = jnp.minimum(i * size, outputs - size)  # the last block computes some outputs of the one before again
+        block = jax.lax.dynamic_slice_in_dim(weight, first, size, axis)
+        return jax.lax.dynamic_update_slice_in_dim(result, _multiplied(x, _widened(block), transposed), first, 1)
+
+    return jax.lax.fori_loop(0, -(-outputs // size), put, jnp.zeros((len(x), outputs), jnp.float32))
+
+
+def _widened(narrow: jax.Array) -> jax.Array:
+    """Numbers as float32; integers of :func:`bits` stand for the bfloat16 numbers of these bits."""
+    if narrow.dtype == BITS:
+        return jax.lax.bitcast_convert_type(narrow.astype(jnp.uint32) << 16, jnp.float32)
+    return narrow.astype(jnp.float32)
+
+
+@partial(jax.jit, donate_argnums=0)
+def bits(weight: jax.Array) -> jax.Array:
+    """Integers of the same bits in the place of the bfloat16 ``weight``, which is used up."""
+    return jax.lax.bitcast_convert_type(weight, BITS)
