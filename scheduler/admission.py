@@ -56,9 +56,9 @@ class Admission:
         If the first in order does not fit, later ones that do may start before it, but only so often.
         """
         self._refresh()
-        policy, blocked = self._policy, None
-        for request in self._queue.first(policy, now, self._pressure(), policy.backfill + 1):
-            if not policy.admits(request, now, self._pressure()):
+        policy, blocked, pressure = self._policy, None, self._pressure()
+        for request in self._queue.first(policy, now, pressure, policy.backfill + 1):
+            if not policy.admits(request, now, pressure):
                 continue
             offer = self.fitting(request, now)
             if offer is not None:

@@ -65,10 +65,11 @@ class EvictionOrder:
             self.recount(program)
 
     def discard(self, program: Program) -> None:
-        for order in (self.all, self.dirty, self._clean):
-            order.discard(program)
         self.shared.pop(program, None)
-        self.clean_pages -= self.clean.pop(program, 0)
+        if program in self.all:
+            for order in (self.all, self.dirty, self._clean):
+                order.discard(program)
+            self.clean_pages -= self.clean.pop(program, 0)
 
     def set_aside(self, program: Program) -> None:
         """A program's last pages turn out to be shared."""
@@ -96,14 +97,10 @@ class EvictionOrder:
         """A program's pages or copies have changed."""
         if program not in self.all:
             return
-        held = at = len(program.pages)
-        for copy in reversed(program.copies):
-            if copy.end < at:
-                break
-            at = min(at, copy.first)
-        self.clean_pages += held - at - self.clean.pop(program, 0)
-        if held > at:
-            self.clean[program] = held - at
+        clean = _clean_pages(program)
+        self.clean_pages += clean - self.clean.pop(program, 0)
+        if clean:
+            self.clean[program] = clean
             self._clean.add(program)
         else:
             self._clean.discard(program)
@@ -124,7 +121,19 @@ class EvictionOrder:
         for program in programs:
             listed = program in self.all or program in self.shared
             assert listed == bool(program.pages), "pages that nobody could evict"
+            if program in self.all:
+                assert self.clean.get(program, 0) == _clean_pages(program), "pages are taken for clean that are not"
         assert self.clean_pages == sum(self.clean.values())
         assert set(self.clean) == set(self._clean) <= set(self.all) >= set(self.dirty)
         for order in (self.all, self.dirty, self._clean):
             assert all(program in order for program in order), "a program is in a tier that is not its own"
+
+
+def _clean_pages(program: Program) -> int:
+    """Count the pages at the end of a program that the host has copies of."""
+    held = at = len(program.pages)
+    for copy in reversed(program.copies):
+        if copy.end < at:
+            break
+        at = min(at, copy.first)
+    return held - at

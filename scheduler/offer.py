@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .program import Request
 from .transfer import Part
-from .wait import DEVICE, DIFFERS, EVICTED, HOST, RECOMPUTED, Resumed
+from .wait import DEVICE, DIFFERS, EVICTED, HOST, RECOMPUTED, UNKNOWN, Resumed
 
 
 class Offer(NamedTuple):
@@ -34,7 +34,7 @@ class Offer(NamedTuple):
         device = self.device_tokens(page_size)
         host = self.tokens - device
         if not program.computed:
-            return Resumed(device_tokens=device)
+            return Resumed(device_tokens=device) if device else UNKNOWN
         again = max(0, min(self.request.num_tokens - 1, program.computed) - self.tokens)
         lost = min(self.request.matched, program.computed) - self.tokens
         if again <= page_size:  # a last page that was not full, or is shared, is cheap

@@ -65,12 +65,13 @@ class PagePool:
 
     def share(self, pages: Iterable[int]) -> None:
         """Add a reference to each of ``pages``, which are held, or free but cached."""
+        references = self._references
         for page in pages:
-            if self._references[page] == 0:
+            if references[page] == 0:
                 if page not in self._cached:
                     raise ValueError(f"page {page} is free and cannot be shared")
                 del self._cached[page]
-            self._references[page] += 1
+            references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """Remove a reference from each of ``pages``; without any a page is free.
@@ -78,12 +79,14 @@ class PagePool:
         Raises:
             ValueError: a page is free already.
         """
+        references, hashes = self._references, self._hash_of
         for page in reversed(pages):
-            if self._references[page] == 0:
+            left = references[page] - 1
+            if left < 0:
                 raise ValueError(f"page {page} is released twice")
-            self._references[page] -= 1
-            if self._references[page] == 0:
-                if page in self._hash_of:
+            references[page] = left
+            if left == 0:
+                if page in hashes:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
@@ -95,14 +98,18 @@ class PagePool:
     # -- pins: pages that running requests use --------------------------------------------------------------------
 
     def pin(self, pages: Iterable[int]) -> None:
+        pins, new = self._pins, 0
         for page in pages:
-            self._pinned += self._pins[page] == 0
-            self._pins[page] += 1
+            new += not pins[page]
+            pins[page] += 1
+        self._pinned += new
 
     def unpin(self, pages: Iterable[int]) -> None:
+        pins, gone = self._pins, 0
         for page in pages:
-            self._pins[page] -= 1
-            self._pinned -= self._pins[page] == 0
+            left = pins[page] = pins[page] - 1
+            gone += not left
+        self._pinned -= gone
 
     def unpinned(self, pages: Iterable[int]) -> int:
         """Count those of ``pages`` that no running request uses."""

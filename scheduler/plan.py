@@ -32,3 +32,9 @@ class Plan(NamedTuple):
     """Sum of all counts."""
     context: int
     """Tokens that all rows together attend to."""
+    outputs: list[list[int]]
+    """The outputs of the requests of the rows that sample, to which commit appends."""
+    last: list[int]
+    """Rows that sample the last token that their requests may generate, in order."""
+    ended: list[Request]
+    """Requests that have ended since, with a token under way. Written by Scheduler."""

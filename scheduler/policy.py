@@ -7,7 +7,7 @@ A policy never looks at all waiting programs one by one. When a request is queue
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ CLASS = 1e12
 stay far below it, is exact to 1e-4."""
 
 
-@dataclass(frozen=True)
-class Pressure:
+class Pressure(NamedTuple):
     """The pool as policies see it."""
 
     page_size: int
@@ -164,13 +163,13 @@ def _lowest(scores: np.ndarray, numbers: np.ndarray, count: int) -> Iterator[int
     count = min(count, len(scores))
     if count < 1:
         return
-    yield _lowest_at(scores, numbers, 1)[0]
-    if count > 1:
-        yield from _lowest_at(scores, numbers, count)[1:]  # rarely needed
-
-
-def _lowest_at(scores: np.ndarray, numbers: np.ndarray, count: int) -> list[int]:
-    bound = np.partition(scores, count - 1)[count - 1] if count > 1 else scores.min()
-    near = np.flatnonzero(scores <= bound)
-    order: list[int] = near[np.lexsort((numbers[near], scores[near]))][:count].tolist()
-    return order
+    at = int(scores.argmin())
+    equal = scores == scores[at]
+    if np.count_nonzero(equal) > 1:
+        ties = np.flatnonzero(equal)
+        at = int(ties[numbers[ties].argmin()])
+    yield at
+    if count > 1:  # rarely needed
+        bound = np.partition(scores, count - 1)[count - 1]
+        near = np.flatnonzero(scores <= bound)
+        yield from near[np.lexsort((numbers[near], scores[near]))][1:count].tolist()

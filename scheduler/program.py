@@ -23,6 +23,19 @@ DEFER_S = 60.0
 """Seconds for which a request of a priority above 0 lets others start before it: a guess."""
 
 
+class StepCount:
+    """Counts the steps of rows that all compute one token at each, so that no step need look at any of them."""
+
+    __slots__ = ("taken",)
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+
+_ALONE = StepCount()
+"""The count of requests that no step advances by itself; it stays 0."""
+
+
 class Rejected(ValueError):
     """The request can never run; the message gives the numbers."""
 
@@ -198,10 +211,13 @@ class Request:
     first_scheduled: float | None = None
     """Time at which it was first part of a step."""
 
+    # Written by DecodeBatch, and by whoever sets num_computed.
+    steps: StepCount = field(init=False, default=_ALONE)
+    """The steps at each of which it computes one token."""
+    computed_base: int = field(init=False, default=0)
+    """``num_computed`` less the steps taken."""
+
     # Written by Residency and HostCopies when it is admitted, and when a restore ends.
-    num_computed: int = 0
-    """Tokens whose KV is written, or will be by a dispatched step. Running and DecodeBatch advance it; Scheduler sets
-    it back to 0 when it leaves its slot."""
     reused: int = 0
     """Tokens that it had not to compute when it last got a slot."""
     loading: Transfer | None = None
@@ -215,6 +231,24 @@ class Request:
         self.num_at_start = len(self.prompt)
         self.max_computed = self.num_at_start + self.max_tokens - 1
         self.queued = self.submitted
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is written, or will be by a dispatched step.
+
+        Residency, Running and DecodeBatch advance it; Scheduler sets it back to 0 when it leaves its slot.
+        """
+        return self.computed_base + self.steps.taken
+
+    @num_computed.setter
+    def num_computed(self, tokens: int) -> None:
+        self.computed_base = tokens - self.steps.taken
+
+    def advance_with(self, steps: StepCount | None) -> None:
+        """From now on one token is computed at every step that is counted; None: no longer."""
+        computed = self.num_computed
+        self.steps = steps or _ALONE
+        self.num_computed = computed
 
     @property
     def defers_until(self) -> float:

@@ -7,7 +7,7 @@ and copied while steps go on. Without one, or if it is full of what is worth mor
 What only the host holds is *restored* when the program's next request is admitted. A *clean* page has a host copy, so
 it can be evicted at once. Pages that programs share are evicted last, because taking them from one frees nothing.
 
-What is kept, offloaded or dropped is the choice of a :class:`~.strategies.Strategy`; the mechanism is here.
+What is kept, offloaded or dropped is the choice of a :class:`~.strategy.Strategy`; the mechanism is here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .offer import Offer
 from .pages import PagePool
 from .program import Program, Request
 from .retained import RetainedKV
-from .strategies import DISCARD, EVICT_FIRST, Strategy
+from .strategy import DISCARD, EVICT_FIRST, Strategy
 from .transfer import HostPages, HostTier, Transfer
 from .wait import FAILED, RECOMPUTED, Resumed
 
@@ -53,6 +53,7 @@ class Residency:
         self._order = self.kv.order
         self._leases = Leases(pool.size)
         self._pool, self._size, self._strategy = pool, page_size, strategy
+        strategy.host_tier = host.pages > 0
         self._offloading = False
 
     @property
@@ -98,8 +99,9 @@ class Residency:
             self._order.put_first(program)
         return leased
 
-    def wait_ended(self, program: Program) -> None:
+    def wait_ended(self, program: Program, now: float) -> None:
         """A program has got its next request."""
+        self._strategy.returned(program, now)
         self._leases.end(program)
         self._order.move(program, USUAL)
 
@@ -154,7 +156,7 @@ class Residency:
         if request.num_pending:
             return None
         offer = self._offer(request)
-        return offer if all(part.copy.ready for part in offer.parts) else None
+        return None if offer.parts and not all(part.copy.ready for part in offer.parts) else offer
 
     def held(self, request: Request) -> tuple[int, int]:
         """Count the tokens of a request that could start now whose KV is on the device, and on the host."""

@@ -93,12 +93,14 @@ class RetainedKV:
         The others have copies on the host, or are no longer kept.
         """
         gone = program.pages[keep:]
-        if gone:
-            self._pool.release(gone)
-            del program.pages[keep:]
-        if not program.pages:
+        if not gone:
+            return
+        self._pool.release(gone)
+        del program.pages[keep:]
+        if program.pages:
+            self.order.recount(program)
+        else:
             self.order.discard(program)
-        self.order.recount(program)
 
     # -- the host's copies -------------------------------------------------------------------------------------
 
@@ -110,17 +112,18 @@ class RetainedKV:
 
     def cut_copies(self, program: Program, keep: int) -> None:
         """Drop the copies of all but the first ``keep`` pages."""
-        self._copies.cut(program, keep)
-        self.order.recount(program)
+        if program.copies:
+            self._copies.cut(program, keep)
+            self.order.recount(program)
 
     def lose_copy(self, program: Program, copy: HostCopy, why: str) -> None:
         """Drop a copy, and the KV that only it held."""
         self._copies.remove(program, copy)
+        self.order.recount(program)
         if program.running is None and copy.end > len(program.pages):
             self.cut_to(program, max(copy.first, len(program.pages)), why)
         elif program in self.order.all:
             self.order.dirty.add(program)
-            self.order.recount(program)
 
     def make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
         """Drop copies until the host has room for ``count`` pages.

@@ -33,6 +33,7 @@ class Running:
         self._changed: dict[Request, int] = {}  # index of the first page that the device does not know yet
         self._decodes = DecodeBatch(config.max_seqs)
         self._others: list[Request] = []  # by rank
+        self._ranks: dict[Request, tuple[float, ...]] = {}
         self._pool, self._size, self._slots, self._rank = pool, config.page_size, config.max_seqs, rank
 
     def __len__(self) -> int:
@@ -62,18 +63,21 @@ class Running:
         self._pool.pin(pages)
         request.pages, request.capacity, request.slot = pages, len(pages) * self._size, self._free.pop()
         self._changed[request] = 0
-        bisect.insort(self.requests, request, key=self._rank)
-        bisect.insort(self._others, request, key=self._rank)
+        self._ranks[request] = self._rank(request)
+        bisect.insort(self.requests, request, key=self._ranks.__getitem__)
+        bisect.insort(self._others, request, key=self._ranks.__getitem__)
 
     def remove(self, request: Request) -> list[int]:
         """Take a request off its slot; returns its pages."""
-        self.requests.remove(request)
+        at = bisect.bisect_left(self.requests, self._ranks[request], key=self._ranks.__getitem__)
+        del self.requests[self.requests.index(request, at)]
         if request in self._decodes:
             self._decodes.discard(request)
         elif request in self._others:
             self._others.remove(request)
         self._free.append(request.slot)
         self._changed.pop(request, None)
+        del self._ranks[request]
         request.slot = -1
         pages, request.pages = request.pages, []
         self._pool.unpin(pages)
@@ -92,39 +96,38 @@ class Running:
 
         If too few pages are free, move those requests to the others, where each has to ask for one.
         """
-        due = self._decodes.due()
-        for request in due:
-            if request.num_computed == request.max_computed:
-                self._decodes.discard(request)
-        full = [request for request in due if request in self._decodes]
+        full = self._decodes.full()
         if len(full) > self._pool.free:
             for request in full:
                 self._decodes.discard(request)
-                bisect.insort(self._others, request, key=self._rank)
+                bisect.insort(self._others, request, key=self._ranks.__getitem__)
         elif full:
-            pages = self._pool.allocate(len(full))
+            pages, changed, schedule = self._pool.allocate(len(full)), self._changed, self._decodes.schedule
             self._pool.pin(pages)
             for request, page in zip(full, pages, strict=True):
-                self._changed.setdefault(request, len(request.pages))
+                changed.setdefault(request, len(request.pages))
                 request.pages.append(page)
                 request.capacity += self._size
-                self._decodes.schedule(request)
+                schedule(request)
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
         """Plan a step of the decode batch, and of ``chosen``: how many tokens of which other requests.
 
         All these tokens count as computed from now on.
         """
-        requests, slots, starts = self._decodes.advance()
-        num_decodes, counts = len(requests), np.ones(len(requests), np.int32)
-        samples = num_decodes
+        num_decodes = samples = len(self._decodes)
+        context = self._decodes.context + sum(request.num_computed for request in chosen)
+        requests, outputs, slots, starts = self._decodes.advance(room=len(chosen))
+        counts, last = np.ones(len(slots), np.int32), self._decodes.last()
         if chosen:
             ending: list[Request] = []  # requests whose last known token is computed, so that they sample
             rest: list[Request] = []
             for request, count in chosen.items():
                 (ending if request.num_computed + count == request.num_with_pending else rest).append(request)
             rows = ending + rest
-            columns = np.array([(r.slot, r.num_computed, chosen[r]) for r in rows], np.int32).T
+            slots[num_decodes:] = [request.slot for request in rows]
+            starts[num_decodes:] = [request.num_computed for request in rows]
+            counts[num_decodes:] = [chosen[request] for request in rows]
             for request in rows:
                 self._compute(request, chosen[request], now)
                 if request.num_computed == request.max_computed and request.prepares:
@@ -133,16 +136,15 @@ class Running:
                 self._others.remove(request)
                 if request.num_computed < request.max_computed:
                     self._decodes.add(request)
+            last += [num_decodes + i for i, r in enumerate(ending) if r.num_computed == r.max_computed]
             requests += rows
+            outputs += [request.output for request in ending]
             samples += len(ending)
-            slots = np.concatenate((slots, columns[0]))
-            starts = np.concatenate((starts, columns[1]))
-            counts = np.concatenate((counts, columns[2]))
         changes = [(r.slot, first, r.pages[first:]) for r, first in self._changed.items()]
         self._changed.clear()
         tokens = num_decodes + sum(chosen.values())
-        context = int(starts.sum()) + tokens
-        return Plan(requests, slots, starts, counts, num_decodes, samples, admitted, changes, tokens, context)
+        columns = (requests, slots, starts, counts)
+        return Plan(*columns, num_decodes, samples, admitted, changes, tokens, context + tokens, outputs, last, [])
 
     def extend(self, plan: Plan, times: int) -> int:
         """Repeat a plan for up to ``times`` equal steps; returns how many steps it stands for now.
@@ -166,6 +168,7 @@ class Running:
             if need > 0:
                 self.grow(request, need)
                 self._decodes.schedule(request)
+        plan.last.extend(self._decodes.last())
         return times
 
     def cache_pages(self, request: Request, start: int) -> None:

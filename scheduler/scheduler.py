@@ -12,6 +12,7 @@ away at once, because the device runs steps in the order of dispatch: a late wri
 from __future__ import annotations
 
 import itertools
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
 from .branches import Branches
@@ -29,6 +30,9 @@ from .view import ProgramView
 from .wait import Wait
 from .waits import Waits
 
+NO_TOKEN = -1
+"""What a row samples if the device could not choose a token, because its logits are not finite."""
+
 
 class Scheduler:
     """Decides what every step computes and where its KV lives. Single-threaded; time is passed in, in seconds."""
@@ -43,6 +47,8 @@ class Scheduler:
         self._programs = Registry(config.max_programs, self._forget)
         self._waits = Waits(self._programs, self._residency, policy.predict)
         self._numbers = itertools.count(1)
+        self._in_flight: deque[Plan] = deque()  # plans that are not committed
+        self._stops = Counter([NO_TOKEN])  # tokens that end a row: the stops of all live requests, too
         self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
         """Forks, and tails that are replaced."""
 
@@ -111,6 +117,7 @@ class Scheduler:
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
+        self._stops.update(stops)
         self._planner.enqueue(request, now)
         return request
 
@@ -122,8 +129,15 @@ class Scheduler:
             self._planner.preparations.end(request.program, reason)
             return
         request.finish_reason = reason
+        if request.num_pending:
+            for plan in self._in_flight:
+                plan.ended.append(request)
         program, job = request.program, request.program.job
         del self._programs.live[program]
+        for token in request.stops:
+            self._stops[token] -= 1
+            if not self._stops[token]:
+                del self._stops[token]
         if request.slot >= 0:
             self._planner.vacate(request, now)
         else:
@@ -188,6 +202,7 @@ class Scheduler:
         no host copy has kept from their first token on. Every page is free afterwards, and every transfer under way is
         cancelled. Plans that have not been committed must not be: what they sampled is lost.
         """
+        self._in_flight.clear()
         failed = list(self._running.requests)
         for request in failed:
             self.finish(request, "error", now)
@@ -244,6 +259,8 @@ class Scheduler:
         self._programs.check()
         self._admission.check()
         self._planner.preparations.check(self._programs.programs())
+        stops = (stop for request in self._programs.live.values() for stop in request.stops)
+        assert self._stops == Counter([NO_TOKEN, *stops])
         requests = [*self._programs.live.values(), *(p.preparing for p in self._programs.idle)]
         started = {r for r in requests if r is not None and r.slot >= 0}
         assert started == set(self._running.requests), "a running request is not live"
@@ -258,7 +275,10 @@ class Scheduler:
         """
         self.expire(now)
         self._residency.end_leases(now)
-        return self._planner.plan(now)
+        plan = self._planner.plan(now)
+        if plan is not None:
+            self._in_flight.append(plan)
+        return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """Learn how long a step took, for predictions."""
@@ -280,29 +300,44 @@ class Scheduler:
         """
         return self._residency.take_transfers()
 
-    def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> list[tuple[Request, int]]:
-        """Take in what a dispatched plan sampled, ``tokens`` one per row that samples.
+    def commit(self, plan: Plan, tokens: Sequence[int], now: float) -> tuple[list[Request], Sequence[int]]:
+        """Take in what the oldest plan under way sampled, ``tokens`` one per row that samples.
 
-        Returns the new token of each live request.
+        Returns live requests, and the new token of each. Requests that have ended since the plan are left out. A
+        request ends here if its token is a stop or its last, or ``NO_TOKEN``.
 
-        Requests that have ended since the plan are left out. A request ends here if its token is a stop or its last,
-        or negative: that is, if the device could not choose one.
+        What happens to all rows runs at the speed of C; Python looks only at rows that may begin or end.
         """
-        rows = zip(plan.requests[: plan.samples], tokens, strict=True)
-        new = [row for row in rows if row[0].finish_reason is None]
-        for request, token in new:
-            if token < 0:
-                self.finish(request, "error", now)
-                continue
-            output = request.output
-            if not output:
+        requests, outputs, first = plan.requests[: plan.samples], plan.outputs, plan.num_decodes
+        last: Sequence[int] = plan.last
+        if len(tokens) != len(requests):
+            raise ValueError(f"{len(tokens)} tokens for {len(requests)} rows that sample")
+        if self._in_flight and self._in_flight[0] is plan:
+            self._in_flight.popleft()
+        if plan.ended:
+            rows = zip(requests, outputs, tokens, strict=True)
+            live = [row for row in rows if row[0].finish_reason is None]
+            requests, outputs, tokens = [r for r, _, _ in live], [o for _, o, _ in live], [t for _, _, t in live]
+            first, last = 0, range(len(live))
+        elif not self._stops.keys().isdisjoint(tokens):
+            last = range(len(requests))
+        for request, token in zip(requests[first:], tokens[first:], strict=True):
+            if not request.output and token != NO_TOKEN:
                 request.first_token = now
-            output.append(token)
-            if token in request.stops:
-                self.finish(request, "stop", now)
-            elif len(output) == request.max_tokens:
-                self.finish(request, "length", now)
-        return new
+        deque(map(list.append, outputs, tokens), maxlen=0)
+        for row in last:
+            self._end_row(requests[row], tokens[row], now)
+        return requests, tokens
+
+    def _end_row(self, request: Request, token: int, now: float) -> None:
+        """End a request if the token just added to its output is its last."""
+        if token == NO_TOKEN:
+            request.output.pop()
+            self.finish(request, "error", now)
+        elif token in request.stops:
+            self.finish(request, "stop", now)
+        elif len(request.output) == request.max_tokens:
+            self.finish(request, "length", now)
 
     def _on_loss(self, program: Program) -> None:
         request = self._programs.live.get(program)

@@ -54,7 +54,7 @@ class Waits:
     def end(self, program: Program, now: float) -> WaitOutcome | None:
         """An idle program has got its next request; None: its first, so it is a fork, which has waited for nobody."""
         self._programs.idle.discard(program)
-        self._residency.wait_ended(program)
+        self._residency.wait_ended(program, now)
         if not program.turns:
             return None
         took_s, wait = now - program.wait_began, program.wait

@@ -30,7 +30,7 @@ SCHEDULER_FLOORS = (
     {"config", "decode_batch", "eviction", "offer", "pages", "plan", "view"},
     {"copies", "costs", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
-    {"strategies"},
+    {"strategy", "rival_strategies", "strategies"},
     {"policy", "residency"},
     {"admission", "policies", "waits"},
     {"preparation"},

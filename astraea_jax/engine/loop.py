@@ -270,11 +270,11 @@ class ServingLoop:
         arrived, now = time.perf_counter(), time.monotonic()
         logprobs = {} if step.logprobs is None else self._logprobs(step, tokens)
         took = arrived - max(step.dispatched, self._step_ended)
-        new = self._scheduler.commit(step.plan, tokens, now)
-        for request, token in new:
+        requests, new = self._scheduler.commit(step.plan, tokens, now)
+        for request, token in zip(requests, new, strict=True):
             self._push(self._live[request], token, logprobs.get(request, ()), now)
         self._scheduler.observe(step.plan, took)
-        self.work.committed(len(new), took)
+        self.work.committed(len(requests), took)
         self._step_ended = arrived
         self.times.wait_s += arrived - began
         self.times.commit_s += time.perf_counter() - arrived

@@ -10,11 +10,13 @@ from ..prediction import Predictor
 from ..strategies import make_strategy
 from .agentsched import AgentSched
 from .astraea import Astraea, Terms
+from .astraea_mlfq import AstraeaMLFQ
 from .astraea_paper import AstraeaPaper, BatchedFCFS
-from .continuum import Continuum
+from .cachettl import CacheTTL
 from .fcfs import FCFS, ProgramFCFS
 from .infercept import InferCept
 from .lamps import LAMPS
+from .mori import MORI
 from .plas import PLAS
 from .shortest import HRRN, SJF, SRPT
 from .thunderagent import ThunderAgent
@@ -27,10 +29,12 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "plas": PLAS,
     "lamps": LAMPS,
     "infercept": InferCept,
-    "continuum": Continuum,
+    "cachettl": CacheTTL,
+    "mori": MORI,
     "agentsched": AgentSched,
     "thunderagent": ThunderAgent,
     "astraea-paper": AstraeaPaper,
+    "astraea-mlfq": AstraeaMLFQ,
     "astraea": Astraea,
     "srpt-clairvoyant": SRPT,
 }

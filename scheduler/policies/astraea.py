@@ -75,6 +75,7 @@ class Astraea(Policy):
         self._terms = terms or Terms()
         self.backfill = self._terms.backfill
         self._gate = Gate()
+        self._oldest = math.inf  # nobody has waited since before
 
     def features(self, request: Request) -> Sequence[float]:
         program, terms = request.program, self._terms
@@ -84,14 +85,20 @@ class Astraea(Policy):
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
             size *= request.num_tokens - terms.resident * held
-        return request.queued - program.job.waited_s, program.job.ran_s, size**terms.exponent
+        since = request.queued - program.job.waited_s
+        self._oldest = min(self._oldest, since)
+        return since, since - program.job.ran_s, size**-terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
-        since, ran, size = features.T
+        since, began, weight = features.T
         typical = self.predict.job_s()
-        wait = now - since
-        response = (wait + ran if self._terms.wait else 0.0) + self._terms.typical * typical
-        return np.where(wait > PATIENCE * typical, -CLASS - wait, -response / size)
+        head_start = self._terms.typical * typical
+        scores: np.ndarray = began - (now + head_start) if self._terms.wait else np.full(len(began), -head_start)
+        scores *= weight
+        if now - self._oldest > PATIENCE * typical:  # rarely, so not everybody is looked at each time
+            wait, self._oldest = now - since, float(since.min())
+            scores = np.where(wait > PATIENCE * typical, -CLASS - wait, scores)
+        return scores
 
     def rank(self, request: Request) -> tuple[float, ...]:
         return (request.program.job.arrival, request.number)
@@ -167,6 +174,8 @@ class Gate:
         self._faded = max(0.0, self._faded - context * 2.0 ** -((self._at - since) / HALF_LIFE_S))
 
     def _fade(self, now: float) -> None:
+        if now == self._at:
+            return
         self._faded *= 2.0 ** -((now - self._at) / HALF_LIFE_S)
         self._again_s *= math.exp(-(now - self._at) / self.WINDOW_S)
         self._at = now

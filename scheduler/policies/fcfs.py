@@ -18,7 +18,7 @@ class FCFS(Policy):
 class ProgramFCFS(Policy):
     """Serves requests by their program's arrival: a program that returns from a tool keeps its place.
 
-    InferCept (arXiv 2402.01869) and Continuum (arXiv 2511.02230) use this order.
+    InferCept (arXiv 2402.01869) and CacheTTL (arXiv 2511.02230) use this order.
     """
 
     def features(self, request: Request) -> Sequence[float]:

@@ -228,7 +228,7 @@ class Simulator:
             self.scheduler.commit(plan, [request.num_tokens for request in plan.requests[: plan.samples]], now)
         # A sampled token is its position, as in the prompts: so the next prompt repeats it.
         tokens = [request.num_tokens for request in plan.requests[: plan.samples]]
-        for request, _token in self.scheduler.commit(plan, tokens, now):
+        for request in self.scheduler.commit(plan, tokens, now)[0]:
             if request.finish_reason is not None:
                 self._finished(request, now)
 

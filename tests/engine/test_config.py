@@ -48,8 +48,8 @@ def test_counts_are_whole_and_in_range(name, value):
 
 
 def test_counts_fit_the_device():
-    assert refused("max_seqs", 0) == "an integer of at least 1 and at most 2147483647"
-    assert refused("max_step_tokens", 2**31) == "an integer of at least 1 and at most 2147483647"
+    assert refused("max_seqs", 0) == "an integer of at least 1 and at most 2147483647, or None"
+    assert refused("max_queued", 2**31) == "an integer of at least 1 and at most 2147483647"
     assert refused("host_kv_bytes", -1) == "an integer of at least 0, or None"
     assert EngineConfig(kv_bytes=2**40, host_kv_bytes=0).kv_bytes == 2**40
 

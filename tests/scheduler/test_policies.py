@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
 from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate, Terms
-from astraea_jax.scheduler.policies.astraea_paper import ALPHA, THRESHOLDS
+from astraea_jax.scheduler.policies.astraea_mlfq import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Predictor
@@ -21,6 +21,8 @@ from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
+from astraea_jax.scheduler.transfer import HostCopy, HostPages
+from astraea_jax.scheduler.wait import WaitOutcome
 
 ROOM = Pressure(page_size=16, pages=1000, free=1000, retained=0, running=0, host_tier=True)
 
@@ -101,14 +103,36 @@ def test_lamps_orders_by_memory_time_area():
     assert order(policy, [second, first], now=1) == [2, 1]
 
 
-def test_continuum_serves_pinned_programs_first():
-    policy = make_policy("continuum", told({}))
-    old, young = Program(1, 1.0), Program(2, 2.0)
-    policy.strategy._until.update({old: 10.0, young: 10.0})
+def test_cachettl_serves_pinned_programs_first():
+    policy = make_policy("cachettl", told({}))
+    old, young, gone = (Program(n, float(n), pages=[n]) for n in (1, 2, 5))
+    policy.strategy._until.update({old: 10.0, young: 10.0, gone: 10.0})
+    gone.pages = []  # evicted, so its pin is worth nothing
     back, fresh = request(1, young, submitted=5.0), request(2, Program(3, 0.0), submitted=0.0)
-    preempted = request(3, Program(4, 4.0), submitted=4.0)
+    preempted, lost = request(3, Program(4, 4.0), submitted=4.0), request(4, gone, submitted=4.0)
     preempted.preemptions = 1
-    assert order(policy, [fresh, back, preempted], now=6.0) == [3, 1, 2]
+    assert order(policy, [lost, fresh, back, preempted], now=6.0) == [3, 1, 2, 4]
+
+
+def test_mori_serves_what_lies_on_the_device_first_and_of_that_the_least_idle():
+    policy = make_policy("mori", told({}))
+    programs = [Program(n, 0.0, wait_began=10.0, turns=1) for n in (1, 2, 3, 4)]
+    busy, idle, host, nowhere = programs
+    busy.pages, idle.pages, host.copies = [1], [2], [HostCopy(0, 1, HostPages(1))]
+    waiting = []
+    for number, (program, ran_s, tool_s) in enumerate(
+        ((nowhere, 9.0, 0.0), (host, 9.0, 0.0), (idle, 2.0, 2.0), (busy, 4.0, 2.0)), 1
+    ):
+        program.last = request(10 + number, program)
+        program.last.started = 10.0 - ran_s
+        waiting.append(request(number, program))
+        waiting[-1].wait = WaitOutcome(1.0, tool_s)
+        waiting[-1].queued = waiting[-1].submitted = 10.0 + tool_s
+    assert order(policy, waiting, now=20.0) == [4, 3, 2, 1]  # a third of its time idle, before one half
+    assert policy.features(waiting[3])[:2] == (0, pytest.approx(1 / 3))
+    for program in programs:
+        policy.forgotten(program)
+    assert policy.features(waiting[3])[:2] == (0, 0.0)
 
 
 def test_agentsched_turns_cache_first_as_memory_tightens():
@@ -167,8 +191,27 @@ def test_algorithm_1_of_astraea_on_a_small_case():
     assert policy.admits(late, 101.0, ROOM)
 
 
-def test_the_lowest_queue_of_astraea_paper_ages():
-    policy = make_policy("astraea-paper", told({"p1": [10, 1], "p2": [10, 1]}))
+def test_astraea_mlfq_keeps_the_order_without_the_batches():
+    paper, mlfq = (
+        make_policy(name, told({"p1": [10], "p2": [10], "p3": [10]})) for name in ("astraea-paper", "astraea-mlfq")
+    )
+    waiting = [request(1, level=2), request(2, level=1, waited_s=5.0), request(3, level=1, waited_s=15.0)]
+    assert order(paper, waiting, now=5.0) == order(mlfq, waiting, now=5.0) == [3, 2, 1]
+    for s in waiting:
+        assert mlfq.admits(s, 5.0, ROOM)
+        mlfq.admitted(s, 5.0)
+    late = request(4, Program(4, 6.0, key="late"))
+    assert mlfq.admits(late, 6.0, ROOM)  # though others still run
+    waiting[1].service = THRESHOLDS[1] + 1
+    waiting[2].service = THRESHOLDS[1]
+    for s in waiting:
+        mlfq.ended(s, 9.0)
+    assert [s.program.job.level for s in waiting] == [1, 2, 0]  # a tool call, a cost above the threshold, one at it
+
+
+@pytest.mark.parametrize("name", ["astraea-paper", "astraea-mlfq"])
+def test_the_lowest_queue_of_astraeas_levels_ages(name):
+    policy = make_policy(name, told({"p1": [10, 1], "p2": [10, 1]}))
     low = request(1, level=len(THRESHOLDS))
     high = request(2, submitted=10 * ALPHA - 20)
     assert order(policy, [low, high], now=10 * ALPHA - 15) == [2, 1]

@@ -24,7 +24,7 @@ def test_step_costs_are_found_from_steps():
         context = rng.randint(0, 100_000)
         seconds = truth.step_s(rows, tokens, context)
         assert seconds == pytest.approx(2e-3 + 5e-3 * (tokens > rows) + 3e-5 * tokens + 4e-8 * context)
-        plan = Plan([None] * rows, none, none, none, 0, rows, [], [], tokens, context)
+        plan = Plan([None] * rows, none, none, none, 0, rows, [], [], tokens, context, [], [], [])
         fit.observe(plan, seconds * rng.uniform(0.95, 1.05))
     assert fit.costs.base_s == pytest.approx(2e-3, rel=0.1)
     assert fit.costs.per_prefill_s == pytest.approx(5e-3, rel=0.15)
@@ -41,7 +41,21 @@ def test_costs_of_attention_in_prefill_are_found_and_none_is_below_zero():
         starts, counts = np.array([rng.randint(0, 8000) for _ in range(rows)]), np.ones(rows, np.int32)
         counts[-1] += fresh
         decodes = rows - 1 if fresh else rows
-        plan = Plan([None] * rows, counts, starts, counts, decodes, rows, [], [], int(counts.sum()), int(starts.sum()))
+        plan = Plan(
+            [None] * rows,
+            counts,
+            starts,
+            counts,
+            decodes,
+            rows,
+            [],
+            [],
+            int(counts.sum()),
+            int(starts.sum()),
+            [],
+            [],
+            [],
+        )
         pairs = (fresh + 1) * (starts[-1] + (fresh + 1) / 2) if fresh else 0.0
         assert prefilled_pairs(plan) == pytest.approx(pairs)
         seconds = truth.step_s(rows, plan.tokens, plan.context, prefilled_pairs(plan))

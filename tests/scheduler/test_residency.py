@@ -46,7 +46,9 @@ def test_no_pressure_moves_nothing():
     assert stats.decisions == {"keep: no pressure": 3}
 
 
-@pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "always-discard", "continuum"])
+@pytest.mark.parametrize(
+    "strategy", ["adaptive", "always-keep", "always-offload", "always-discard", "cachettl", "mori"]
+)
 def test_every_wait_is_decided_once(strategy):
     """However often the client names its tool meanwhile."""
     loop = loop_of(strategy, pages=14)
@@ -260,7 +262,7 @@ def test_a_preempted_request_goes_on_after_the_device_was_lost():
     assert 0 < len(failed) < 4
 
 
-@pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "continuum"])
+@pytest.mark.parametrize("strategy", ["adaptive", "always-keep", "always-offload", "cachettl", "mori"])
 def test_no_wish_to_keep_stops_the_others(strategy):
     """The pin deadlock: every page is held by programs that wait, and a new one needs them all."""
     loop = loop_of(strategy, host=HostTier(pages=2, staging=1))

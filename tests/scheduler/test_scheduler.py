@@ -13,7 +13,8 @@ from support.loop import Loop, make
 from support.scheduler_states import Machine
 
 from astraea_jax.scheduler.policies import SERVING
-from astraea_jax.scheduler.program import DEFER_S, Program
+from astraea_jax.scheduler.program import DEFER_S, Program, Request
+from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.transfer import HostTier
 from astraea_jax.scheduler.wait import Wait
 
@@ -120,10 +121,70 @@ def test_a_token_the_device_could_not_choose_ends_the_request():
     scheduler = make()
     request = scheduler.submit([1], 5, program="p", now=0)
     plan = scheduler.plan(0)
-    assert scheduler.commit(plan, [-1], 0) == [(request, -1)]
+    assert scheduler.commit(plan, [-1], 0) == ([request], [-1])
     assert request.finish_reason == "error"
     assert scheduler.stats().retained_pages == 0
     scheduler.check()
+
+
+def in_step(count: int = 3, **changes) -> tuple[Scheduler, list[Request]]:
+    """Requests that decode side by side."""
+    scheduler = make(num_pages=40, **changes)
+    requests = [scheduler.submit([1], 5, frozenset({90 + i}), now=0) for i in range(count)]
+    scheduler.commit(scheduler.plan(0), [7] * count, 1)
+    return scheduler, requests
+
+
+def test_a_stop_of_another_request_ends_nobody():
+    scheduler, requests = in_step()
+    assert scheduler.commit(scheduler.plan(2), [91, 91, 90], 3) == (requests, [91, 91, 90])
+    assert [r.finish_reason for r in requests] == [None, "stop", None]
+    assert [r.output for r in requests] == [[7, 91], [7, 91], [7, 90]]
+    scheduler.check()
+    assert scheduler.commit(scheduler.plan(4), [91, 92], 5) == ([requests[0], requests[2]], [91, 92])
+    assert [r.finish_reason for r in requests] == [None, "stop", "stop"]  # whose stop 91 was, is gone
+    scheduler.finish(requests[0], "cancelled", 6)
+    scheduler.check()
+
+
+def test_rows_of_requests_that_have_ended_since_are_left_out():
+    scheduler, requests = in_step()
+    first, second = scheduler.plan(2), scheduler.plan(3)
+    scheduler.finish(requests[1], "cancelled", 3)
+    assert scheduler.commit(first, [8, 8, 92], 4) == ([requests[0], requests[2]], [8, 92])
+    assert scheduler.commit(second, [9, 9, 9], 5) == ([requests[0]], [9])
+    assert [r.output for r in requests] == [[7, 8, 9], [7], [7, 92]]
+    third = scheduler.plan(6)
+    assert third.requests == [requests[0]]
+    assert not third.ended
+
+
+def test_the_first_token_has_its_time_and_one_that_could_not_be_chosen_none():
+    scheduler = make()
+    good, bad = (scheduler.submit([1], 5, now=0) for _ in range(2))
+    scheduler.commit(scheduler.plan(0), [7, -1], 1)
+    scheduler.commit(scheduler.plan(2), [8], 3)
+    assert (good.first_token, good.output) == (1, [7, 8])
+    assert (bad.first_token, bad.output, bad.finish_reason) == (None, [], "error")
+
+
+def test_requests_end_with_their_last_token_together():
+    scheduler, requests = in_step()
+    for now in (2, 3, 4):
+        scheduler.commit(scheduler.plan(now), [7] * 3, now)
+        assert {r.finish_reason for r in requests} == {None}
+    plan = scheduler.plan(5)
+    assert plan.last == [0, 1, 2]
+    assert scheduler.plan(6) is None
+    scheduler.commit(plan, [7] * 3, 7)
+    assert {r.finish_reason for r in requests} == {"length"}
+    scheduler.check()
+
+
+def test_as_many_tokens_as_rows_are_committed():
+    scheduler, _ = in_step()
+    with pytest.raises(ValueError, match="2 tokens for 3 rows"):
+        scheduler.commit(scheduler.plan(2), [7, 7], 3)
 
 
 def test_ending_a_program_returns_its_live_request():

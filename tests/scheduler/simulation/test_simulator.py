@@ -102,7 +102,7 @@ def test_steps_taken_at_once_are_the_steps(seed, policy, tight):
     assert together.steps == pytest.approx(one_by_one.steps, rel=0.02)
 
 
-@pytest.mark.parametrize("policy", ["astraea", "fcfs", "continuum", "thunderagent"])
+@pytest.mark.parametrize("policy", ["astraea", "fcfs", "cachettl", "thunderagent"])
 def test_equal_studies_give_equal_plans(policy):
     cell = Cell("swe-batch", policy, programs=12, oversubscription=2.0)
     first, second = (simulate(cell, record_plans=True).plans for _ in range(2))

@@ -1,7 +1,7 @@
-"""Continuum (arXiv 2511.02230): KV pinned for a time to live that the tool's history justifies, program order.
+"""CacheTTL (arXiv 2511.02230, first called Continuum): KV pinned for a time to live, and program order.
 
 Order: preempted requests, then those that return within their time to live, then by arrival of the program. The times
-to live are those of :class:`~..strategies.TimeToLive`.
+to live are those of :class:`~..rival_strategies.CacheTTL`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..policy import CLASS, Policy, Pressure
 from ..program import Request
 
 
-class Continuum(Policy):
+class CacheTTL(Policy):
     columns = 2
-    residency = "continuum"
+    residency = "cachettl"
 
     def features(self, request: Request) -> Sequence[float]:
         pinned = self.strategy.pinned(request.program, request.submitted)
