@@ -33,8 +33,9 @@ assert astraea_jax.__file__.startswith(sys.argv[1]), astraea_jax.__file__
 from absl import flags
 names = [module.name for module in pkgutil.walk_packages(astraea_jax.__path__, "astraea_jax.")]
 for name in names:
-    if name == "astraea_jax.kernels.triton_kernels" and importlib.util.find_spec("triton") is None:
-        continue  # needs the [cuda] extra
+    needs = {"astraea_jax.kernels.triton_kernels": "triton", "astraea_jax.lab.gguf_file": "gguf"}.get(name)
+    if needs and importlib.util.find_spec(needs) is None:
+        continue  # in the [cuda] and [parity] extras
     known = set(flags.FLAGS)
     importlib.import_module(name)
     for flag in set(flags.FLAGS) - known:  # commands have flags of equal names

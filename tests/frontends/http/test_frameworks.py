@@ -39,9 +39,10 @@ async def test_sixteen_agents_at_once(framework: Framework):
 
 
 async def test_an_agent_streams_its_answer(framework: Framework):
-    pieces = await framework.stream()
-    assert len(pieces) > 1
-    assert "".join(pieces) == ANSWER
+    """What a client has not read yet reaches it in one piece, so a short answer may be one: not every time."""
+    answers = [await framework.stream() for _ in range(5)]
+    assert ["".join(pieces) for pieces in answers] == [ANSWER] * 5
+    assert any(len(pieces) > 1 for pieces in answers)
 
 
 async def test_an_answer_has_the_type_that_is_asked_for(framework: Framework):
