@@ -8,7 +8,6 @@ serving=(--prompts=64 --arrivals=32 --input=1024 --output=64 --max_seqs=64 --max
 step=(--batch=64 --context=2048 --steps=64 --prefill=8192 --max_step_tokens=2048 --profile)
 attention=(--batches=64,256 --contexts=2048,8192 --chunks=2048)
 offload=(--lengths=1024,4096,16384 --batch=32 --context=1024 --steps=32 --repeats=3 --chunk=2048)
-jct=()
 source "$(dirname "$0")/parts.sh"
 
 # The limits add up to less than nine minutes.

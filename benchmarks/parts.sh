@@ -87,3 +87,13 @@ finish() {
   echo "logs and records.jsonl in $out, $SECONDS s in all"
   exit $failed
 }
+
+# benchmarks: run all of them; the limits add up to less than nine minutes.
+benchmarks() {
+  bench step 90 "${step[@]}"
+  bench attention 60 "${attention[@]}"
+  bench serving 240 "${serving[@]}" --timeout_s=220 --peers="$peers"
+  bench offload 70 "${offload[@]}" --plot="$out/offload.png"
+  bench jct 80 --backend=engine --workload=infercept-mix "${jct[@]}"
+  finish
+}

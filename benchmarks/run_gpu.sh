@@ -10,11 +10,4 @@ attention=(--batches=64,256 --contexts=2048,8192 --chunks=2048)
 offload=(--lengths=1024,4096,16384 --batch=32 --context=1024 --steps=32 --repeats=3 --chunk=2048)
 jct=(--policies=fcfs,astraea --programs=40 --tool_scale=0.02)
 source "$(dirname "$0")/parts.sh"
-
-# The limits add up to less than nine minutes.
-bench step 90 "${step[@]}"
-bench attention 60 "${attention[@]}"
-bench serving 240 "${serving[@]}" --timeout_s=220 --peers="$peers"
-bench offload 70 "${offload[@]}" --plot="$out/offload.png"
-bench jct 80 --backend=engine --workload=infercept-mix "${jct[@]}"
-finish
+benchmarks

@@ -10,11 +10,4 @@ attention=(--backends=tokamax,jax-rpa,pallas,gather --batches=64 --contexts=2048
 offload=(--lengths=1024,4096,8192 --batch=16 --context=1024 --steps=32 --repeats=3 --chunk=1024)
 jct=(--policies=fcfs,astraea --programs=40 --tool_scale=0.02)
 source "$(dirname "$0")/parts.sh"
-
-# The limits add up to less than nine minutes.
-bench step 90 "${step[@]}"
-bench attention 60 "${attention[@]}"
-bench serving 240 "${serving[@]}" --timeout_s=220 --peers="$peers"
-bench offload 70 "${offload[@]}" --plot="$out/offload.png"
-bench jct 80 --backend=engine --workload=infercept-mix "${jct[@]}"
-finish
+benchmarks
