@@ -32,6 +32,14 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes one layer of a model from another."""
+
+    window: int | None
+    """Keys that a query sees, its own included; None: all."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and constants of a decoder: Llama 3.x, Qwen2.5 or Qwen3 (dense)."""
 
@@ -51,6 +59,15 @@ class ModelConfig:
     """Qwen2.5 adds a bias to the query, key and value projections."""
     qk_norm: bool = False
     """Qwen3 normalises every query and key head before the rotary embedding."""
+    window: int | None = None
+    """Keys that a query sees in the layers of ``sliding``, its own included."""
+    sliding: tuple[int, ...] = ()
+    """Layers with a window."""
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(LayerKind(self.window if i in self.sliding else None) for i in range(self.num_layers))
 
     @classmethod
     def from_hf(cls, config: Json) -> ModelConfig:

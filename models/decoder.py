@@ -13,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import ModelConfig, RopeScaling
-from .heads import Heads, rms_norm
+from .config import LayerKind, ModelConfig, RopeScaling
+from .heads import Heads, Switches, rms_norm
 from .product import bits, product, rows
 from .quantize import matrix, project
 
@@ -70,9 +71,10 @@ class Attention(nnx.Module):
     two axes, which compilers read without transposing them first.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.heads = k, n // k + 2, h
+        self.switches = Switches(kind.window)
         self.qkv, self.qkv_scale = matrix((d, math.prod(self.heads)), dtype, quantized_dtype, rngs)
         self.o, self.o_scale = matrix((n * h, d), dtype, quantized_dtype, rngs)
         self.has_bias, self.qk_norm = config.qkv_bias, config.qk_norm
@@ -88,7 +90,7 @@ class Attention(nnx.Module):
         qkv = project(x, self.qkv, self.qkv_scale)
         if self.has_bias:
             qkv = qkv + self.qkv_bias[...]
-        heads = Heads(qkv.reshape(-1, *self.heads), *rotary)
+        heads = Heads(qkv.reshape(-1, *self.heads), *rotary, switches=self.switches)
         if self.qk_norm:
             q_norm, k_norm = self.q_norm.scale[...], self.k_norm.scale[...]
             heads = dataclasses.replace(heads, q_norm=q_norm, k_norm=k_norm, eps=self.q_norm.eps)
@@ -118,9 +120,9 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.attention = Attention(config, dtype, quantized_dtype, rngs)
+        self.attention = Attention(config, kind, dtype, quantized_dtype, rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
         self.mlp = MLP(config, dtype, quantized_dtype, rngs)
 
@@ -185,7 +187,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = Embedding(config, dtype, rngs)
         self.layers: nnx.List[Layer] | Stack = nnx.List(
-            [Layer(config, dtype, quantized_dtype, rngs) for _ in range(config.num_layers)]
+            [Layer(config, kind, dtype, quantized_dtype, rngs) for kind in config.layer_kinds]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
         if not config.tie_embeddings:
@@ -208,17 +210,16 @@ class Decoder(nnx.Module):
         if isinstance(self.layers, Stack):
             x, cache = self.layers(x, rotary, attend, cache)
             return self.norm(x), cache
-        graph, _ = nnx.split(self.layers[0])
 
-        @jax.jit  # traced once instead of once per layer; what is compiled is the same
-        def run(of_one: Any, i: jax.Array, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        @partial(jax.jit, static_argnums=0)  # traced once per kind of layer; what is compiled is the same
+        def run(graph: Any, of_one: Any, i: jax.Array, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
             layer: Layer = nnx.merge(graph, of_one)
             return layer(x, rotary, attend, i, cache)
 
         caches = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = run(nnx.state(layer), jnp.int32(i), x, cache[i])
+                x, layer_cache = run(*nnx.split(layer), jnp.int32(i), x, cache[i])
             caches.append(layer_cache)
         return self.norm(x), tuple(caches)
 

@@ -29,6 +29,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+@dataclass(frozen=True)
+class Switches:
+    """What attention does in some layers of some models."""
+
+    window: int | None = None
+    """Keys that a query sees, its own included; None: all."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Heads:
@@ -46,6 +54,7 @@ class Heads:
     """``[H]``, in the same way for keys; queries and keys have a norm, or neither."""
     eps: float = field(default=0.0, metadata={"static": True})
     """Added to the mean square in these norms."""
+    switches: Switches = field(default=Switches(), metadata={"static": True})
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> Self:

@@ -66,7 +66,8 @@ class Reference:
         pages = write_kv(pages, k, v, batch.slot_mapping)
         where = batch.page_table, batch.kv_lens, batch.cu_q_lens
         tile = 1 if q_tile == 1 else QUERY_TILE
-        return attention(q, pages, *where, q_tile=tile, window=self.window, soft_cap=self.soft_cap), pages
+        window = heads.switches.window or self.window
+        return attention(q, pages, *where, q_tile=tile, window=window, soft_cap=self.soft_cap), pages
 
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
