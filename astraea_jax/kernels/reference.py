@@ -133,7 +133,7 @@ def _attend_tiles(
     t, n, h = q.shape
     heads = pages.shape[2]
     at_once = min(CHUNK_ROWS if q_tile == 1 else max(1, CHUNK_QUERIES // q_tile), len(tiles.row))
-    order = jnp.argsort(-tiles.reach)
+    order = jnp.argsort(-(tiles.reach if window is None else jnp.minimum(tiles.reach, window + tiles.used)))
     tiles = Tiles(*(jnp.pad(column[order], (0, -len(order) % at_once)) for column in tiles))
     lane = jnp.arange(q_tile)
 
@@ -145,7 +145,8 @@ def _attend_tiles(
         tiled = tiled.reshape(at_once, heads, -1, h)  # [chunk, K, G * q_tile, H]
         q_pos = jnp.where(lane < chunk.used[:, None], chunk.position[:, None] + lane, -1)
         q_pos = jnp.tile(q_pos, (1, n // heads))
-        out = _flash_loop(tiled, pages, page_table[chunk.row], q_pos, chunk.reach, q_tile == 1, window, soft_cap)
+        table = page_table[chunk.row]
+        out = _flash_loop(tiled, pages, table, q_pos, chunk.position, chunk.reach, q_tile == 1, window, soft_cap)
         out = out.reshape(at_once, heads, -1, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
         return result.at[index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
 
@@ -158,6 +159,7 @@ def _flash_loop(
     pages: jax.Array,
     table: jax.Array,
     q_pos: jax.Array,
+    position: jax.Array,
     reach: jax.Array,
     lone: bool,
     window: int | None,
@@ -165,29 +167,38 @@ def _flash_loop(
 ) -> jax.Array:
     """Attend ``q [C, K, G * q_tile, H]``, at ``q_pos [C, G * q_tile]``, to the pages ``table [C, M]``.
 
-    Of each row the first ``reach [C]`` tokens are read, of which the first row has most; ``lone``: q_tile is 1.
+    Of each row the first ``reach [C]`` tokens are read, without a window most of the first row; with one only those
+    that the first of its queries, at ``position [C]``, and later ones see. ``lone``: q_tile is 1.
     """
     heads, s = pages.shape[2:4]
     per_block = max(1, BLOCK_TOKENS // s)
     block_tokens = per_block * s
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
+    low = jnp.zeros_like(reach) if window is None else jnp.clip(position - window + 1, 0, reach)
+    first = low // block_tokens
+    blocks = -(-reach[0] // block_tokens) if window is None else jnp.max(-(-reach // block_tokens) - first)
     # The matrices of a single query are too small for a matrix library: fused loops take two thirds of its time.
     scores_of, weigh = (_scores_of_few, _weigh_few) if lone else (_scores_of_many, _weigh_many)
 
     def visit(block: jax.Array, state: State) -> State:
         top, mass, out = state
-        ids = jax.lax.dynamic_slice_in_dim(table, block * per_block, per_block, 1)
+        if window is None:
+            ids = jax.lax.dynamic_slice_in_dim(table, block * per_block, per_block, 1)
+        else:
+            ids = jnp.take_along_axis(
+                table, ((first + block) * per_block)[:, None] + jnp.arange(per_block), 1, mode="clip"
+            )
         head = ids[:, None] * (2 * heads) + jnp.arange(heads)[:, None]  # [C, K, per_block]
         k, v = (_heads(pages, head + side * heads) for side in (0, 1))
-        at_pos = block * block_tokens + jnp.arange(block_tokens)
-        inside = at_pos < reach[:, None]
+        at_pos = ((first + block) * block_tokens)[:, None] + jnp.arange(block_tokens)  # [C, B * S]
+        inside = (at_pos >= low[:, None]) & (at_pos < reach[:, None])
         v = jnp.where(inside[:, None, :, None], v, 0.0)  # values beyond may be NaN, and 0 * NaN is NaN
         scores = scores_of(q, k)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        seen = at_pos <= q_pos[:, :, None]
+        seen = at_pos[:, None] <= q_pos[:, :, None]
         if window is not None:
-            seen &= at_pos > q_pos[:, :, None] - window
+            seen &= at_pos[:, None] > q_pos[:, :, None] - window
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(-1))
         safe = jnp.where(jnp.isfinite(higher), higher, 0.0)  # for lanes without any token so far
@@ -196,7 +207,7 @@ def _flash_loop(
         return higher, mass * shrink + p.sum(-1), out * shrink[..., None] + weigh(p, v)
 
     start: State = (jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3]), jnp.zeros(q.shape))
-    _, mass, out = jax.lax.fori_loop(0, -(-reach[0] // block_tokens), visit, start)
+    _, mass, out = jax.lax.fori_loop(0, blocks, visit, start)
     return out / jnp.where(mass == 0, 1.0, mass)[..., None]
 
 
