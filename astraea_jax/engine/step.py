@@ -31,6 +31,7 @@ from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import TP, placed
 
 PREFILL_TILE = 16
@@ -38,6 +39,9 @@ PREFILL_TILE = 16
 
 FEWEST_DRAWN = 8
 """Rows of the smallest logits that a step returns, so that few executables draw from them again."""
+
+SMALL = 2**17
+"""Numbers of the largest array that is joined with others into one argument of a step."""
 
 COLUMNS = 9
 """Values per row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
@@ -223,7 +227,8 @@ class Step:
         """The decoder's arrays in the step's shardings; arrays that have them already are not copied."""
         leaves = jax.device_put(jax.tree.leaves(nnx.state(decoder)), self._shardings)
         return self._packing.pack(
-            leaves, jax.jit(lambda *vectors: jnp.concatenate(vectors), out_shardings=self.replicated)
+            leaves,
+            jax.jit(lambda *small: jnp.concatenate([x.reshape(-1) for x in small]), out_shardings=self.replicated),
         )
 
     def _run(
@@ -263,7 +268,11 @@ class Step:
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
         hidden, kept = decoder(
-            tokens, position, pages[0] if self.stacked else pages, attend, dtype=ACTIVATIONS.get(self._platform)
+            tokens,
+            position,
+            pages[0] if self.stacked else pages,
+            Operations(attend),
+            dtype=ACTIVATIONS.get(self._platform),
         )
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)
@@ -288,6 +297,8 @@ class Step:
         """The backend's attention, on every device for its own heads."""
         by_head, pages = heads_spec(1), heads_spec(self.backend.heads_axis)
         shared = jax.tree.map(lambda _: PartitionSpec(), heads)
+        if heads.sinks is not None:
+            shared = replace(shared, sinks=heads_spec(0))
         attend: Any = jax.shard_map(
             partial(self.backend.attend, q_tile=q_tile),
             mesh=self._mesh,
@@ -343,11 +354,11 @@ def _updated(table: jax.Array, updates: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Packing:
-    """Joins a model's many vectors (of norms) into one argument per dtype: each argument of a call costs host time."""
+    """Joins a model's many small arrays (of norms) into one argument per dtype: each argument costs host time."""
 
-    count: int
-    """Number of leaves."""
-    vectors: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of all leaves."""
+    small: tuple[tuple[int, ...], ...]
     """Per dtype, indices of the leaves that are joined end to end."""
     ends: tuple[tuple[int, ...], ...]
     """Per dtype, where each of these leaves but the last ends."""
@@ -356,25 +367,25 @@ class _Packing:
     def of(cls, leaves: Sequence[jax.ShapeDtypeStruct]) -> _Packing:
         by_dtype: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
-            if len(leaf.shape) == 1 and leaf.sharding.is_fully_replicated:
+            if leaf.size <= SMALL and leaf.sharding.is_fully_replicated:
                 by_dtype.setdefault(leaf.dtype, []).append(i)
-        ends = (np.cumsum([leaves[i].shape[0] for i in group])[:-1].tolist() for group in by_dtype.values())
-        return cls(len(leaves), tuple(map(tuple, by_dtype.values())), tuple(map(tuple, ends)))
+        ends = (np.cumsum([leaves[i].size for i in group])[:-1].tolist() for group in by_dtype.values())
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+        return cls(shapes, tuple(map(tuple, by_dtype.values())), tuple(map(tuple, ends)))
 
     def pack(self, leaves: Sequence[Any], join: Any) -> Packed:
-        joined = {i for group in self.vectors for i in group}
+        joined = {i for group in self.small for i in group}
         alone = (leaf for i, leaf in enumerate(leaves) if i not in joined)
-        return (*alone, *(join(*(leaves[i] for i in group)) for group in self.vectors))
+        return (*alone, *(join(*(leaves[i] for i in group)) for group in self.small))
 
     def unpack(self, packed: Packed) -> list[Any]:
         pieces: dict[int, Any] = {}
-        first = len(packed) - len(self.vectors)
-        for group, ends, joined in zip(self.vectors, self.ends, packed[first:], strict=True):
+        first = len(packed) - len(self.small)
+        for group, ends, joined in zip(self.small, self.ends, packed[first:], strict=True):
             pieces.update(zip(group, jnp.split(joined, ends), strict=True))
         alone = iter(packed[:first])
-        return [pieces[i] if i in pieces else next(alone) for i in range(self.count)]
+        return [pieces[i].reshape(s) if i in pieces else next(alone) for i, s in enumerate(self.shapes)]
 
 
-def _joined_shape(sharding: NamedSharding, *vectors: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    length = sum(vector.shape[0] for vector in vectors)
-    return jax.ShapeDtypeStruct((length,), vectors[0].dtype, sharding=sharding)
+def _joined_shape(sharding: NamedSharding, *small: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((sum(x.size for x in small),), small[0].dtype, sharding=sharding)
