@@ -16,7 +16,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from .config import CheckpointError, read_json, read_text
+from .config import CheckpointError
+from .config_file import read_json, read_text
 
 FILE = "chat_template.jinja"
 NAMED_FILES = "additional_chat_templates"

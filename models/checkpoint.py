@@ -22,12 +22,21 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from .config import CheckpointError, ModelConfig, read_json
+from .config import CheckpointError, LayerKind, ModelConfig
+from .config_file import read_json
 from .decoder import Decoder, Layer
+from .families import read_config, to_hf
+from .formats import FORMATS, Format
+from .formats import quantize as quantized
 from .hf_layout import check_tensors, hf_tensors, read_joined, settle_head
-from .quantize import SCALE, quantize
+from .matrix import everywhere
 from .safetensors_files import open_tensors
 from .sharding import abstract_decoder, default_mesh
+
+SCALES = "scales"
+"""Last part of the path of a matrix's scales, which lie beside its weight."""
+FORMS = {form.dtype: form for form in FORMATS.values()}
+"""Dtype of the codes of Orbax checkpoints -> form."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -43,7 +52,12 @@ BESIDE = (
 
 
 def load(
-    folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantized_dtype: Any = None, progress: Progress | None = None
+    folder: Path,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    *,
+    quantize: Format | None = None,
+    progress: Progress | None = None,
 ) -> Decoder:
     """Load the decoder in a Hugging Face or Orbax folder.
 
@@ -51,20 +65,25 @@ def load(
         folder: of the checkpoint.
         dtype: what weights are cast to.
         mesh: the devices that get it; None: the first one.
-        quantized_dtype: 8-bit dtype to which the layers' matrices are quantized. None: they stay as they are in the
-            folder, which may be quantized.
+        quantize: form to which the layers' matrices are quantized. None: they stay as they are in the folder, which
+            may be quantized.
         progress: is called while a Hugging Face folder is read.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file or tensor.
     """
     if (folder / ORBAX).is_dir():
-        return load_orbax(folder, dtype, mesh, quantized_dtype=quantized_dtype)
-    return load_hf(folder, dtype, mesh, quantized_dtype=quantized_dtype, progress=progress)
+        return load_orbax(folder, dtype, mesh, quantize=quantize)
+    return load_hf(folder, dtype, mesh, quantize=quantize, progress=progress)
 
 
 def load_hf(
-    folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantized_dtype: Any = None, progress: Progress | None = None
+    folder: Path,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    *,
+    quantize: Format | None = None,
+    progress: Progress | None = None,
 ) -> Decoder:
     """Read ``config.json`` and the safetensors of a Hugging Face folder.
 
@@ -73,10 +92,10 @@ def load_hf(
     Raises:
         CheckpointError: as :func:`load`.
     """
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    config = read_config(read_json(folder / "config.json"))
     tensors = open_tensors(folder)
     config = settle_head(folder, config, tensors, dtype)
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), quantized_dtype=quantized_dtype))
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), forms=everywhere(quantize)))
     params = dict(nnx.to_flat_state(state))
     parts = {path: hf_tensors(path, leaf.shape, config) for path, leaf in params.items() if not _is_scale(path)}
     check_tensors(folder, [part for of_one in parts.values() for part in of_one], tensors)
@@ -102,22 +121,22 @@ def _fill(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], whole: np.n
 
 def _fill_quantized(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], weight: jax.Array) -> None:
     leaf, scale = params[path], params[_scale_of(path)]
-    make = _quantizer(leaf.dtype, (leaf.sharding, scale.sharding))
+    make = _quantizer(FORMS[leaf.dtype], (leaf.sharding, scale.sharding))
     values, scales = jax.block_until_ready(make(weight))  # else many full weights could wait on the device
     params[path], params[_scale_of(path)] = leaf.replace(values), scale.replace(scales)
 
 
 @functools.cache
-def _quantizer(dtype: Any, shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding]) -> Any:
-    return jax.jit(lambda weight: quantize(weight, dtype), out_shardings=shardings)
+def _quantizer(form: Format, shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding]) -> Any:
+    return jax.jit(lambda weight: quantized(weight, form), out_shardings=shardings)
 
 
 def _scale_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*path[:-1], f"{path[-1]}{SCALE}")
+    return (*path[:-1], SCALES)
 
 
 def _is_scale(path: tuple[Any, ...]) -> bool:
-    return str(path[-1]).endswith(SCALE)
+    return path[-1] == SCALES
 
 
 def save_hf(decoder: Decoder, folder: Path) -> None:
@@ -145,7 +164,7 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
             )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = np.dtype(next(iter(tensors.values())).dtype).name
-    (folder / "config.json").write_text(json.dumps({**decoder.config.to_hf(), "dtype": dtype}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**to_hf(decoder.config), "dtype": dtype}, indent=2) + "\n")
 
 
 def save_orbax(decoder: Decoder, folder: Path) -> None:
@@ -153,10 +172,10 @@ def save_orbax(decoder: Decoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), nnx.to_pure_dict(nnx.state(decoder)), force=True)
-    (folder / "config.json").write_text(json.dumps(decoder.config.to_hf(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(to_hf(decoder.config), indent=2) + "\n")
 
 
-def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantized_dtype: Any = None) -> Decoder:
+def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantize: Format | None = None) -> Decoder:
     """Read what :func:`save_orbax` wrote; every device reads its own part.
 
     To quantize needs memory for the model in ``dtype``; a model that was saved quantized does not.
@@ -164,16 +183,19 @@ def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantized_
     Raises:
         CheckpointError: the arrays are damaged, do not fit ``config.json``, or are quantized to another dtype.
     """
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    config = read_config(read_json(folder / "config.json"))
     mesh = mesh or default_mesh()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata((folder / ORBAX).absolute()).item_metadata.tree
             found = {".".join(str(key.key) for key in path): leaf for path, leaf in _leaves(stored)}
-            kept = {leaf.dtype for name, leaf in found.items() if name + SCALE in found}
-            if quantized_dtype is not None and kept - {quantized_dtype}:
-                raise CheckpointError(f"{folder} is quantized to {', '.join(map(str, kept))}, not to {quantized_dtype}")
-            graph, state = nnx.split(abstract_decoder(config, dtype, mesh, quantized_dtype=next(iter(kept), None)))
+            kept = {
+                FORMS[leaf.dtype] for name, leaf in found.items() if f"{name.removesuffix('weight')}{SCALES}" in found
+            }
+            if quantize is not None and kept - {quantize}:
+                names = ", ".join(form.codes for form in kept)
+                raise CheckpointError(f"{folder} is quantized to {names}, not to {quantize.codes}")
+            graph, state = nnx.split(abstract_decoder(config, dtype, mesh, forms=everywhere(next(iter(kept), None))))
             wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
             # Checked before the restore, which leaves its reads unawaited when one fails.
             shapes = {name: leaf.shape for name, leaf in found.items()}
@@ -185,11 +207,11 @@ def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantized_
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{folder / ORBAX} is damaged: {error}") from error
     nnx.replace_by_pure_dict(state, arrays)
-    if quantized_dtype is None or kept:
+    if quantize is None or kept:
         return nnx.merge(graph, state)
     full = dict(nnx.to_flat_state(state))
     del arrays, state
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh, quantized_dtype=quantized_dtype))
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh, forms=everywhere(quantize)))
     params = dict(nnx.to_flat_state(state))
     for path in list(full):
         leaf = full.pop(path)
@@ -213,25 +235,28 @@ def copy_beside(source: Path, target: Path) -> None:
 
 
 def random_decoder(
-    config: ModelConfig, dtype: Any, seed: int, mesh: Mesh | None = None, *, quantized_dtype: Any = None
+    config: ModelConfig, dtype: Any, seed: int, mesh: Mesh | None = None, *, quantize: Format | None = None
 ) -> Decoder:
     """A decoder with random weights, which are made on the devices that hold them.
 
-    One executable makes every layer: that of all at once took XLA 95 s for Llama-3.1-8B on a GPU.
+    One executable makes every layer of a kind: that of all at once took XLA 95 s for Llama-3.1-8B on a GPU.
     """
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), quantized_dtype=quantized_dtype))
+    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), forms=everywhere(quantize)))
     layers = state.pop("layers")
-    sizes = {"dtype": dtype, "quantized_dtype": quantized_dtype}
 
     def make(shapes: Any, module: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[jax.Array], Any]:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         return jax.jit(lambda key: nnx.state(module(nnx.Rngs(key))), out_shardings=shardings)
 
-    made = make(state, lambda rngs: Decoder(replace(config, num_layers=0), **sizes, rngs=rngs))
-    layer = make(layers[0], lambda rngs: Layer(config, **sizes, rngs=rngs))
-    keys = jax.random.split(jax.random.key(seed), len(layers) + 1)
+    def layer(kind: LayerKind) -> Callable[[nnx.Rngs], Layer]:
+        return lambda rngs: Layer(config, kind, dtype, everywhere(quantize), rngs)
+
+    made = make(state, lambda rngs: Decoder(replace(config, num_layers=0), dtype=dtype, rngs=rngs))
+    kinds = config.layer_kinds
+    makers = {kind: make(layers[kinds.index(kind)], layer(kind)) for kind in set(kinds)}
+    keys = jax.random.split(jax.random.key(seed), len(kinds) + 1)
     filled = made(keys[0])
-    filled["layers"] = nnx.State({index: layer(key) for index, key in zip(layers, keys[1:], strict=True)})
+    filled["layers"] = nnx.State({i: makers[kind](key) for i, (kind, key) in enumerate(zip(kinds, keys[1:]))})
     return nnx.merge(graph, filled)
 
 

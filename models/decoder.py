@@ -1,8 +1,7 @@
-"""The decoder shared by Llama 3.x, Qwen2.5 and Qwen3 (dense).
+"""The decoder of every family that is served.
 
-The three differ in two switches of :class:`ModelConfig` (``qkv_bias``, ``qk_norm``) and in the scaling of the rotary
-embedding, so one file serves them all. It does not know about pages: the caller passes ``attend``, which rotates
-queries and keys, stores the new keys and values in its cache and returns the attention output.
+Families differ in the switches of :class:`ModelConfig`, so one file serves them all. It does not know about pages,
+devices or kernels: the caller passes :class:`.operations.Operations`.
 
 Axis letters: T tokens of all sequences laid end to end, D hidden size, N query heads, K key/value heads, G = N / K
 queries that share one, H head size, F feed-forward size, V vocabulary.
@@ -12,55 +11,72 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import LayerKind, ModelConfig, RopeScaling
+from .config import LayerKind, ModelConfig
+from .experts import Mixture
 from .heads import Heads, Switches, rms_norm
-from .product import bits, product, rows
-from .quantize import matrix, project
+from .matrix import Forms, Matrix, plain, within
+from .mlp import MLP
+from .operations import Index, LayerCache, Operations
+from .product import BITS, bits, product, rows
+from .rope import Rope
 
-LayerCache = Any
-"""State that ``attend`` keeps for one layer; opaque to the model."""
-
-Index = int | jax.Array
-
-Attend = Callable[[Index, Heads, LayerCache], tuple[jax.Array, LayerCache]]
-"""``attend(layer, heads, cache) -> (out [T, N, H], cache)``."""
-
-Rotary = tuple[jax.Array, jax.Array]
-"""Cosine and sine ``[T, H / 2]`` of the rotary embedding's angles."""
+MULTIPLIED = ("weight", "router")
+"""Names of the parameters that are multiplied by :mod:`.product`."""
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequency of every pair of a head's dimensions, ``[H / 2]`` float32 (RoFormer, arXiv 2104.09864).
+def _turns(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.cos(angle), jnp.sin(angle)
 
-    With ``scaling``, wavelengths beyond the original context are stretched by ``factor`` and those between the two
-    bounds are blended, as in Llama 3.1.
+
+def _turns_in_memory(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, as XLA for CPUs computes them once.
+
+    It fuses them into every layer otherwise, where they are computed for each head again, and drops barriers before it
+    does so. A branch stays, as it cannot know that positions are never negative.
     """
-    freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return freqs
-    turns = scaling.original_max_position * freqs / (2 * math.pi)  # rotations over the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return freqs * (keep + (1 - keep) / scaling.factor)
+    return jax.lax.cond(angle[0, 0] >= 0, _turns, lambda angle: (angle, angle), angle)
 
 
 class RMSNorm(nnx.Module):
     """:func:`~astraea_jax.models.heads.rms_norm` with its scale."""
 
-    def __init__(self, size: int, eps: float, dtype: Any):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
+    def __init__(self, config: ModelConfig, size: int, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32 if config.float32_norms else dtype))
+        self.eps = config.rms_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale[...], self.eps)
+
+
+class Positions(NamedTuple):
+    """What attention of T tokens needs of their positions."""
+
+    cos: jax.Array
+    """``[T, H / 2]`` float32, of the rotary embedding's angles."""
+    sin: jax.Array
+    """``[T, H / 2]`` float32."""
+    growth: jax.Array | None
+    """``[T]`` float32, a factor on queries."""
+
+    @classmethod
+    def of(cls, positions: jax.Array, rope: Rope, config: ModelConfig) -> Positions:
+        """What a layer with ``rope`` needs for tokens at ``positions [T]`` int32."""
+        angle = positions[:, None] * rope.frequencies(config.head_dim)
+        cos, sin = jax.lax.platform_dependent(angle, cpu=_turns_in_memory, default=_turns)
+        if ((magnitude := rope.magnitudes(config.head_dim)) != 1).any():
+            cos, sin = cos * magnitude, sin * magnitude
+        growth = None
+        if config.query_growth is not None:
+            beta, original = config.query_growth
+            growth = 1 + beta * jnp.log(1 + (positions // original).astype(jnp.float32))
+        return cls(cos, sin, growth)
 
 
 class Attention(nnx.Module):
@@ -71,67 +87,62 @@ class Attention(nnx.Module):
     two axes, which compilers read without transposing them first.
     """
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: Any, forms: Forms, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.heads = k, n // k + 2, h
-        self.switches = Switches(kind.window)
-        self.qkv, self.qkv_scale = matrix((d, math.prod(self.heads)), dtype, quantized_dtype, rngs)
-        self.o, self.o_scale = matrix((n * h, d), dtype, quantized_dtype, rngs)
-        self.has_bias, self.qk_norm = config.qkv_bias, config.qk_norm
-        if config.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros(math.prod(self.heads), dtype))
-        if config.qk_norm:
-            self.q_norm = RMSNorm(h, config.rms_eps, dtype)
-            self.k_norm = RMSNorm(h, config.rms_eps, dtype)
+        self.switches = Switches(kind.window, config.attention_scale, config.score_cap)
+        self.qkv = Matrix((d, math.prod(self.heads)), dtype, forms("attention.qkv"), rngs)
+        self.o = Matrix((n * h, d), dtype, forms("attention.o"), rngs)
+        self.qkv_bias = nnx.Param(jnp.zeros(math.prod(self.heads), dtype)) if config.qkv_bias else None
+        self.o_bias = nnx.Param(jnp.zeros(d, dtype)) if config.o_bias else None
+        self.sinks = nnx.Param(jnp.zeros(n, jnp.float32)) if config.sinks else None
+        self.q_norm = RMSNorm(config, h, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, h, dtype) if config.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, attend: Attend, layer: Index, cache: LayerCache
+        self, x: jax.Array, positions: Positions, ops: Operations, layer: Index, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        qkv = project(x, self.qkv, self.qkv_scale)
-        if self.has_bias:
+        qkv = ops.multiply(x, self.qkv)
+        if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
-        heads = Heads(qkv.reshape(-1, *self.heads), *rotary, switches=self.switches)
-        if self.qk_norm:
+        qkv = qkv.reshape(-1, *self.heads)
+        if positions.growth is not None:  # before a rotation, which is linear
+            queries = jnp.arange(self.heads[1])[:, None] < self.heads[1] - 2
+            qkv = (qkv * jnp.where(queries, positions.growth[:, None, None, None], 1)).astype(qkv.dtype)
+        heads = Heads(qkv, positions.cos, positions.sin, switches=self.switches)
+        if self.q_norm is not None and self.k_norm is not None:
             q_norm, k_norm = self.q_norm.scale[...], self.k_norm.scale[...]
             heads = dataclasses.replace(heads, q_norm=q_norm, k_norm=k_norm, eps=self.q_norm.eps)
-        out, cache = attend(layer, heads, cache)
-        return project(out.reshape(out.shape[0], -1), self.o, self.o_scale), cache
-
-
-class MLP(nnx.Module):
-    """SwiGLU feed-forward network.
-
-    Gate and up projection are one product, ``[D, 2 * F]``, in which blocks of the two alternate
-    (:attr:`ModelConfig.ffn_block`), so that it can be sharded by features.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        self.block = config.ffn_block
-        self.gate_up, self.gate_up_scale = matrix((d, 2 * f), dtype, quantized_dtype, rngs)
-        self.down, self.down_scale = matrix((f, d), dtype, quantized_dtype, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = project(x, self.gate_up, self.gate_up_scale).reshape(x.shape[0], -1, 2, self.block)
-        inner = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return project(inner.reshape(x.shape[0], -1), self.down, self.down_scale)
+        if self.sinks is not None:
+            heads = dataclasses.replace(heads, sinks=self.sinks[...])
+        out, cache = ops.attend(layer, heads, cache)
+        out = ops.multiply(out.reshape(out.shape[0], -1), self.o)
+        return out if self.o_bias is None else out + self.o_bias[...], cache
 
 
 class Layer(nnx.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: Any, quantized_dtype: Any, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.attention = Attention(config, kind, dtype, quantized_dtype, rngs)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
-        self.mlp = MLP(config, dtype, quantized_dtype, rngs)
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: Any, forms: Forms, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config, config.hidden_size, dtype)
+        self.attention = Attention(config, kind, dtype, forms, rngs)
+        self.post_attention_norm = RMSNorm(config, config.hidden_size, dtype)
+        self.mlp: MLP | Mixture = (
+            Mixture(config, dtype, forms, rngs)
+            if kind.has_experts
+            else MLP(config, config.intermediate_size, dtype, forms, rngs)
+        )
+        sandwich = config.sandwich_norms
+        self.attention_out_norm = RMSNorm(config, config.hidden_size, dtype) if sandwich else None
+        self.mlp_out_norm = RMSNorm(config, config.hidden_size, dtype) if sandwich else None
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, attend: Attend, layer: Index, cache: LayerCache
+        self, x: jax.Array, positions: Positions, ops: Operations, layer: Index, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        out, cache = self.attention(self.input_norm(x), rotary, attend, layer, cache)
-        x = x + out
-        return x + self.mlp(self.post_attention_norm(x)), cache
+        out, cache = self.attention(self.input_norm(x), positions, ops, layer, cache)
+        x = x + (out if self.attention_out_norm is None else self.attention_out_norm(out))
+        out = self.mlp(self.post_attention_norm(x), ops)
+        return x + (out if self.mlp_out_norm is None else self.mlp_out_norm(out)), cache
 
 
 class Stack(nnx.Module):
@@ -144,14 +155,16 @@ class Stack(nnx.Module):
     def __init__(self, layer: Layer, count: int):
         self.layer, self.count = layer, count
 
-    def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def __call__(
+        self, x: jax.Array, positions: Positions, ops: Operations, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
         graph, arrays = nnx.split(self.layer)
 
         def body(carry: tuple[jax.Array, LayerCache], each: Any) -> tuple[tuple[jax.Array, LayerCache], None]:
             i, of_one = each
             layer: Layer = nnx.merge(graph, of_one)
             x, cache = carry
-            return layer(x, rotary, attend, i, cache), None
+            return layer(x, positions, ops, i, cache), None
 
         with jax.named_scope("layers"):
             carry, _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.count), arrays))
@@ -178,56 +191,69 @@ class Decoder(nnx.Module):
     Args:
         config: shape and constants.
         dtype: of weights and activations; norms, the rotary embedding and logits are computed in float32.
-        quantized_dtype: 8-bit dtype of the layers' matrices, which then have scales (see :mod:`.quantize`). None: they
-            are in ``dtype``.
+        forms: forms of the layers' matrices.
         rngs: source of the random initial weights.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, quantized_dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.bfloat16, forms: Forms = plain, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config, dtype, rngs)
         self.layers: nnx.List[Layer] | Stack = nnx.List(
-            [Layer(config, kind, dtype, quantized_dtype, rngs) for kind in config.layer_kinds]
+            [
+                Layer(config, kind, dtype, within(forms, f"layers.{i}"), rngs)
+                for i, kind in enumerate(config.layer_kinds)
+            ]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_eps, dtype)
+        self.norm = RMSNorm(config, config.hidden_size, dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, dtype, rngs)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, cache: Any, attend: Attend, *, dtype: Any = None
+        self, tokens: jax.Array, positions: jax.Array, cache: Any, ops: Operations, *, dtype: Any = None
     ) -> tuple[jax.Array, Any]:
         """Run ``tokens [T]`` int32 at ``positions [T]`` int32; return the final hidden states ``[T, D]`` and the cache.
 
         Activations are in ``dtype``; None: in that of the embedding.
 
-        ``cache`` is a sequence with the cache of each layer, or one cache of all layers if they are stacked; ``attend``
-        is given the one or the other.
+        ``cache`` is a sequence with the cache of each layer, or one cache of all layers if they are stacked;
+        ``ops.attend`` is given the one or the other.
         """
-        c = self.config
-        angle = positions[:, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        rotary = jnp.cos(angle), jnp.sin(angle)
-        x = rows(self.embed.weight[...], tokens, dtype or self.embed.weight[...].dtype)
+        kinds = self.config.layer_kinds
+        ropes = dict.fromkeys(kind.rope for kind in kinds)
+        where = {rope: Positions.of(positions, rope, self.config) for rope in ropes}
+        x = self._embedded(tokens, dtype)
         if isinstance(self.layers, Stack):
-            x, cache = self.layers(x, rotary, attend, cache)
+            x, cache = self.layers(x, where[kinds[0].rope], ops, cache)
             return self.norm(x), cache
 
-        @partial(jax.jit, static_argnums=0)  # traced once per kind of layer; what is compiled is the same
-        def run(graph: Any, of_one: Any, i: jax.Array, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-            layer: Layer = nnx.merge(graph, of_one)
-            return layer(x, rotary, attend, i, cache)
+        @partial(jax.jit, static_argnums=0)  # layers alike are traced once; what is compiled is the same
+        def run(
+            graph: Any, arrays: Any, i: jax.Array, x: jax.Array, positions: Positions, cache: LayerCache
+        ) -> tuple[jax.Array, LayerCache]:
+            layer: Layer = nnx.merge(graph, arrays)
+            return layer(x, positions, ops, i, cache)
 
         caches = []
-        for i, layer in enumerate(self.layers):
+        for i, (kind, layer) in enumerate(zip(kinds, self.layers, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = run(*nnx.split(layer), jnp.int32(i), x, cache[i])
+                x, layer_cache = run(*nnx.split(layer), jnp.int32(i), x, where[kind.rope], cache[i])
             caches.append(layer_cache)
         return self.norm(x), tuple(caches)
+
+    def _embedded(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """Embeddings ``[T, D]`` of ``tokens [T]``, in ``dtype`` or their own."""
+        weight = self.embed.weight[...]
+        own = jnp.bfloat16 if weight.dtype == BITS else weight.dtype
+        x = rows(weight, tokens, dtype or own)
+        return (
+            x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, own).astype(x.dtype)
+        )
 
     def keep_bits(self) -> None:
         """Turn matrices of bfloat16 into integers of the same bits (:mod:`.product`), in place, for a CPU."""
         state = nnx.state(self)
         kept = [
-            (path, leaf.replace(bits(leaf[...])) if leaf.ndim > 1 and leaf.dtype == jnp.bfloat16 else leaf)
+            (path, leaf.replace(bits(leaf[...])) if path[-1] in MULTIPLIED and leaf.dtype == jnp.bfloat16 else leaf)
             for path, leaf in nnx.to_flat_state(state)
         ]
         nnx.update(self, nnx.from_flat_state(kept))
@@ -240,11 +266,12 @@ class Decoder(nnx.Module):
     def stack(self) -> None:
         """Turn the layers into a :class:`Stack`, unless they are one.
 
-        A parameter's arrays are freed once they are stacked, so this needs extra memory for the largest one only.
+        Layers of several kinds stay as they are. A parameter's arrays are freed once they are stacked, so this needs
+        extra memory for the largest one only.
         """
-        if isinstance(self.layers, Stack):
+        if isinstance(self.layers, Stack) or len({nnx.graphdef(layer) for layer in self.layers}) > 1:
             return
-        count, (graph, _) = len(self.layers), nnx.split(self.layers[0])
+        count, graph = len(self.layers), nnx.graphdef(self.layers[0])
         states = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in self.layers]
         self.layers = nnx.List([])
         stacked = []
@@ -254,9 +281,9 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the next token, ``[T, D] -> [T, V]`` float32."""
-        if self.config.tie_embeddings:
-            return product(hidden, self.embed.weight[...], transposed=True)
-        return product(hidden, self.lm_head.weight[...])
+        tied, cap = self.config.tie_embeddings, self.config.logit_cap
+        logits = product(hidden, (self.embed if tied else self.lm_head).weight[...], transposed=tied)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _normal(shape: tuple[int, ...], dtype: Any, rngs: nnx.Rngs) -> nnx.Param[Any]:

@@ -13,9 +13,14 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, times ``scale``."""
+    """Root-mean-square norm over the last axis, computed in float32, times ``scale``.
+
+    It is rounded to the dtype of ``x`` before it is scaled, but for a ``scale`` in float32, as families differ in that.
+    """
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
+    if scale.dtype == jnp.float32:
+        return (f * scale).astype(x.dtype)
     return f.astype(x.dtype) * scale
 
 
@@ -35,6 +40,13 @@ class Switches:
 
     window: int | None = None
     """Keys that a query sees, its own included; None: all."""
+    scale: float | None = None
+    """Factor on scores; None: ``H ** -0.5``."""
+    soft_cap: float | None = None
+    """Scores become ``cap * tanh(score / cap)``."""
+
+
+PLAIN = Switches()
 
 
 @jax.tree_util.register_dataclass
@@ -52,9 +64,12 @@ class Heads:
     """``[H]``, the scale of the norm of queries before the rotation; None: there is no norm."""
     k_norm: jax.Array | None = None
     """``[H]``, in the same way for keys; queries and keys have a norm, or neither."""
+    sinks: jax.Array | None = None
+    """``[N]`` float32, a logit of each head that takes part in the softmax and adds nothing to the output (Efficient
+    Streaming Language Models, arXiv 2309.17453, as gpt-oss learns them)."""
     eps: float = field(default=0.0, metadata={"static": True})
     """Added to the mean square in these norms."""
-    switches: Switches = field(default=Switches(), metadata={"static": True})
+    switches: Switches = field(default=PLAIN, metadata={"static": True})
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> Self:
@@ -63,6 +78,11 @@ class Heads:
         qkv = jnp.concatenate([q.reshape(t, heads, -1, h), k[:, :, None], v[:, :, None]], axis=2)
         nothing = jnp.zeros((t, h // 2), jnp.float32)
         return cls(qkv, nothing + 1, nothing)
+
+    @property
+    def scale(self) -> float:
+        """Factor on attention scores."""
+        return self.qkv.shape[-1] ** -0.5 if self.switches.scale is None else self.switches.scale
 
     @property
     def group(self) -> int:

@@ -21,15 +21,15 @@ TOP = {"embed.weight": "model.embed_tokens", "norm.scale": "model.norm", "lm_hea
 LAYER = {
     "input_norm.scale": ("input_layernorm",),
     "post_attention_norm.scale": ("post_attention_layernorm",),
-    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention.o": ("self_attn.o_proj",),
+    "attention.qkv.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.o.weight": ("self_attn.o_proj",),
     "attention.q_norm.scale": ("self_attn.q_norm",),
     "attention.k_norm.scale": ("self_attn.k_norm",),
-    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down": ("mlp.down_proj",),
+    "mlp.gate_up.weight": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down.weight": ("mlp.down_proj",),
 }
 """Parameter -> Hugging Face modules, which it joins block by block. The tensors are called ``weight``, or ``bias`` for
-parameters that end in ``_bias``."""
+``attention.qkv_bias``."""
 
 
 class HfTensor(NamedTuple):
@@ -44,16 +44,17 @@ class HfTensor(NamedTuple):
 
 
 def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> list[HfTensor]:
-    """Tensors that make up the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, in order."""
+    """Tensors that make up the parameter at ``path``, as ``("layers", 0, "attention", "o", "weight")``, in order."""
     parts = [str(part) for part in path]
     bias = parts[-1].endswith("_bias")
-    parts[-1] = parts[-1].removesuffix("_bias")
+    if bias:
+        parts[-1:] = [parts[-1].removesuffix("_bias"), "weight"]
     if parts[0] == "layers":
         modules = [f"model.layers.{parts[1]}.{module}" for module in LAYER[".".join(parts[2:])]]
     else:
         modules = [TOP[".".join(parts)]]
-    block = config.head_dim if parts[-1] == "qkv" else config.ffn_block
-    joined = config.num_heads // config.num_kv_heads + 2 if parts[-1] == "qkv" else 2
+    block = config.head_dim if parts[-2] == "qkv" else config.ffn_block
+    joined = config.num_heads // config.num_kv_heads + 2 if parts[-2] == "qkv" else 2
     found = []
     for i, module in enumerate(modules):
         part = shape

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import CheckpointError, read_json
+from .config import CheckpointError
+from .config_file import read_json
 
 INDEX = "model.safetensors.index.json"
 

@@ -6,6 +6,7 @@ head and feed-forward features with their gate, so a layer needs two all-reduces
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +18,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import CheckpointError, ModelConfig
 from .decoder import Decoder
-from .quantize import SCALE
+from .matrix import Forms, plain
 
 TP = "tp"
 """Name of the mesh's axis."""
 
 AXES: dict[str, tuple[str, ...]] = {
     "embed.weight": ("vocab", "embed"),
-    "attention.qkv": ("embed", "heads"),
+    "attention.qkv.weight": ("embed", "heads"),
     "attention.qkv_bias": ("heads",),
-    "attention.o": ("heads", "embed"),
-    "mlp.gate_up": ("embed", "ffn"),
-    "mlp.down": ("ffn", "embed"),
+    "attention.o.weight": ("heads", "embed"),
+    "attention.sinks": ("heads",),
+    "mlp.gate_up.weight": ("embed", "ffn"),
+    "mlp.down.weight": ("ffn", "embed"),
     "lm_head.weight": ("embed", "vocab"),
 }
-"""End of a parameter's path -> its logical axes; its scales have the last of them. Other parameters (the norms) are
+"""End of a parameter's path -> its logical axes; its scales and zeros have the same. Other parameters (the norms) are
 replicated."""
 
 
@@ -77,7 +79,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
 
 
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
-    """Partition of the parameter at ``path``, such as ``("layers", 0, "attention", "qkv")``, with this shape.
+    """Partition of the parameter at ``path``, as ``("layers", 0, "attention", "o", "weight")``, with this shape.
 
     A parameter of stacked layers (``("layers", "layer", …)``) is divided as that of a single layer.
     """
@@ -86,11 +88,7 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = R
         of_one = spec(("layers", 0, *parts[2:]), shape[1:], mesh, rules)
         return PartitionSpec(None, *of_one) if of_one else of_one
     name = ".".join(parts[2:] if parts[0] == "layers" else parts)
-    scale = name.endswith(SCALE)
-    name = name.removesuffix(SCALE)
-    axes = AXES.get(name, ())
-    if scale:
-        axes = axes[-1:]
+    axes = AXES.get(re.sub(r"\.(scales|zeros)$", ".weight", name), ())
     divided = [
         getattr(rules, axis) if size % _divisor(axis, mesh, rules) == 0 else None for axis, size in zip(axes, shape)
     ]
@@ -116,7 +114,7 @@ def placed(state: nnx.State[Any, Any], mesh: Mesh, rules: Rules = RULES) -> nnx.
 
 
 def abstract_decoder(
-    config: ModelConfig, dtype: Any, mesh: Mesh, *, quantized_dtype: Any = None, stacked: bool = False
+    config: ModelConfig, dtype: Any, mesh: Mesh, *, forms: Forms = plain, stacked: bool = False
 ) -> Decoder:
     """A decoder whose arrays are only shapes with shardings; its layers may be stacked.
 
@@ -126,7 +124,7 @@ def abstract_decoder(
     check_mesh(config, mesh)
 
     def make() -> Decoder:
-        decoder = Decoder(config, dtype=dtype, quantized_dtype=quantized_dtype, rngs=nnx.Rngs(0))
+        decoder = Decoder(config, dtype=dtype, forms=forms, rngs=nnx.Rngs(0))
         if stacked:
             decoder.stack()
         return decoder

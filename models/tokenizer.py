@@ -12,7 +12,8 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 
 from .chat import normalise_messages, plain
 from .chat_template import ChatTemplate, ChatTemplates
-from .config import CheckpointError, read_json
+from .config import CheckpointError
+from .config_file import read_json
 from .control_tokens import MARKS, ControlTokens, marked
 from .token_lengths import longest_token
 from .tokenizer_classes import build_like_its_class

@@ -13,7 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from .config import CheckpointError, read_json
+from .config import CheckpointError
+from .config_file import read_json
 from .special_tokens import register_special_tokens
 
 Config = Mapping[str, Any]

@@ -41,8 +41,8 @@ from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import BACKENDS
 from astraea_jax.lab.ahead import EXECUTABLES, TARGETS, Case, Figures, Unfit, compile_case
-from astraea_jax.models.config import PUBLISHED
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.models.formats import EIGHT_BITS
+from astraea_jax.models.published import PUBLISHED
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("target", ["v5e", "v6e", "7x"], f"Some of {', '.join(TARGETS)}.")

@@ -33,7 +33,8 @@ from astraea_jax.lab.shop import make_tasks
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import load
 from astraea_jax.models.decoder import Decoder
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.models.formats import EIGHT_BITS
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -109,7 +110,8 @@ def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
     def predict(decoder: Decoder, tokens: jax.Array, n: jax.Array) -> jax.Array:
         pages = (jnp.zeros(shape, backend.page_dtype(kv_dtype)),) * c.num_layers
         where = Batch(table, n[None], jnp.stack([0, n]), jnp.where(at < n, at + PAGE, 0))
-        hidden, _ = decoder(tokens, at, pages, lambda _, heads, p: backend.attend(heads, p, where, q_tile=16))
+        attend = lambda _, heads, p: backend.attend(heads, p, where, q_tile=16)  # noqa: E731
+        hidden, _ = decoder(tokens, at, pages, Operations(attend))
         return jax.nn.log_softmax(decoder.logits(hidden))
 
     graph, state = nnx.split(decoder)
@@ -142,9 +144,7 @@ def main(_: list[str]) -> None:
     configs = {o: EngineConfig(dtype=FLAGS.dtype, quantize=o.quantize, kv_dtype=o.kv_dtype) for o in OPTIONS}
     full_dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
     decoders = {
-        c.quantize: load(folder, full_dtype, quantized_dtype=c.quantized_dtype())
-        for c in configs.values()
-        if not c.kv_dtype
+        c.quantize: load(folder, full_dtype, quantize=c.quantized()) for c in configs.values() if not c.kv_dtype
     }
     sizes = {name: sum(x.nbytes for x in jax.tree.leaves(nnx.state(d))) for name, d in decoders.items()}
     predictors = {o: predictor(decoders[o.quantize], c.page_dtype()) for o, c in configs.items()}

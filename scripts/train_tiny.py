@@ -50,6 +50,7 @@ from astraea_jax.models.checkpoint import save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -177,7 +178,7 @@ def logits_of(decoder: Decoder, tokens: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b * length, *q.shape[2:]), cache
 
     positions = jnp.tile(jnp.arange(length), b)
-    hidden, _ = decoder(tokens.reshape(-1), positions, (None,) * decoder.config.num_layers, attend)
+    hidden, _ = decoder(tokens.reshape(-1), positions, (None,) * decoder.config.num_layers, Operations(attend))
     return decoder.logits(hidden).reshape(b, length, -1)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from astraea_jax.errors import StartupError, shown
 from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.models.formats import EIGHT_BITS, FORMATS, Format
 from astraea_jax.models.sharding import check_mesh, mesh_of
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.strategies import STRATEGIES
@@ -199,13 +199,16 @@ class EngineConfig:
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(self.dtype or default)
 
-    def quantized_dtype(self) -> Any:
-        """The 8-bit dtype of the layers' weight matrices, or None.
+    def quantized(self) -> Format | None:
+        """The form into which the layers' weight matrices are brought, or None.
 
         Raises:
             StartupError: this device cannot compute with it.
         """
-        return None if self.quantize is None else _on_device(EIGHT_BITS[self.quantize], "quantize")
+        if self.quantize is None:
+            return None
+        _on_device(EIGHT_BITS[self.quantize], "quantize")
+        return FORMATS[self.quantize]
 
     def page_dtype(self) -> Any:
         """The dtype of keys and values.

@@ -15,8 +15,11 @@ from astraea_jax.engine.devices import check_weights, free_bytes, overlooked
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import ORBAX, Progress, load, random_decoder
-from astraea_jax.models.config import PUBLISHED, ModelConfig, read_json
+from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.config_file import read_json
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.families import read_config
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,12 +40,10 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         CheckpointError, StartupError: it cannot be served here.
     """
     folder = resolve(model)
-    shape = ModelConfig.from_hf(read_json(folder / "config.json"))
+    shape = read_config(read_json(folder / "config.json"))
     # Orbax folders may hold 8-bit matrices, which take less memory.
     meshes = _prepare(shape, config, matrix_itemsize=1 if (folder / ORBAX).is_dir() else None)
-    decoder = load(
-        folder, config.weight_dtype(), meshes[0], quantized_dtype=config.quantized_dtype(), progress=progress
-    )
+    decoder = load(folder, config.weight_dtype(), meshes[0], quantize=config.quantized(), progress=progress)
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
 
 
@@ -55,9 +56,7 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
     if shape not in PUBLISHED:
         raise StartupError(f"no published shape is called {shape!r}; there are {', '.join(PUBLISHED)}")
     meshes = _prepare(PUBLISHED[shape], config)
-    decoder = random_decoder(
-        PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], quantized_dtype=config.quantized_dtype()
-    )
+    decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], quantize=config.quantized())
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)
 
 
@@ -69,8 +68,8 @@ def _prepare(model: ModelConfig, config: EngineConfig, *, matrix_itemsize: int |
     use_cache(config.compile_cache)
     if unused := overlooked():
         log.warning(unused)
-    meshes, chosen = config.meshes(model), config.quantized_dtype()
+    meshes, chosen = config.meshes(model), config.quantized()
     if (free := free_bytes(meshes[0])) is not None:
-        itemsize, matrix_itemsize = config.weight_dtype().itemsize, chosen.itemsize if chosen else matrix_itemsize
+        itemsize, matrix_itemsize = config.weight_dtype().itemsize, chosen.dtype.itemsize if chosen else matrix_itemsize
         check_weights(model, itemsize, matrix_itemsize, shared=meshes[0].size, free=free, available=len(jax.devices()))
     return meshes

@@ -25,7 +25,7 @@ from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.models.checkpoint import copy_beside, load, save_hf, save_orbax
 from astraea_jax.models.config import CheckpointError
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.models.formats import FORMATS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("source", None, "Folder of either kind, bundled model, or hub id; or the first argument.")
@@ -33,7 +33,7 @@ flags.DEFINE_string("target", None, "Folder to write, without a checkpoint in it
 flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
 flags.DEFINE_enum("to", "orbax", ("orbax", "hf"), "Kind of folder to write.")
 flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of the weights written.")
-flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "8-bit dtype of the layers' weight matrices; to Orbax only.")
+flags.DEFINE_enum("quantize", None, list(FORMATS), "8-bit dtype of the layers' weight matrices; to Orbax only.")
 
 
 def main(arguments: list[str]) -> None:
@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> None:
             raise CheckpointError(f"{target} holds a checkpoint already; choose another target")
         source = find_model(source_name, FLAGS.revision)
         with StartupDisplay() as display:
-            quantized = EIGHT_BITS.get(FLAGS.quantize)
-            decoder = load(source, jnp.dtype(FLAGS.dtype), quantized_dtype=quantized, progress=display.loading)
+            form = FORMATS.get(FLAGS.quantize)
+            decoder = load(source, jnp.dtype(FLAGS.dtype), quantize=form, progress=display.loading)
         (save_orbax if FLAGS.to == "orbax" else save_hf)(decoder, target)
         copy_beside(source, target)
     except CheckpointError as error:

@@ -56,7 +56,8 @@ from astraea_jax.frontends.program_flags import program_flags
 from astraea_jax.frontends.progress import StartupDisplay
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.frontends.tool_flags import tool_flags
-from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.published import PUBLISHED
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Folder, bundled model, hub id, or with --random_weights a shape.")

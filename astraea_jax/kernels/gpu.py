@@ -114,10 +114,6 @@ class Triton:
         StartupError: there is no GPU, or Triton is not installed.
     """
 
-    window: int | None = None
-    """Tokens that a query attends to, itself included; None: all."""
-    soft_cap: float | None = None
-    """Attention scores become ``cap * tanh(score / cap)``."""
     compute_capability: int | None = None
     """Compute capability of an absent GPU to compile for, such as 90 for H100 and H200."""
 
@@ -172,7 +168,7 @@ class Triton:
         else:
             queries = jax.new_ref(self._turn_and_write(heads, pool, batch))
             self._attend_single(heads, pool, batch, queries)
-            self._attend_tiles(queries, pool, batch)
+            self._attend_tiles(heads, queries, pool, batch)
             out = jax.freeze(queries)
         return out, jax.lax.bitcast_convert_type(jax.freeze(pool), dtype)
 
@@ -243,8 +239,8 @@ class Triton:
         parts, heights = self.launch(
             "attend_single",
             (k, rows, splits),
-            {**_unturned(heads), **_context(pool, batch), "splits": splits, "least": least},
-            {**self._constants(heads.qkv, pool, heads.group, blocks), "NORM": heads.q_norm is not None},
+            {**_unturned(heads), **_context(heads, pool, batch), "splits": splits, "least": least},
+            {**self._constants(heads, pool, blocks), "NORM": heads.q_norm is not None},
             out={
                 "parts": jax.ShapeDtypeStruct((rows, n, splits, h), jnp.float32),
                 "heights": jax.ShapeDtypeStruct((rows, n, splits), jnp.float32),
@@ -253,7 +249,7 @@ class Triton:
             stages=blocks.stages,
         )
         operands = {"kv_lens": batch.kv_lens, "cu_q_lens": batch.cu_q_lens, "parts": parts, "heights": heights}
-        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": self.window or 0, "BLOCK_SPLITS": _power(splits)}
+        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": heads.switches.window or 0, "BLOCK_SPLITS": _power(splits)}
         return self.launch(
             "combine",
             (n, rows),
@@ -262,7 +258,7 @@ class Triton:
             out={"q": jax.ShapeDtypeStruct((t, n, h), heads.qkv.dtype)} if queries is None else None,
         )
 
-    def _attend_tiles(self, queries: jax.Ref, pool: jax.Ref, batch: Batch) -> None:
+    def _attend_tiles(self, heads: Heads, queries: jax.Ref, pool: jax.Ref, batch: Batch) -> None:
         k = pool.shape[2]
         t, n, h = queries.shape
         group, rows = n // k, batch.page_table.shape[0]
@@ -270,22 +266,20 @@ class Triton:
         self.launch(
             "attend_tiles",
             (k, t // (blocks.m // group) + rows),
-            {"q": queries, **_context(pool, batch), "rows": rows},
-            self._constants(queries, pool, group, blocks),
+            {"q": queries, **_context(heads, pool, batch), "rows": rows},
+            self._constants(heads, pool, blocks),
             warps=blocks.warps,
             stages=blocks.stages,
         )
 
-    def _constants(
-        self, queries: jax.Array | jax.Ref, pool: jax.Ref, group: int, blocks: Blocks
-    ) -> dict[str, int | float | str]:
+    def _constants(self, heads: Heads, pool: jax.Ref, blocks: Blocks) -> dict[str, int | float | str]:
         return {
-            **_sizes(pool, group),
+            **_sizes(pool, heads.group),
             "BLOCK_M": blocks.m,
             "BLOCK_N": blocks.n,
-            "WINDOW": self.window or 0,
-            "SOFT_CAP": self.soft_cap or 0.0,
-            "PRECISION": "ieee" if queries.dtype == jnp.float32 else "tf32",
+            "WINDOW": heads.switches.window or 0,
+            "SOFT_CAP": heads.switches.soft_cap or 0.0,
+            "PRECISION": "ieee" if heads.qkv.dtype == jnp.float32 else "tf32",
         }
 
 
@@ -302,14 +296,14 @@ def _unturned(heads: Heads) -> dict[str, Operand]:
     }
 
 
-def _context(pool: jax.Ref, batch: Batch) -> dict[str, Operand]:
+def _context(heads: Heads, pool: jax.Ref, batch: Batch) -> dict[str, Operand]:
     return {
         "pages": pool,
         "page_table": batch.page_table,
         "kv_lens": batch.kv_lens,
         "cu_q_lens": batch.cu_q_lens,
         "width": batch.page_table.shape[1],
-        "scale": pool.shape[4] ** -0.5,
+        "scale": heads.scale,
     }
 
 

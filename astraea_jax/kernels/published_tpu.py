@@ -67,7 +67,7 @@ class TokamaxRPA:
             batch.page_table.reshape(-1),
             batch.cu_q_lens,
             jnp.stack([decode, decode, rows]).astype(jnp.int32),
-            sm_scale=q.shape[-1] ** -0.5,
+            sm_scale=heads.scale,
             implementation="mosaic_tpu",
         )
         return _without_padding(out, batch), pages
@@ -112,7 +112,7 @@ class JaxRPA:
             batch.page_table,
             batch.cu_q_lens,
             rows[None].astype(jnp.int32),
-            sm_scale=q.shape[-1] ** -0.5,
+            sm_scale=heads.scale,
             num_kv_pages_per_block=max(1, min(PAGES_PER_BLOCK_TOKENS // size, batch.page_table.shape[1])),
             num_queries_per_block=min(QUERIES_PER_BLOCK, q.shape[0]),
             vmem_limit_bytes=VMEM_BYTES,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from astraea_jax.models.heads import Heads
+from astraea_jax.models.heads import PLAIN, Heads, Switches
 
 from .backend import Batch, stored
 from .tiles import Tiles, cut, most, queries, singles
@@ -44,11 +44,6 @@ State = tuple[jax.Array, jax.Array, jax.Array]
 class Reference:
     """The backend of :func:`write_kv` and :func:`attention`."""
 
-    window: int | None = None
-    """Tokens that a query attends to, itself included; None: all."""
-    soft_cap: float | None = None
-    """Attention scores become ``cap * tanh(score / cap)``."""
-
     name = "reference"
     heads_axis = 2
 
@@ -66,19 +61,20 @@ class Reference:
         pages = write_kv(pages, k, v, batch.slot_mapping)
         where = batch.page_table, batch.kv_lens, batch.cu_q_lens
         tile = 1 if q_tile == 1 else QUERY_TILE
-        window = heads.switches.window or self.window
-        return attention(q, pages, *where, q_tile=tile, window=window, soft_cap=self.soft_cap), pages
+        out = attention(q, pages, *where, q_tile=tile, scale=heads.scale, switches=heads.switches, sinks=heads.sinks)
+        return out, pages
 
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
     """Store ``k, v [T, K, H]`` at ``slot_mapping [T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``."""
-    _, _, heads, s, h = pages.shape
-    head = (slot_mapping // s)[:, None] * (2 * heads) + jnp.arange(2 * heads)  # [T, 2K], of all heads of all pages
+    _, sides, heads, s, _ = pages.shape
     dtype = FLOATS.get(pages.dtype, pages.dtype)
-    kv = stored(jnp.concatenate([k, v], axis=1), dtype)
+    kv = stored(jnp.stack([k, v], axis=1), dtype)  # [T, 2, K, H]
     if pages.dtype != dtype:
         kv = jax.lax.bitcast_convert_type(kv, pages.dtype)
-    return pages.reshape(-1, h).at[head * s + (slot_mapping % s)[:, None]].set(kv).reshape(pages.shape)
+    page, offset = (slot_mapping // s)[:, None, None], (slot_mapping % s)[:, None, None]
+    # With axes joined, XLA would copy the whole pool, there and back, if there is one head.
+    return pages.at[page, jnp.arange(sides)[:, None], jnp.arange(heads), offset].set(kv)
 
 
 def attention(
@@ -89,10 +85,11 @@ def attention(
     cu_q_lens: jax.Array,
     *,
     q_tile: int,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    scale: float,
+    switches: Switches = PLAIN,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of ragged queries over paged keys and values, scaled by ``H ** -0.5``.
+    """Causal attention of ragged queries over paged keys and values.
 
     Args:
         q: ``[T, N, H]`` queries of all rows end to end; the tokens after ``cu_q_lens[-1]`` are padding.
@@ -101,14 +98,15 @@ def attention(
         kv_lens: ``[R]`` int32, length of each row's context including this step's tokens.
         cu_q_lens: ``[R + 1]`` int32, where each row's queries start; they are the last of its context.
         q_tile: queries of one row per tile; 1 when every row has one query.
-        window: tokens that a query attends to, itself included; None: all.
-        soft_cap: attention scores become ``cap * tanh(score / cap)``.
+        scale: factor on attention scores.
+        switches: window and soft cap.
+        sinks: ``[N]`` float32, see :class:`~astraea_jax.models.heads.Heads`.
 
     Returns:
         ``[T, N, H]`` in the dtype of ``q``; rows of padding are zero.
     """
     result = jnp.zeros_like(q)
-    attend = partial(_attend_tiles, q, pages, page_table, cu_q_lens, window=window, soft_cap=soft_cap)
+    attend = partial(_attend_tiles, q, pages, page_table, cu_q_lens, scale=scale, switches=switches, sinks=sinks)
     single = singles(kv_lens, cu_q_lens)
     if q_tile > 1:  # a lone query in a tile would cost as much as a full one
         longer = jnp.where(single.used > 0, 0, kv_lens)
@@ -126,27 +124,28 @@ def _attend_tiles(
     tiles: Tiles,
     q_tile: int,
     *,
-    window: int | None,
-    soft_cap: float | None,
+    scale: float,
+    switches: Switches,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Put the attention of the queries in ``tiles`` into ``result [T, N, H]``; other arguments as :func:`attention`."""
     t, n, h = q.shape
     heads = pages.shape[2]
     at_once = min(CHUNK_ROWS if q_tile == 1 else max(1, CHUNK_QUERIES // q_tile), len(tiles.row))
-    order = jnp.argsort(-(tiles.reach if window is None else jnp.minimum(tiles.reach, window + tiles.used)))
+    order = jnp.argsort(-tiles.reach)
     tiles = Tiles(*(jnp.pad(column[order], (0, -len(order) % at_once)) for column in tiles))
     lane = jnp.arange(q_tile)
 
     def attend_chunk(i: jax.Array, result: jax.Array) -> jax.Array:
         chunk = Tiles(*(jax.lax.dynamic_slice_in_dim(column, i * at_once, at_once) for column in tiles))
         index = queries(chunk, cu_q_lens, q_tile, t)
-        tiled = jnp.take(q, index, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * h**-0.5
+        tiled = jnp.take(q, index, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * scale
         tiled = tiled.reshape(at_once, q_tile, heads, -1, h).transpose(0, 2, 3, 1, 4)
         tiled = tiled.reshape(at_once, heads, -1, h)  # [chunk, K, G * q_tile, H]
         q_pos = jnp.where(lane < chunk.used[:, None], chunk.position[:, None] + lane, -1)
         q_pos = jnp.tile(q_pos, (1, n // heads))
-        table = page_table[chunk.row]
-        out = _flash_loop(tiled, pages, table, q_pos, chunk.position, chunk.reach, q_tile == 1, window, soft_cap)
+        sunk = None if sinks is None else jnp.repeat(sinks.reshape(heads, -1), q_tile, axis=1)  # [K, G * q_tile]
+        out = _flash_loop(tiled, pages, page_table[chunk.row], q_pos, chunk, q_tile == 1, switches, sunk)
         out = out.reshape(at_once, heads, -1, q_tile, h).transpose(0, 3, 1, 2, 4).reshape(-1, n, h)
         return result.at[index.reshape(-1)].set(out.astype(q.dtype), mode="drop")
 
@@ -159,24 +158,22 @@ def _flash_loop(
     pages: jax.Array,
     table: jax.Array,
     q_pos: jax.Array,
-    position: jax.Array,
-    reach: jax.Array,
+    tiles: Tiles,
     lone: bool,
-    window: int | None,
-    soft_cap: float | None,
+    switches: Switches,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Attend ``q [C, K, G * q_tile, H]``, at ``q_pos [C, G * q_tile]``, to the pages ``table [C, M]``.
 
-    Of each row the first ``reach [C]`` tokens are read, without a window most of the first row; with one only those
-    that the first of its queries, at ``position [C]``, and later ones see. ``lone``: q_tile is 1.
+    A row reads what its tile reaches, the first row most; with a window, from the page on that the window of the tile's
+    first query begins in. ``lone``: q_tile is 1. ``sinks`` are ``[K, G * q_tile]``.
     """
+    reach, window, soft_cap = tiles.reach, switches.window, switches.soft_cap
     heads, s = pages.shape[2:4]
+    oldest = jnp.maximum(tiles.position - (window or 0) + 1, 0)
     per_block = max(1, BLOCK_TOKENS // s)
     block_tokens = per_block * s
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
-    low = jnp.zeros_like(reach) if window is None else jnp.clip(position - window + 1, 0, reach)
-    first = low // block_tokens
-    blocks = -(-reach[0] // block_tokens) if window is None else jnp.max(-(-reach // block_tokens) - first)
     # The matrices of a single query are too small for a matrix library: fused loops take two thirds of its time.
     scores_of, weigh = (_scores_of_few, _weigh_few) if lone else (_scores_of_many, _weigh_many)
 
@@ -184,21 +181,23 @@ def _flash_loop(
         top, mass, out = state
         if window is None:
             ids = jax.lax.dynamic_slice_in_dim(table, block * per_block, per_block, 1)
-        else:
-            ids = jnp.take_along_axis(
-                table, ((first + block) * per_block)[:, None] + jnp.arange(per_block), 1, mode="clip"
-            )
+            at_pos = block * block_tokens + jnp.arange(block_tokens)
+            inside = at_pos < reach[:, None]
+        else:  # every row from the page at which its first window begins
+            page = oldest[:, None] // s + block * per_block
+            ids = jnp.take_along_axis(table, page + jnp.arange(per_block), axis=1, mode="clip")
+            at_pos = page * s + jnp.arange(block_tokens)
+            inside = (at_pos < reach[:, None]) & (at_pos >= oldest[:, None])
+            at_pos = at_pos[:, None]
         head = ids[:, None] * (2 * heads) + jnp.arange(heads)[:, None]  # [C, K, per_block]
         k, v = (_heads(pages, head + side * heads) for side in (0, 1))
-        at_pos = ((first + block) * block_tokens)[:, None] + jnp.arange(block_tokens)  # [C, B * S]
-        inside = (at_pos >= low[:, None]) & (at_pos < reach[:, None])
         v = jnp.where(inside[:, None, :, None], v, 0.0)  # values beyond may be NaN, and 0 * NaN is NaN
         scores = scores_of(q, k)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        seen = at_pos[:, None] <= q_pos[:, :, None]
+        seen = at_pos <= q_pos[:, :, None]
         if window is not None:
-            seen &= at_pos[:, None] > q_pos[:, :, None] - window
+            seen &= at_pos > q_pos[:, :, None] - window
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(-1))
         safe = jnp.where(jnp.isfinite(higher), higher, 0.0)  # for lanes without any token so far
@@ -207,7 +206,10 @@ def _flash_loop(
         return higher, mass * shrink + p.sum(-1), out * shrink[..., None] + weigh(p, v)
 
     start: State = (jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3]), jnp.zeros(q.shape))
-    _, mass, out = jax.lax.fori_loop(0, blocks, visit, start)
+    if sinks is not None:
+        start = (jnp.broadcast_to(sinks, q.shape[:3]), jnp.ones(q.shape[:3]), start[2])
+    longest = reach[0] if window is None else (reach - oldest // s * s).max()
+    _, mass, out = jax.lax.fori_loop(0, -(-longest // block_tokens), visit, start)
     return out / jnp.where(mass == 0, 1.0, mass)[..., None]
 
 

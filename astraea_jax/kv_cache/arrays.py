@@ -18,8 +18,8 @@ from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.sharding import TP
 
 PagedKV = tuple[jax.Array, ...]
-"""One array ``[P, …]`` per layer in the backend's form of a page, or for stacked layers one ``[L * P, …]`` per group,
-layer after layer. Steps donate and return them."""
+"""One array ``[P, …]`` per layer in the backend's form of a page, or for stacked layers a single ``[L * P, …]``, layer
+after layer. Steps donate and return them."""
 
 FULL, WINDOW = range(2)
 """Groups of layers, each with pages of its own: those whose queries see the whole context, and those with a window."""
@@ -34,7 +34,7 @@ class LayerGroups:
     num_pages: tuple[int, int]
     """Pages per layer in either group, the null page included."""
     stacked: bool
-    """Whether all layers of a group have one array."""
+    """Whether all layers, which are alike then, have one array."""
 
     @classmethod
     def plan(cls, model: ModelConfig, num_pages: int, window_pages: int, stacked: bool) -> Self:
@@ -46,11 +46,6 @@ class LayerGroups:
     def present(self) -> tuple[int, ...]:
         """Groups that have layers."""
         return tuple(sorted(set(self.of)))
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The place of every layer in its group."""
-        return tuple(self.of[:i].count(group) for i, group in enumerate(self.of))
 
     @property
     def arrays(self) -> tuple[int, ...]:

@@ -31,8 +31,9 @@ from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, block_sharding
 from astraea_jax.lab import gpu_code
-from astraea_jax.models.config import PUBLISHED
-from astraea_jax.models.quantize import EIGHT_BITS
+from astraea_jax.models.formats import EIGHT_BITS, FORMATS
+from astraea_jax.models.matrix import everywhere
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 
 TEMP_BYTES = 512 * 2**20
@@ -182,9 +183,9 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     platform = "tpu" if target.capability is None else "gpu"
     config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
-    quantized = EIGHT_BITS[case.quantize] if case.quantize else None
+    form = FORMATS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
-    decoder = abstract_decoder(model, dtype, mesh, quantized_dtype=quantized, stacked=scan)
+    decoder = abstract_decoder(model, dtype, mesh, forms=everywhere(form), stacked=scan)
     backend = choose(
         case.attention,
         platform,

@@ -48,7 +48,8 @@ from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
 from astraea_jax.lab.serving_load import Latencies
 from astraea_jax.lab.vocabulary import wide_model
-from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS

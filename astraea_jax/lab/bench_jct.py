@@ -37,7 +37,8 @@ from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import engine_flags, run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
-from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, SERVING
 from astraea_jax.scheduler.simulation.experiment import (
     PREDICTORS,

@@ -34,7 +34,10 @@ from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, best_seconds
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import random_decoder
-from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
+from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.config_file import read_json
+from astraea_jax.models.families import read_config
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
@@ -60,7 +63,7 @@ def model_config(longest: int) -> ModelConfig:
     config = (
         PUBLISHED[FLAGS.model]
         if FLAGS.model in PUBLISHED
-        else ModelConfig.from_hf(read_json(resolve(FLAGS.model) / "config.json"))
+        else read_config(read_json(resolve(FLAGS.model) / "config.json"))
     )
     return replace(config, max_position=max(longest, config.max_position))
 

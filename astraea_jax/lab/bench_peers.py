@@ -41,7 +41,10 @@ from astraea_jax.lab.peer_tables import (
 )
 from astraea_jax.lab.record import define_flags, publish
 from astraea_jax.models import resolve
-from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.config_file import read_json
+from astraea_jax.models.families import read_config
+from astraea_jax.models.published import PUBLISHED
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "smollm2-135m", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
@@ -155,7 +158,7 @@ def main(_: list[str]) -> None:
         folder = Path(made)
         try:
             model = checkpoint(folder)
-            vocab = ModelConfig.from_hf(read_json(model / "config.json")).vocab_size
+            vocab = read_config(read_json(model / "config.json")).vocab_size
         except CheckpointError as error:
             raise SystemExit(f"cannot measure: {error}") from None
         setup = Setup(str(model), FLAGS.dtype, 32, FLAGS.pool, min(FLAGS.pool, longest + 1), FLAGS.host_mib << 20)

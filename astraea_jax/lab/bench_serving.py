@@ -43,7 +43,10 @@ from astraea_jax.lab.record import Environment, Section, command, define_flags, 
 from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.lab.serving_load import Latencies, Load, Slo, offline, online
 from astraea_jax.models import resolve
-from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, read_json
+from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.config_file import read_json
+from astraea_jax.models.families import read_config, to_hf
+from astraea_jax.models.published import PUBLISHED
 
 PEERS = ("transformers", "torch", "vllm", "sglang")
 FLAGS = flags.FLAGS
@@ -75,7 +78,7 @@ def model_config() -> ModelConfig:
         if FLAGS.model not in PUBLISHED:
             raise StartupError(f"no published shape is called {FLAGS.model!r}; there are {', '.join(PUBLISHED)}")
         return PUBLISHED[FLAGS.model]
-    return ModelConfig.from_hf(read_json(resolve(FLAGS.model) / "config.json"))
+    return read_config(read_json(resolve(FLAGS.model) / "config.json"))
 
 
 def load(seed: int) -> Load:
@@ -211,7 +214,7 @@ def model_folder(folder: Path, dtype: str) -> Path:
         return resolve(FLAGS.model)
     made = folder / "shape"
     made.mkdir(exist_ok=True)
-    (made / "config.json").write_text(json.dumps({**model_config().to_hf(), "dtype": dtype}))
+    (made / "config.json").write_text(json.dumps({**to_hf(model_config()), "dtype": dtype}))
     return made
 
 
@@ -219,7 +222,7 @@ def products(work: Load, dtype: str, folder: Path, within_s: float) -> dict[str,
     """Figures of ``torch_products.py``; or why there are none."""
     if importlib.util.find_spec("torch") is None:
         return "not installed"
-    spec = {"hf": model_config().to_hf(), "dtype": dtype, "inputs": [len(p) for p in work.prompts]}
+    spec = {"hf": to_hf(model_config()), "dtype": dtype, "inputs": [len(p) for p in work.prompts]}
     spec |= {"outputs": work.outputs, "max_seqs": FLAGS.max_seqs, "max_step_tokens": FLAGS.max_step_tokens}
     source, result = folder / "load.json", folder / "torch.json"
     source.write_text(json.dumps(spec))

@@ -41,7 +41,8 @@ from astraea_jax.lab.mixed_step import MixedStep
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, Work
 from astraea_jax.models import resolve
-from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.published import PUBLISHED
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(

@@ -139,9 +139,10 @@ async def astraea(setup: Setup) -> Engine:
     from astraea_jax.engine.engine import Engine
     from astraea_jax.engine.sampling import SamplingParams
     from astraea_jax.kv_cache.arrays import page_bytes
-    from astraea_jax.models.config import ModelConfig, read_json
+    from astraea_jax.models.config_file import read_json
+    from astraea_jax.models.families import read_config
 
-    model = ModelConfig.from_hf(read_json(Path(setup.folder) / "config.json"))
+    model = read_config(read_json(Path(setup.folder) / "config.json"))
     config = EngineConfig(dtype=setup.dtype, max_seqs=setup.max_seqs, host_kv_bytes=setup.host_bytes)
     # The time limit of a step is long, as one may last while this process is paused.
     page = page_bytes(model, config.backend(model), config.page_size, config.page_dtype())

@@ -21,7 +21,7 @@ from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.runner import Progress, Runner
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
-from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.simulation.experiment import Prepared, everything, let_arrive
 from astraea_jax.scheduler.simulation.machines import Machine

@@ -100,8 +100,8 @@ class Work:
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig, layout: Layout) -> Work:
         """The work of an engine; weights have the configured dtype, even if the checkpoint stores 8-bit ones."""
-        itemsize, quantized = layout.dtype.itemsize, config.quantized_dtype()
-        layers = model.layer_weights * (quantized.itemsize if quantized else itemsize)
+        itemsize, quantized = layout.dtype.itemsize, config.quantized()
+        layers = model.layer_weights * (quantized.dtype.itemsize if quantized else itemsize)
         weights = layers + model.vocab_size * model.hidden_size * itemsize
         return cls(model, weights, layout.page_bytes / config.page_size, config.tensor_parallel)
 
@@ -114,4 +114,4 @@ class Work:
         c = self.model
         attention = 2 * c.num_layers * c.num_heads * c.head_dim  # two products, causal: half of each square
         head = 2 * c.vocab_size * c.hidden_size
-        return sum(2 * c.layer_weights * n + attention * n * n + head for n in prompts) / self.devices
+        return sum(2 * c.active_weights * n + attention * n * n + head for n in prompts) / self.devices

@@ -18,7 +18,8 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.loading import ModelOnDevices
 from astraea_jax.models import resolve
 from astraea_jax.models.checkpoint import random_decoder
-from astraea_jax.models.config import ModelConfig, read_json
+from astraea_jax.models.config_file import read_json
+from astraea_jax.models.families import read_config
 from astraea_jax.models.tokenizer import Tokenizer
 
 LETTERS = np.array([*'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:,"{}[]()'])
@@ -28,7 +29,7 @@ SPACE = "Ġ"
 
 def wide_model(size: int, config: EngineConfig) -> ModelOnDevices:
     """Make astraea-tiny's shape with random weights and ``size`` tokens."""
-    shape = ModelConfig.from_hf(read_json(resolve("astraea-tiny") / "config.json"))
+    shape = read_config(read_json(resolve("astraea-tiny") / "config.json"))
     [mesh, *others] = config.meshes(shape)
     decoder = random_decoder(replace(shape, vocab_size=size), config.weight_dtype(), 0, mesh)
     jax.block_until_ready(jax.tree.leaves(decoder))

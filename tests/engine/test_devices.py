@@ -8,7 +8,7 @@ import pytest
 
 from astraea_jax.engine.devices import check_weights, unused_accelerator
 from astraea_jax.errors import StartupError
-from astraea_jax.models.config import PUBLISHED
+from astraea_jax.models.published import PUBLISHED
 
 LLAMA = PUBLISHED["llama-3.1-8b"]
 

@@ -20,6 +20,8 @@ from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.models.checkpoint import load_hf
+from astraea_jax.models.formats import Format
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.scheduler.wait import Wait
 
@@ -44,7 +46,7 @@ async def tokens(engine, prompt, n, **more) -> list[int]:
 
 def likeliest(folder, config):
     """``(text) -> the likeliest token after each of its tokens``, by dense attention over rounded keys and values."""
-    decoder = load_hf(folder, config.weight_dtype(), quantized_dtype=config.quantized_dtype())
+    decoder = load_hf(folder, config.weight_dtype(), quantize=config.quantized())
     graph, state = nnx.split(decoder)
     kv_dtype = config.page_dtype()
 
@@ -56,7 +58,9 @@ def likeliest(folder, config):
     @jax.jit
     def follow(state, text):
         model = nnx.merge(graph, state)
-        hidden, _ = model(text, jnp.arange(LENGTH), (None,) * model.config.num_layers, attend, dtype=jnp.float32)
+        hidden, _ = model(
+            text, jnp.arange(LENGTH), (None,) * model.config.num_layers, Operations(attend), dtype=jnp.float32
+        )
         return model.logits(hidden).argmax(-1)
 
     return lambda text: np.asarray(follow(state, np.array(text + [0] * (LENGTH - len(text)), np.int32)))
@@ -103,5 +107,5 @@ def test_a_device_without_such_numbers_is_named(engine, monkeypatch):
         with pytest.raises(StartupError, match="cannot compute with float8_e4m3fn"):
             Layout.plan(EngineConfig(kv_dtype="fp8"), engine.model_config, default_mesh())
         with pytest.raises(StartupError, match="start without --quantize"):
-            EngineConfig(quantize="int8").quantized_dtype()
-    assert EngineConfig(quantize="int8").quantized_dtype() == jnp.int8
+            EngineConfig(quantize="int8").quantized()
+    assert EngineConfig(quantize="int8").quantized() == Format("int8")

@@ -15,7 +15,7 @@ from support.scripts import ROOT
 from astraea_jax.models.checkpoint import random_decoder, save_hf
 from astraea_jax.models.config import ModelConfig
 
-MODEL = ModelConfig(48, 32, 64, 2, 4, 2, 8, 128, 10_000.0, tie_embeddings=True)
+MODEL = ModelConfig(48, 32, 64, 2, 4, 2, 8, 128, tie_embeddings=True)
 KINDS = {
     "llama": MODEL,
     "qwen2": dataclasses.replace(MODEL, qkv_bias=True, tie_embeddings=False),

@@ -12,8 +12,8 @@ from flax import nnx
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.layout import Layout
 from astraea_jax.lab.roofline import Roofline, Work, best_seconds
-from astraea_jax.models.config import PUBLISHED
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import default_mesh
 
 

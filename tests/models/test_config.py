@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from astraea_jax.models.config import PUBLISHED, CheckpointError, ModelConfig, RopeScaling, read_json
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.config_file import read_json
+from astraea_jax.models.families import read_config, to_hf
+from astraea_jax.models.published import PUBLISHED
+from astraea_jax.models.rope import Llama3
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,14 +35,14 @@ LLAMA = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes_survive_the_way_there_and_back(name):
-    assert ModelConfig.from_hf(PUBLISHED[name].to_hf()) == PUBLISHED[name]
+    assert read_config(to_hf(PUBLISHED[name])) == PUBLISHED[name]
 
 
 def test_transformers_4_and_5_spell_the_rope_differently():
     new = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = {**LLAMA["rope_scaling"], "rope_theta": 500_000.0}
-    assert ModelConfig.from_hf(LLAMA) == ModelConfig.from_hf(new) == PUBLISHED["llama-3.1-8b"]
-    assert PUBLISHED["llama-3.1-8b"].rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert read_config(LLAMA) == read_config(new) == PUBLISHED["llama-3.1-8b"]
+    assert PUBLISHED["llama-3.1-8b"].rope.scaling == Llama3(8.0, 1.0, 4.0, 8192)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_transformers_4_and_5_spell_the_rope_differently():
 )
 def test_what_is_not_served_is_named(change, words):
     with pytest.raises(CheckpointError, match=words):
-        ModelConfig.from_hf({**LLAMA, **change})
+        read_config({**LLAMA, **change})
 
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -88,24 +92,24 @@ FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 def read(change, *without, architecture="LlamaForCausalLM"):
     config = {**LLAMA, "architectures": [architecture], **change}
-    return ModelConfig.from_hf({name: value for name, value in config.items() if name not in without})
+    return read_config({name: value for name, value in config.items() if name not in without})
 
 
 def test_rope_scaling_wins_over_rope_parameters():
     new = {"rope_type": "default", "rope_theta": 5e5}
-    assert read({"rope_parameters": new}).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
-    assert read({"rope_parameters": new}, "rope_theta").rope_theta == 10_000.0  # that of rope_parameters goes with it
-    assert read({"rope_parameters": new, "rope_scaling": None}, "rope_theta").rope_theta == 5e5
-    assert read({"rope_parameters": new, "rope_scaling": {}}).rope_scaling is None
+    assert read({"rope_parameters": new}).rope.scaling == Llama3(8.0, 1.0, 4.0, 8192)
+    assert read({"rope_parameters": new}, "rope_theta").rope.theta == 10_000.0  # that of rope_parameters goes with it
+    assert read({"rope_parameters": new, "rope_scaling": None}, "rope_theta").rope.theta == 5e5
+    assert read({"rope_parameters": new, "rope_scaling": {}}).rope.scaling is None
     with pytest.raises(CheckpointError, match="'yarn'"):
         read({"rope_parameters": new, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
 
 
 def test_original_context_of_the_rope():
     scaling = {**LLAMA["rope_scaling"]}
-    assert read({"original_max_position_embeddings": 64}).rope_scaling.original_max_position == 64
+    assert read({"original_max_position_embeddings": 64}).rope.scaling.original_max_position == 64
     del scaling["original_max_position_embeddings"]
-    assert read({"rope_scaling": scaling}).rope_scaling.original_max_position == 131_072
+    assert read({"rope_scaling": scaling}).rope.scaling.original_max_position == 131_072
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -114,7 +118,7 @@ def test_defaults_of_transformers(architecture):
     llama, qwen3 = architecture == FAMILIES[0], architecture == FAMILIES[2]
     absent = ("rope_theta", "rope_scaling", "rms_norm_eps", "max_position_embeddings", "num_key_value_heads")
     config = read({"num_attention_heads": 64}, *absent, "hidden_act", "tie_word_embeddings", architecture=architecture)
-    assert (config.rope_theta, config.rms_eps, config.tie_embeddings) == (10_000.0, 1e-6, False)
+    assert (config.rope.theta, config.rms_eps, config.tie_embeddings) == (10_000.0, 1e-6, False)
     assert config.max_position == (2048 if llama else 32_768)
     assert config.num_kv_heads == (64 if llama else 32)
     assert config.head_dim == (128 if qwen3 else 64)

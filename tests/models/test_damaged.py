@@ -14,6 +14,7 @@ from support.reading import TINY, change, copy_tiny
 
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf
 from astraea_jax.models.config import CheckpointError, ModelConfig
+from astraea_jax.models.families import read_config, to_hf
 from astraea_jax.models.tokenizer import Tokenizer
 
 ODD = st.sampled_from(
@@ -47,7 +48,7 @@ def read_or_refused(read, *arguments):
 
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-CONFIG = ModelConfig(64, 32, 48, 2, 4, 2, 16, 128).to_hf() | {
+CONFIG = to_hf(ModelConfig(64, 32, 48, 2, 4, 2, 16, 128)) | {
     "rope_scaling": {**ROPE, "original_max_position_embeddings": 64},
     "use_sliding_window": True,
     "sliding_window": 4096,
@@ -64,7 +65,7 @@ CONFIG = ModelConfig(64, 32, 48, 2, 4, 2, 16, 128).to_hf() | {
 @fuzz
 @given(damaged(CONFIG))
 def test_configurations(config):
-    read_or_refused(ModelConfig.from_hf, json.loads(json.dumps(config)))
+    read_or_refused(read_config, json.loads(json.dumps(config)))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from flax import nnx
 from astraea_jax.models import product as module
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.product import BITS, bits, product, rows
 
 KINDS = ["float32", "bfloat16", "bits", "float16", "int8", "float8_e4m3fn"]
@@ -67,11 +68,11 @@ def test_a_decoder_of_bits_computes_the_same():
     @nnx.jit
     def logits(decoder):
         attend = lambda layer, heads, cache: (heads.rotated()[0], cache)  # noqa: E731
-        return decoder.logits(decoder(tokens, tokens, (None,) * 2, attend, dtype=jnp.float32)[0])
+        return decoder.logits(decoder(tokens, tokens, (None,) * 2, Operations(attend), dtype=jnp.float32)[0])
 
     expected = logits(decoder)
     for _ in range(2):  # again changes nothing
         decoder.keep_bits()
-    assert decoder.embed.weight[...].dtype == decoder.layers[0].mlp.down[...].dtype == BITS
+    assert decoder.embed.weight[...].dtype == decoder.layers[0].mlp.down.weight[...].dtype == BITS
     assert decoder.norm.scale.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits(decoder), expected, rtol=1e-5, atol=1e-6)

@@ -16,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 from support.wide import WIDE, wide_decoder
 
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf, save_orbax
-from astraea_jax.models.config import PUBLISHED, CheckpointError
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import AXES, abstract_decoder, check_mesh, mesh_of, spec
 
-SHAPES = [WIDE, dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True)]
+SHAPES = [WIDE, dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True, sinks=True)]
 
 
 @pytest.fixture
@@ -103,13 +104,13 @@ def test_every_name_of_the_rules_is_a_parameter():
     assert set(AXES) == {name for name in names if not name.endswith("scale")}
 
 
-def test_scales_go_with_their_output_channels():
-    """Shapes as in ``models/decoder.py``: of every matrix the last axis."""
+def test_scales_go_with_their_weights():
+    """Shapes as in ``models/decoder.py``: blocks of inputs, and outputs."""
     mesh = mesh_of(jax.devices()[:2])
     for name, shape, divided in (
-        (("attention", "qkv_scale"), (192,), ("tp",)),
-        (("attention", "o_scale"), (64,), ()),
-        (("mlp", "gate_up_scale"), (96,), ("tp",)),
-        (("mlp", "down_scale"), (64,), ()),
+        (("attention", "qkv", "scales"), (1, 192), (None, "tp")),
+        (("attention", "o", "scales"), (1, 64), ()),
+        (("mlp", "gate_up", "scales"), (2, 96), (None, "tp")),
+        (("mlp", "down", "scales"), (2, 64), ("tp",)),
     ):
         assert spec(("layers", 0, *name), shape, mesh) == jax.sharding.PartitionSpec(*divided), name

@@ -12,7 +12,9 @@ from support.parity import check_logits
 from support.reading import VARIANTS, answers, change, check
 
 from astraea_jax.models.checkpoint import random_decoder, save_hf
-from astraea_jax.models.config import ModelConfig, read_json
+from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.config_file import read_json
+from astraea_jax.models.families import read_config, to_hf
 
 pytestmark = [
     pytest.mark.parity,
@@ -66,14 +68,14 @@ CONFIGS = {
 def test_configurations(family, name, tmp_path):
     import transformers
 
-    written = {**MODEL.to_hf(), "model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"]}
+    written = {**to_hf(MODEL), "model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"]}
     if family == "qwen3":
         written["hidden_size"] = 64
     changed = {key: value for key, value in {**written, **CONFIGS[name]}.items() if value is not DELETED}
     (tmp_path / "config.json").write_text(json.dumps(changed))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs.standardize_rope_params()  # as their models do
-    ours = ModelConfig.from_hf(read_json(tmp_path / "config.json"))
+    ours = read_config(read_json(tmp_path / "config.json"))
     rope = theirs.rope_parameters
     assert set(getattr(theirs, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     assert ours.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
@@ -81,11 +83,11 @@ def test_configurations(family, name, tmp_path):
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.rms_eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.rope_theta == rope["rope_theta"]
-    assert ("default" if ours.rope_scaling is None else "llama3") == rope["rope_type"]
-    if ours.rope_scaling is not None:
-        assert ours.rope_scaling.original_max_position == rope["original_max_position_embeddings"]
-        assert ours.rope_scaling.factor == rope["factor"]
+    assert ours.rope.theta == rope["rope_theta"]
+    assert ("default" if ours.rope.scaling is None else "llama3") == rope["rope_type"]
+    if ours.rope.scaling is not None:
+        assert ours.rope.scaling.original_max_position == rope["original_max_position_embeddings"]
+        assert ours.rope.scaling.factor == rope["factor"]
 
 
 def with_own_head(tensors):

@@ -17,6 +17,7 @@ from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.models.checkpoint import load_hf
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.tokenizer import Tokenizer
 
 CONFIG = EngineConfig(max_seqs=8, max_step_tokens=24, page_size=8, kv_bytes=4 * 2**20, dtype="float32")
@@ -37,7 +38,7 @@ def check_logits(folder: Path) -> None:
     def attend(_, heads, layer):
         return Reference().attend(heads, layer, where, q_tile=16)
 
-    hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, attend))(prompt)
+    hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, Operations(attend)))(prompt)
     error = np.abs(np.asarray(decoder.logits(hidden)) - golden["logits"]).max() / np.abs(golden["logits"]).max()
     assert error < 1e-4, f"{folder.name}: relative error {error:.1e}"
 

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from astraea_jax.kernels import Backend, Batch
-from astraea_jax.models.heads import Heads
+from astraea_jax.models.heads import PLAIN, Heads, Switches
 
 ROWS, TOKENS = 8, 64
 EPS = 1e-3
@@ -32,6 +32,9 @@ class Ragged:
     """``[T, H / 2]``, by which queries and keys are rotated."""
     norms: tuple[np.ndarray, np.ndarray] | None
     """Scales ``[H]`` of the norms of queries and keys."""
+    switches: Switches = PLAIN
+    sinks: np.ndarray | None = None
+    """``[N]``."""
 
     @classmethod
     def make(
@@ -93,7 +96,14 @@ class Ragged:
         """The tokens as attention takes them."""
         plain = Heads.of(*(jnp.asarray(x, dtype) for x in (self.q, self.k, self.v)))
         q_norm, k_norm = (jnp.asarray(x, dtype) for x in self.norms) if self.norms else (None, None)
-        return Heads(plain.qkv, jnp.cos(self.angle), jnp.sin(self.angle), q_norm, k_norm, EPS)
+        sinks = None if self.sinks is None else jnp.asarray(self.sinks)
+        turns = jnp.cos(self.angle), jnp.sin(self.angle)
+        return Heads(plain.qkv, *turns, q_norm, k_norm, sinks, eps=EPS, switches=self.switches)
+
+    def switched(self, switches: Switches, sinks: bool) -> Ragged:
+        """The same with other switches, and perhaps with sinks."""
+        logits = np.random.default_rng(7).normal(size=self.q.shape[1]).astype(np.float32)
+        return replace(self, switches=switches, sinks=logits if sinks else None)
 
     def turned(self, x: np.ndarray, norm: int) -> np.ndarray:
         """Queries (norm 0) or keys (norm 1) after their norm and rotation."""
@@ -110,8 +120,9 @@ class Ragged:
         assert out.dtype == dtype
         return np.asarray(out, np.float32), np.asarray(pages).view(kv_dtype).astype(np.float32)
 
-    def expected(self, window: int | None = None, soft_cap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """Return what it must be; outputs of padding are 0."""
+        window, scale, soft_cap = self.switches.window, self.switches.scale, self.switches.soft_cap
         table, lens, cu, slot_mapping = self.batch
         pages, out = self.pages.copy(), np.zeros_like(self.q)
         q, k = self.turned(self.q, 0), self.turned(self.k, 1)
@@ -126,11 +137,14 @@ class Ragged:
                 end = kv_len - (cu[row + 1] - t) + 1
                 keys, values = context[:, :, max(0, end - window) if window else 0 : end]
                 queries = q[t].reshape(kv_heads, -1, head)
-                scores = np.einsum("KGH,KSH->KGS", queries, keys) * head**-0.5
+                scores = np.einsum("KGH,KSH->KGS", queries, keys) * (scale or head**-0.5)
                 if soft_cap:
                     scores = soft_cap * np.tanh(scores / soft_cap)
-                weights = np.exp(scores - scores.max(-1, keepdims=True))
-                weights /= weights.sum(-1, keepdims=True)
+                sinks = np.full(len(q[t]), -np.inf) if self.sinks is None else self.sinks
+                sinks = sinks.reshape(kv_heads, -1, 1)
+                top = np.maximum(scores.max(-1, keepdims=True), sinks)
+                weights = np.exp(scores - top)
+                weights /= weights.sum(-1, keepdims=True) + np.exp(sinks - top)
                 out[t] = np.einsum("KGS,KSH->KGH", weights, values).reshape(-1, head)
         return out, pages
 
@@ -168,8 +182,8 @@ def _attend(backend: Backend, heads: Heads, pages: jax.Array, batch: Batch, q_ti
 
 LAYOUTS = st.sampled_from([(1, 2, 2, False), (4, 1, 8, True), (16, 2, 3, True)])
 """Few, since each is compiled: tokens of a page, key/value heads, query heads to each, whether these have a norm."""
-VARIANTS = st.sampled_from([(None, None), (5, 2.0)])
-"""Window and soft cap."""
+VARIANTS = st.sampled_from([(PLAIN, False), (Switches(window=5, scale=0.3, soft_cap=2.0), True)])
+"""Switches, and whether there are sinks."""
 
 
 @st.composite

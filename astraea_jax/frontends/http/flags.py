@@ -25,7 +25,8 @@ from astraea_jax.frontends.http.waiting import Limits
 from astraea_jax.frontends.operating import Operator
 from astraea_jax.frontends.programs import Programs
 from astraea_jax.frontends.tls import Tls
-from astraea_jax.models.config import CheckpointError, read_json
+from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.config_file import read_json
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of ``generation_config.json`` that are defaults for clients."""

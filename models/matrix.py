@@ -1,0 +1,64 @@
+"""Weight matrices, as they are or in fewer bits (:mod:`.formats`).
+
+Plain scaled products instead of qwix (0.1.8), which intercepts ``jnp.einsum`` while a model is traced, replaces
+parameters by objects of its own, and needs the full model in memory to quantize it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from .formats import Format, quantize
+from .product import product
+
+Forms = Callable[[str], Format | None]
+"""Form of the matrix at a path such as ``layers.3.attention.qkv``; None: it is not quantized."""
+
+
+def plain(path: str) -> None:
+    """No matrix is quantized."""
+
+
+def everywhere(form: Format | None) -> Forms:
+    """All matrices have the same form."""
+    return lambda path: form
+
+
+def within(forms: Forms, prefix: str) -> Forms:
+    """Forms by the rest of the path."""
+    return lambda path: forms(f"{prefix}.{path}")
+
+
+class Matrix(nnx.Module):
+    """A matrix ``[I, O]``, or one of every expert ``[E, I, O]``, at first random.
+
+    ``weight`` holds its numbers or codes; ``scales`` and ``zeros``, where the form has them, are as large as
+    :meth:`.Format.grid` says, for every expert.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs):
+        self.form = form
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        if form is not None:
+            codes, scale = quantize(self.weight[...], form)
+            self.weight, self.scales = nnx.Param(codes), nnx.Param(scale)
+
+
+def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """Multiply ``x [T, I]`` by a matrix ``[I, O]``; the result ``[T, O]`` has the dtype of ``x``."""
+    x, weight = _keep_layout(x), matrix.weight[...]
+    if matrix.form is None:
+        return _keep_layout(x @ weight if weight.dtype == x.dtype else product(x, weight).astype(x.dtype))
+    return _keep_layout((product(x, weight) * matrix.scales[0]).astype(x.dtype))
+
+
+def _keep_layout(x: jax.Array) -> jax.Array:
+    """Stop XLA from moving a neighbouring reshape of ``x`` into the product.
+
+    It would transpose the weights on every step for that.
+    """
+    return jax.lax.optimization_barrier(x)
