@@ -265,16 +265,18 @@ class Step:
         row = jnp.minimum(row, shape.rows - 1)
         position = jnp.where(index < ends[-1], start[row] + index - cu_q_lens[row], 0)
         kv_lens, batches = jnp.where(count > 0, start + count, 0), {}
-        for group, width in enumerate(range(0, table.shape[1], self._sizes.max_pages_per_seq)):
-            page_table = table[slot, width : width + self._sizes.max_pages_per_seq]  # [R, M]
+        tables = jnp.split(table[slot], 2, axis=1) if self._sizes.window_pages else [table[slot]]
+        for group, page_table in enumerate(tables):  # [R, M]
             page = page_table[row, position // page_size]
             slot_mapping = jnp.where(index < ends[-1], page * page_size + position % page_size, 0)
             batches[group] = Batch(page_table, kv_lens, cu_q_lens, slot_mapping)
 
         def attend(i: int | jax.Array, heads: Heads, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
             group = WINDOW if heads.switches.window and self._sizes.window_pages else FULL
-            shift = i * self.groups.num_pages[group] if self.stacked else 0
-            return self._attend(shape.q_tile, heads, layer, batches[group].shifted(shift, page_size))
+            here = batches[group]
+            if self.stacked:
+                here = here.shifted(i * self.groups.num_pages[group], page_size)
+            return self._attend(shape.q_tile, heads, layer, here)
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
 
 
@@ -39,7 +40,7 @@ def greedy_of(decoder: Decoder, length: int = 128) -> Callable[..., list[int]]:
     @jax.jit
     def likeliest(state, tokens):
         model = nnx.merge(graph, state)
-        hidden, _ = model(tokens, jnp.arange(length), (None,) * layers, attend)
+        hidden, _ = model(tokens, jnp.arange(length), (None,) * layers, Operations(attend))
         return model.logits(hidden).argmax(-1)
 
     def generate(prompt: list[int], n: int, guess: list[int] | tuple[int, ...] = ()) -> list[int]:
