@@ -18,18 +18,23 @@ from astraea_jax.models.tokenizer import Tokenizer
 
 PAGE = 2 * 1024
 """Bytes of a page of four tokens and its window page, two layers."""
-CASES = [(1, (0,), 48), (3, (1,), 48), (4, (0, 1), 24), (13, (0,), 48)]
-"""Windows around the four tokens of a page, layers of two that have them, and pages that memory holds."""
+CASES = [
+    (1, (0,), 48, {}),
+    (3, (1,), 48, {"tensor_parallel": 2}),
+    (4, (0, 1), 24, {"scan_layers": True}),
+    (13, (0,), 48, {}),
+]
+"""Windows around the four tokens of a page, layers of two that have them, pages of memory, configuration."""
 
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request, random_folder):
     """An engine whose pools are too small, and what it must say."""
-    window, sliding, pages = request.param
+    window, sliding, pages, more = request.param
     decoder = windowed_decoder(RANDOM, window, sliding)
     greedy, memory = greedy_of(decoder), {"kv_bytes": pages * PAGE, "host_kv_bytes": 60 * PAGE}
     sizes = {"max_seqs": 4, "max_step_tokens": 16, "max_context": 96}
-    config = dataclasses.replace(SMALL, **sizes, **memory, residency="infercept")
+    config = dataclasses.replace(SMALL, **sizes, **memory, **more, residency="infercept")
     engine = Engine(decoder, Tokenizer.from_folder(random_folder), config)
     engine.start()
     yield engine, greedy
