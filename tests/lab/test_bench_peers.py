@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from absl.testing import flagsaver
 from support.scripts import ROOT
 
-from astraea_jax.lab.peer_engines import Ready, Served
+from astraea_jax.lab.bench_peers import FLAGS, measure, start
+from astraea_jax.lab.peer_engines import Ready, Served, Setup
 from astraea_jax.lab.peer_tables import (
     WORKLOADS,
     Workload,
@@ -99,9 +103,40 @@ def test_ours_is_measured_where_no_other_engine_is_installed(tmp_path):
     assert lock.exists()
 
 
+def test_an_interrupt_ends_what_is_being_started(tmp_path):
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(f"#!/bin/bash\necho $$ > {pid}; kill -INT $PPID; exec sleep 60\n")
+    python.chmod(0o755)
+    setup = Setup("", "float32", max_seqs=1, pool_tokens=1, max_context=1, host_bytes=0)
+    FLAGS.mark_as_parsed()
+    own = flagsaver.flagsaver(peer_python=[f"vllm={python}"])
+    with own, pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        start(["vllm"], setup, tmp_path, stack)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(pid.read_text()), 0)
+
+
+def test_engines_may_fail_until_none_is_left(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/bash\necho '{"version": "1", "note": "", "start_s": 1.0}'; read load\n""")
+    python.chmod(0o755)
+    setup = Setup("", "float32", max_seqs=1, pool_tokens=1, max_context=1, host_bytes=0)
+    FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(peer_python=[f"vllm={python}"]), contextlib.ExitStack() as stack:
+        processes, states = start(["vllm"], setup, tmp_path, stack)
+        results = measure(processes, {"one": WORKLOADS["one"], "few": WORKLOADS["few"]}, 100, states)
+    assert results == {"vllm": {"one": [], "few": []}}
+    assert states == {"vllm": "1 failed at one: ended"}
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--peer_python=vllm,torch=", "'vllm' must be one of"), ("--pool=500", "a context has up to 1000 tokens")],
+    [
+        ("--workloads=", "give at least one"),
+        ("--lock=/nowhere/lock", "No such file"),
+        ("--peer_python=vllm,torch=", "'vllm' must be one of"),
+        ("--pool=500", "a context has up to 1000 tokens"),
+    ],
 )
 def test_wrong_flags_are_told(flag, said):
     assert said in bench(flag, status=1).stderr
