@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 
 import pytest
-from absl.testing import flagsaver
 from support.scripts import ROOT
 
-from astraea_jax.lab.bench_peers import FLAGS, measure, start
-from astraea_jax.lab.peer_engines import Ready, Served, Setup
+from astraea_jax.lab.peer_engines import Ready, Served
 from astraea_jax.lab.peer_tables import (
     WORKLOADS,
     Workload,
@@ -103,30 +100,38 @@ def test_ours_is_measured_where_no_other_engine_is_installed(tmp_path):
     assert lock.exists()
 
 
-def test_an_interrupt_ends_what_is_being_started(tmp_path):
-    python, pid = tmp_path / "python", tmp_path / "pid"
-    python.write_text(f"#!/bin/bash\necho $$ > {pid}; kill -INT $PPID; exec sleep 60\n")
+START_AND_MEASURE = """
+import contextlib, pathlib, sys
+from absl import flags
+from astraea_jax.lab import bench_peers as bench
+from astraea_jax.lab.peer_engines import Setup
+flags.FLAGS(["bench_peers", "--peer_python=vllm=" + sys.argv[1]])
+with contextlib.ExitStack() as stack:
+    processes, states = bench.start(["vllm"], Setup("", "float32", 1, 1, 1, 0), pathlib.Path(sys.argv[2]), stack)
+    print(bench.measure(processes, {key: bench.WORKLOADS[key] for key in ("one", "few")}, 100, states), states)
+"""
+
+
+def start_and_measure(folder, script):
+    """Start and measure one engine whose Python is a script."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/bash\n{script}\n")
     python.chmod(0o755)
-    setup = Setup("", "float32", max_seqs=1, pool_tokens=1, max_context=1, host_bytes=0)
-    FLAGS.mark_as_parsed()
-    own = flagsaver.flagsaver(peer_python=[f"vllm={python}"])
-    with own, pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as stack:
-        start(["vllm"], setup, tmp_path, stack)
+    command = [sys.executable, "-c", START_AND_MEASURE, python, folder]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
+
+
+def test_an_interrupt_ends_what_is_being_started(tmp_path):
+    pid = tmp_path / "pid"
+    done = start_and_measure(tmp_path, f"echo $$ > {pid}; kill -INT $PPID; exec sleep 60")
+    assert "KeyboardInterrupt" in done.stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(int(pid.read_text()), 0)
 
 
 def test_engines_may_fail_until_none_is_left(tmp_path):
-    python = tmp_path / "python"
-    python.write_text("""#!/bin/bash\necho '{"version": "1", "note": "", "start_s": 1.0}'; read load\n""")
-    python.chmod(0o755)
-    setup = Setup("", "float32", max_seqs=1, pool_tokens=1, max_context=1, host_bytes=0)
-    FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(peer_python=[f"vllm={python}"]), contextlib.ExitStack() as stack:
-        processes, states = start(["vllm"], setup, tmp_path, stack)
-        results = measure(processes, {"one": WORKLOADS["one"], "few": WORKLOADS["few"]}, 100, states)
-    assert results == {"vllm": {"one": [], "few": []}}
-    assert states == {"vllm": "1 failed at one: ended"}
+    done = start_and_measure(tmp_path, """echo '{"version": "1", "note": "", "start_s": 1.0}'; read load""")
+    assert done.stdout == "{'vllm': {'one': [], 'few': []}} {'vllm': '1 failed at one: ended'}\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.errors import StartupError
 from astraea_jax.lab.engine_study import Run, Study, told
 from astraea_jax.lab.replay import Replayer, Setting
-from astraea_jax.scheduler.simulation.experiment import Cell, Prepared
+from astraea_jax.scheduler.simulation.experiment import Cell, Prepared, everything
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
 
@@ -61,3 +61,13 @@ def test_what_does_not_fit_is_named(replayer):
         replayer.check(programs(1, 0.0, output=48))
     with pytest.raises(StartupError, match=r"a pool of 5000 tokens is wanted, and the device holds 1008"):
         replayer.run(programs(1, 0.0), Setting("fcfs", 5000))
+
+
+def test_memory_without_limit_holds_everything(replayer):
+    cells = [Cell("x", "fcfs", residency=name, programs=3, oversubscription=4.0) for name in ("keep-lru", "unlimited")]
+    prepared = Prepared(tuple(programs(3, 0.0)), 150.0)
+    study = Study(replayer, Console())
+    study._prepare = lambda _: prepared
+    short, ample = study.run(cells)
+    assert short.setting.pool_tokens < ample.setting.pool_tokens == everything(prepared.programs)
+    assert ample.replayed.outcome.stats.recomputed_tokens == 0
