@@ -63,11 +63,11 @@ def test_what_does_not_fit_is_named(replayer):
         replayer.run(programs(1, 0.0), Setting("fcfs", 5000))
 
 
-def test_memory_without_limit_holds_everything(replayer):
+def test_memory_without_limit_holds_everything(replayer, monkeypatch):
     cells = [Cell("x", "fcfs", residency=name, programs=3, oversubscription=4.0) for name in ("keep-lru", "unlimited")]
     prepared = Prepared(tuple(programs(3, 0.0)), 150.0)
     study = Study(replayer, Console())
-    study._prepare = lambda _: prepared
+    monkeypatch.setattr(study, "_prepare", lambda _: prepared)
     short, ample = study.run(cells)
     assert short.setting.pool_tokens < ample.setting.pool_tokens == everything(prepared.programs)
     assert ample.replayed.outcome.stats.recomputed_tokens == 0
