@@ -22,7 +22,7 @@ def programs(count, tool_s, output=6):
 @pytest.fixture(scope="module")
 def replayer():
     """What compiles once for all tests here."""
-    config = EngineConfig(max_seqs=4, max_step_tokens=32, kv_bytes=2**20, max_context=128)
+    config = EngineConfig(max_seqs=4, max_step_tokens=32, kv_bytes=2**23, max_context=128)
     found = Replayer("tiny-32k", config)
     found.compile()
     return found
@@ -59,8 +59,8 @@ def test_programs_that_are_cut_off_count_until_then(replayer):
 def test_what_does_not_fit_is_named(replayer):
     with pytest.raises(StartupError, match=r"'p0' has a context of 146 tokens, and this engine serves 128"):
         replayer.check(programs(1, 0.0, output=48))
-    with pytest.raises(StartupError, match=r"a pool of 5000 tokens is wanted, and the device holds 1008"):
-        replayer.run(programs(1, 0.0), Setting("fcfs", 5000))
+    with pytest.raises(StartupError, match=r"a pool of 50000 tokens is wanted, and the device holds 8176"):
+        replayer.run(programs(1, 0.0), Setting("fcfs", 50_000))
 
 
 def test_memory_without_limit_holds_everything(replayer, monkeypatch):
