@@ -123,7 +123,7 @@ def start_and_measure(folder, script):
 
 def test_an_interrupt_ends_what_is_being_started(tmp_path):
     pid = tmp_path / "pid"
-    done = start_and_measure(tmp_path, f"echo $$ > {pid}; kill -INT $PPID; exec sleep 60")
+    done = start_and_measure(tmp_path, f"echo $$ > {pid}; sleep 2; kill -INT $PPID; exec sleep 60")
     assert "KeyboardInterrupt" in done.stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(int(pid.read_text()), 0)
