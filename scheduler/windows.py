@@ -116,7 +116,8 @@ class WindowPages:
 
     def announce(self, program: Program) -> None:
         """Have :meth:`take_changed` name all that a program holds."""
-        self._changed[program] = 0
+        if self.size:
+            self._changed[program] = 0
 
     def take_changed(self) -> Iterator[tuple[Program, int]]:
         """Programs that hold other window pages than when this was last called, and the index of the first of these."""
