@@ -15,6 +15,7 @@ from support.reading import TINY, change, copy_tiny
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf
 from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.families import read_config, to_hf
+from astraea_jax.models.published_fields import FIELDS
 from astraea_jax.models.tokenizer import Tokenizer
 
 ODD = st.sampled_from(
@@ -65,6 +66,16 @@ CONFIG = to_hf(ModelConfig(64, 32, 48, 2, 4, 2, 16, 128)) | {
 @fuzz
 @given(damaged(CONFIG))
 def test_configurations(config):
+    read_or_refused(read_config, json.loads(json.dumps(config)))
+
+
+MORE = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "max_window_layers": 1}
+WITHIN = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": FIELDS["gemma-3-4b"]}
+
+
+@settings(fuzz, max_examples=300)
+@given(st.sampled_from([*FIELDS]).flatmap(lambda name: damaged(FIELDS[name] | MORE)) | damaged(WITHIN))
+def test_configurations_of_other_families(config):
     read_or_refused(read_config, json.loads(json.dumps(config)))
 
 
