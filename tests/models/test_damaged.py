@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -18,6 +20,7 @@ from astraea_jax.models.families import read_config, to_hf
 from astraea_jax.models.published_fields import FIELDS
 from astraea_jax.models.tokenizer import Tokenizer
 
+GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
 ODD = st.sampled_from(
     [
         *(None, True, False, 0, -1, 1, 2, 3, 64, 2**24, 2**70, 0.5, float("nan"), float("inf")),
@@ -95,6 +98,20 @@ def parts_of(folder):
 @settings(fuzz, max_examples=30)
 @given(st.data())
 def test_headers_of_weights(folder, data):
+    check_damaged_header(folder, data)
+
+
+@pytest.mark.parametrize("name", ["gptoss-sinks", "phi3-long-partial-tied", "qwen3moe-normed"])
+@settings(fuzz, max_examples=15)
+@given(data=st.data())
+def test_headers_of_fused_weights(name, data, tmp_path):
+    if not (tmp_path / "model").exists():
+        shutil.copytree(GOLDENS / name, tmp_path / "model")
+    check_damaged_header(tmp_path / "model", data)
+
+
+def check_damaged_header(folder, data):
+    """A folder with a damaged header is read or refused."""
     if not (folder / "whole").exists():
         (folder / "whole").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").write_bytes((folder / "whole").read_bytes())

@@ -15,6 +15,7 @@ def test_prefill_logits(folder):
     check_logits(folder)
 
 
+@pytest.mark.serves("reference", "tested", "windows", "sinks", "experts", "norms of heads in float32")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 async def test_greedy_tokens_in_a_batch(folder):
     await check_tokens(folder)
