@@ -23,6 +23,17 @@ def test_every_family_is_compared_with_transformers():
     assert {*model_table.NAMES} == {*ARCHITECTURES} == {variant.family for variant in VARIANTS}
 
 
+def test_the_family_that_contributing_shows_is_as_shown():
+    root = model_table.DOCUMENT.parent
+    shown = (root / "CONTRIBUTING.md").read_text().partition("```diff\n")[2].partition("```")[0].splitlines()
+    assert len(shown) < 60
+    for line in shown:
+        if line.startswith("--- "):
+            there = (root / line.removeprefix("--- ")).read_text().splitlines()
+        else:
+            assert line.removeprefix("+") in there
+
+
 def test_marks_are_read_from_test_functions():
     source = '@pytest.mark.serves("triton", "tested", "a", "b")\ndef {}(): pass'
     assert marks(source.format("test_x")) == [("triton", "tested", "a", "b")]
