@@ -33,7 +33,8 @@ def rope_parameters(fields: Json, default: Json) -> dict[str, Any]:
     Raises:
         CheckpointError: they are no object, or one for each type of layer.
     """
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or default
+    own = fields.get("rope_parameters")
+    rope = fields.get("rope_scaling") or (default if own is None else own)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"config.json: rope parameters are {rope!r}; one object for all layers is served")
     beside = {"rope_theta": fields.get("rope_theta", 10_000.0)}
@@ -99,7 +100,7 @@ def _llama3(rope: Json, original: int) -> Llama3:
 
 
 def _yarn(rope: Json, original: int, context: Context) -> Yarn:
-    factor = number(rope, "factor", context.max_position / original)
+    factor = optional_number(rope, "factor") or context.max_position / original
     fast, slow = number({"beta_fast": rope.get("beta_fast") or 32}, "beta_fast"), rope.get("beta_slow") or 1
     slow = number({"beta_slow": slow}, "beta_slow")
     if fast <= slow:
@@ -128,7 +129,7 @@ def _longrope(rope: Json, original: int, rotated: int, context: Context) -> Long
     """
     if original < 2:
         raise CheckpointError(f"config.json: {ORIGINAL} is {original}; with longrope it must be greater than 1")
-    stretch = number(rope, "factor", context.max_position / original)
+    stretch = optional_number(rope, "factor") or context.max_position / original
     magnitude = optional_number(rope, "attention_factor")
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
