@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from .config import CheckpointError
 from .config_file import Json, flag, number, numbers, optional_number, part, size
-from .rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn
+from .rope import Linear, Llama3, LongRope, Proportional, Rope, Scaling, Yarn
 
 ORIGINAL = "original_max_position_embeddings"
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 class Context(NamedTuple):
@@ -61,10 +61,14 @@ def read_rope(rope: Json, context: Context) -> Rope:
     """
     theta, kind = number(rope, "rope_theta"), rope.get("rope_type", rope.get("type", "default"))
     partial = number(rope, "partial_rotary_factor", 1.0) if rope.get("partial_rotary_factor") is not None else 1.0
+    if not 0 < partial <= 1:
+        raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served, only what is above 0 and at most 1")
+    if kind == "proportional":
+        return Rope(theta, Proportional(partial, number(rope, "factor", 1.0)))
     if partial != 1.0 and not context.partial:
         raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served for this family, only 1.0")
     rotated = Rope(theta, partial=partial).rotated(context.head_dim)
-    if not 2 <= rotated <= context.head_dim or rotated % 2:
+    if rotated < 2 or rotated % 2:
         raise CheckpointError(
             f"partial_rotary_factor = {partial!r} rotates {rotated} of {context.head_dim} dimensions; "
             "an even number is needed"
