@@ -63,7 +63,7 @@ class Op(IntEnum):
     TO_DEVICE = 4
     """Copy block ``number`` to the devices, as a new block."""
     SCATTER = 5
-    """Write block ``number`` to the pages ``values``."""
+    """Write ``number`` blocks, whose numbers are the first of ``values``, to the pages that are the others."""
     FORGET = 6
     """Drop the blocks ``values``."""
     END = 7
@@ -146,9 +146,10 @@ class LeaderRunner(Runner):
         self._send(Op.TO_HOST if sharding.memory_kind == PINNED else Op.TO_DEVICE, block.number)
         return self._shared(super().put(block.array, sharding))
 
-    def scatter(self, block: SharedBlock, pages: np.ndarray) -> None:
-        self._send(Op.SCATTER, block.number, pages)
-        super().scatter(block.array, pages)
+    def scatter(self, blocks: Sequence[SharedBlock], pages: np.ndarray) -> None:
+        numbers = np.array([block.number for block in blocks], np.int32)
+        self._send(Op.SCATTER, len(blocks), np.concatenate((numbers, pages)))
+        super().scatter([block.array for block in blocks], pages)
 
     def read(self, step: InFlight) -> list[int]:
         """Read as :meth:`Runner.read` does, but poll: collectives block for ever if a process dies or hangs.
@@ -234,7 +235,7 @@ class FollowerRunner(Runner):
                 case Op.TO_DEVICE:
                     blocks[next(made)] = self.put(blocks[number], device)
                 case Op.SCATTER:
-                    self.scatter(blocks[number], values)
+                    self.scatter([blocks[each] for each in values[:number].tolist()], values[number:])
                 case Op.FORGET:
                     for dropped in values.tolist():
                         del blocks[dropped]

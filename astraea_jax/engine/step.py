@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from astraea_jax.engine.compilation import accepted
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
-from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
+from astraea_jax.kv_cache.arrays import PagedKV, Transfers, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
 from astraea_jax.models.sharding import TP, placed
@@ -189,8 +189,8 @@ class Step:
         """Shapes and shardings of the arguments of :meth:`jitted`: leaves, pages, last, table, packed."""
         return self.leaves, self.pages, self.last, self.table, self.packed(shape)
 
-    def transfers(self) -> tuple[Any, Any]:
-        """The gather and the scatter of pages, see :func:`~astraea_jax.kv_cache.arrays.jitted_transfers`."""
+    def transfers(self) -> Transfers:
+        """The functions that move pages, see :func:`~astraea_jax.kv_cache.arrays.jitted_transfers`."""
         return jitted_transfers(self.pages, self.replicated, self._sizes.num_pages)
 
     def writer(self) -> Any:
