@@ -97,6 +97,25 @@ def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: i
     )
 
 
+def write_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: int) -> PagedKV:
+    """Do what :func:`scatter_pages` does, one page after the other: a CPU then needs no scratch memory."""
+    layers, rest = block.shape[1], block.shape[2:]
+
+    def write(row: jax.Array, pages: PagedKV) -> PagedKV:
+        written = list(pages)
+        for layer in range(layers):
+            of, within = divmod(layer, layers // len(pages))
+            page = jax.lax.dynamic_slice(block, (row, layer, *[0] * len(rest)), (1, 1, *rest))[0]
+            at = ids[row] + within * num_pages
+            written[of] = jax.lax.dynamic_update_slice_in_dim(written[of], page, at, 0)
+        return tuple(written)
+
+    def step(row: jax.Array, pages: PagedKV) -> PagedKV:
+        return jax.lax.cond(ids[row] < num_pages, partial(write, row), lambda pages: pages, pages)
+
+    return jax.lax.fori_loop(0, len(ids), step, pages)
+
+
 def _of_layers(array: jax.Array, ids: jax.Array, num_pages: int) -> jax.Array:
     """Indices ``[n, layers]`` of the pages ``ids [n]`` in an array of one or several layers."""
     there = ids[:, None] + jnp.arange(0, array.shape[0], num_pages, dtype=jnp.int32)
@@ -112,7 +131,7 @@ class Transfers(NamedTuple):
     stage: Any
     """:func:`stage_block`, one launch."""
     scatter: Any
-    """:func:`scatter_pages`, one launch per layer."""
+    """:func:`scatter_pages`, one launch per layer; on a CPU :func:`write_pages`."""
 
 
 def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding, num_pages: int) -> Transfers:
@@ -126,8 +145,9 @@ def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.
     arrays, block = tuple(array.sharding for array in pages), block_sharding(pages[0])
     gather = jax.jit(partial(gather_pages, num_pages=num_pages), in_shardings=(arrays, ids), out_shardings=block)
     stage = jax.jit(stage_block, in_shardings=(block, block, ids), out_shardings=block, donate_argnums=0)
+    on_cpu = all(device.platform == "cpu" for device in ids.device_set)
     scatter = jax.jit(
-        partial(scatter_pages, num_pages=num_pages),
+        partial(write_pages if on_cpu else scatter_pages, num_pages=num_pages),
         in_shardings=(arrays, block, ids),
         out_shardings=arrays,
         donate_argnums=0,

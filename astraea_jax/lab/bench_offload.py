@@ -8,7 +8,7 @@ only the shape of the model matters.
   python scripts/bench_offload.py                                 astraea-tiny's shape, up to 32k tokens
   python scripts/bench_offload.py --model=llama-3.1-8b --batch=64 --context=2048 --dtype=bfloat16    on an accelerator
   python scripts/bench_offload.py --lengths=1024,4096 --plot=out/offload.png
-  python scripts/bench_offload.py --layers=32 --page_size=64 --lengths=8192     the time of the loop, with as many arrays as 8B
+  python scripts/bench_offload.py --small_layers=32 --page_size=64 --lengths=8192   the time of the loop alone
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", f"Checkpoint folder, bundled name, or shape: {', '.join(PUBLISHED)}.")
 options = engine_flags("dtype", "attention", "scan_layers", "page_size", page_size=16)
 flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192", "16384", "32768"], "Tokens to restore or recompute.")
-flags.DEFINE_integer("layers", 0, "Layers; 0: as many as the model has.", lower_bound=0)
+flags.DEFINE_integer("small_layers", 0, "So many layers of one small head, whose calls cost more than their bytes.")
 flags.DEFINE_integer("chunk", 512, "Tokens of a prefill step.", lower_bound=16)
 flags.DEFINE_integer("batch", 32, "Programs that decode while transfers run.", lower_bound=1)
 flags.DEFINE_integer("context", 256, "Tokens of each of them.", lower_bound=1)
@@ -69,8 +69,9 @@ def model_config(longest: int) -> ModelConfig:
         if FLAGS.model in PUBLISHED
         else ModelConfig.from_hf(read_json(resolve(FLAGS.model) / "config.json"))
     )
-    layers = FLAGS.layers or config.num_layers
-    return replace(config, max_position=max(longest, config.max_position), num_layers=layers)
+    if FLAGS.small_layers:
+        config = replace(config, num_layers=FLAGS.small_layers, num_heads=1, num_kv_heads=1, head_dim=8)
+    return replace(config, max_position=max(longest, config.max_position))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages
-from astraea_jax.kv_cache.offload import HostStore, batch_sizes, block_sharding, block_sizes
+from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages, write_pages
+from astraea_jax.kv_cache.offload import NOWHERE, HostStore, batch_sizes, block_sharding, block_sizes
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.transfer import HostCopy, HostPages, Part, Transfer
 
@@ -77,6 +78,19 @@ def test_blocks_are_powers_of_two():
     assert block_sizes(5) == [4, 2, 1]
     assert block_sizes(0) == []
     assert [batch_sizes(most) for most in (1000, 32, 16, 5, 1, 0)] == [[64, 16, 4], [32, 8], [16, 4], [4], [1], []]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_cpu_writes_the_same_pages(stacked):
+    """Page by page, where other devices scatter; rows beyond the ids and ids beyond the pool are left out."""
+    pools = Pools()
+    block = pools.gather([9, 8, 7, 6, 5])
+    pages = (jnp.concatenate(pools.pages),) if stacked else pools.pages
+    ids = jnp.array([3, NOWHERE, 1, PAGES], jnp.int32)
+    for one, other in zip(write_pages(pages, block, ids, PAGES), scatter_pages(pages, block, ids, PAGES), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(one[3], pools.pages[0 if stacked else -1][9])
+    np.testing.assert_array_equal(one[2], pools.pages[0 if stacked else -1][2])
 
 
 @settings(max_examples=15, deadline=None)
