@@ -51,6 +51,19 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
     return freqs * (keep + (1 - keep) / scaling.factor)
 
 
+def _rotary(angle: jax.Array) -> Rotary:
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotary_in_memory(angle: jax.Array) -> Rotary:
+    """Cosine and sine, as XLA for CPUs computes them once.
+
+    It fuses them into every layer otherwise, where they are computed for each head again, and drops barriers before it
+    does so. A branch stays, as it cannot know that positions are never negative.
+    """
+    return jax.lax.cond(angle[0, 0] >= 0, _rotary, lambda angle: (angle, angle), angle)
+
+
 class RMSNorm(nnx.Module):
     """:func:`~astraea_jax.models.heads.rms_norm` with its scale."""
 
@@ -203,7 +216,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         angle = positions[:, None] * rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        rotary = jnp.cos(angle), jnp.sin(angle)
+        rotary = jax.lax.platform_dependent(angle, cpu=_rotary_in_memory, default=_rotary)
         x = rows(self.embed.weight[...], tokens, dtype or self.embed.weight[...].dtype)
         if isinstance(self.layers, Stack):
             x, cache = self.layers(x, rotary, attend, cache)
