@@ -145,7 +145,7 @@ def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.
     arrays, block = tuple(array.sharding for array in pages), block_sharding(pages[0])
     gather = jax.jit(partial(gather_pages, num_pages=num_pages), in_shardings=(arrays, ids), out_shardings=block)
     stage = jax.jit(stage_block, in_shardings=(block, block, ids), out_shardings=block, donate_argnums=0)
-    on_cpu = all(device.platform == "cpu" for device in ids.device_set)
+    on_cpu = all(getattr(device, "platform", "") == "cpu" for device in ids.device_set)
     scatter = jax.jit(
         partial(write_pages if on_cpu else scatter_pages, num_pages=num_pages),
         in_shardings=(arrays, block, ids),

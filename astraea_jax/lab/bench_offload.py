@@ -196,7 +196,7 @@ class Bench:
 
     def _calls(self, transfer: Transfer) -> list[float]:
         """Seconds of each call that a transfer takes."""
-        taken = []
+        taken: list[float] = []
         call: Callable[[], Any] = lambda: self.store.start([transfer], [])  # noqa: E731
         while not taken or self.store.busy:
             began = time.perf_counter()
