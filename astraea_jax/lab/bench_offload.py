@@ -287,7 +287,7 @@ def measure(bench: Bench, lengths: list[int]) -> dict[str, Any]:
         plain_out, plain_in = bench.plain(pages)
         advance()
         pages_moved = -(-min(lengths, key=lambda tokens: abs(tokens - TYPICAL)) // FLAGS.page_size)
-        hosts = [bench.host_time(pages_moved, copies) for copies in COPIES if 2 * copies <= pages_moved]
+        hosts = [bench.host_time(pages_moved, copies) for copies in COPIES if copies <= max(1, pages_moved // 2)]
         advance()
         alone_ms, moving_ms = bench.decode_ms(advance)
     moved = pages * bench.page_bytes
