@@ -47,9 +47,21 @@ class LongRope:
     """One for each frequency."""
     magnitude: float
     """Factor on cosine and sine."""
+    long: bool
+    """Whether the factors are those for contexts beyond the original one."""
 
 
-Scaling = Linear | Llama3 | Yarn | LongRope
+@dataclass(frozen=True)
+class Proportional:
+    """Only the first frequencies rotate, those of a head that is rotated as a whole (Gemma 4)."""
+
+    part: float
+    """Of the frequencies."""
+    factor: float = 1.0
+    """Divides them."""
+
+
+Scaling = Linear | Llama3 | Yarn | LongRope | Proportional
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,13 @@ class Rope:
     def rotated(self, head_dim: int) -> int:
         """Dimensions that are rotated, of ``head_dim``."""
         return int(self.partial * head_dim)
+
+    def order(self, head_dim: int) -> tuple[int, ...]:
+        """A checkpoint's dimensions of a head in the order in which decoders here have them."""
+        rotated, half = self.rotated(head_dim) // 2, head_dim // 2
+        rest = 2 * rotated + half - rotated  # the first dimension of the second half that is not rotated
+        first = (*range(rotated), *range(2 * rotated, rest))
+        return (*first, *range(rotated, 2 * rotated), *range(rest, head_dim))
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Angular frequency of every pair of a head's dimensions, ``[H / 2]`` float32; 0 for those not rotated."""
@@ -101,6 +120,8 @@ def _scaled(freqs: np.ndarray, rope: Rope, rotated: int) -> np.ndarray:
             return freqs * (1 - stretch + stretch / scaling.factor)
         case LongRope():
             return freqs / np.array(scaling.factors, np.float32)
+        case Proportional():
+            return np.where(np.arange(rotated // 2) < int(scaling.part * rotated // 2), freqs / scaling.factor, 0.0)
 
 
 def _yarn_bound(turns: float, scaling: Yarn, rope: Rope, rotated: int) -> float:
