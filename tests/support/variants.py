@@ -149,7 +149,9 @@ VARIANTS = (
         golden=True,
     ),
     Variant("gemma2-caps", "Gemma2", 4, 2, True, fields=_GEMMA),
-    Variant("gemma3-windows-ropes", "Gemma3", 4, 1, True, fields={**_GEMMA, "rope_parameters": _GEMMA_ROPES}, golden=True),
+    Variant(
+        "gemma3-windows-ropes", "Gemma3", 4, 1, True, fields={**_GEMMA, "rope_parameters": _GEMMA_ROPES}, golden=True
+    ),
     Variant("gemma3-pictures-bf16", "Gemma3", 4, 2, True, dtype="bfloat16", fields=_GEMMA, sees=True),
     Variant("qwen3moe-normed", "Qwen3Moe", 4, 2, False, fields={**_EXPERTS, "norm_topk_prob": True}, golden=True),
     Variant(
@@ -172,7 +174,14 @@ VARIANTS = (
         fields={**_GLM, "use_qk_norm": True, "attention_bias": True},
         golden=True,
     ),
-    Variant("glm4moe-groups", "Glm4Moe", 4, 1, False, fields={**_GLM, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2}),
+    Variant(
+        "glm4moe-groups",
+        "Glm4Moe",
+        4,
+        1,
+        False,
+        fields={**_GLM, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2},
+    ),
 )
 
 
