@@ -6,18 +6,16 @@ so neither CPU memory nor the device holds much more than one copy of the model.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
@@ -25,24 +23,34 @@ from safetensors.numpy import save_file
 from .config import CheckpointError, LayerKind, ModelConfig
 from .config_file import read_json
 from .decoder import Decoder, Layer
-from .families import read_config, to_hf
-from .formats import FORMATS, Format
-from .formats import quantize as quantized
+from .families import ignored_layers, read_config, to_hf
+from .formats import Format
 from .hf_layout import check_tensors, hf_tensors, read_joined, settle_head
+from .hf_views import Tensors, canonical
 from .matrix import everywhere
+from .narrow_layout import Experts, read_narrow, stored_form
+from .orbax_files import ORBAX as ORBAX
+from .orbax_files import load_orbax
+from .orbax_files import save_orbax as save_orbax
+from .parameters import (
+    SCALES,
+    ZEROS,
+    Parameters,
+    Place,
+    beside,
+    fill,
+    fill_quantized,
+    is_weight,
+    matrix_forms,
+    put,
+)
+from .quantization_config import narrowed
 from .safetensors_files import open_tensors
 from .sharding import abstract_decoder, default_mesh
-
-SCALES = "scales"
-"""Last part of the path of a matrix's scales, which lie beside its weight."""
-FORMS = {form.dtype: form for form in FORMATS.values()}
-"""Dtype of the codes of Orbax checkpoints -> form."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
-ORBAX = "orbax"
-"""Subfolder of the arrays of an Orbax checkpoint; config and tokenizer lie beside it as in a Hugging Face folder."""
 BESIDE = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -57,6 +65,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     quantize: Format | None = None,
+    max_context: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load the decoder in a Hugging Face or Orbax folder.
@@ -67,14 +76,15 @@ def load(
         mesh: the devices that get it; None: the first one.
         quantize: form to which the layers' matrices are quantized. None: they stay as they are in the folder, which
             may be quantized.
+        max_context: tokens of the longest context that will be served (:func:`.families.read_config`).
         progress: is called while a Hugging Face folder is read.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file or tensor.
     """
     if (folder / ORBAX).is_dir():
-        return load_orbax(folder, dtype, mesh, quantize=quantize)
-    return load_hf(folder, dtype, mesh, quantize=quantize, progress=progress)
+        return load_orbax(folder, dtype, mesh, quantize=quantize, max_context=max_context)
+    return load_hf(folder, dtype, mesh, quantize=quantize, max_context=max_context, progress=progress)
 
 
 def load_hf(
@@ -83,6 +93,7 @@ def load_hf(
     mesh: Mesh | None = None,
     *,
     quantize: Format | None = None,
+    max_context: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Read ``config.json`` and the safetensors of a Hugging Face folder.
@@ -92,67 +103,87 @@ def load_hf(
     Raises:
         CheckpointError: as :func:`load`.
     """
-    config = read_config(read_json(folder / "config.json"))
-    tensors = open_tensors(folder)
+    fields = read_json(folder / "config.json")
+    config = read_config(fields, max_context)
+    tensors = canonical(narrowed(fields, open_tensors(folder)), config, ignored_layers(fields))
     config = settle_head(folder, config, tensors, dtype)
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), forms=everywhere(quantize)))
-    params = dict(nnx.to_flat_state(state))
-    parts = {path: hf_tensors(path, leaf.shape, config) for path, leaf in params.items() if not _is_scale(path)}
-    check_tensors(folder, [part for of_one in parts.values() for part in of_one], tensors)
-    total = sum(math.prod(params[path].shape) for path in parts) * np.dtype(dtype).itemsize
-    done = 0
+    mesh = mesh or default_mesh()
+    decoder = abstract_decoder(config, dtype, mesh)
+    shapes = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+    parts = {path: hf_tensors(path, shape, config) for path, shape in shapes.items()}
+    check_tensors(folder, [part for of_one in parts.values() for expert in of_one for part in expert], tensors)
+    kept = _kept(parts, tensors)
+    if kept and quantize is not None:
+        raise CheckpointError(f"{folder} is quantized already, to {next(iter(kept.values())).codes}; load it as it is")
+    if kept or quantize is not None:
+        decoder = abstract_decoder(config, dtype, mesh, forms=everywhere(quantize) if quantize else kept.get)
+    forms, (graph, state) = matrix_forms(decoder), nnx.split(decoder)
+    params: Parameters = dict(nnx.to_flat_state(state))
+    done, total = 0, sum(_size(params[path]) for path in parts)
     for path, of_one in parts.items():
-        whole = read_joined([tensors[part.name] for part in of_one], of_one).reshape(params[path].shape)
-        _fill(params, path, whole, dtype)
-        done += whole.size * np.dtype(dtype).itemsize
+        form = forms.get(".".join(map(str, path[:-1]))) if path[-1] == "weight" else None
+        if form is None:
+            fill(params, path, _read(tensors, of_one, shapes[path], dtype))
+        elif kept:
+            _fill_narrow(params, path, of_one, tensors, form)
+        else:
+            whole = _read(tensors, of_one, shapes[path], dtype)
+            whole = whole.astype(jax.dtypes.canonicalize_dtype(whole.dtype), copy=False)
+            fill_quantized(params, path, put(whole, params[path].sharding), form)
+        done += _size(params[path])
         if progress is not None:
             progress(done, total)
     return nnx.merge(graph, nnx.from_flat_state(params))
 
 
-def _fill(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], whole: np.ndarray, dtype: Any) -> None:
-    """Put a weight into the abstract ``params``: in ``dtype``, or quantized if it has scales there."""
-    if _scale_of(path) in params:
-        whole = whole.astype(jax.dtypes.canonicalize_dtype(whole.dtype), copy=False)
-        _fill_quantized(params, path, _put(whole, params[path].sharding))
-    else:
-        params[path] = params[path].replace(_put(whole.astype(dtype, copy=False), params[path].sharding))
+def _kept(parts: Mapping[Place, Experts], tensors: Tensors) -> dict[str, Format]:
+    """Forms that matrices have in the files and keep."""
+    forms = {}
+    for path, of_one in parts.items():
+        name = ".".join(map(str, path[:-1]))
+        if path[-1] == "weight" and path[0] == "layers" and (form := stored_form(name, of_one, tensors)):
+            forms[name] = form
+    return forms
 
 
-def _fill_quantized(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], weight: jax.Array) -> None:
-    leaf, scale = params[path], params[_scale_of(path)]
-    make = _quantizer(FORMS[leaf.dtype], (leaf.sharding, scale.sharding))
-    values, scales = jax.block_until_ready(make(weight))  # else many full weights could wait on the device
-    params[path], params[_scale_of(path)] = leaf.replace(values), scale.replace(scales)
+def _size(leaf: Any) -> int:
+    return math.prod(leaf.shape) * int(np.dtype(leaf.dtype).itemsize)
 
 
-@functools.cache
-def _quantizer(form: Format, shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding]) -> Any:
-    return jax.jit(lambda weight: quantized(weight, form), out_shardings=shardings)
+def _fill_narrow(params: Parameters, path: Place, of_one: Experts, tensors: Tensors, form: Format) -> None:
+    """Put a matrix in as its file holds it: codes, scales and zeros."""
+    codes, scales, zeros = read_narrow(of_one, tensors, form)
+    fill(params, path, codes)
+    fill(params, beside(path, SCALES), scales)
+    if zeros is not None:
+        fill(params, beside(path, ZEROS), zeros)
 
 
-def _scale_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*path[:-1], SCALES)
-
-
-def _is_scale(path: tuple[Any, ...]) -> bool:
-    return path[-1] == SCALES
+def _read(tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A parameter, in the dtypes of its tensors; that of all experts in ``dtype``, expert by expert into its place."""
+    if len(experts) == 1:
+        return read_joined([tensors[part.name] for part in experts[0]], experts[0]).reshape(shape)
+    whole = np.empty(shape, dtype)
+    for e, parts in enumerate(experts):
+        whole[e] = read_joined([tensors[part.name] for part in parts], parts).reshape(shape[1:])
+    return whole
 
 
 def save_hf(decoder: Decoder, folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` (weights as they are) as a Hugging Face folder.
 
     Raises:
-        CheckpointError: the decoder is quantized.
+        CheckpointError: the decoder is quantized, or of a family that has no such form here.
     """
     params = nnx.to_flat_state(nnx.state(decoder))
-    if any(_is_scale(path) for path, _ in params):
+    if not all(is_weight(path) for path, _ in params):
         raise CheckpointError("quantized weights have no Hugging Face form here; write them with Orbax")
+    fields = to_hf(decoder.config)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, leaf in params:
         array = np.asarray(leaf[...])
-        parts = hf_tensors(path, array.shape, decoder.config)
+        [parts] = hf_tensors(path, array.shape, decoder.config)
         pieces = [array]
         if len(parts) > 1:
             ends = np.cumsum([part.part[-2] for part in parts])
@@ -164,66 +195,7 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
             )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = np.dtype(next(iter(tensors.values())).dtype).name
-    (folder / "config.json").write_text(json.dumps({**to_hf(decoder.config), "dtype": dtype}, indent=2) + "\n")
-
-
-def save_orbax(decoder: Decoder, folder: Path) -> None:
-    """Write the weights with Orbax, beside a ``config.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / ORBAX).absolute(), nnx.to_pure_dict(nnx.state(decoder)), force=True)
-    (folder / "config.json").write_text(json.dumps(to_hf(decoder.config), indent=2) + "\n")
-
-
-def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantize: Format | None = None) -> Decoder:
-    """Read what :func:`save_orbax` wrote; every device reads its own part.
-
-    To quantize needs memory for the model in ``dtype``; a model that was saved quantized does not.
-
-    Raises:
-        CheckpointError: the arrays are damaged, do not fit ``config.json``, or are quantized to another dtype.
-    """
-    config = read_config(read_json(folder / "config.json"))
-    mesh = mesh or default_mesh()
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata((folder / ORBAX).absolute()).item_metadata.tree
-            found = {".".join(str(key.key) for key in path): leaf for path, leaf in _leaves(stored)}
-            kept = {
-                FORMS[leaf.dtype] for name, leaf in found.items() if f"{name.removesuffix('weight')}{SCALES}" in found
-            }
-            if quantize is not None and kept - {quantize}:
-                names = ", ".join(form.codes for form in kept)
-                raise CheckpointError(f"{folder} is quantized to {names}, not to {quantize.codes}")
-            graph, state = nnx.split(abstract_decoder(config, dtype, mesh, forms=everywhere(next(iter(kept), None))))
-            wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
-            # Checked before the restore, which leaves its reads unawaited when one fails.
-            shapes = {name: leaf.shape for name, leaf in found.items()}
-            if differ := sorted(n for n in wanted.keys() | shapes if wanted.get(n) != shapes.get(n)):
-                raise CheckpointError(f"{folder / ORBAX} does not fit its config.json: {', '.join(differ[:5])}")
-            arrays = checkpointer.restore((folder / ORBAX).absolute(), nnx.to_pure_dict(state))
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{folder / ORBAX} is damaged: {error}") from error
-    nnx.replace_by_pure_dict(state, arrays)
-    if quantize is None or kept:
-        return nnx.merge(graph, state)
-    full = dict(nnx.to_flat_state(state))
-    del arrays, state
-    graph, state = nnx.split(abstract_decoder(config, dtype, mesh, forms=everywhere(quantize)))
-    params = dict(nnx.to_flat_state(state))
-    for path in list(full):
-        leaf = full.pop(path)
-        if _scale_of(path) in params:
-            _fill_quantized(params, path, leaf[...])
-        else:
-            params[path] = leaf
-    return nnx.merge(graph, nnx.from_flat_state(params))
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[0]
+    (folder / "config.json").write_text(json.dumps({**fields, "dtype": dtype}, indent=2) + "\n")
 
 
 def copy_beside(source: Path, target: Path) -> None:
@@ -258,8 +230,3 @@ def random_decoder(
     filled = made(keys[0])
     filled["layers"] = nnx.State({i: makers[kind](key) for i, (kind, key) in enumerate(zip(kinds, keys[1:]))})
     return nnx.merge(graph, filled)
-
-
-def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Give every device of this process its part of an array."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -26,8 +26,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
+from astraea_jax.engine.mixtures import mixed_on
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
+from astraea_jax.kernels.choice import grouped_product
 from astraea_jax.kv_cache.arrays import PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
@@ -155,6 +157,7 @@ class Step:
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = _Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._grouped = grouped_product(self._platform)
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
@@ -275,7 +278,7 @@ class Step:
             tokens,
             position,
             pages[0] if self.stacked else pages,
-            Operations(attend),
+            Operations(attend, mixed=partial(mixed_on, self._mesh, self._grouped, Operations(attend))),
             dtype=ACTIVATIONS.get(self._platform),
         )
         hidden = hidden[jnp.maximum(ends - 1, 0)]

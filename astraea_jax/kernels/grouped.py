@@ -68,16 +68,19 @@ class GroupedProduct(ABC):
         """
 
     def experts(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
-        """What its expert makes of every choice, ``x [T, D] -> [T, k, D]``; undefined where that is not among these."""
+        """What its expert makes of every row: ``x [T, D] -> [N * B, D]``; undefined in rows that are not in use."""
         blocks = sent.blocks
         size = len(sent.tokens) // len(blocks.experts)
-        made = fed_forward(
+        return fed_forward(
             x[sent.tokens],
             mixture,
             lambda rows, matrix: self.product(rows, matrix, blocks),
             lambda bias: jnp.repeat(bias[blocks.experts], size, axis=0),
         )
-        return made[sent.rows]
+
+    def choices(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
+        """What its expert makes of every choice: ``x [T, D] -> [T, k, D]``; undefined where it is not among these."""
+        return self.experts(x, sent, mixture)[sent.rows]
 
 
 def fed_forward(
@@ -143,9 +146,7 @@ def dispatch(index: jax.Array, experts: int, size: int) -> Dispatch:
     )
 
 
-def mixed(
-    grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.Array, mixture: Mixture
-) -> jax.Array:
+def mixed(grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.Array, mixture: Mixture) -> jax.Array:
     """What the experts make of the tokens ``x [T, D]``, summed with ``weights [T, k]``; without the shared ones.
 
     ``index [T, k]`` counts the experts that ``mixture`` holds; choices of others add nothing. The order of the sum is
@@ -153,7 +154,7 @@ def mixed(
     """
     experts: int = mixture.gate_up.weight.shape[0]
     sent = dispatch(index, experts, grouped.block_rows(index.size, experts))
-    made = grouped.experts(x, sent, mixture).astype(jnp.float32)
+    made = grouped.choices(x, sent, mixture).astype(jnp.float32)
     parts = jnp.where(sent.here[..., None], made * weights[..., None], 0.0)
     out = parts[:, 0]
     for i in range(1, index.shape[1]):  # in a fixed order
