@@ -13,14 +13,21 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from support.wide import WIDE, wide_decoder
+from support.wide import MIXED, WIDE, wide_decoder
 
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf, save_orbax
-from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.config import CheckpointError, Experts
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import AXES, abstract_decoder, check_mesh, mesh_of, spec
 
-SHAPES = [WIDE, dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True, sinks=True)]
+FEATURES = dataclasses.replace(MIXED, experts=Experts(6, 2, 32, biases=True))
+"""Six experts are divided by their features, among four devices."""
+SHAPES = [
+    MIXED,
+    FEATURES,
+    WIDE,
+    dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True, sinks=True),
+]
 
 
 @pytest.fixture
