@@ -1,10 +1,12 @@
-"""Mixtures of experts over several devices: each computes its own experts, or its share of every expert's features.
+"""Mixtures of experts over several devices: each has its own experts, or its share of the features of all.
 
 Activations are the same on all devices, so nothing moves but one sum per mixture, which the shared experts take part in.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from astraea_jax.kernels.choice import grouped_product
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.experts import Mixture
@@ -20,7 +23,13 @@ from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import TP, spec
 
 
-def mixed_on(
+def with_mixtures(ops: Operations, mesh: Mesh) -> Operations:
+    """The operations, with mixtures of experts on the devices of a mesh of one axis, ``"tp"``."""
+    grouped = grouped_product(mesh.devices.flat[0].platform)
+    return replace(ops, mixed=partial(_mixed, mesh, grouped, ops))
+
+
+def _mixed(
     mesh: Mesh,
     grouped: GroupedProduct,
     ops: Operations,
@@ -80,6 +89,6 @@ def _check(matrix: Matrix) -> None:
         if scales[1:] != matrix.form.grid(codes[1] * matrix.form.per_item, codes[2]):
             raise CheckpointError(
                 f"devices would share scales of experts' matrices, since {codes[1] * matrix.form.per_item} inputs and "
-                f"{codes[2]} outputs of each are no whole blocks; choose a smaller tensor_parallel, or one that divides "
-                "the number of experts"
+                f"{codes[2]} outputs of each are no whole blocks; choose a smaller tensor_parallel, or one that "
+                "divides the number of experts"
             )
