@@ -1,6 +1,6 @@
 """Mixtures of experts over several devices: each has its own experts, or its share of the features of all.
 
-Activations are the same on all devices, so nothing moves but one sum per mixture, which the shared experts take part in.
+Activations are the same on all devices, so nothing moves but one sum per mixture, of which the shared experts are part.
 """
 
 from __future__ import annotations
