@@ -36,8 +36,8 @@ def mesh():
 
 
 def whole(path, shape=()) -> bool:
-    """Whether no axis of a parameter is divided: norms, routers, and the output biases of six experts."""
-    return path[-1] in ("scale", "router", "router_bias", "correction") or (
+    """Whether no axis of a parameter is divided: norms, routers, biases of outputs unless by whole experts."""
+    return path[-1] in ("scale", "o_bias", "router", "router_bias", "correction") or (
         path[-1] == "down_bias" and shape[:1] == (6,)
     )
 
