@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
+from astraea_jax.engine.mixtures import with_mixtures
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import (
@@ -290,7 +291,7 @@ class Step:
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
         cache, dtype = pages[0] if self.stacked else pages, ACTIVATIONS.get(self._platform)
-        hidden, kept = decoder(tokens, position, cache, Operations(attend), dtype=dtype)
+        hidden, kept = decoder(tokens, position, cache, with_mixtures(Operations(attend), self._mesh), dtype=dtype)
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)
         if shape.q_tile > 1 and few < shape.rows:
