@@ -35,6 +35,8 @@ class Ragged:
     switches: Switches = PLAIN
     sinks: np.ndarray | None = None
     """``[N]``."""
+    float32_norms: bool = False
+    """Whether the scales of norms are in float32, whatever the heads are in."""
 
     @classmethod
     def make(
@@ -80,10 +82,23 @@ class Ragged:
         norms = rng.uniform(0.5, 2, size=(2, head)).astype(np.float32)
         return cls(q, k, v, pages, batch, 1 if decode else 16, angle, tuple(norms) if normed else None)
 
+    def behind(self, window: int | None) -> Ragged:
+        """Return it without the context that no query sees: NaN, on the null page where a whole page is of that kind."""
+        if window is None:
+            return self
+        table, lens, cu, _ = self.batch
+        size, gone = self.pages.shape[3], np.maximum(lens - np.diff(cu) - window + 1, 0)
+        pages, seen = self.pages.copy(), np.arange(table.shape[1]) >= gone[:, None] // size
+        for row, count in enumerate(gone):
+            at = np.arange(count)
+            pages[table[row, at // size], :, :, at % size] = np.nan
+        return replace(self, pages=pages, batch=self.batch._replace(page_table=np.where(seen, table, 0)))
+
     def heads(self, dtype: Any) -> Heads:
         """The tokens as attention takes them."""
         plain = Heads.of(*(jnp.asarray(x, dtype) for x in (self.q, self.k, self.v)))
-        q_norm, k_norm = (jnp.asarray(x, dtype) for x in self.norms) if self.norms else (None, None)
+        of_norms = jnp.float32 if self.float32_norms else dtype
+        q_norm, k_norm = (jnp.asarray(x, of_norms) for x in self.norms) if self.norms else (None, None)
         sinks = None if self.sinks is None else jnp.asarray(self.sinks)
         turns = jnp.cos(self.angle), jnp.sin(self.angle)
         return Heads(plain.qkv, *turns, q_norm, k_norm, sinks, eps=EPS, switches=self.switches)
