@@ -16,8 +16,9 @@ from astraea_jax.models.mlp import Activation
 from .gpu import FP8, FP8_CAPABILITY, Operand, Triton
 from .grouped import Blocks, Dispatch, GroupedProduct
 
-FEWEST_ROWS, MOST_ROWS = 16, 64
-"""Rows of a block: a matrix product takes at least 16, and the sums of more would not fit into registers."""
+FEWEST_ROWS, MOST_ROWS, MOST_GROUPED_ROWS = 16, 64, 32
+"""Rows of a block: a matrix product takes at least 16, and sums of more would not fit into registers, still less those
+of several groups of inputs (:func:`.triton_products.multiply_blocks`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ def tiles(rows: int, dtype: Any, stored: Any) -> Tiles:
         return Tiles(32, 32, 4, 2)
     inputs = 128 // jnp.dtype(stored).itemsize
     return Tiles(64, inputs, 4, 4) if rows <= 32 else Tiles(128, inputs, 8, 3)
+
+
+def smaller(blocks: Blocks, size: int, most: int) -> Blocks:
+    """Blocks of ``most`` rows in place of those of ``size`` rows."""
+    parts = size // most
+    sizes = jnp.clip(blocks.sizes[:, None] - most * jnp.arange(parts), 0, most)
+    return Blocks(jnp.repeat(blocks.experts, parts), sizes.reshape(-1), blocks.used * parts)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,12 @@ class GroupedTriton(GroupedProduct):
             weight = jax.lax.bitcast_convert_type(weight, jnp.uint8)
         outputs = weight.shape[-1]
         chosen = self.chosen or tiles(size, x.dtype, weight.dtype)
+        step = max(math.gcd(inputs, chosen.inputs), min(32, chosen.inputs))  # whole iterations need no masks
         shared = (form and form.inputs) or 0
+        groups = step // math.gcd(shared, step)
+        if groups > 1 and size > MOST_GROUPED_ROWS:
+            blocks, size = smaller(blocks, size, MOST_GROUPED_ROWS), MOST_GROUPED_ROWS
+            chosen = self.chosen or tiles(size, x.dtype, weight.dtype)
         nothing = blocks.sizes  # in place of arrays that are not looked at
         operands: dict[str, Operand] = {
             "x": x,
@@ -128,8 +141,8 @@ class GroupedTriton(GroupedProduct):
             "O": outputs,
             "B": size,
             "BLOCK_O": chosen.outputs,
-            "BLOCK_I": math.gcd(shared, chosen.inputs),
-            "STEP": chosen.inputs,
+            "BLOCK_I": step // groups,
+            "GROUPS": groups,
             "CODES": form.codes if form else "",
             "INPUTS": shared,
             "OUTPUTS": form.outputs if form else 1,

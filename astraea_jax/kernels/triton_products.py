@@ -38,16 +38,38 @@ def _activated(both, B: tl.constexpr, F: tl.constexpr, GELU: tl.constexpr, LIMIT
         gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
         return (up + 1) * gate * tl.sigmoid(1.702 * gate)
     elif GELU:
-        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up  # (1 + tanh) / 2
     else:
         return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _store(out, tile, row, number, ROWS: tl.constexpr, O: tl.constexpr):
+    """Store a ``tile [B, outputs]``, one with this ``number`` along the outputs, in the ``row [B]`` of ``out [ROWS, O]``."""
+    column = number * tile.shape[1] + tl.arange(0, tile.shape[1])
+    mask = (row < ROWS)[:, None] & (column < O)[None, :]
+    tl.store(out + row[:, None] * O + column[None, :], tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _columns(tile, O: tl.constexpr, BLOCK_O: tl.constexpr, JOINED: tl.constexpr):
+    """The outputs of a tile ``[BLOCK_O]``; with JOINED the gates of BLOCK_O / 2 features, then their up projections."""
+    place = tl.arange(0, BLOCK_O)
+    if JOINED:
+        HALF: tl.constexpr = BLOCK_O // 2
+        RUN: tl.constexpr = JOINED if JOINED < HALF else HALF
+        feature = tile * HALF + place % HALF
+        column = feature // JOINED * (2 * JOINED) + place // HALF * JOINED + feature % JOINED
+        return tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
+    else:
+        return tile * BLOCK_O + place
 
 
 @triton.jit
 def multiply_blocks(
     x, tokens, weight, scales, zeros, bias, experts, sizes, out,
     ROWS: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, STEP: tl.constexpr,
+    B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUPS: tl.constexpr,
     CODES: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, ZEROS: tl.constexpr,
     GATHER: tl.constexpr, BIAS: tl.constexpr,
     JOINED: tl.constexpr, GELU: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,74 +82,74 @@ def multiply_blocks(
     0 in rows of blocks that are not in use. With JOINED, gate and up projections alternate in blocks of so many
     outputs, and ``out`` is ``[ROWS, O / 2]``, activated.
 
-    BLOCK_I inputs, which share scales, are multiplied at once, STEP in an iteration of the loop.
+    An iteration of the loop multiplies GROUPS times BLOCK_I inputs; those of a group share scales. Several groups have
+    sums of their own, which are added at the end. The scales of an iteration are loaded in the one before it.
     """
     PACKED: tl.constexpr = (CODES == "int4") | (CODES == "fp4")
-    ITEMS: tl.constexpr = BLOCK_I // 2 if PACKED else BLOCK_I
+    PER_ITEM: tl.constexpr = 2 if PACKED else 1
+    ITEMS: tl.constexpr = BLOCK_I // PER_ITEM
+    STEP: tl.constexpr = GROUPS * BLOCK_I
+    EVEN: tl.constexpr = I % STEP == 0
     WIDTH: tl.constexpr = (O + OUTPUTS - 1) // OUTPUTS
-    SCALES: tl.constexpr = ((I + INPUTS - 1) // INPUTS if INPUTS else 1) * WIDTH
+    HEIGHT: tl.constexpr = (I + INPUTS - 1) // INPUTS if INPUTS else 1
     block, tile = tl.program_id(0), tl.program_id(1)
-    lane, place = tl.arange(0, B), tl.arange(0, BLOCK_O)
-    if JOINED:  # a tile has the gates of its features, then their up projections
-        feature = tile * (BLOCK_O // 2) + place % (BLOCK_O // 2)
-        column = feature // JOINED * (2 * JOINED) + place // (BLOCK_O // 2) * JOINED + feature % JOINED
-    else:
-        column = tile * BLOCK_O + place
-    inside = column < O
+    lane, column = tl.arange(0, B), _columns(tile, O, BLOCK_O, JOINED)
     row = block * B + lane
     size = tl.load(sizes + block)
-    total = tl.zeros([B, BLOCK_O], tl.float32)
+    sums = tl.zeros([B, BLOCK_O], tl.float32)
     if size > 0:
-        active = lane < size
         expert = tl.load(experts + block).to(tl.int64)
-        source = tl.load(tokens + row, mask=active, other=0) if GATHER else row
-        vectors = x + source.to(tl.int64)[:, None] * I
+        source = tl.load(tokens + row, mask=lane < size, other=0) if GATHER else row
         item = tl.arange(0, ITEMS)
-        matrix = weight + expert * (I * O // 2 if PACKED else I * O) + column[None, :]
-        grid = expert * SCALES + column // OUTPUTS
+        of_item = item // 16 * 32 + item % 16 if PACKED else item
+        if GROUPS > 1:  # axes: groups, then rows or inputs, then inputs or outputs
+            group = tl.arange(0, GROUPS)[:, None, None]
+            at, inputs = group * ITEMS + item[None, :, None], group * BLOCK_I + of_item[None, None, :]
+            source, active, columns = source[None, :, None], (lane < size)[None, :, None], column[None, None, :]
+            total = tl.zeros([GROUPS, B, BLOCK_O], tl.float32)
+        else:
+            group = tl.zeros([1, 1], tl.int32)
+            at, inputs = item[:, None], of_item[None, :]
+            source, active, columns = source[:, None], (lane < size)[:, None], column[None, :]
+            total = sums
+        inside = columns < O
+        vectors = x + source.to(tl.int64) * I + inputs
+        matrix = weight + expert * (I // PER_ITEM * O) + at * O + columns
+        grid = expert * (HEIGHT * WIDTH) + columns // OUTPUTS
+        place = grid + tl.minimum(group, HEIGHT - 1) * WIDTH
+        next_zero, next_scale = 8.0, 1.0
+        if ZEROS:
+            next_zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
+        if CODES != "":
+            next_scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
         for start in tl.range(0, I, STEP):
-            for part in tl.static_range(STEP // BLOCK_I):
-                first = start + part * BLOCK_I
-                at = (first // 2 if PACKED else first) + item
-                known = inside[None, :]
-                if I % STEP != 0:
-                    known &= (at < (I // 2 if PACKED else I))[:, None]
-                w = tl.load(matrix + at[:, None] * O, mask=known, other=0.0)
-                if INPUTS:
-                    shared = grid + first // INPUTS * WIDTH
-                    here = inside if I % STEP == 0 else inside & (shared < (expert + 1) * SCALES)
-                    scale = tl.load(scales + shared, mask=here, other=0.0).to(tl.float32)
-                    zero = tl.load(zeros + shared, mask=here, other=0).to(tl.float32)[None, :] if ZEROS else 8.0
-                else:
-                    zero = tl.load(zeros + grid, mask=inside, other=0).to(tl.float32)[None, :] if ZEROS else 8.0
-                if PACKED:
-                    low = first + item // 16 * 32 + item % 16
-                    some = active[:, None] if I % STEP == 0 else active[:, None] & (low < I)[None, :]
-                    a = tl.load(vectors + low[None, :], mask=some, other=0.0)
-                    b = tl.load(vectors + low[None, :] + 16, mask=some, other=0.0)
-                    product = tl.dot(a, _nibbles(w & 15, zero, a.dtype, CODES == "fp4"), input_precision=PRECISION)
-                    high = _nibbles(w >> 4, zero, a.dtype, CODES == "fp4")
-                    product = tl.dot(b, high, product, input_precision=PRECISION)
-                else:
-                    some = active[:, None] if I % STEP == 0 else active[:, None] & (at < I)[None, :]
-                    a = tl.load(vectors + at[None, :], mask=some, other=0.0)
-                    numbers = _dequantized(w, tl.float32) - zero if ZEROS else _dequantized(w, a.dtype)
-                    product = tl.dot(a, numbers.to(a.dtype), input_precision=PRECISION)
-                total += product * scale[None, :] if INPUTS else product
+            zero, scale = next_zero, next_scale
+            if INPUTS:
+                place = grid + tl.minimum((start + STEP) // INPUTS + group, HEIGHT - 1) * WIDTH
+                next_scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+                if ZEROS:
+                    next_zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
+            known, some = inside, active
+            if not EVEN:
+                known, some = known & (at < (I - start) // PER_ITEM), some & (inputs < I - start)
+            w = tl.load(matrix + start // PER_ITEM * O, mask=known, other=0.0)
+            a = tl.load(vectors + start, mask=some, other=0.0)
+            if PACKED:
+                b = tl.load(vectors + start + 16, mask=some, other=0.0)
+                low, high = _nibbles(w & 15, zero, a.dtype, CODES == "fp4"), _nibbles(w >> 4, zero, a.dtype, CODES == "fp4")
+                product = tl.dot(b, high, tl.dot(a, low, input_precision=PRECISION), input_precision=PRECISION)
+            else:
+                numbers = (_dequantized(w, tl.float32) - zero).to(a.dtype) if ZEROS else _dequantized(w, a.dtype)
+                product = tl.dot(a, numbers, input_precision=PRECISION)
+            total += product * scale if INPUTS else product
+        sums = tl.sum(total, 0) if GROUPS > 1 else total
         if CODES != "" and not INPUTS:
-            total *= tl.load(scales + grid, mask=inside, other=0.0).to(tl.float32)[None, :]
+            sums *= next_scale
         if CODES == "fp4":
-            total *= FP4_UNIT
+            sums *= FP4_UNIT
         if BIAS:
-            total += tl.load(bias + expert * O + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            sums += tl.load(bias + expert * O + column, mask=column < O, other=0.0).to(tl.float32)[None, :]
     if JOINED:
-        feature = tile * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
-        made = _activated(total, B, BLOCK_O // 2, GELU, LIMIT).to(out.dtype.element_ty)
-        tl.store(
-            out + row[:, None] * (O // 2) + feature[None, :],
-            made,
-            mask=(row < ROWS)[:, None] & (feature < O // 2)[None, :],
-        )
+        _store(out, _activated(sums, B, BLOCK_O // 2, GELU, LIMIT), row, tile, ROWS, O // 2)
     else:
-        mask = (row < ROWS)[:, None] & inside[None, :]
-        tl.store(out + row[:, None] * O + column[None, :], total.to(out.dtype.element_ty), mask=mask)
+        _store(out, sums, row, tile, ROWS, O)
