@@ -90,7 +90,7 @@ class GroupedTriton(GroupedProduct):
         inner = self._multiplied(
             x, mixture.gate_up, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate
         )
-        return self._multiplied(inner, mixture.down, blocks, size, rows, bias=down)
+        return self._multiplied(inner, mixture.down, blocks, size, rows, bias=down)[sent.rows]
 
     def multiplied(self, x: jax.Array, matrix: Matrix) -> jax.Array:
         """Multiply ``x [T, I]`` by one matrix ``[I, O]`` in fewer bits: ``[T, O]`` in the dtype of ``x``."""
