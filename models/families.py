@@ -70,7 +70,7 @@ def read_config(config: Json, max_context: int | None = None) -> ModelConfig:
     original = size(fields, ORIGINAL) if fields.get(ORIGINAL) is not None else None
     context = Context(head_dim, max_position, max_context or max_position, original, family.partial)
     count = layers(fields)
-    shape = {
+    shape: Switches = {
         "vocab_size": size(fields, "vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": size(fields, "intermediate_size"),
