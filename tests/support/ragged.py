@@ -83,7 +83,7 @@ class Ragged:
         return cls(q, k, v, pages, batch, 1 if decode else 16, angle, tuple(norms) if normed else None)
 
     def behind(self, window: int | None) -> Ragged:
-        """Return it without the context that no query sees: NaN, on the null page where a whole page is of that kind."""
+        """Return it without the context that no query sees: NaN instead, and the null page instead of whole pages."""
         if window is None:
             return self
         table, lens, cu, _ = self.batch
