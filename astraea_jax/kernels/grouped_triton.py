@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from astraea_jax.models.experts import Mixture
+from astraea_jax.models.formats import Format
 from astraea_jax.models.matrix import Matrix
 from astraea_jax.models.mlp import Activation
+from astraea_jax.models.narrow import Codes
 
 from .gpu import FP8, FP8_CAPABILITY, Operand, Triton
 from .grouped import Blocks, Dispatch, GroupedProduct
@@ -80,30 +82,30 @@ class GroupedTriton(GroupedProduct):
         return min(MOST_ROWS, max(FEWEST_ROWS, enough))
 
     def product(self, x: jax.Array, matrix: Matrix, blocks: Blocks) -> jax.Array:
-        return self._multiplied(x, matrix, blocks, len(x) // len(blocks.experts), len(x))
+        return self._multiplied(x, *_stored(matrix), blocks, len(x) // len(blocks.experts), len(x))
 
     def experts(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
         rows, blocks = len(sent.tokens), sent.blocks
         size = rows // len(blocks.experts)
         gate = Gate(mixture.block, mixture.activation, mixture.experts.activation_limit)
         gate_up, down = (bias and bias[...] for bias in (mixture.gate_up_bias, mixture.down_bias))
-        inner = self._multiplied(
-            x, mixture.gate_up, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate
-        )
-        return self._multiplied(inner, mixture.down, blocks, size, rows, bias=down)[sent.rows]
+        to_inner, to_out = _stored(mixture.gate_up), _stored(mixture.down)
+        inner = self._multiplied(x, *to_inner, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate)
+        return self._multiplied(inner, *to_out, blocks, size, rows, bias=down)[sent.rows]
 
-    def multiplied(self, x: jax.Array, matrix: Matrix) -> jax.Array:
+    def multiplied(self, x: jax.Array, codes: Codes, form: Format) -> jax.Array:
         """Multiply ``x [T, I]`` by one matrix ``[I, O]`` in fewer bits: ``[T, O]`` in the dtype of ``x``."""
         size = self.block_rows(len(x), 4)
         count = -(-len(x) // size)
         left = len(x) - size * jnp.arange(count, dtype=jnp.int32)
         blocks = Blocks(jnp.zeros(count, jnp.int32), jnp.minimum(left, size), jnp.int32(count))
-        return self._multiplied(x, matrix, blocks, size, len(x))
+        return self._multiplied(x, codes, form, blocks, size, len(x))
 
     def _multiplied(
         self,
         x: jax.Array,
-        matrix: Matrix,
+        codes: Codes,
+        form: Format | None,
         blocks: Blocks,
         size: int,
         rows: int,
@@ -112,8 +114,8 @@ class GroupedTriton(GroupedProduct):
         bias: jax.Array | None = None,
         gate: Gate | None = None,
     ) -> jax.Array:
-        """Launch the kernel for blocks of ``size`` rows, ``rows`` in all: ``[rows, O]``, or features ``[rows, O / 2]``."""
-        form, weight, inputs = matrix.form, matrix.weight[...], x.shape[1]
+        """Launch the kernel for blocks of ``size`` rows: ``[rows, O]``, or features ``[rows, O / 2]``."""
+        weight, inputs = codes.weight, x.shape[1]
         if weight.dtype == FP8 and self.triton.capability() < FP8_CAPABILITY:
             weight = jax.lax.bitcast_convert_type(weight, jnp.uint8)
         outputs = weight.shape[-1]
@@ -129,16 +131,16 @@ class GroupedTriton(GroupedProduct):
             "x": x,
             "tokens": nothing if tokens is None else tokens,
             "weight": weight,
-            "scales": matrix.scales[...] if form else nothing,
-            "zeros": matrix.zeros[...] if form and form.zeros else nothing,
+            "scales": codes.scales,
+            "zeros": nothing if codes.zeros is None else codes.zeros,
             "bias": nothing if bias is None else bias,
             "experts": blocks.experts,
             "sizes": blocks.sizes,
         }
         constants = {
             "ROWS": rows,
-            "I": inputs,
-            "O": outputs,
+            "IN": inputs,
+            "OUT": outputs,
             "B": size,
             "BLOCK_O": chosen.outputs,
             "BLOCK_I": step // groups,
@@ -165,3 +167,8 @@ class GroupedTriton(GroupedProduct):
             stages=chosen.stages,
         )
         return out
+
+
+def _stored(matrix: Matrix) -> tuple[Codes, Format | None]:
+    """The arrays and the form of a matrix; the scales of one without a form are not looked at."""
+    return matrix.codes if matrix.form else Codes(matrix.weight[...], matrix.weight[...], None), matrix.form

@@ -1,4 +1,4 @@
-"""A Triton kernel of products with matrices of many experts, or of one, in any form (:mod:`astraea_jax.models.formats`).
+"""A Triton kernel of products with matrices of many experts or one, in any form (:mod:`astraea_jax.models.formats`).
 
 An instance multiplies B rows by a tile of one matrix: so an expert that no row chose is never read, and few rows take
 as long as reading the matrices that they need. Codes become numbers in registers, on their way from memory into the
@@ -19,7 +19,7 @@ FP4_UNIT = tl.constexpr(16384.0)
 
 @triton.jit
 def _nibbles(codes, zero, dtype: tl.constexpr, FLOATS: tl.constexpr):
-    """Numbers of 4-bit codes ``[I, O]``, less ``zero [1, O]``.
+    """Numbers of 4-bit codes ``[IN, OUT]``, less ``zero [1, OUT]``.
 
     With FLOATS they are e2m1, whose bits are those of a float16 with an exponent that is too small by 14.
     """
@@ -32,7 +32,7 @@ def _nibbles(codes, zero, dtype: tl.constexpr, FLOATS: tl.constexpr):
 
 @triton.jit
 def _activated(both, B: tl.constexpr, F: tl.constexpr, GELU: tl.constexpr, LIMIT: tl.constexpr):
-    """Gate projections ``both[:, :F]`` times up projections ``both[:, F:]``, as :func:`astraea_jax.models.mlp.activated`."""
+    """Gate the up projections ``both[:, F:]`` by ``both[:, :F]``, as :func:`astraea_jax.models.mlp.activated` does."""
     gate, up = tl.split(tl.permute(tl.reshape(both, [B, 2, F]), [0, 2, 1]))
     if LIMIT > 0:
         gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
@@ -44,15 +44,15 @@ def _activated(both, B: tl.constexpr, F: tl.constexpr, GELU: tl.constexpr, LIMIT
 
 
 @triton.jit
-def _store(out, tile, row, number, ROWS: tl.constexpr, O: tl.constexpr):
-    """Store a ``tile [B, outputs]``, one with this ``number`` along the outputs, in the ``row [B]`` of ``out [ROWS, O]``."""
+def _store(out, tile, row, number, ROWS: tl.constexpr, OUT: tl.constexpr):
+    """Store a ``tile [B, outputs]``, of this ``number`` along them, in the ``row [B]`` of ``out [ROWS, OUT]``."""
     column = number * tile.shape[1] + tl.arange(0, tile.shape[1])
-    mask = (row < ROWS)[:, None] & (column < O)[None, :]
-    tl.store(out + row[:, None] * O + column[None, :], tile.to(out.dtype.element_ty), mask=mask)
+    mask = (row < ROWS)[:, None] & (column < OUT)[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * OUT + column[None, :], tile.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _columns(tile, O: tl.constexpr, BLOCK_O: tl.constexpr, JOINED: tl.constexpr):
+def _columns(tile, OUT: tl.constexpr, BLOCK_O: tl.constexpr, JOINED: tl.constexpr):
     """The outputs of a tile ``[BLOCK_O]``; with JOINED the gates of BLOCK_O / 2 features, then their up projections."""
     place = tl.arange(0, BLOCK_O)
     if JOINED:
@@ -66,21 +66,45 @@ def _columns(tile, O: tl.constexpr, BLOCK_O: tl.constexpr, JOINED: tl.constexpr)
 
 
 @triton.jit
+def _shared(at, inside, otherwise, USED: tl.constexpr):
+    """The scales or zeros at ``at`` in float32; ``otherwise``, if there are none."""
+    if USED:
+        return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return otherwise
+
+
+@triton.jit
+def _product(x, some, codes, zero, CODES: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply the vectors at ``x`` by the numbers that ``codes`` stand for, of one group of inputs or several."""
+    a = tl.load(x, mask=some, other=0.0)
+    if (CODES == "int4") | (CODES == "fp4"):
+        low = _nibbles(codes & 15, zero, a.dtype, CODES == "fp4")
+        high = _nibbles(codes >> 4, zero, a.dtype, CODES == "fp4")
+        b = tl.load(x + 16, mask=some, other=0.0)
+        return tl.dot(b, high, tl.dot(a, low, input_precision=PRECISION), input_precision=PRECISION)
+    elif ZEROS:
+        return tl.dot(a, (_dequantized(codes, tl.float32) - zero).to(a.dtype), input_precision=PRECISION)
+    else:
+        return tl.dot(a, _dequantized(codes, a.dtype), input_precision=PRECISION)
+
+
+@triton.jit
 def multiply_blocks(
     x, tokens, weight, scales, zeros, bias, experts, sizes, out,
-    ROWS: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
+    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUPS: tl.constexpr,
     CODES: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, ZEROS: tl.constexpr,
     GATHER: tl.constexpr, BIAS: tl.constexpr,
     JOINED: tl.constexpr, GELU: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Multiply each block of B rows by the matrix of its expert; grid ``(N, cdiv(O, BLOCK_O))``.
+    """Multiply each block of B rows by the matrix of its expert; grid ``(N, cdiv(OUT, BLOCK_O))``.
 
-    Reads ``x [rows, I]``, whose row is that of ``tokens [N * B]`` with GATHER; ``weight [E, I, O]`` as its form CODES
-    stores it ("": its numbers); ``scales`` and ``zeros``, one for INPUTS inputs (0: all) and OUTPUTS outputs;
-    ``bias [E, O]`` with BIAS; ``experts [N]``; ``sizes [N]``, the rows in use of each block. Writes ``out [ROWS, O]``,
-    0 in rows of blocks that are not in use. With JOINED, gate and up projections alternate in blocks of so many
-    outputs, and ``out`` is ``[ROWS, O / 2]``, activated.
+    Reads ``x [rows, IN]``, whose row is that of ``tokens [N * B]`` with GATHER; ``weight [E, IN, OUT]`` as its form
+    CODES stores it ("": its numbers); ``scales`` and ``zeros``, one for INPUTS inputs (0: all) and OUTPUTS outputs;
+    ``bias [E, OUT]`` with BIAS; ``experts [N]``; ``sizes [N]``, the rows in use of each block. Writes
+    ``out [ROWS, OUT]``, 0 in rows of blocks that are not in use. With JOINED, gate and up projections alternate in
+    blocks of so many outputs, and ``out`` is ``[ROWS, OUT / 2]``, activated.
 
     An iteration of the loop multiplies GROUPS times BLOCK_I inputs; those of a group share scales. Several groups have
     sums of their own, which are added at the end. The scales of an iteration are loaded in the one before it.
@@ -89,11 +113,11 @@ def multiply_blocks(
     PER_ITEM: tl.constexpr = 2 if PACKED else 1
     ITEMS: tl.constexpr = BLOCK_I // PER_ITEM
     STEP: tl.constexpr = GROUPS * BLOCK_I
-    EVEN: tl.constexpr = I % STEP == 0
-    WIDTH: tl.constexpr = (O + OUTPUTS - 1) // OUTPUTS
-    HEIGHT: tl.constexpr = (I + INPUTS - 1) // INPUTS if INPUTS else 1
+    EVEN: tl.constexpr = IN % STEP == 0
+    WIDTH: tl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
+    HEIGHT: tl.constexpr = (IN + INPUTS - 1) // INPUTS if INPUTS else 1
     block, tile = tl.program_id(0), tl.program_id(1)
-    lane, column = tl.arange(0, B), _columns(tile, O, BLOCK_O, JOINED)
+    lane, column = tl.arange(0, B), _columns(tile, OUT, BLOCK_O, JOINED)
     row = block * B + lane
     size = tl.load(sizes + block)
     sums = tl.zeros([B, BLOCK_O], tl.float32)
@@ -112,35 +136,25 @@ def multiply_blocks(
             at, inputs = item[:, None], of_item[None, :]
             source, active, columns = source[:, None], (lane < size)[:, None], column[None, :]
             total = sums
-        inside = columns < O
-        vectors = x + source.to(tl.int64) * I + inputs
-        matrix = weight + expert * (I // PER_ITEM * O) + at * O + columns
+        inside = columns < OUT
+        vectors = x + source.to(tl.int64) * IN + inputs
+        matrix = weight + expert * (IN // PER_ITEM * OUT) + at * OUT + columns
         grid = expert * (HEIGHT * WIDTH) + columns // OUTPUTS
         place = grid + tl.minimum(group, HEIGHT - 1) * WIDTH
-        next_zero, next_scale = 8.0, 1.0
-        if ZEROS:
-            next_zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
-        if CODES != "":
-            next_scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
-        for start in tl.range(0, I, STEP):
+        next_zero = _shared(zeros + place, inside, 8.0, ZEROS)
+        next_scale = _shared(scales + place, inside, 1.0, CODES != "")
+        for start in tl.range(0, IN, STEP):
             zero, scale = next_zero, next_scale
             if INPUTS:
                 place = grid + tl.minimum((start + STEP) // INPUTS + group, HEIGHT - 1) * WIDTH
-                next_scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+                next_scale = _shared(scales + place, inside, 1.0, True)
                 if ZEROS:
-                    next_zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
+                    next_zero = _shared(zeros + place, inside, 8.0, True)
             known, some = inside, active
             if not EVEN:
-                known, some = known & (at < (I - start) // PER_ITEM), some & (inputs < I - start)
-            w = tl.load(matrix + start // PER_ITEM * O, mask=known, other=0.0)
-            a = tl.load(vectors + start, mask=some, other=0.0)
-            if PACKED:
-                b = tl.load(vectors + start + 16, mask=some, other=0.0)
-                low, high = _nibbles(w & 15, zero, a.dtype, CODES == "fp4"), _nibbles(w >> 4, zero, a.dtype, CODES == "fp4")
-                product = tl.dot(b, high, tl.dot(a, low, input_precision=PRECISION), input_precision=PRECISION)
-            else:
-                numbers = (_dequantized(w, tl.float32) - zero).to(a.dtype) if ZEROS else _dequantized(w, a.dtype)
-                product = tl.dot(a, numbers, input_precision=PRECISION)
+                known, some = known & (at < (IN - start) // PER_ITEM), some & (inputs < IN - start)
+            w = tl.load(matrix + start // PER_ITEM * OUT, mask=known, other=0.0)
+            product = _product(vectors + start, some, w, zero, CODES, ZEROS, PRECISION)
             total += product * scale if INPUTS else product
         sums = tl.sum(total, 0) if GROUPS > 1 else total
         if CODES != "" and not INPUTS:
@@ -148,8 +162,8 @@ def multiply_blocks(
         if CODES == "fp4":
             sums *= FP4_UNIT
         if BIAS:
-            sums += tl.load(bias + expert * O + column, mask=column < O, other=0.0).to(tl.float32)[None, :]
+            sums += tl.load(bias + expert * OUT + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
     if JOINED:
-        _store(out, _activated(sums, B, BLOCK_O // 2, GELU, LIMIT), row, tile, ROWS, O // 2)
+        _store(out, _activated(sums, B, BLOCK_O // 2, GELU, LIMIT), row, tile, ROWS, OUT // 2)
     else:
-        _store(out, sums, row, tile, ROWS, O)
+        _store(out, sums, row, tile, ROWS, OUT)
