@@ -26,10 +26,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
+from astraea_jax.engine.mixtures import mixed_on
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch, grouped_product
 from astraea_jax.kernels.dense_triton import multiply_narrow
-from astraea_jax.kernels.grouped import mixed
 from astraea_jax.kernels.grouped_triton import GroupedTriton
 from astraea_jax.kv_cache.arrays import FULL, WINDOW, LayerGroups, PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
@@ -158,9 +158,9 @@ class Step:
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(placed(state, mesh))
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
-        self._grouped = grouped_product(backend)
         self._packing = _Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._grouped = grouped_product(backend, self._platform)
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
@@ -300,10 +300,11 @@ class Step:
         return (kept,) if self.stacked else kept, last, table, *_padded((sampled, logits), self.drawn(shape))
 
     def _operations(self, attend: Attend) -> Operations:
-        mixtures = partial(mixed, self._grouped)
+        shared, alone = Operations(attend), Operations(attend)
         if isinstance(self._grouped, GroupedTriton):
-            return Operations(attend, partial(multiply_narrow, self._grouped, self._mesh), mixtures)
-        return Operations(attend, mixed=mixtures)
+            shared = Operations(attend, partial(multiply_narrow, self._grouped, self._mesh))
+            alone = Operations(attend, partial(multiply_narrow, self._grouped, None))
+        return replace(shared, mixed=partial(mixed_on, self._mesh, self._grouped, alone))
 
     def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""

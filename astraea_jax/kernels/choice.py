@@ -23,10 +23,13 @@ BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
 PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
 """JAX platform -> backends, best first; every other platform uses the reference."""
 
+GROUPED: dict[str, type[GroupedProduct]] = {}
+"""JAX platform -> what multiplies for mixtures of experts; every other platform uses the reference."""
 
-def grouped_product(backend: Backend) -> GroupedProduct:
-    """The products of mixtures that go with a backend of attention."""
-    return GroupedTriton(backend) if isinstance(backend, Triton) else GroupedReference()
+
+def grouped_product(backend: Backend, platform: str) -> GroupedProduct:
+    """What multiplies for mixtures of experts on this kind of device, beside this backend of attention."""
+    return GroupedTriton(backend) if isinstance(backend, Triton) else GROUPED.get(platform, GroupedReference)()
 
 
 def choose(

@@ -20,15 +20,16 @@ WIDENED_FROM = 256
 gains more than that costs. Guessed, not measured yet."""
 
 
-def multiply_narrow(grouped: GroupedTriton, mesh: Mesh, x: jax.Array, matrix: Matrix) -> jax.Array:
+def multiply_narrow(grouped: GroupedTriton, mesh: Mesh | None, x: jax.Array, matrix: Matrix) -> jax.Array:
     """In the place of :func:`astraea_jax.models.matrix.multiply`, which it leaves matrices in 16 bits to.
 
-    Each device multiplies its own part; where devices divide the inputs, the results are summed.
+    Each device of the mesh multiplies its own part; where devices divide the inputs, the results are summed. Without a
+    mesh a device works alone.
     """
     form = matrix.form
     if form is None or (form.inputs is None and form.per_item == 1 and len(x) >= WIDENED_FROM):
         return multiply(x, matrix)
-    if mesh.size == 1:
+    if mesh is None or mesh.size == 1:
         return grouped.multiplied(x, matrix.codes, form)
     shape = x.shape[1], matrix.weight.shape[1]
     if not divisible(form, shape, mesh.size, summed=matrix.summed):

@@ -52,6 +52,10 @@ class GroupedProduct(ABC):
     def block_rows(self, rows: int, experts: int) -> int:
         """B, for a step with T * k ``rows``."""
 
+    def dispatched(self, index: jax.Array, experts: int) -> Dispatch:
+        """:func:`dispatch`, or as a device does it best."""
+        return dispatch(index, experts, self.block_rows(index.size, experts))
+
     @abstractmethod
     def product(self, x: jax.Array, matrix: Matrix, blocks: Blocks) -> jax.Array:
         """Multiply every block of B rows by the matrix of its expert.
@@ -68,16 +72,19 @@ class GroupedProduct(ABC):
         """
 
     def experts(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
-        """What its expert makes of every choice, ``x [T, D] -> [T, k, D]``; undefined where that is not among these."""
+        """What its expert makes of every row: ``x [T, D] -> [N * B, D]``; undefined in rows that are not in use."""
         blocks = sent.blocks
         size = len(sent.tokens) // len(blocks.experts)
-        made = fed_forward(
+        return fed_forward(
             x[sent.tokens],
             mixture,
             lambda rows, matrix: self.product(rows, matrix, blocks),
             lambda bias: jnp.repeat(bias[blocks.experts], size, axis=0),
         )
-        return made[sent.rows]
+
+    def choices(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
+        """What its expert makes of every choice: ``x [T, D] -> [T, k, D]``; undefined where it is not among these."""
+        return self.experts(x, sent, mixture)[sent.rows]
 
 
 def fed_forward(
@@ -143,17 +150,15 @@ def dispatch(index: jax.Array, experts: int, size: int) -> Dispatch:
     )
 
 
-def mixed(
-    grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.Array, mixture: Mixture
-) -> jax.Array:
+def mixed(grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.Array, mixture: Mixture) -> jax.Array:
     """What the experts make of the tokens ``x [T, D]``, summed with ``weights [T, k]``; without the shared ones.
 
     ``index [T, k]`` counts the experts that ``mixture`` holds; choices of others add nothing. The order of the sum is
     that of a token's choices, so its result depends on no other token.
     """
     experts: int = mixture.gate_up.weight.shape[0]
-    sent = dispatch(index, experts, grouped.block_rows(index.size, experts))
-    made = grouped.experts(x, sent, mixture).astype(jnp.float32)
+    sent = grouped.dispatched(index, experts)
+    made = grouped.choices(x, sent, mixture).astype(jnp.float32)
     parts = jnp.where(sent.here[..., None], made * weights[..., None], 0.0)
     out = parts[:, 0]
     for i in range(1, index.shape[1]):  # in a fixed order

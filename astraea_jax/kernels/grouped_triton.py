@@ -15,12 +15,15 @@ from astraea_jax.models.matrix import Matrix
 from astraea_jax.models.mlp import Activation
 from astraea_jax.models.narrow import Codes
 
-from .gpu import FP8, FP8_CAPABILITY, Operand, Triton
-from .grouped import Blocks, Dispatch, GroupedProduct
+from .gpu import FP8, FP8_CAPABILITY, Operand, Triton, power_of_two
+from .grouped import Blocks, Dispatch, GroupedProduct, dispatch, most_blocks
 
 FEWEST_ROWS, MOST_ROWS, MOST_GROUPED_ROWS = 16, 64, 32
 """Rows of a block: a matrix product takes at least 16, and sums of more would not fit into registers, still less those
 of several groups of inputs (:func:`.triton_products.multiply_blocks`)."""
+
+MOST_LAUNCHED = 4096
+"""Choices that one launch lays into blocks, each instance looking at all of them."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,34 @@ class GroupedTriton(GroupedProduct):
 
     def block_rows(self, rows: int, experts: int) -> int:
         """A power of two, twice the rows of an expert on average or more, since a block reads its whole matrix."""
-        enough = 1 << max(0, 2 * rows // experts - 1).bit_length()
+        enough = power_of_two(max(1, 2 * rows // experts))
         return min(MOST_ROWS, max(FEWEST_ROWS, enough))
+
+    def dispatched(self, index: jax.Array, experts: int) -> Dispatch:
+        """One launch for few choices, in place of XLA's eight; tokens are undefined in rows that are not in use."""
+        size = self.block_rows(index.size, experts)
+        if index.size > MOST_LAUNCHED:
+            return dispatch(index, experts, size)
+        count = most_blocks(index.size, experts, size)
+        shapes = {"tokens": count * size, "rows": index.size, "experts": count, "sizes": count}
+        tokens, rows, of_blocks, sizes = self.triton.launch(
+            "dispatch_choices",
+            (experts + 1,),
+            {"index": index.reshape(-1)},
+            {
+                "CHOICES": index.size,
+                "CHOSEN": index.shape[1],
+                "E": experts,
+                "B": size,
+                "N": count,
+                "BLOCK_CHOICES": power_of_two(index.size),
+                "BLOCK_E": power_of_two(experts + 1),
+                "BLOCK_N": power_of_two(count),
+            },
+            out={name: jax.ShapeDtypeStruct((n,), jnp.int32) for name, n in shapes.items()},
+        )
+        blocks = Blocks(of_blocks, sizes, jnp.sum(sizes > 0, dtype=jnp.int32))
+        return Dispatch(blocks, tokens, rows.reshape(index.shape), (index >= 0) & (index < experts))
 
     def product(self, x: jax.Array, matrix: Matrix, blocks: Blocks) -> jax.Array:
         return self._multiplied(x, *_stored(matrix), blocks, len(x) // len(blocks.experts), len(x))
@@ -91,7 +120,7 @@ class GroupedTriton(GroupedProduct):
         gate_up, down = (bias and bias[...] for bias in (mixture.gate_up_bias, mixture.down_bias))
         to_inner, to_out = _stored(mixture.gate_up), _stored(mixture.down)
         inner = self._multiplied(x, *to_inner, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate)
-        return self._multiplied(inner, *to_out, blocks, size, rows, bias=down)[sent.rows]
+        return self._multiplied(inner, *to_out, blocks, size, rows, bias=down)
 
     def multiplied(self, x: jax.Array, codes: Codes, form: Format) -> jax.Array:
         """Multiply ``x [T, I]`` by one matrix ``[I, O]`` in fewer bits: ``[T, O]`` in the dtype of ``x``."""

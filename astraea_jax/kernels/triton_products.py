@@ -1,4 +1,4 @@
-"""A Triton kernel of products with matrices of many experts or one, in any form (:mod:`astraea_jax.models.formats`).
+"""Triton kernels of products with matrices of many experts or one, in any form (:mod:`astraea_jax.models.formats`).
 
 An instance multiplies B rows by a tile of one matrix: so an expert that no row chose is never read, and few rows take
 as long as reading the matrices that they need. Codes become numbers in registers, on their way from memory into the
@@ -167,3 +167,36 @@ def multiply_blocks(
         _store(out, _activated(sums, B, BLOCK_O // 2, GELU, LIMIT), row, tile, ROWS, OUT // 2)
     else:
         _store(out, sums, row, tile, ROWS, OUT)
+
+
+@triton.jit
+def dispatch_choices(
+    index, tokens, rows, experts, sizes,
+    CHOICES: tl.constexpr, CHOSEN: tl.constexpr, E: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
+    BLOCK_CHOICES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Lay choices into blocks of B rows as :func:`.grouped.dispatch` does; grid ``(E + 1,)``, the last for the rest.
+
+    Reads ``index [CHOICES]``, of CHOSEN experts for each token; fills ``tokens [N * B]`` where rows are in use,
+    ``rows [CHOICES]``, ``experts [N]`` and ``sizes [N]``. Every instance counts all choices.
+    """
+    expert = tl.program_id(0)
+    i, bin, block = tl.arange(0, BLOCK_CHOICES), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
+    choice = tl.load(index + i, mask=i < CHOICES, other=E)
+    choice = tl.where((choice >= 0) & (choice < E), choice, E)
+    counts = tl.histogram(choice, BLOCK_E)
+    needed = tl.where(bin < E, (counts + B - 1) // B, 0)
+    start = tl.sum(tl.where(bin < expert, needed, 0), 0)
+    mine = (choice == expert) & (i < CHOICES)
+    if expert < E:
+        count = tl.sum(tl.where(bin == expert, counts, 0), 0)
+        row = start * B + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(tokens + row, i // CHOSEN, mask=mine)
+        tl.store(rows + i, row, mask=mine)
+        left = count - block * B
+        tl.store(experts + start + block, expert + 0 * block, mask=left > 0)
+        tl.store(sizes + start + block, tl.minimum(left, B), mask=left > 0)
+    else:
+        tl.store(rows + i, 0 * i, mask=mine)
+        tl.store(experts + start + block, 0 * block, mask=start + block < N)
+        tl.store(sizes + start + block, 0 * block, mask=start + block < N)

@@ -15,6 +15,9 @@ from pathlib import Path
 LAYER = {"decode": 12.5, "mixed": 14.5}
 """Kind of step -> launches that a layer may have: four products, of which three are split and summed; two norms, one
 activation; attention's two or four kernels; and a sum of residuals now and then, as XLA sees fit."""
+MIXED = {"decode": 6, "mixed": 14}
+"""Kind of step -> launches more of a layer with a mixture: the router's product, scores and choice; dispatch, which XLA
+does for many tokens; the sum of what experts return, and biases."""
 AROUND = 20
 """Launches before and after the layers."""
 FREE = ("parameter", "constant", "get-tuple-element", "bitcast", "tuple", "copy-done", "partition-id")
@@ -39,9 +42,12 @@ def launches(program: str) -> int:
     return sum(opcode not in FREE for opcode in opcodes)
 
 
-def most_launches(kind: str, layers: int) -> int:
-    """Most launches of a step of this ``kind``, of :data:`LAYER`, on one GPU whose matrices are not quantized."""
-    return int(LAYER[kind] * layers + AROUND)
+def most_launches(kind: str, layers: int, mixed: bool) -> int:
+    """Most launches of a step of this ``kind``, of :data:`LAYER`, on one GPU, with or without mixtures of experts.
+
+    Matrices of a model without mixtures are not quantized.
+    """
+    return int((LAYER[kind] + (MIXED[kind] if mixed else 0)) * layers + AROUND)
 
 
 def branches(program: str) -> list[str]:

@@ -57,10 +57,25 @@ def test_gathering_biases_and_activation_are_part_of_it(grouped, activation, lim
     x = np.random.default_rng(size).normal(size=(5, 64)).astype(np.float32) * 5
     index = np.array([[0, 1], [2, 0], [0, 3], [7, 2], [0, 9]], np.int32)
     sent = dispatch(jnp.asarray(index), 4, grouped.block_rows(index.size, 4))
-    out = np.asarray(grouped.experts(jnp.asarray(x), sent, made))
+    out = np.asarray(grouped.choices(jnp.asarray(x), sent, made))
     for t, k in np.argwhere(index < 4):
         expected = fed_forward(made, x[t : t + 1], index[t, k])[0]
         np.testing.assert_allclose(out[t, k], expected, rtol=2e-4, atol=2e-4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(case=choices())
+def test_choices_are_laid_into_blocks_as_without_the_kernel(grouped, case):
+    got = grouped.dispatched(jnp.asarray(case.index), case.experts)
+    expected = dispatch(jnp.asarray(case.index), case.experts, grouped.block_rows(case.index.size, case.experts))
+    size, used = len(got.tokens) // len(got.blocks.experts), int(expected.blocks.used)
+    assert int(got.blocks.used) == used
+    np.testing.assert_array_equal(got.blocks.sizes, expected.blocks.sizes)
+    np.testing.assert_array_equal(got.blocks.experts[:used], expected.blocks.experts[:used])
+    np.testing.assert_array_equal(got.here, expected.here)
+    np.testing.assert_array_equal(got.rows, expected.rows)
+    filled = np.arange(size) < np.asarray(got.blocks.sizes)[:, None]
+    np.testing.assert_array_equal(np.where(filled.ravel(), got.tokens, 0), expected.tokens)
 
 
 @pytest.mark.parametrize(("rows", "experts", "size"), [(8, 128, 16), (512, 128, 16), (2048, 128, 32), (10**6, 8, 64)])
