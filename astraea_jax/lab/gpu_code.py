@@ -15,7 +15,7 @@ from pathlib import Path
 LAYER = {"decode": 12.5, "mixed": 14.5}
 """Kind of step -> launches that a layer may have: four products, of which three are split and summed; two norms, one
 activation; attention's two or four kernels; and a sum of residuals now and then, as XLA sees fit."""
-MIXED = {"decode": 6, "mixed": 14}
+MIXED = {"decode": 7, "mixed": 16}
 """Kind of step -> launches more of a layer with a mixture: the router's product, scores and choice; dispatch, which XLA
 does for many tokens; the sum of what experts return, and biases."""
 AROUND = 20
