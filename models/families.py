@@ -132,7 +132,7 @@ def _ropes(fields: Json, family: Family, context: Context) -> Switches:
     found: Switches = {"rope": read_rope(parameters, context)}
     beta = parameters.get("llama_4_scaling_beta")
     if family.model_type == "ministral3" and beta not in (0, None):
-        original = size({ORIGINAL: parameters.get(ORIGINAL, context.max_position)}, ORIGINAL)
+        original = context.original or size(parameters, ORIGINAL, context.max_position)
         found["query_growth"] = number(parameters, "llama_4_scaling_beta"), original
     elif beta not in (0, None):
         raise CheckpointError(f"llama_4_scaling_beta = {beta!r} is served for Ministral3ForCausalLM only")

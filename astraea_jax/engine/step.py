@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
-from astraea_jax.engine.mixtures import mixed_on
+from astraea_jax.engine.mixtures import with_mixtures
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch, grouped_product
 from astraea_jax.kernels.dense_triton import multiply_narrow
@@ -160,7 +160,7 @@ class Step:
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = _Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self._grouped = grouped_product(backend, self._platform)
+        self._grouped = grouped_product(self._platform, backend)
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
@@ -304,7 +304,7 @@ class Step:
         if isinstance(self._grouped, GroupedTriton):
             shared = Operations(attend, partial(multiply_narrow, self._grouped, self._mesh))
             alone = Operations(attend, partial(multiply_narrow, self._grouped, None))
-        return replace(shared, mixed=partial(mixed_on, self._mesh, self._grouped, alone))
+        return with_mixtures(shared, alone, self._mesh, self._grouped)
 
     def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""

@@ -27,7 +27,7 @@ GROUPED: dict[str, type[GroupedProduct]] = {}
 """JAX platform -> what multiplies for mixtures of experts; every other platform uses the reference."""
 
 
-def grouped_product(backend: Backend, platform: str) -> GroupedProduct:
+def grouped_product(platform: str, backend: Backend | None = None) -> GroupedProduct:
     """What multiplies for mixtures of experts on this kind of device, beside this backend of attention."""
     return GroupedTriton(backend) if isinstance(backend, Triton) else GROUPED.get(platform, GroupedReference)()
 

@@ -70,7 +70,7 @@ def mixtures(form: str, dtype: Any) -> list[Mixture]:
 
 
 def grouped_by(tiles: str) -> GroupedProduct:
-    grouped = grouped_product(EngineConfig().backend(PUBLISHED[FLAGS.model]), jax.default_backend())
+    grouped = grouped_product(jax.default_backend(), EngineConfig().backend(PUBLISHED[FLAGS.model]))
     if tiles == "-" or not isinstance(grouped, GroupedTriton):
         return grouped
     return replace(grouped, chosen=Tiles(*map(int, tiles.split("x"))))
