@@ -31,7 +31,16 @@ from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch, grouped_product
 from astraea_jax.kernels.dense_triton import multiply_narrow
 from astraea_jax.kernels.grouped_triton import GroupedTriton
-from astraea_jax.kv_cache.arrays import FULL, WINDOW, LayerGroups, PagedKV, abstract_pages, heads_spec, jitted_transfers
+from astraea_jax.kv_cache.arrays import (
+    FULL,
+    WINDOW,
+    LayerGroups,
+    PagedKV,
+    Transfers,
+    abstract_pages,
+    heads_spec,
+    jitted_transfers,
+)
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
 from astraea_jax.models.operations import Attend, Operations
@@ -205,8 +214,8 @@ class Step:
         """The pages of a group of layers."""
         return tuple(self.pages[i] for i in self.groups.members(group))
 
-    def transfers(self, group: int) -> tuple[Any, Any]:
-        """The gather and the scatter of a group's pages, see :func:`~astraea_jax.kv_cache.arrays.jitted_transfers`."""
+    def transfers(self, group: int) -> Transfers:
+        """The functions that move a group's pages, see :func:`~astraea_jax.kv_cache.arrays.jitted_transfers`."""
         return jitted_transfers(self.pages_of(group), self.replicated, self.groups.num_pages[group])
 
     def writer(self) -> Any:

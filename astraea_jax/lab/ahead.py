@@ -240,14 +240,14 @@ def _executables(step: Step, tp: int) -> Iterator[_Executable]:
         yield _Executable(name, lower, pool, paged, weights - alike, in_text if tp > 1 else 0, unrolled)
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.replicated)
     for group in step.groups.present:
-        (gather, scatter), pages = step.transfers(group), step.pages_of(group)
+        (gather, _, scatter), pages = step.transfers(group), step.pages_of(group)
         pool = sum(map(_shard_bytes, pages))
         whole = (LARGEST_BLOCK, step.groups.of.count(group), *pages[0].shape[1:])
         block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
         offload = partial(gather.lower, pages, ids)
         restore = partial(scatter.lower, pages, block, ids)
-        yield _Executable("offload", offload, 0, paged, set(), 0)
-        yield _Executable("restore", restore, pool, paged, set(), 0)
+        yield _Executable("offload", offload, 0, paged, set(), 0, unrolled)
+        yield _Executable("restore", restore, pool, paged, set(), 0, unrolled)
 
 
 def _compile(case: Case, program: _Executable) -> Figures:
@@ -279,7 +279,7 @@ def _compile(case: Case, program: _Executable) -> Figures:
 
 def _look_at_gpu_code(figures: Figures, text: str, layers: int, capability: int) -> None:
     kind = figures.program.partition("-")[0]
-    if kind in gpu_code.LAYER and layers:
+    if layers:
         mixed = PUBLISHED[figures.case.model].experts is not None
         figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers, mixed)
         if figures.launches > most and figures.case.tp == 1 and (mixed or not figures.case.quantize):
