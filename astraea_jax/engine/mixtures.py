@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from astraea_jax.kernels.choice import grouped_product
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.experts import Mixture
@@ -23,10 +22,12 @@ from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import TP, spec
 
 
-def with_mixtures(ops: Operations, mesh: Mesh) -> Operations:
-    """The operations, with mixtures of experts on the devices of a mesh of one axis, ``"tp"``."""
-    grouped = grouped_product(mesh.devices.flat[0].platform)
-    return replace(ops, mixed=partial(_mixed, mesh, grouped, ops))
+def with_mixtures(ops: Operations, alone: Operations, mesh: Mesh, grouped: GroupedProduct) -> Operations:
+    """``ops`` with mixtures of experts on the devices of a mesh of one axis, ``"tp"``.
+
+    Each device does its part by ``grouped``, and by the operations of a device ``alone``.
+    """
+    return replace(ops, mixed=partial(_mixed, mesh, grouped, alone))
 
 
 def _mixed(
