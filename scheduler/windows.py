@@ -90,22 +90,25 @@ class WindowPages:
         """
         if not self.size:
             return
-        before = program.window
+        before, of, holders, missing = program.window, self.of, self._holders, []
         now = program.window = range(first, max(first, end))
         for i in _without(before, now):
-            self._let_go(pages[i])
-        missing = []
+            page = pages[i]
+            holders[page] -= 1
+            if not holders[page]:
+                self._unheld[page] = None
         for i in _without(now, before):
             page = pages[i]
-            if not self.of[page]:
-                missing.append(page)
-            else:
+            if of[page]:
                 self._unheld.pop(page, None)
-                self._holders[page] += 1
-            self._changed[program] = min(i, self._changed.get(program, i))
+                holders[page] += 1
+            else:
+                missing.append(page)
+            if i < self._changed.get(program, NO_WINDOW.start):
+                self._changed[program] = i
         for page in missing:  # after all others are held, or else it could be theirs
-            self.of[page] = self._take()
-            self._holders[page] = 1
+            of[page] = self._take()
+            holders[page] = 1
 
     def forget(self, page: int) -> None:
         """Give up the window page of a page whose content nobody can find any more."""
@@ -135,11 +138,6 @@ class WindowPages:
         del self._unheld[page]
         taken, self.of[page] = self.of[page], 0
         return taken
-
-    def _let_go(self, page: int) -> None:
-        self._holders[page] -= 1
-        if not self._holders[page]:
-            self._unheld[page] = None
 
     def check(self, held: Iterable[tuple[Program, Sequence[int]]]) -> None:
         """Raise AssertionError unless window pages conserve (for tests; O(everything)).
@@ -186,4 +184,8 @@ def resumable(
 
 def _without(a: range, b: range) -> Iterable[int]:
     """Numbers of ``a`` that are not in ``b``."""
-    return chain(range(a.start, min(a.stop, b.start)), range(max(a.start, b.stop), a.stop))
+    if a.start >= b.start:  # usual: a window slides
+        return range(max(a.start, b.stop), a.stop)
+    if a.stop <= b.stop:
+        return range(a.start, min(a.stop, b.start))
+    return chain(range(a.start, b.start), range(b.stop, a.stop))
