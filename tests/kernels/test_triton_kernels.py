@@ -102,7 +102,7 @@ def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, deco
     case.check_alike(interpreted(), Reference(), jnp.float16)
 
 
-@pytest.mark.serves("triton", "interpreted", "sliding window, soft cap")
+@pytest.mark.serves("triton", "interpreted", "windows", "score caps")
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("window", [1, 16, 100, 128, 400])
 def test_windows_and_sinks_over_several_blocks_and_pages(interpreted, decode, window):

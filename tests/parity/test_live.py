@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 from support.parity import check_logits, check_tokens
@@ -29,6 +31,19 @@ async def test_fresh_checkpoints(variant, tmp_path):
     check_logits(tmp_path)
     if variant.name in IN_AN_ENGINE:
         await check_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["ministral-mixed-windows", "gemma3-windows-ropes", "gptoss-sinks"])
+def test_layers_of_random_types(name, seed, tmp_path):
+    """Windows of two keys, and of more than the text has, too. (With one, transformers' cache forgets nothing.)"""
+    rng = random.Random(seed)
+    types = rng.choices(["sliding_attention", "full_attention"], k=4)
+    window = [2, 3, rng.randint(4, 39), 200][seed]
+    [variant] = (variant for variant in VARIANTS if variant.name == name)
+    fields = {**variant.fields, "num_hidden_layers": 4, "layer_types": types, "sliding_window": window}
+    write(replace(variant, fields=fields), tmp_path, seed)
+    check_logits(tmp_path)
 
 
 CHATS = [
