@@ -14,20 +14,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from astraea_jax.kernels import Backend
+from astraea_jax.kernels.choice import grouped_product
+from astraea_jax.kernels.dense_triton import multiply_narrow
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
+from astraea_jax.kernels.grouped_triton import GroupedTriton
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.experts import Mixture
 from astraea_jax.models.matrix import Matrix
-from astraea_jax.models.operations import Operations
+from astraea_jax.models.operations import Attend, Operations
 from astraea_jax.models.sharding import TP, spec
 
 
-def with_mixtures(ops: Operations, alone: Operations, mesh: Mesh, grouped: GroupedProduct) -> Operations:
-    """``ops`` with mixtures of experts on the devices of a mesh of one axis, ``"tp"``.
-
-    Each device does its part by ``grouped``, and by the operations of a device ``alone``.
-    """
-    return replace(ops, mixed=partial(_mixed, mesh, grouped, alone))
+def operations(attend: Attend, backend: Backend, mesh: Mesh) -> Operations:
+    """Attention, and products as the devices of a mesh of one axis, ``"tp"``, do them beside its backend."""
+    grouped = grouped_product(mesh.devices.flat[0].platform, backend)
+    shared, alone = Operations(attend), Operations(attend)
+    if isinstance(grouped, GroupedTriton):
+        shared = replace(shared, multiply=partial(multiply_narrow, grouped, mesh))
+        alone = replace(alone, multiply=partial(multiply_narrow, grouped, None))
+    return replace(shared, mixed=partial(_mixed, mesh, grouped, alone))
 
 
 def _mixed(

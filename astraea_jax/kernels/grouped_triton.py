@@ -101,7 +101,7 @@ class GroupedTriton(GroupedProduct):
                 "E": experts,
                 "B": size,
                 "N": count,
-                "BLOCK_CHOICES": power_of_two(index.size),
+                "BLOCK_CHOICES": power_of_two(max(128, index.size)),  # one for each thread, at least
                 "BLOCK_E": power_of_two(experts + 1),
                 "BLOCK_N": power_of_two(count),
             },
@@ -117,7 +117,7 @@ class GroupedTriton(GroupedProduct):
         rows, blocks = len(sent.tokens), sent.blocks
         size = rows // len(blocks.experts)
         gate = Gate(mixture.block, mixture.activation, mixture.experts.activation_limit)
-        gate_up, down = (bias and bias[...] for bias in (mixture.gate_up_bias, mixture.down_bias))
+        gate_up, down = (None if bias is None else bias[...] for bias in (mixture.gate_up_bias, mixture.down_bias))
         to_inner, to_out = _stored(mixture.gate_up), _stored(mixture.down)
         inner = self._multiplied(x, *to_inner, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate)
         return self._multiplied(inner, *to_out, blocks, size, rows, bias=down)
