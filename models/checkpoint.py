@@ -25,12 +25,13 @@ from safetensors.numpy import save_file
 from .config import CheckpointError, LayerKind, ModelConfig
 from .config_file import read_json
 from .decoder import Decoder, Layer
-from .families import read_config, to_hf
+from .families import ignored_layers, read_config, to_hf
 from .formats import FORMATS, Format
 from .formats import quantize as quantized
-from .hf_layout import check_tensors, hf_tensors, read_joined, settle_head
+from .hf_layout import HEAD, HfTensor, check_tensors, hf_tensors, read_joined, settle_head
+from .hf_views import canonical
 from .matrix import everywhere
-from .safetensors_files import open_tensors
+from .safetensors_files import StoredTensor, open_tensors
 from .sharding import abstract_decoder, default_mesh
 
 SCALES = "scales"
@@ -57,6 +58,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     quantize: Format | None = None,
+    max_context: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load the decoder in a Hugging Face or Orbax folder.
@@ -67,14 +69,15 @@ def load(
         mesh: the devices that get it; None: the first one.
         quantize: form to which the layers' matrices are quantized. None: they stay as they are in the folder, which
             may be quantized.
+        max_context: tokens of the longest context that will be served (:func:`.families.read_config`).
         progress: is called while a Hugging Face folder is read.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file or tensor.
     """
     if (folder / ORBAX).is_dir():
-        return load_orbax(folder, dtype, mesh, quantize=quantize)
-    return load_hf(folder, dtype, mesh, quantize=quantize, progress=progress)
+        return load_orbax(folder, dtype, mesh, quantize=quantize, max_context=max_context)
+    return load_hf(folder, dtype, mesh, quantize=quantize, max_context=max_context, progress=progress)
 
 
 def load_hf(
@@ -83,6 +86,7 @@ def load_hf(
     mesh: Mesh | None = None,
     *,
     quantize: Format | None = None,
+    max_context: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Read ``config.json`` and the safetensors of a Hugging Face folder.
@@ -92,31 +96,45 @@ def load_hf(
     Raises:
         CheckpointError: as :func:`load`.
     """
-    config = read_config(read_json(folder / "config.json"))
-    tensors = open_tensors(folder)
+    fields = read_json(folder / "config.json")
+    config = read_config(fields, max_context)
+    tensors = canonical(open_tensors(folder), config, ignored_layers(fields))
     config = settle_head(folder, config, tensors, dtype)
     graph, state = nnx.split(abstract_decoder(config, dtype, mesh or default_mesh(), forms=everywhere(quantize)))
     params = dict(nnx.to_flat_state(state))
     parts = {path: hf_tensors(path, leaf.shape, config) for path, leaf in params.items() if not _is_scale(path)}
-    check_tensors(folder, [part for of_one in parts.values() for part in of_one], tensors)
+    check_tensors(folder, [part for of_one in parts.values() for expert in of_one for part in expert], tensors)
     total = sum(math.prod(params[path].shape) for path in parts) * np.dtype(dtype).itemsize
     done = 0
     for path, of_one in parts.items():
-        whole = read_joined([tensors[part.name] for part in of_one], of_one).reshape(params[path].shape)
-        _fill(params, path, whole, dtype)
+        whole = _read(tensors, of_one, params[path].shape, dtype)
+        _fill(params, path, whole)
         done += whole.size * np.dtype(dtype).itemsize
         if progress is not None:
             progress(done, total)
     return nnx.merge(graph, nnx.from_flat_state(params))
 
 
-def _fill(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], whole: np.ndarray, dtype: Any) -> None:
-    """Put a weight into the abstract ``params``: in ``dtype``, or quantized if it has scales there."""
+def _read(
+    tensors: dict[str, StoredTensor], experts: list[list[HfTensor]], shape: tuple[int, ...], dtype: Any
+) -> np.ndarray:
+    """A parameter, in the dtypes of its tensors; that of all experts in ``dtype``, expert by expert into its place."""
+    if len(experts) == 1:
+        return read_joined([tensors[part.name] for part in experts[0]], experts[0]).reshape(shape)
+    whole = np.empty(shape, dtype)
+    for e, parts in enumerate(experts):
+        whole[e] = read_joined([tensors[part.name] for part in parts], parts).reshape(shape[1:])
+    return whole
+
+
+def _fill(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], whole: np.ndarray) -> None:
+    """Put a weight into the abstract ``params``: in the dtype that it has there, or quantized if it has scales."""
     if _scale_of(path) in params:
         whole = whole.astype(jax.dtypes.canonicalize_dtype(whole.dtype), copy=False)
         _fill_quantized(params, path, _put(whole, params[path].sharding))
     else:
-        params[path] = params[path].replace(_put(whole.astype(dtype, copy=False), params[path].sharding))
+        leaf = params[path]
+        params[path] = leaf.replace(_put(whole.astype(leaf.dtype, copy=False), leaf.sharding))
 
 
 def _fill_quantized(params: dict[tuple[Any, ...], Any], path: tuple[Any, ...], weight: jax.Array) -> None:
@@ -143,16 +161,17 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` (weights as they are) as a Hugging Face folder.
 
     Raises:
-        CheckpointError: the decoder is quantized.
+        CheckpointError: the decoder is quantized, or of a family that has no such form here.
     """
     params = nnx.to_flat_state(nnx.state(decoder))
     if any(_is_scale(path) for path, _ in params):
         raise CheckpointError("quantized weights have no Hugging Face form here; write them with Orbax")
+    fields = to_hf(decoder.config)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, leaf in params:
         array = np.asarray(leaf[...])
-        parts = hf_tensors(path, array.shape, decoder.config)
+        [parts] = hf_tensors(path, array.shape, decoder.config)
         pieces = [array]
         if len(parts) > 1:
             ends = np.cumsum([part.part[-2] for part in parts])
@@ -164,18 +183,30 @@ def save_hf(decoder: Decoder, folder: Path) -> None:
             )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = np.dtype(next(iter(tensors.values())).dtype).name
-    (folder / "config.json").write_text(json.dumps({**to_hf(decoder.config), "dtype": dtype}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**fields, "dtype": dtype}, indent=2) + "\n")
 
 
-def save_orbax(decoder: Decoder, folder: Path) -> None:
-    """Write the weights with Orbax, beside a ``config.json``."""
+def save_orbax(decoder: Decoder, folder: Path, config: Path | None = None) -> None:
+    """Write the weights with Orbax, beside a ``config.json``: a copy of ``config``, or what follows from the decoder.
+
+    Raises:
+        CheckpointError: nothing follows, for a family that has no Hugging Face form here.
+    """
+    text = json.dumps(to_hf(decoder.config), indent=2) + "\n" if config is None else config.read_text()
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), nnx.to_pure_dict(nnx.state(decoder)), force=True)
-    (folder / "config.json").write_text(json.dumps(to_hf(decoder.config), indent=2) + "\n")
+    (folder / "config.json").write_text(text)
 
 
-def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantize: Format | None = None) -> Decoder:
+def load_orbax(
+    folder: Path,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    *,
+    quantize: Format | None = None,
+    max_context: int | None = None,
+) -> Decoder:
     """Read what :func:`save_orbax` wrote; every device reads its own part.
 
     To quantize needs memory for the model in ``dtype``; a model that was saved quantized does not.
@@ -183,12 +214,14 @@ def load_orbax(folder: Path, dtype: Any, mesh: Mesh | None = None, *, quantize: 
     Raises:
         CheckpointError: the arrays are damaged, do not fit ``config.json``, or are quantized to another dtype.
     """
-    config = read_config(read_json(folder / "config.json"))
+    config = read_config(read_json(folder / "config.json"), max_context)
     mesh = mesh or default_mesh()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata((folder / ORBAX).absolute()).item_metadata.tree
             found = {".".join(str(key.key) for key in path): leaf for path, leaf in _leaves(stored)}
+            if HEAD in found:  # may be one that differs from the embedding, in spite of config.json
+                config = replace(config, tie_embeddings=False)
             kept = {
                 FORMS[leaf.dtype] for name, leaf in found.items() if f"{name.removesuffix('weight')}{SCALES}" in found
             }

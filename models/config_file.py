@@ -40,12 +40,41 @@ def number(config: Json, field: str, default: float | None = None) -> float:
     return float(value)
 
 
-def flag(config: Json, field: str) -> bool:
-    """True or false; without it, false."""
+def whole(config: Json, field: str, default: int) -> int:
+    """An integer that may be 0; where the field is absent, ``default``."""
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**24:
+        raise CheckpointError(f"config.json: {field} is {value!r}; an integer of 0 or more is needed")
+    return value
+
+
+def optional_number(config: Json, field: str) -> float | None:
+    """A positive number, or None."""
+    return None if config.get(field) is None else number(config, field)
+
+
+def numbers(config: Json, field: str, count: int) -> tuple[float, ...]:
+    """So many positive numbers."""
+    value = config.get(field)
+    if not isinstance(value, list) or len(value) != count:
+        raise CheckpointError(f"config.json: {field} must be a list of {count} numbers, one for each rotated pair")
+    return tuple(number({field: one}, field) for one in value)
+
+
+def flag(config: Json, field: str, default: bool = False) -> bool:
+    """True or false; without it, ``default``."""
     value = config.get(field)
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"config.json: {field} is {value!r}; true or false is needed")
-    return bool(value)
+    return default if value is None else value
+
+
+def part(config: Json, field: str) -> Json:
+    """An object within; without it, an empty one."""
+    value = config.get(field)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {field} is {value!r}; an object is needed")
+    return value or {}
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,57 +1,108 @@
-"""Families of decoders: what each ``config.json`` says, as transformers 4 or 5 writes it."""
+"""Families of decoders: what each ``config.json`` says, as transformers 4 or 5 writes it.
+
+A family is a row of :data:`FAMILIES`: the fields that its class in transformers adds when they are absent, which of its
+layers have a window, and a function from fields to the switches of :class:`.config.ModelConfig`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from .config import CheckpointError, ModelConfig
-from .config_file import Json, flag, layers, number, size
-from .rope import Llama3, Rope
+from .config_file import Json, flag, layers, number, optional_number, part, size
+from .mixture_fields import glm_experts, gpt_oss_experts, qwen_experts
+from .rope import Llama3
+from .rope_fields import ORIGINAL, Context, read_rope, rope_parameters, rope_parameters_by_type
+from .window_fields import Slides, all_layers, by_pattern, flagged, flagged_from, windows
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+Switches = dict[str, Any]
+"""Fields of :class:`.config.ModelConfig`."""
 
 
-def read_config(config: Json) -> ModelConfig:
+@dataclass(frozen=True)
+class Family:
+    """What models of one class in transformers have in common."""
+
+    architecture: str
+    model_type: str
+    switches: Callable[[Json], Switches]
+    """Field by field what differs from a plain Llama."""
+    defaults: Json = field(default_factory=dict)
+    """Fields that the class adds when they are absent."""
+    rope: Json = field(default_factory=dict)
+    """Its rotary embedding where the file has no parameters of one."""
+    ropes: Literal["one", "by type"] = "one"
+    """Whether layers with a window have a rotary embedding of their own."""
+    partial: bool = False
+    """Whether a part of each head may be rotated only."""
+    slides: Slides = flagged_from
+    """Which layers have a window."""
+    typed: bool = False
+    """Whether ``layer_types`` may say otherwise."""
+    biased: bool = False
+    """Whether the class reads ``attention_bias``."""
+    activation: str = "hidden_act"
+    """Name of the field of the activation."""
+
+
+def read_config(config: Json, max_context: int | None = None) -> ModelConfig:
     """Read a Hugging Face configuration, as transformers 4 or 5 writes it.
+
+    Args:
+        config: the file's fields.
+        max_context: tokens of the longest context that will be served, on which some rotary embeddings depend; None:
+            the model's limit.
 
     Raises:
         CheckpointError: unknown architecture, a feature that is not served, or a missing or absurd field.
     """
-    architecture = _architecture(config)
-    _refuse_unserved(config, architecture)
-    llama = architecture == "LlamaForCausalLM"
-    heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
-    kv_heads = size(config, "num_key_value_heads", heads if llama or "num_key_value_heads" in config else 32)
-    head_dim = size(config, "head_dim", 128 if architecture == "Qwen3ForCausalLM" else max(hidden // heads, 1))
+    family, own = _family(config)
+    fields = {**family.defaults, **own}
+    _refuse_unserved(fields, family)
+    heads, hidden = size(fields, "num_attention_heads"), size(fields, "hidden_size")
+    kv_heads = size(fields, "num_key_value_heads", heads)
+    head_dim = size(fields, "head_dim", max(hidden // heads, 1))
     if heads % kv_heads or head_dim % 2:
         raise CheckpointError(f"{heads} heads on {kv_heads} KV heads of size {head_dim} make no grouped attention")
-    max_position = size(config, "max_position_embeddings", 2048 if llama else 32_768)
-    return ModelConfig(
-        vocab_size=size(config, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size(config, "intermediate_size"),
-        num_layers=layers(config),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_position=max_position,
-        rope=_rope(config, max_position),
-        rms_eps=number(config, "rms_norm_eps", 1e-6),
-        tie_embeddings=flag(config, "tie_word_embeddings"),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
-    )
+    max_position = size(fields, "max_position_embeddings")
+    original = size(fields, ORIGINAL) if fields.get(ORIGINAL) is not None else None
+    context = Context(head_dim, max_position, max_context or max_position, original, family.partial)
+    count = layers(fields)
+    shape = {
+        "vocab_size": size(fields, "vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": size(fields, "intermediate_size"),
+        "num_layers": count,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position": max_position,
+        "rms_eps": number(fields, "rms_norm_eps"),
+        "tie_embeddings": flag(fields, "tie_word_embeddings"),
+    }
+    ropes = _ropes(fields, family, context)
+    window, sliding = windows(fields, family.slides, count, typed=family.typed)
+    if window is not None and window >= max_position and "window_rope" not in ropes:
+        window, sliding = None, ()  # it hides nothing
+    if sliding and family is _LLAMA:  # whose class knows no windows
+        raise CheckpointError("layers with a sliding window (use_sliding_window, layer_types) are not served for Llama")
+    return ModelConfig(**shape, **ropes, window=window, sliding=sliding, **family.switches(fields))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Write a configuration of Llama, Qwen2.5 or Qwen3 (dense) as the fields of a Hugging Face ``config.json``."""
-    architecture = ARCHITECTURES[1 if config.qkv_bias else 2 if config.qk_norm else 0]
+    """Write a configuration of Llama, Qwen2.5 or Qwen3 (dense) as the fields of a Hugging Face ``config.json``.
+
+    Raises:
+        CheckpointError: it is of another family.
+    """
+    architecture = tuple(FAMILIES)[1 if config.qkv_bias else 2 if config.qk_norm else 0]
     rope: dict[str, Any] = {"rope_type": "default"}
     if isinstance(config.rope.scaling, Llama3):
         rope = {"rope_type": "llama3", **asdict(config.rope.scaling)}
         rope["original_max_position_embeddings"] = rope.pop("original_max_position")
-    return {
+    fields = {
         "architectures": [architecture],
         "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": config.vocab_size,
@@ -68,71 +119,262 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
     }
+    if read_config(fields) != config:
+        raise CheckpointError("only Llama, Qwen2.5 and Qwen3 (dense) can be written as Hugging Face folders; use Orbax")
+    return fields
 
 
-def _architecture(config: Json) -> str:
-    """The class of the model, or that of its ``model_type`` where none is named."""
+def _ropes(fields: Json, family: Family, context: Context) -> Switches:
+    if family.ropes == "by type":
+        full, sliding = rope_parameters_by_type(fields)
+        return {"rope": read_rope(full, context), "window_rope": read_rope(sliding, context)}
+    parameters = rope_parameters(fields, family.rope)
+    found: Switches = {"rope": read_rope(parameters, context)}
+    beta = parameters.get("llama_4_scaling_beta")
+    if family.model_type == "ministral3" and beta not in (0, None):
+        original = size({ORIGINAL: parameters.get(ORIGINAL, context.max_position)}, ORIGINAL)
+        found["query_growth"] = number(parameters, "llama_4_scaling_beta"), original
+    elif beta not in (0, None):
+        raise CheckpointError(f"llama_4_scaling_beta = {beta!r} is served for Ministral3ForCausalLM only")
+    return found
+
+
+def _family(config: Json) -> tuple[Family, Json]:
+    """The family, and the fields of its text decoder."""
     named, kind = config.get("architectures"), config.get("model_type")
-    if named is None and isinstance(kind, str):
-        named = [name for name in ARCHITECTURES if name.removesuffix("ForCausalLM").lower() == kind] or [kind]
     architecture = named[0] if isinstance(named, list) and named else named
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"architecture {architecture!r} is not served; these are: {', '.join(ARCHITECTURES)}")
-    return str(architecture)
+    if isinstance(architecture, str) and architecture in COMPOSITES:
+        return _text_part(config, architecture)
+    for family in FAMILIES.values():
+        if architecture == family.architecture or (architecture is None and kind == family.model_type):
+            return family, config
+    if architecture is None and isinstance(kind, str):
+        architecture = kind
+    raise CheckpointError(f"architecture {architecture!r} is not served; these are: {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unserved(config: Json, architecture: str) -> None:
+def _text_part(config: Json, architecture: str) -> tuple[Family, Json]:
+    """The text decoder of a model that also sees pictures; whether it is tied is said outside of its fields."""
+    text, served = part(config, "text_config"), COMPOSITES[architecture]
+    kind = text.get("model_type", served[0])
+    if kind not in served:
+        raise CheckpointError(
+            f"{architecture} is served with text_config.model_type {' or '.join(served)}, not {kind!r}"
+        )
+    outside = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    if "quantization_config" in config:
+        outside["quantization_config"] = config["quantization_config"]
+    family = next(one for one in FAMILIES.values() if one.model_type == kind)
+    return family, {**text, **outside}
+
+
+def _refuse_unserved(fields: Json, family: Family) -> None:
+    activations = ("silu", "swish") if family.activation == "hidden_act" else ("gelu_pytorch_tanh",)
     served_fields: list[tuple[str, tuple[Any, ...]]] = [
         ("quantization_config", (None,)),
-        ("hidden_act", ("silu", "swish")),
+        (family.activation, activations),
         ("mlp_bias", (False, None)),
+        ("use_bidirectional_attention", (False, None)),
+        ("swiglu_alpha", (1.702, None)),
     ]
-    if architecture != "Qwen2ForCausalLM":  # it always has query, key and value biases
+    if not family.biased:
         served_fields.append(("attention_bias", (False, None)))
-    for field, served in served_fields:
-        value = config.get(field, served[0])
+    if family.model_type == "gemma3_text":
+        served_fields.append(("attn_logit_softcapping", (None,)))
+    for name, served in served_fields:
+        value = fields.get(name, served[0])
         if value not in served:
-            raise CheckpointError(f"{field} = {value!r} is not served for {architecture}, only {served[0]!r}")
-    if _slides(config):
-        raise CheckpointError("layers with a sliding window (use_sliding_window, layer_types) are not served")
+            raise CheckpointError(f"{name} = {value!r} is not served for {family.architecture}, only {served[0]!r}")
 
 
-def _slides(config: Json) -> bool:
-    """Whether any layer has a window that is narrower than the context, as Qwen's configurations say it."""
-    count = layers(config)
-    types = config.get("layer_types")
-    if types is not None:
-        if not isinstance(types, list) or len(types) != count or not all(isinstance(name, str) for name in types):
-            raise CheckpointError(f"config.json: layer_types must name the type of each of the {count} layers")
-        return any(name != "full_attention" for name in types)
-    if not flag(config, "use_sliding_window") or config.get("sliding_window", 4096) is None:
-        return False
-    full = config.get("max_window_layers", 28)
-    if isinstance(full, bool) or not isinstance(full, int) or full < 0:
-        raise CheckpointError(f"config.json: max_window_layers is {full!r}; a number of layers is needed")
-    return full < count and size(config, "sliding_window", 4096) < size(config, "max_position_embeddings", 32_768)
+def ignored_layers(config: Json) -> range:
+    """Layers of a checkpoint beyond the decoder's, which predict further tokens (GLM-4.5, section 2.1)."""
+    family, fields = _family(config)
+    if family.model_type != "glm4_moe":
+        return range(0)
+    extra = fields.get("num_nextn_predict_layers", fields.get("num_mtp_layers", 1))
+    count = layers(fields)
+    return range(count, count + (extra if isinstance(extra, int) else 0))
 
 
-def _rope(config: Json, max_position: int) -> Rope:
-    """The rotary embedding; ``rope_scaling`` wins over ``rope_parameters``, as in transformers."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError(f"config.json: rope parameters are {rope!r}; one object for all layers is served")
-    theta = number({"rope_theta": config.get("rope_theta", 10_000.0), **rope}, "rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(f"rope_type {kind!r} is not served; 'default' and 'llama3' are")
-    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) not in (1.0, None):
-        raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served, only 1.0")
-    if kind == "default":
-        return Rope(theta)
-    original = "original_max_position_embeddings"  # beside the rope parameters it wins over one within
-    scaling = Llama3(
-        factor=number(rope, "factor"),
-        low_freq_factor=number(rope, "low_freq_factor"),
-        high_freq_factor=number(rope, "high_freq_factor"),
-        original_max_position=size(config if original in config else rope, original, max_position),
+def _plain(fields: Json) -> Switches:
+    return {}
+
+
+def _biased(fields: Json) -> Switches:
+    """``attention_bias`` of all four projections."""
+    return {"qkv_bias": flag(fields, "attention_bias"), "o_bias": flag(fields, "attention_bias")}
+
+
+def _qwen2(fields: Json) -> Switches:
+    return {"qkv_bias": True}
+
+
+def _qwen3(fields: Json) -> Switches:
+    return {**_biased(fields), "qk_norm": True}
+
+
+def _qwen3_moe(fields: Json) -> Switches:
+    return {**_qwen3(fields), "experts": qwen_experts(fields, layers(fields))}
+
+
+def _gpt_oss(fields: Json) -> Switches:
+    return {**_biased(fields), "sinks": True, "float32_norms": True, "experts": gpt_oss_experts(fields)}
+
+
+def _glm4_moe(fields: Json) -> Switches:
+    return {
+        "qkv_bias": flag(fields, "attention_bias"),
+        "qk_norm": flag(fields, "use_qk_norm"),
+        "experts": glm_experts(fields, layers(fields)),
+    }
+
+
+def _gemma2(fields: Json) -> Switches:
+    return {
+        **_biased(fields),
+        "attention_scale": number(fields, "query_pre_attn_scalar") ** -0.5,
+        "score_cap": optional_number(fields, "attn_logit_softcapping"),
+        "logit_cap": optional_number(fields, "final_logit_softcapping"),
+        "activation": "gelu",
+        "float32_norms": True,
+        "norm_offset": 1.0,
+        "sandwich_norms": True,
+        "embedding_scale": size(fields, "hidden_size") ** 0.5,
+    }
+
+
+def _gemma3(fields: Json) -> Switches:
+    return {**_gemma2(fields), "qk_norm": True}
+
+
+_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, **_WINDOW}
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "sliding_window": 4096}
+_GEMMA = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
+_MINISTRAL_ROPE = {"rope_theta": 1e6, "factor": 16.0, ORIGINAL: 16_384, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+_LLAMA = Family(
+    "LlamaForCausalLM",
+    "llama",
+    _biased,
+    {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **_WINDOW},
+    typed=True,
+    biased=True,
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.architecture: family
+    for family in (
+        _LLAMA,
+        Family("Qwen2ForCausalLM", "qwen2", _qwen2, _QWEN, typed=True, biased=True),
+        Family("Qwen3ForCausalLM", "qwen3", _qwen3, {**_QWEN, "head_dim": 128}, typed=True, biased=True),
+        Family(
+            "Qwen3MoeForCausalLM",
+            "qwen3_moe",
+            _qwen3_moe,
+            {**_QWEN, "num_key_value_heads": 4},
+            biased=True,
+            slides=flagged,
+        ),
+        Family("MistralForCausalLM", "mistral", _plain, _MISTRAL, slides=all_layers),
+        Family("MinistralForCausalLM", "ministral", _plain, _MISTRAL, slides=all_layers, typed=True),
+        Family(
+            "Ministral3ForCausalLM",
+            "ministral3",
+            _plain,
+            {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262_144, "rms_norm_eps": 1e-5},
+            rope={**_YARN, **_MINISTRAL_ROPE, "llama_4_scaling_beta": 0.1},
+            slides=all_layers,
+        ),
+        Family(
+            "Phi3ForCausalLM",
+            "phi3",
+            _plain,
+            {"max_position_embeddings": 4096, ORIGINAL: 4096, "rms_norm_eps": 1e-5},
+            partial=True,
+            slides=all_layers,
+        ),
+        Family(
+            "Gemma2ForCausalLM",
+            "gemma2",
+            _gemma2,
+            {
+                **_GEMMA,
+                "vocab_size": 256_000,
+                "max_position_embeddings": 8192,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+            slides=by_pattern(2),
+            typed=True,
+            biased=True,
+            activation="hidden_activation",
+        ),
+        Family(
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            _gemma3,
+            {**_GEMMA, "vocab_size": 262_208, "max_position_embeddings": 131_072},
+            ropes="by type",
+            slides=by_pattern(6),
+            typed=True,
+            biased=True,
+            activation="hidden_activation",
+        ),
+        Family(
+            "GptOssForCausalLM",
+            "gpt_oss",
+            _gpt_oss,
+            {
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "sliding_window": 128,
+                "max_position_embeddings": 131_072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 150_000.0,
+                "attention_bias": True,
+            },
+            rope={**_YARN, "factor": 32.0, "truncate": False, ORIGINAL: 4096},
+            slides=by_pattern(2),
+            typed=True,
+            biased=True,
+        ),
+        Family(
+            "Glm4MoeForCausalLM",
+            "glm4_moe",
+            _glm4_moe,
+            {
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131_072,
+                "rms_norm_eps": 1e-5,
+                "partial_rotary_factor": 0.5,
+            },
+            partial=True,
+            biased=True,
+        ),
     )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise CheckpointError("config.json: high_freq_factor of the rope must be greater than low_freq_factor")
-    return Rope(theta, scaling)
+}
+"""Class in transformers -> family."""
+
+COMPOSITES = {
+    "Mistral3ForConditionalGeneration": ("mistral", "ministral3"),
+    "Gemma3ForConditionalGeneration": ("gemma3_text",),
+}
+"""Class of a model that also sees pictures -> ``model_type`` of the text decoders within that are served; pictures are
+not."""
+
+ARCHITECTURES = (*FAMILIES, *COMPOSITES)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .config import CheckpointError, ModelConfig
+from .config import CheckpointError, ModelConfig, joined_block
 from .safetensors_files import StoredTensor
 
 log = logging.getLogger(__name__)
@@ -25,11 +25,26 @@ LAYER = {
     "attention.o.weight": ("self_attn.o_proj",),
     "attention.q_norm.scale": ("self_attn.q_norm",),
     "attention.k_norm.scale": ("self_attn.k_norm",),
+    "attention_out_norm.scale": ("attention_out_layernorm",),
+    "mlp_out_norm.scale": ("mlp_out_layernorm",),
     "mlp.gate_up.weight": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down.weight": ("mlp.down_proj",),
+    "mlp.router.weight": ("mlp.gate",),
+    "mlp.shared.gate_up.weight": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "mlp.shared.down.weight": ("mlp.shared_experts.down_proj",),
 }
-"""Parameter -> Hugging Face modules, which it joins block by block. The tensors are called ``weight``, or ``bias`` for
-``attention.qkv_bias``."""
+"""Parameter -> modules, by their names in checkpoints of Llama and Qwen3-MoE, which it joins block by block; those that
+such models lack have names of ours. The tensors are called ``weight``, or ``bias`` for a parameter ``…_bias``."""
+EXPERTS = {
+    "mlp.gate_up.weight": ("gate_proj", "up_proj"),
+    "mlp.down.weight": ("down_proj",),
+}
+"""The same within ``mlp.experts.e``, for parameters whose first axis is that of the experts."""
+SINGLE = {
+    "attention.sinks": "self_attn.sinks",
+    "mlp.correction": "mlp.gate.e_score_correction_bias",
+}
+"""Parameters that are one tensor."""
 
 
 class HfTensor(NamedTuple):
@@ -41,30 +56,79 @@ class HfTensor(NamedTuple):
     transposed: bool
     part: tuple[int, ...]
     """Shape in the decoder. Parts that are joined have outputs ``[blocks, w, size]`` and lie side by side in w."""
+    order: tuple[int, ...] | None = None
+    """Dimensions of each head in the order in which a decoder has them (:attr:`.rope.Rope.partial`)."""
+    offset: float = 0.0
+    """Added to it, in float32."""
 
 
-def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> list[HfTensor]:
-    """Tensors that make up the parameter at ``path``, as ``("layers", 0, "attention", "o", "weight")``, in order."""
+def hf_tensors(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> list[list[HfTensor]]:
+    """Tensors that make up the parameter at ``path``, as ``("layers", 0, "attention", "o", "weight")``, in order.
+
+    They are in one list, or in one for each expert.
+    """
     parts = [str(part) for part in path]
-    bias = parts[-1].endswith("_bias")
-    if bias:
+    if parts[-1] == "router":
+        parts.append("weight")
+    if bias := parts[-1].endswith("_bias"):
         parts[-1:] = [parts[-1].removesuffix("_bias"), "weight"]
-    if parts[0] == "layers":
-        modules = [f"model.layers.{parts[1]}.{module}" for module in LAYER[".".join(parts[2:])]]
+    if parts[0] != "layers":
+        name = ".".join(parts)
+        return [[_joined([TOP[name]], shape, 1, 1, config, bias=False, transposed=parts[0] != "embed")[0]]]
+    layer, name = f"model.layers.{parts[1]}", ".".join(parts[2:])
+    if name in SINGLE:
+        return [[HfTensor(f"{layer}.{SINGLE[name]}", shape, False, shape)]]
+    if len(shape) == 3 - bias and name in EXPERTS:
+        assert config.experts is not None
+        block = joined_block(config.experts.size, config.num_kv_heads)
+        experts = [[f"{layer}.mlp.experts.{e}.{module}" for module in EXPERTS[name]] for e in range(shape[0])]
+        return [_joined(modules, shape[1:], 2, block, config, bias=bias) for modules in experts]
+    modules = [f"{layer}.{module}" for module in LAYER[name]]
+    if "qkv" in parts:
+        width, block = config.num_heads // config.num_kv_heads + 2, config.head_dim
     else:
-        modules = [TOP[".".join(parts)]]
-    block = config.head_dim if parts[-2] == "qkv" else config.ffn_block
-    joined = config.num_heads // config.num_kv_heads + 2 if parts[-2] == "qkv" else 2
-    found = []
+        width, block = 2, _block(config, shared="shared" in parts)
+    return [_joined(modules, shape, width, block, config, bias=bias)]
+
+
+def _block(config: ModelConfig, *, shared: bool) -> int:
+    """Consecutive features of the gate or the up projection, where they are joined."""
+    if not shared:
+        return config.ffn_block
+    assert config.experts is not None
+    return joined_block(config.experts.shared_size, config.num_kv_heads)
+
+
+def _joined(
+    modules: Sequence[str],
+    shape: tuple[int, ...],
+    width: int,
+    block: int,
+    config: ModelConfig,
+    *,
+    bias: bool,
+    transposed: bool = True,
+) -> list[HfTensor]:
+    """Tensors of modules that lie side by side in a parameter, in blocks, ``width`` together."""
+    found, flat = [], bias or len(shape) == 1
     for i, module in enumerate(modules):
         part = shape
         if len(modules) > 1:  # every part but the first has width 1
-            width = 1 if i else joined - len(modules) + 1
-            part = (*shape[:-1], shape[-1] // (joined * block), width, block)
-        flat = bias or len(shape) == 1
-        transposed = not flat and parts[0] != "embed"
+            own = 1 if i else width - len(modules) + 1
+            part = (*shape[:-1], shape[-1] // (width * block), own, block)
         there = (math.prod(part),) if flat else (math.prod(part[1:]), part[0]) if transposed else part
-        found.append(HfTensor(f"{module}.{'bias' if bias else 'weight'}", there, transposed, part))
+        norm = module.endswith("norm")
+        turned = config.rope.partial != 1.0 and module.endswith(("q_proj", "k_proj", "q_norm", "k_norm"))
+        found.append(
+            HfTensor(
+                f"{module}.{'bias' if bias else 'weight'}",
+                there,
+                transposed and not flat,
+                part,
+                config.rope.order(config.head_dim) if turned else None,
+                config.norm_offset if norm else 0.0,
+            )
+        )
     return found
 
 
@@ -115,18 +179,25 @@ def check_tensors(folder: Path, wanted: Sequence[HfTensor], tensors: dict[str, S
 
 
 def read_joined(stored: Sequence[StoredTensor], parts: Sequence[HfTensor]) -> np.ndarray:
-    """The tensors of one parameter, joined in its shape; several dtypes become one that holds them all exactly.
+    """The tensors of one parameter, or of one expert's, joined in its shape but for blocks.
+
+    Several dtypes become one that holds them all exactly.
 
     Raises:
         CheckpointError: a tensor's dtype is not one of weights.
     """
-    arrays = [
-        (array.T if part.transposed else array).reshape(part.part)
-        for array, part in zip((one.array() for one in stored), parts, strict=True)
-    ]
+    arrays = [_as_part(one.array(), part) for one, part in zip(stored, parts, strict=True)]
     if len(arrays) == 1:
         return np.array(arrays[0])  # a copy: arrays on a CPU may share memory, and the file may be written to
     if len(dtypes := {array.dtype for array in arrays}) > 1:
         common = np.float64 if np.dtype(np.float64) in dtypes else np.float32
         arrays = [array.astype(common) for array in arrays]
     return np.concatenate(arrays, axis=-2)
+
+
+def _as_part(array: np.ndarray, part: HfTensor) -> np.ndarray:
+    """A tensor of the file in the shape, order and numbers of the decoder."""
+    array = (array.T if part.transposed else array).reshape(part.part)
+    if part.order is not None:
+        array = array[..., part.order]
+    return array if part.offset == 0 else array.astype(np.float32) + np.float32(part.offset)

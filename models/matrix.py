@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from .formats import Format, quantize
+from .formats import MIDDLE, Format, quantize
+from .narrow import Codes, narrow_product
 from .product import product
 
 Forms = Callable[[str], Format | None]
@@ -41,19 +43,28 @@ class Matrix(nnx.Module):
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs):
-        self.form = form
+        self.form = form = form and form.fitted(shape[-2])
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
         if form is not None:
             codes, scale = quantize(self.weight[...], form)
             self.weight, self.scales = nnx.Param(codes), nnx.Param(scale)
+            if form.zeros:
+                middle = MIDDLE if form.codes == "int4" else 0
+                self.zeros = nnx.Param(jnp.full(scale.shape, middle, jnp.int8))
+
+    @property
+    def codes(self) -> Codes:
+        """Its arrays, if it has a form."""
+        return Codes(self.weight[...], self.scales[...], self.zeros[...] if self.form and self.form.zeros else None)
 
 
 def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
     """Multiply ``x [T, I]`` by a matrix ``[I, O]``; the result ``[T, O]`` has the dtype of ``x``."""
-    x, weight = _keep_layout(x), matrix.weight[...]
-    if matrix.form is None:
-        return _keep_layout(x @ weight if weight.dtype == x.dtype else product(x, weight).astype(x.dtype))
-    return _keep_layout((product(x, weight) * matrix.scales[0]).astype(x.dtype))
+    x = _keep_layout(x)
+    if matrix.form is not None:
+        return _keep_layout(narrow_product(x, matrix.codes, matrix.form).astype(x.dtype))
+    weight = matrix.weight[...]
+    return _keep_layout(x @ weight if weight.dtype == x.dtype else product(x, weight).astype(x.dtype))
 
 
 def _keep_layout(x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ Weights of bfloat16 are kept as integers of the same bits there, since XLA would
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -67,15 +68,28 @@ def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _in_blocks(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
     """The product, with a block of the weight's outputs widened at a time."""
     axis = 0 if transposed else 1
-    outputs = weight.shape[axis]
-    size = min(outputs, max(1, WIDENED_AT_ONCE // weight.shape[1 - axis]))
+    take = lambda first, size: _widened(jax.lax.dynamic_slice_in_dim(weight, first, size, axis))  # noqa: E731
+    return blockwise(x, weight.shape[axis], take, transposed)
+
+
+def blockwise(
+    x: jax.Array, outputs: int, widened: Callable[[jax.Array, int], jax.Array], transposed: bool = False
+) -> jax.Array:
+    """Multiply ``x [T, I]`` float32 by a matrix of which a block of outputs at a time is widened.
+
+    Args:
+        x: activations.
+        outputs: of the matrix.
+        widened: ``widened(first, size)``: its weights of outputs from ``first``, float32 ``[I, size]``.
+        transposed: whether they are ``[size, I]`` instead.
+    """
+    size = min(outputs, max(1, WIDENED_AT_ONCE // x.shape[1]))
     if size == outputs:
-        return _multiplied(x, _widened(weight), transposed)
+        return _multiplied(x, widened(jnp.int32(0), size), transposed)
 
     def put(i: jax.Array, result: jax.Array) -> jax.Array:
         first = jnp.minimum(i * size, outputs - size)  # the last block computes some outputs of the one before again
-        block = jax.lax.dynamic_slice_in_dim(weight, first, size, axis)
-        return jax.lax.dynamic_update_slice_in_dim(result, _multiplied(x, _widened(block), transposed), first, 1)
+        return jax.lax.dynamic_update_slice_in_dim(result, _multiplied(x, widened(first, size), transposed), first, 1)
 
     return jax.lax.fori_loop(0, -(-outputs // size), put, jnp.zeros((len(x), outputs), jnp.float32))
 

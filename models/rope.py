@@ -47,6 +47,8 @@ class LongRope:
     """One for each frequency."""
     magnitude: float
     """Factor on cosine and sine."""
+    long: bool
+    """Whether the factors are those for contexts beyond the original one."""
 
 
 Scaling = Linear | Llama3 | Yarn | LongRope
@@ -66,6 +68,13 @@ class Rope:
     def rotated(self, head_dim: int) -> int:
         """Dimensions that are rotated, of ``head_dim``."""
         return int(self.partial * head_dim)
+
+    def order(self, head_dim: int) -> tuple[int, ...]:
+        """A checkpoint's dimensions of a head in the order in which decoders here have them."""
+        rotated, half = self.rotated(head_dim) // 2, head_dim // 2
+        rest = 2 * rotated + half - rotated  # the first dimension of the second half that is not rotated
+        first = (*range(rotated), *range(2 * rotated, rest))
+        return (*first, *range(rotated, 2 * rotated), *range(rest, head_dim))
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Angular frequency of every pair of a head's dimensions, ``[H / 2]`` float32; 0 for those not rotated."""

@@ -37,6 +37,18 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     data: np.ndarray
     """Its bytes."""
+    whole: tuple[int, ...] | None = None
+    """Shape in the file of a tensor that this is a part of; None: it is the tensor itself."""
+    index: tuple[int | slice, ...] = ()
+    """What part of it."""
+    transposed: bool = False
+    """Whether the part is then transposed."""
+
+    def part(self, name: str, index: tuple[int | slice, ...], *, transposed: bool = False) -> StoredTensor:
+        """A part of it under another name; nothing is read."""
+        shape = np.broadcast_to(np.int8(0), self.shape)[index].shape
+        shape = shape[::-1] if transposed else shape
+        return self._replace(name=name, shape=shape, whole=self.shape, index=index, transposed=transposed)
 
     def array(self) -> np.ndarray:
         """The tensor, still in the mapped file.
@@ -48,7 +60,8 @@ class StoredTensor(NamedTuple):
             raise CheckpointError(
                 f"tensor {self.name} in {self.path} has dtype {self.dtype}; {', '.join(DTYPES)} are read"
             )
-        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+        array = self.data.view(DTYPES[self.dtype]).reshape(self.whole or self.shape)[self.index]
+        return array.T if self.transposed else array
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:

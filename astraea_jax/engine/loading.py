@@ -20,6 +20,7 @@ from astraea_jax.models.config_file import read_json
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.families import read_config
 from astraea_jax.models.published import PUBLISHED
+from astraea_jax.models.rope import LongRope
 from astraea_jax.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,12 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         CheckpointError, StartupError: it cannot be served here.
     """
     folder = resolve(model)
-    shape = read_config(read_json(folder / "config.json"))
+    shape = read_config(read_json(folder / "config.json"), config.max_context)
+    _say_which_rope(shape, config.max_context)
     # Orbax folders may hold 8-bit matrices, which take less memory.
     meshes = _prepare(shape, config, matrix_itemsize=1 if (folder / ORBAX).is_dir() else None)
-    decoder = load(folder, config.weight_dtype(), meshes[0], quantize=config.quantized(), progress=progress)
+    dtype, form = config.weight_dtype(), config.quantized()
+    decoder = load(folder, dtype, meshes[0], quantize=form, max_context=config.max_context, progress=progress)
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
 
 
@@ -58,6 +61,16 @@ def random_model(shape: str, config: EngineConfig) -> ModelOnDevices:
     meshes = _prepare(PUBLISHED[shape], config)
     decoder = random_decoder(PUBLISHED[shape], config.weight_dtype(), 0, meshes[0], quantize=config.quantized())
     return ModelOnDevices(decoder, Tokenizer.from_folder(resolve("astraea-tiny")), meshes)
+
+
+def _say_which_rope(model: ModelConfig, max_context: int | None) -> None:
+    if isinstance(scaling := model.rope.scaling, LongRope):
+        log.info(
+            "this model has rotary embeddings for short and for long contexts; those for %s ones serve all, since "
+            "max_context is %d",
+            "long" if scaling.long else "short",
+            max_context or model.max_position,
+        )
 
 
 def _prepare(model: ModelConfig, config: EngineConfig, *, matrix_itemsize: int | None = None) -> list[Mesh]:

@@ -47,7 +47,10 @@ def main(arguments: list[str]) -> None:
         with StartupDisplay() as display:
             form = FORMATS.get(FLAGS.quantize)
             decoder = load(source, jnp.dtype(FLAGS.dtype), quantize=form, progress=display.loading)
-        (save_orbax if FLAGS.to == "orbax" else save_hf)(decoder, target)
+        if FLAGS.to == "orbax":
+            save_orbax(decoder, target, source / "config.json")
+        else:
+            save_hf(decoder, target)
         copy_beside(source, target)
     except CheckpointError as error:
         raise SystemExit(f"cannot convert: {error}") from None

@@ -8,7 +8,7 @@ from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.config_file import read_json
 from astraea_jax.models.families import read_config, to_hf
 from astraea_jax.models.published import PUBLISHED
-from astraea_jax.models.rope import Llama3
+from astraea_jax.models.rope import Linear, Llama3
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,13 +52,13 @@ def test_transformers_4_and_5_spell_the_rope_differently():
         ({"architectures": None}, "None is not served"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not served; .*yarn, longrope"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
         ({"rope_scaling": {**LLAMA["rope_scaling"], "high_freq_factor": 1.0}}, "high_freq_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "one object for all layers"),
         ({"rope_scaling": 8}, "rope parameters are 8"),
         ({"rope_theta": None}, "rope_theta is None"),
@@ -101,8 +101,7 @@ def test_rope_scaling_wins_over_rope_parameters():
     assert read({"rope_parameters": new}, "rope_theta").rope.theta == 10_000.0  # that of rope_parameters goes with it
     assert read({"rope_parameters": new, "rope_scaling": None}, "rope_theta").rope.theta == 5e5
     assert read({"rope_parameters": new, "rope_scaling": {}}).rope.scaling is None
-    with pytest.raises(CheckpointError, match="'yarn'"):
-        read({"rope_parameters": new, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert read({"rope_parameters": new, "rope_scaling": {"type": "linear", "factor": 4.0}}).rope.scaling == Linear(4.0)
 
 
 def test_original_context_of_the_rope():
