@@ -29,6 +29,7 @@ def choose(
     head_dim: int,
     page_size: int,
     dtype: Any,
+    sinks: bool = False,
     compute_capability: int | None = None,
 ) -> Backend:
     """The backend called ``name``, or if None the first preferred one that supports the pages of one device.
@@ -40,6 +41,7 @@ def choose(
         head_dim: as above.
         page_size: as above.
         dtype: as above.
+        sinks: whether the model's heads have sinks.
         compute_capability: compute capability of absent GPUs to compile for.
 
     Raises:
@@ -56,6 +58,9 @@ def choose(
                 else BACKENDS[candidate]()
             )
             backend.page_shape(kv_heads, page_size, head_dim, dtype)
+            if sinks and not backend.has_sinks:
+                able = next(n for n in PREFERRED.get(platform, ("reference",)) if BACKENDS[n].has_sinks)
+                raise StartupError(f"attention {candidate!r} has no sinks, which this model needs; choose {able!r}")
         except StartupError as error:
             refusals.append(str(error))
             continue

@@ -192,6 +192,7 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
         head_dim=model.head_dim,
         page_size=config.page_size,
         dtype=kv_dtype,
+        sinks=model.sinks,
         compute_capability=target.capability,
     )
     weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
