@@ -320,7 +320,7 @@ def _attend_kernel(
             k = buffer[side, :, 0, head].reshape(size, -1).astype(q.dtype)
             v = buffer[side, :, sides - 1, head].reshape(size, -1).astype(q.dtype)
             v = jnp.where(inside, v, 0)  # values beyond may be NaN, and 0 * NaN is NaN
-            scores = scale * _product(q[0, head], k, 1)
+            scores = scale * mxu_product(q[0, head], k, 1)
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             _accumulate(jnp.where(seen, scores, NEVER), v, *(ref.at[head] for ref in state))
@@ -356,10 +356,10 @@ def _accumulate(scores: jax.Array, v: jax.Array, top: Any, mass: Any, total: Any
     weights = jnp.exp(scores - highest[:, :1])
     top[...] = highest
     mass[...] = mass[...] * shrink + weights.sum(1, keepdims=True)
-    total[...] = total[...] * shrink[:, :1] + _product(weights.astype(v.dtype), v, 0)
+    total[...] = total[...] * shrink[:, :1] + mxu_product(weights.astype(v.dtype), v, 0)
 
 
-def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def mxu_product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """Contract the last axis of ``a`` with ``axis`` of ``b`` in float32; by default the MXU rounds to bfloat16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((1,), (axis,)), ((), ()))
