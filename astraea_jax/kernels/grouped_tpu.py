@@ -73,8 +73,17 @@ class GroupedTPU:
 
 
 def _readable(scales: jax.Array) -> jax.Array:
-    """Scales in a dtype that TPUs load: they have no float16."""
-    return scales.astype(jnp.float32) if scales.dtype == jnp.float16 else scales
+    """Scales in a dtype that TPUs load: not float16, but the same bits."""
+    return jax.lax.bitcast_convert_type(scales, jnp.uint16) if scales.dtype == jnp.float16 else scales
+
+
+def _of_half(bits: jax.Array) -> jax.Array:
+    """Float32 of the bits of float16; those below its normal numbers, which TPUs would take for zero, by themselves."""
+    wide = bits.astype(jnp.int32)
+    magnitude = wide & 0x7FFF
+    normal = jax.lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
+    number = jnp.where(magnitude < 0x400, magnitude.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(wide > 0x7FFF, -number, number)
 
 
 def _grouped(
@@ -195,7 +204,8 @@ def _spread(grid: Any, first: Any, form: Format, tile: int, groups: slice) -> ja
     Those that outputs share are spread by a product with a matrix of ones and zeros, which keeps them as they are:
     a tile cannot begin within the lanes of a register.
     """
-    values = grid[0, groups].astype(jnp.float32)
+    values = grid[0, groups]
+    values = _of_half(values) if values.dtype == jnp.uint16 else values.astype(jnp.float32)
     if form.outputs == 1:
         return values
     shape = values.shape[1], tile

@@ -1,4 +1,4 @@
-"""Our TPU kernel for grouped products, interpreted, against dequantised matrices, with everything unwritten poisoned."""
+"""Our TPU kernel for grouped products, interpreted, against dequantised matrices, unwritten memory being poisoned.
 
 from __future__ import annotations
 
