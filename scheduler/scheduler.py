@@ -107,19 +107,23 @@ class Scheduler:
             priority=priority,
         )
         if opened.last is not None:
-            request.wait = self._waits.end(opened, now)
-            self._planner.preparations.end(opened, SUPERSEDED)
+            self._go_on(request, opened.last, now)
         else:
             self.branches.inherit(opened, prompt)
-        if opened.last is not None:
-            request.matches(opened.last)
-            self._residency.kv.trim(opened, request.reusable)
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
         self._stops.update(stops)
         self._planner.enqueue(request, now)
         return request
+
+    def _go_on(self, request: Request, last: Request, now: float) -> None:
+        """Let a request go on from its program's last one: the wait ends, and the KV that both share stays."""
+        program = request.program
+        request.wait = self._waits.end(program, now)
+        self._planner.preparations.end(program, SUPERSEDED)
+        request.matches(last)
+        self._residency.kv.trim(program, request.reusable)
 
     def finish(self, request: Request, reason: str, now: float) -> None:
         """End a request, wherever it is, and free or retain its pages; a second call does nothing."""

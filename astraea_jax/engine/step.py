@@ -64,13 +64,17 @@ float32, and would convert every activation there and back."""
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
     "gpu": {"xla_gpu_enable_triton_gemm": False},
-    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+    "cpu": {
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "xla_cpu_prefer_vector_width": "512",
+    },
 }
 """Kind of device, or platform -> options of XLA. For a loop over layers, TPU7x's compiler prefers larger tiles than the
 weights have and would copy all weights into them at every step. On GPUs matrix products are cuBLAS's: with these a step
 of Llama-3.1-8B reached 94 % of an H200's read floor and all its executables compiled in 25 s, since XLA need not try
 kernels of its own for every product and shape. By default a CPU's computes first what waits for nothing: it widens
-every narrow weight before the first product, and a step takes five to twenty times as long."""
+every narrow weight before the first product, and a step takes five to twenty times as long. It also keeps to vectors of
+256 bits where the processor has 512, with which a step of one row takes 0.94 of the time, and others the same."""
 
 Packed = tuple[Any, ...]
 """A model's arrays, or their shapes, as arguments of a step."""

@@ -76,10 +76,13 @@ class Prepared:
     programs: tuple[TraceProgram, ...]
     live_context: float
 
-    def pool_tokens(self, oversubscription: float) -> int:
-        """Tokens of the pool; the longest context has room in any."""
+    def pool_tokens(self, cell: Cell) -> int:
+        """Tokens of a cell's pool; the longest context has room in any."""
+        if cell.residency == "unlimited":
+            return everything(self.programs)
         longest = max(p.longest for p in self.programs)
-        return max(int(self.live_context / oversubscription), longest + min(4096, longest // 8 + 2 * Sizes.page_size))
+        least = longest + min(4096, longest // 8 + 2 * Sizes.page_size)
+        return max(int(self.live_context / cell.oversubscription), least)
 
 
 def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: float = 1.0) -> list[TraceProgram]:
@@ -127,11 +130,8 @@ def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
     prepared = prepare(
         *(cell.workload, cell.programs, cell.seed, cell.load, cell.machine), cell.context, cell.tool_scale
     )
-    pool = prepared.pool_tokens(cell.oversubscription)
     host, strategy = residency_of(cell)
-    sizes = Sizes(pool, host_tokens=UNLIMITED if host else 0)
-    if cell.residency == "unlimited":
-        sizes = Sizes(everything(prepared.programs))
+    sizes = Sizes(prepared.pool_tokens(cell), host_tokens=UNLIMITED if host else 0)
     policy = make_policy(cell.policy, predictor_for(cell, prepared.programs), strategy)
     return Simulator(prepared.programs, policy, MACHINES[cell.machine], sizes, record_plans=record_plans).run()
 
