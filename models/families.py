@@ -162,8 +162,6 @@ def _text_part(config: Json, architecture: str) -> tuple[Family, Json]:
             f"{architecture} is served with text_config.model_type {' or '.join(served)}, not {kind!r}"
         )
     outside = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
-    if "quantization_config" in config:
-        outside["quantization_config"] = config["quantization_config"]
     family = next(one for one in FAMILIES.values() if one.model_type == kind)
     return family, {**text, **outside}
 
@@ -171,7 +169,6 @@ def _text_part(config: Json, architecture: str) -> tuple[Family, Json]:
 def _refuse_unserved(fields: Json, family: Family) -> None:
     activations = ("silu", "swish") if family.activation == "hidden_act" else ("gelu_pytorch_tanh",)
     served_fields: list[tuple[str, tuple[Any, ...]]] = [
-        ("quantization_config", (None,)),
         (family.activation, activations),
         ("mlp_bias", (False, None)),
         ("use_bidirectional_attention", (False, None)),

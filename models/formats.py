@@ -6,7 +6,7 @@ copy of a matrix is stored.
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of ``fp4`` codes 0 to 7; codes 8 to 15 are these, negated."""
 
 
+ScaleType = Literal["float32", "float16", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class Format:
     """Form of a matrix ``[I, O]`` in fewer bits."""
@@ -39,7 +42,7 @@ class Format:
     """Outputs that share a scale."""
     zeros: bool = False
     """Whether every scale has a zero, an int8 that is subtracted from the codes."""
-    scales: Literal["float32", "float16", "bfloat16"] = "float32"
+    scales: ScaleType = "float32"
     """Dtype of the scales."""
 
     @property
@@ -63,7 +66,7 @@ class Format:
         return -(-inputs // (self.inputs or inputs)), -(-outputs // self.outputs)
 
     def fitted(self, inputs: int) -> Format | None:
-        """This form for a matrix of so many inputs: with smaller groups if they do not divide it.
+        """The form for a matrix of so many inputs: with smaller groups if they do not divide it.
 
         None: it has none, since 4-bit codes lie in blocks of 32 inputs.
         """
@@ -110,7 +113,7 @@ def _coded(numbers: jax.Array, form: Format) -> jax.Array:
         return jnp.round(clipped).astype(form.dtype)
     if form.codes == "int4":
         return packed((jnp.round(clipped) + MIDDLE).astype(jnp.uint8))
-    between = [(low + high) / 2 for low, high in zip(FP4, FP4[1:])]
+    between = [(low + high) / 2 for low, high in itertools.pairwise(FP4)]
     index = sum((jnp.abs(clipped) > border).astype(jnp.uint8) for border in between)
     return packed(jnp.where(clipped < 0, index + 8, index).astype(jnp.uint8))
 
@@ -128,8 +131,3 @@ def unpacked(stored: jax.Array) -> jax.Array:
     blocks = stored.reshape(*lead, 2 * half // PACKED, 1, PACKED // 2, outputs)
     both = jnp.concatenate([blocks & 15, blocks >> 4], axis=-3)
     return both.reshape(*lead, 2 * half, outputs)
-
-
-def joined_outputs(forms: list[Format], size: int) -> int:
-    """Outputs that share a scale in a matrix that joins blocks of ``size`` outputs of matrices of these forms."""
-    return math.gcd(size, *(form.outputs for form in forms))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import CheckpointError, ModelConfig, joined_block
-from .safetensors_files import StoredTensor
+from .hf_views import Tensor, Tensors
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _joined(
     return found
 
 
-def settle_head(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], dtype: Any) -> ModelConfig:
+def settle_head(folder: Path, config: ModelConfig, tensors: Tensors, dtype: Any) -> ModelConfig:
     """Decide about an ``lm_head`` in the files of a model that ties it to its embedding, as transformers 5 does.
 
     If it differs from the embedding, it is used and the model is not tied; if it is equal, it is dropped; if there is
@@ -150,7 +150,7 @@ def settle_head(folder: Path, config: ModelConfig, tensors: dict[str, StoredTens
     return config
 
 
-def _equal(one: StoredTensor, other: StoredTensor, dtype: Any) -> bool:
+def _equal(one: Tensor, other: Tensor, dtype: Any) -> bool:
     """Whether two tensors are the same once they are cast to ``dtype``; they are compared a few rows at a time."""
     a, b, rows = one.array(), other.array(), 1024
     return a.shape == b.shape and all(
@@ -158,7 +158,7 @@ def _equal(one: StoredTensor, other: StoredTensor, dtype: Any) -> bool:
     )
 
 
-def check_tensors(folder: Path, wanted: Sequence[HfTensor], tensors: dict[str, StoredTensor]) -> None:
+def check_tensors(folder: Path, wanted: Sequence[HfTensor], tensors: Tensors) -> None:
     """Compare names and shapes before anything is read.
 
     Raises:
@@ -169,7 +169,7 @@ def check_tensors(folder: Path, wanted: Sequence[HfTensor], tensors: dict[str, S
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}{' …' * (len(missing) > 5)}"
         )
-    if extra := sorted(name for name in found - names if not name.endswith("rotary_emb.inv_freq")):
+    if extra := sorted(name for name in found - names if not _adds_nothing(tensors[name])):
         raise CheckpointError(
             f"{folder} holds {len(extra)} tensors that config.json does not account for: {', '.join(extra[:5])}"
         )
@@ -178,7 +178,14 @@ def check_tensors(folder: Path, wanted: Sequence[HfTensor], tensors: dict[str, S
             raise CheckpointError(f"tensor {part.name} has shape {shape}; config.json makes it {part.shape}")
 
 
-def read_joined(stored: Sequence[StoredTensor], parts: Sequence[HfTensor]) -> np.ndarray:
+def _adds_nothing(tensor: Tensor) -> bool:
+    """Whether a tensor is a constant, or a bias of zeros, which tools for quantization write for every matrix."""
+    return tensor.name.endswith("rotary_emb.inv_freq") or (
+        tensor.name.endswith("_proj.bias") and len(tensor.shape) == 1 and not tensor.array().any()
+    )
+
+
+def read_joined(stored: Sequence[Tensor], parts: Sequence[HfTensor]) -> np.ndarray:
     """The tensors of one parameter, or of one expert's, joined in its shape but for blocks.
 
     Several dtypes become one that holds them all exactly.

@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterator
 
 from .config import Experts, ModelConfig
+from .narrow_files import NarrowTensor
 from .safetensors_files import StoredTensor
+
+Tensor = StoredTensor | NarrowTensor
+Tensors = dict[str, Tensor]
 
 PICTURES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 """Tensors beside the text decoder of a model that sees pictures, too; these are not served."""
@@ -24,7 +28,7 @@ SANDWICH = {
 """Norms of Gemma -> names by what they do here."""
 
 
-def canonical(tensors: dict[str, StoredTensor], config: ModelConfig, ignored: range) -> dict[str, StoredTensor]:
+def canonical(tensors: Tensors, config: ModelConfig, ignored: range) -> Tensors:
     """The tensors of a checkpoint's text decoder by the names of Llama and Qwen3-MoE.
 
     Args:
@@ -33,7 +37,7 @@ def canonical(tensors: dict[str, StoredTensor], config: ModelConfig, ignored: ra
         ignored: layers that are not part of it.
     """
     sees = any(name.startswith(prefix) for name in tensors for prefix, _ in TEXT)
-    found = {}
+    found: Tensors = {}
     for tensor in tensors.values():
         name = tensor.name
         if sees:
@@ -50,7 +54,7 @@ def canonical(tensors: dict[str, StoredTensor], config: ModelConfig, ignored: ra
     return found
 
 
-def _parts(tensor: StoredTensor, config: ModelConfig) -> Iterator[StoredTensor]:
+def _parts(tensor: Tensor, config: ModelConfig) -> Iterator[Tensor]:
     """The tensor, or those that are fused in it."""
     name = tensor.name
     before, _, kind = name.rpartition(".")
@@ -68,7 +72,7 @@ def _parts(tensor: StoredTensor, config: ModelConfig) -> Iterator[StoredTensor]:
         yield tensor
 
 
-def _rows(tensor: StoredTensor, fused: str, sizes: dict[str, int]) -> Iterator[StoredTensor]:
+def _rows(tensor: Tensor, fused: str, sizes: dict[str, int]) -> Iterator[Tensor]:
     """Consecutive rows under the names of modules; rows that are left over keep the name, and are then refused."""
     begin = 0
     for module, size in sizes.items():
@@ -78,7 +82,7 @@ def _rows(tensor: StoredTensor, fused: str, sizes: dict[str, int]) -> Iterator[S
         yield tensor
 
 
-def _experts(tensor: StoredTensor, before: str, kind: str, experts: Experts) -> Iterator[StoredTensor]:
+def _experts(tensor: Tensor, before: str, kind: str, experts: Experts) -> Iterator[Tensor]:
     """A tensor of all experts as one of each: ``gate_up_proj``, ``down_proj``, or their biases.
 
     transformers 5 holds ``[E, out, in]``, gate before up; gpt-oss ``[E, in, out]``, gate and up in turns.

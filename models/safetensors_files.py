@@ -24,7 +24,15 @@ DTYPES: dict[str, Any] = {
     "F8_E4M3": jnp.dtype("float8_e4m3fn"),
     "F8_E5M2": jnp.dtype("float8_e5m2"),
 }
-"""Stored dtypes that are weights by themselves; others need scales or zero points, which no file here explains."""
+"""Stored dtypes that are weights by themselves."""
+CODES: dict[str, Any] = {
+    "I8": jnp.dtype("int8"),
+    "U8": jnp.dtype("uint8"),
+    "I32": jnp.dtype("int32"),
+    "I64": np.dtype("int64"),
+    "F8_E8M0": jnp.dtype("float8_e8m0fnu"),
+}
+"""Stored dtypes of what makes up quantized weights (:mod:`.narrow_files`), besides those of weights."""
 
 
 class StoredTensor(NamedTuple):
@@ -60,7 +68,18 @@ class StoredTensor(NamedTuple):
             raise CheckpointError(
                 f"tensor {self.name} in {self.path} has dtype {self.dtype}; {', '.join(DTYPES)} are read"
             )
-        array = self.data.view(DTYPES[self.dtype]).reshape(self.whole or self.shape)[self.index]
+        return self.stored()
+
+    def stored(self) -> np.ndarray:
+        """The tensor, whatever its dtype means.
+
+        Raises:
+            CheckpointError: numbers of its dtype are not read at all.
+        """
+        dtype = (DTYPES | CODES).get(self.dtype)
+        if dtype is None:
+            raise CheckpointError(f"tensor {self.name} in {self.path} has dtype {self.dtype}, which is not read")
+        array = self.data.view(dtype).reshape(self.whole or self.shape)[self.index]
         return array.T if self.transposed else array
 
 

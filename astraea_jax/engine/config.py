@@ -143,9 +143,9 @@ class EngineConfig:
     dtype: str | None = _option(None, Choice(DTYPES))
     """Dtype of activations, and of weights and KV unless they have their own; a CPU's activations are float32 with any.
     None: float32 on a CPU, bfloat16 elsewhere."""
-    quantize: str | None = _option(None, Choice(EIGHT_BITS))
-    """8-bit dtype of the layers' weight matrices, with a scale per output channel. None: as they are stored if that
-    is 8-bit, else ``dtype``."""
+    quantize: str | None = _option(None, Choice(FORMATS))
+    """Form of the layers' weight matrices: 8 bits with a scale per output channel, or 4 with one per 128 inputs of a
+    channel. None: as they are stored if that is in fewer bits, else ``dtype``."""
     kv_dtype: str | None = _option(None, Choice(KV_DTYPES))
     """``"fp8"`` (float8_e4m3fn without scales, clipped at 448) holds twice the tokens of 16 bits in the same memory.
     None: ``dtype``."""
@@ -207,7 +207,8 @@ class EngineConfig:
         """
         if self.quantize is None:
             return None
-        _on_device(EIGHT_BITS[self.quantize], "quantize")
+        if self.quantize in EIGHT_BITS:
+            _on_device(EIGHT_BITS[self.quantize], "quantize")
         return FORMATS[self.quantize]
 
     def page_dtype(self) -> Any:

@@ -3,7 +3,7 @@
   astraea-jax convert Qwen/Qwen3-4B qwen3-4b-orbax                 to Orbax, from the hub or a folder
   astraea-jax convert qwen3-4b-orbax Qwen3-4B --to=hf              and back
   astraea-jax convert Qwen3-4B small --dtype=bfloat16              cast on the way
-  astraea-jax convert Qwen3-4B smaller --quantize=int8             to 8-bit weights
+  astraea-jax convert Qwen3-4B smaller --quantize=int8             to weights of 8 bits, or of 4 (int4)
 
 (python scripts/convert_checkpoint.py does the same in a checkout.)
 
@@ -33,7 +33,7 @@ flags.DEFINE_string("target", None, "Folder to write, without a checkpoint in it
 flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
 flags.DEFINE_enum("to", "orbax", ("orbax", "hf"), "Kind of folder to write.")
 flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of the weights written.")
-flags.DEFINE_enum("quantize", None, list(FORMATS), "8-bit dtype of the layers' weight matrices; to Orbax only.")
+flags.DEFINE_enum("quantize", None, list(FORMATS), "Form of the layers' weight matrices; to Orbax only.")
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ OPTIONS = {
     "residency": "Strategy for the KV of programs that wait; by default adaptive. See scheduler/strategies.py.",
     "max_context": "Prompt and output tokens of one request; by default the model's limit.",
     "dtype": "Dtype of weights and KV; by default float32 on a CPU, bfloat16 elsewhere.",
-    "quantize": "8-bit dtype of the layers' weight matrices.",
+    "quantize": "Form of the layers' weight matrices in fewer bits.",
     "kv_dtype": "8-bit dtype of KV; by default as --dtype says.",
     "attention": "Attention kernels; by default those for this kind of device.",
     "tensor_parallel": "Devices that share one replica of the model.",

@@ -66,7 +66,7 @@ def test_times_are_finite_and_above_zero(name):
     ("name", "value", "allowed"),
     [
         ("dtype", "int3", "one of float32, bfloat16, float16, or None"),
-        ("quantize", "int4", "one of int8, fp8, or None"),
+        ("quantize", "int3", "one of int8, fp8, int4, or None"),
         ("kv_dtype", "int8", "one of fp8, or None"),
         ("residency", "belady", f"one of {', '.join(STRATEGIES)}, or None"),
         ("policy", "luck", f"one of {', '.join(SERVING)}"),

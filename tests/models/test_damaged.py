@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.damaged import damaged
 from support.reading import TINY, change, copy_tiny
 
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf
@@ -24,22 +25,6 @@ ODD = st.sampled_from(
     ]
 )
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@st.composite
-def damaged(draw, fields):
-    """``fields``, JSON, with one place in it taken out or filled with something odd."""
-    fields = node = copy.deepcopy(fields)
-    while True:
-        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if isinstance(node[key], dict | list) and node[key] and draw(st.booleans()):
-            node = node[key]
-        elif isinstance(node, dict) and draw(st.integers(0, 4)) == 0:
-            del node[key]
-            return fields
-        else:
-            node[key] = draw(ODD)
-            return fields
 
 
 def read_or_refused(read, *arguments):
@@ -63,7 +48,7 @@ CONFIG = to_hf(ModelConfig(64, 32, 48, 2, 4, 2, 16, 128)) | {
 
 
 @fuzz
-@given(damaged(CONFIG))
+@given(damaged(CONFIG, ODD))
 def test_configurations(config):
     read_or_refused(read_config, json.loads(json.dumps(config)))
 
@@ -88,7 +73,9 @@ def test_headers_of_weights(folder, data):
         (folder / "whole").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").write_bytes((folder / "whole").read_bytes())
     header, weights = parts_of(folder)
-    odd = data.draw(damaged(header) | damaged({name: {"dtype": "F8_E8M0"} | entry for name, entry in header.items()}))
+    odd = data.draw(
+        damaged(header, ODD) | damaged({name: {"dtype": "F8_E8M0"} | entry for name, entry in header.items()}, ODD)
+    )
     for entry in odd.values():
         if isinstance(entry, dict) and data.draw(st.integers(0, 9)) == 0:
             entry["dtype"] = data.draw(st.sampled_from(["F16", "BF16", "F8_E4M3", "I32", "U32", "C64", "F4", "I8"]))
@@ -145,7 +132,7 @@ def test_files_of_the_tokenizer(name, tmp_path, data):
     files = copy.deepcopy(FILES)
     if name == "tokenizer_config.json":
         files[name] |= data.draw(st.sampled_from([{}, LISTED]))
-    files[name] = data.draw(damaged(files[name]))
+    files[name] = data.draw(damaged(files[name], ODD))
     for other, fields in files.items():
         if other != "tokenizer.json":
             (folder / other).write_text(json.dumps(fields))

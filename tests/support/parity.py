@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,14 +21,19 @@ from astraea_jax.kernels import Batch, Reference
 from astraea_jax.models.checkpoint import load_hf
 from astraea_jax.models.operations import Operations
 from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.scheduler.wait import Wait
 
 CONFIG = EngineConfig(max_seqs=8, max_step_tokens=24, page_size=8, kv_bytes=4 * 2**20, dtype="float32")
+PAGES = 44
+"""Less than eight running requests want."""
+FIRST = 20
+"""Tokens of the first of two requests."""
 
 
 def check_logits(folder: Path) -> None:
     """Prefill logits through pages agree within 1e-4 of the largest."""
     golden = np.load(folder / "golden.npz")
-    decoder = load_hf(folder, jnp.float32)
+    decoder = load_hf(folder, jnp.float32, max_context=_max_context(golden))
     config, prompt = decoder.config, golden["prompt"]
     length, size = len(prompt), CONFIG.page_size
     table = jnp.arange(1, -(-length // size) + 1)[::-1][None]
@@ -44,20 +51,46 @@ def check_logits(folder: Path) -> None:
 
 
 async def check_tokens(folder: Path) -> None:
-    """64 greedy tokens agree exactly, in a batch with other requests and prefilled in chunks between their steps."""
+    """64 greedy tokens agree exactly: in two requests of a program, in a batch with other programs, prefilled in chunks
+    between their steps, preempted, and with KV that went to the host and came back.
+    """
     golden = np.load(folder / "golden.npz")
-    blank = Tokenizer(tokenizers.Tokenizer(models.BPE()), bos_id=None, eos_ids=frozenset(), template=None, special={})
-    engine = Engine(load_hf(folder, jnp.float32), blank, CONFIG)
+    prompt, expected = golden["prompt"].tolist(), golden["tokens"].tolist()
+    engine = _engine(folder, _max_context(golden))
     engine.start()
     rng = random.Random(0)
+
+    async def program(name: str, text: list[int], tokens: int) -> list[int]:
+        said: list[int] = []
+        for count in (FIRST, tokens - FIRST):
+            params = SamplingParams(max_tokens=count, ignore_eos=True)
+            deltas = engine.generate(text + said, params, session=name, final=bool(said))
+            said += [token async for delta in deltas for token in delta.token_ids]
+            if len(said) < tokens:
+                engine.waits(name, Wait(("slow",)))
+        return said
+
     try:
-        others = [
-            engine.generate([rng.randrange(100) for _ in range(rng.randint(1, 60))], SamplingParams(max_tokens=48))
-            for _ in range(12)
-        ]
-        mine = engine.generate(golden["prompt"].tolist(), SamplingParams(max_tokens=len(golden["tokens"])))
-        tokens = [token async for delta in mine for token in delta.token_ids]
-        await asyncio.gather(*(other.text() for other in others))
+        others = [[rng.randrange(100) for _ in range(rng.randint(1, 60))] for _ in range(12)]
+        work = [program(f"other {i}", text, 48) for i, text in enumerate(others)]
+        work += [program(f"mine {i}", prompt, len(expected)) for i in range(2)]
+        said = await asyncio.gather(*work)
     finally:
         await asyncio.to_thread(engine.shutdown, 0)
-    assert tokens == golden["tokens"].tolist()
+    assert said[-2:] == [expected, expected]
+    stats = engine.stats()
+    assert min(stats.preemptions, stats.restored_pages) > 0, "the pool was meant to be too small"
+
+
+def _engine(folder: Path, max_context: int | None) -> Engine:
+    """An engine with little room, and some on the host."""
+    decoder = load_hf(folder, jnp.float32, max_context=max_context)
+    model = decoder.config
+    page = 2 * model.num_layers * model.num_kv_heads * CONFIG.page_size * model.head_dim * 4
+    sizes = {"kv_bytes": PAGES * page, "host_kv_bytes": 2 * PAGES * page, "max_context": max_context}
+    blank = Tokenizer(tokenizers.Tokenizer(models.BPE()), bos_id=None, eos_ids=frozenset(), template=None, special={})
+    return Engine(decoder, blank, replace(CONFIG, residency="always-offload", **sizes))
+
+
+def _max_context(golden: Mapping[str, np.ndarray]) -> int | None:
+    return int(golden["max_context"]) or None if "max_context" in golden else None
