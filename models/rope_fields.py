@@ -74,6 +74,8 @@ def read_rope(rope: Json, context: Context) -> Rope:
 def _scaling(kind: object, theta: float, rope: Json, rotated: int, context: Context) -> Scaling | None:
     if kind == "default":
         return None
+    if kind == "su":
+        kind = "longrope"  # its name in Phi-3's first files
     if kind == "linear":
         return Linear(number(rope, "factor"))
     if kind not in KINDS:

@@ -19,7 +19,7 @@ attend = jax.jit(partial(attention, scale=HEAD**-0.5), static_argnames="q_tile")
 
 
 @pytest.mark.serves(
-    "reference", "tested", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "reference", "tested", "prefill and decode in one step", "grouped queries, any ratio", "windows", "score caps"
 )
 @settings(deadline=None, max_examples=30)
 @given(case=ragged(), variant=VARIANTS)
