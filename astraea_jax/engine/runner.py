@@ -61,6 +61,8 @@ class Runner:
         """Step shapes, decode first."""
         self._rows = sorted({self._step.drawn(shape) for shape in self.shapes})
         self._make_arrays(sizes.max_seqs)
+        self.groups = self._step.groups.present
+        """Groups of layers that have pages."""
         self._compiled: dict[tuple[str, Any], Any] = {}
         self._blocks = block_sizes(staging)
         self.block_sharding = block_sharding(self._pages[0])
@@ -103,20 +105,22 @@ class Runner:
             max_step_tokens=config.max_step_tokens,
             max_pages_per_seq=layout.pages_per_seq,
             kv_dtype=layout.kv_dtype,
+            window_pages=layout.window.num_pages if layout.window else 0,
         )
         return cls(decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and transfer size, and run each once on the null page to finish all set-up."""
-        gather, scatter = self._step.transfers()
         to_lower: dict[tuple[str, Any], Callable[[], Any]] = {}
         for shape in self.shapes:
             to_lower["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
-        for size in self._blocks:
-            ids = np.zeros(size, np.int32)
-            block = jax.eval_shape(gather, self._step.pages, ids)
-            to_lower["gather", size] = partial(gather.lower, self._step.pages, ids)
-            to_lower["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
+        for group in self.groups:
+            (gather, scatter), pages = self._step.transfers(group), self._step.pages_of(group)
+            for size in self._blocks:
+                ids = np.zeros(size, np.int32)
+                block = jax.eval_shape(gather, pages, ids)
+                to_lower["gather", (group, size)] = partial(gather.lower, pages, ids)
+                to_lower["scatter", (group, size)] = partial(scatter.lower, pages, block, ids)
         writing = (
             self._step.table,
             jax.ShapeDtypeStruct((2 * TABLE_UPDATES,), jnp.int32, sharding=self._step.replicated),
@@ -132,10 +136,11 @@ class Runner:
             self.adjust(np.full((ENTRIES, ENTRY), NOWHERE, np.int32))
             self.redraw(np.zeros((self._step.drawn(shape), COLUMNS), np.int32)).block_until_ready()
             self.logprobs().block_until_ready()
-        for size in self._blocks:
-            there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
-            block = self.put(there, self.block_sharding)  # multi-process copies are compiled, too
-            self.scatter(block, np.full(size, NOWHERE, np.int32))
+        for group in self.groups:
+            for size in self._blocks:
+                there = self.put(self.gather([0] * size, group), self.block_sharding.with_memory_kind(PINNED))
+                block = self.put(there, self.block_sharding)  # multi-process copies are compiled, too
+                self.scatter(block, np.full(size, NOWHERE, np.int32), group)
 
     def _meet(self) -> None:
         """Barrier: wait until every process that shares the arrays has compiled."""
@@ -145,14 +150,19 @@ class Runner:
         """Number of executables compiled."""
         return len(self._compiled)
 
-    def gather(self, pages: Sequence[int]) -> Block:
+    def gather(self, pages: Sequence[int], group: int) -> Block:
         """Read pages into one block ``[n, L, …]``, n being a block size; the pages may be written again at once."""
-        block: Block = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
+        arrays = tuple(self._pages[i] for i in self._step.groups.members(group))
+        block: Block = self._compiled["gather", (group, len(pages))](arrays, np.asarray(pages, np.int32))
         return block
 
-    def scatter(self, block: Block, pages: np.ndarray) -> None:
+    def scatter(self, block: Block, pages: np.ndarray, group: int) -> None:
         """Write a block to ``pages [n]`` int32; ids beyond the pool are ignored."""
-        self._pages = self._compiled["scatter", len(pages)](self._pages, block, pages)
+        members, arrays = self._step.groups.members(group), list(self._pages)
+        written = self._compiled["scatter", (group, len(pages))](tuple(arrays[i] for i in members), block, pages)
+        for i, array in zip(members, written, strict=True):
+            arrays[i] = array
+        self._pages = tuple(arrays)
 
     def put(self, block: Block, sharding: jax.sharding.Sharding) -> Block:
         """Copy a block to the host or back, and return at once."""

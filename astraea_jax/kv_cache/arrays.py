@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.offload import block_sharding
 from astraea_jax.models.config import ModelConfig
@@ -20,6 +20,41 @@ from astraea_jax.models.sharding import TP
 PagedKV = tuple[jax.Array, ...]
 """One array ``[P, …]`` per layer in the backend's form of a page, or for stacked layers a single ``[L * P, …]``, layer
 after layer. Steps donate and return them."""
+
+FULL, WINDOW = range(2)
+"""Groups of layers, each with pages of its own: those whose queries see the whole context, and those with a window."""
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Which layers share page ids, and how many pages these have."""
+
+    of: tuple[int, ...]
+    """The group of every layer."""
+    num_pages: tuple[int, int]
+    """Pages per layer in either group, the null page included."""
+    stacked: bool
+    """Whether all layers, which are alike then, have one array."""
+
+    @classmethod
+    def plan(cls, model: ModelConfig, num_pages: int, window_pages: int, stacked: bool) -> Self:
+        """The groups of a model; without window pages all layers are in the first."""
+        of = (WINDOW if kind.window and window_pages else FULL for kind in model.layer_kinds)
+        return cls(tuple(of), (num_pages, window_pages), stacked)
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Groups that have layers."""
+        return tuple(sorted(set(self.of)))
+
+    @property
+    def arrays(self) -> tuple[int, ...]:
+        """The group of every array of pages."""
+        return self.present if self.stacked else self.of
+
+    def members(self, group: int) -> tuple[int, ...]:
+        """Indices of a group's arrays."""
+        return tuple(i for i, other in enumerate(self.arrays) if other == group)
 
 
 def page_shape(
@@ -37,35 +72,17 @@ def page_bytes(model: ModelConfig, backend: Backend, page_size: int, dtype: jnp.
     return model.num_layers * math.prod(shape) * np.dtype(dtype).itemsize
 
 
-def pages_within(budget: int, page: int) -> int:
-    """Number of pages of ``page`` bytes (null page included) that fit into ``budget`` bytes.
-
-    Raises:
-        StartupError: not even one usable page fits.
-    """
-    if budget < 2 * page:
-        raise StartupError(
-            f"a KV budget of {budget} bytes holds fewer than two pages of {page} bytes; raise kv_bytes, or if there is "
-            "no more memory, shard the model by tensor_parallel or store 8-bit weights by quantize"
-        )
-    return budget // page
-
-
 def abstract_pages(
-    model: ModelConfig,
-    backend: Backend,
-    num_pages: int,
-    page_size: int,
-    dtype: jnp.dtype,
-    mesh: Mesh,
-    *,
-    stacked: bool = False,
+    model: ModelConfig, backend: Backend, groups: LayerGroups, page_size: int, dtype: jnp.dtype, mesh: Mesh
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of the pages of every layer, or of stacked layers, sharded by heads."""
     one = page_shape(model, backend, page_size, dtype, mesh.size)
-    arrays, pages = (1, model.num_layers * num_pages) if stacked else (model.num_layers, num_pages)
     sharding = NamedSharding(mesh, heads_spec(backend.heads_axis))
-    return (jax.ShapeDtypeStruct((pages, *one), backend.page_dtype(dtype), sharding=sharding),) * arrays
+    layers = [groups.of.count(group) if groups.stacked else 1 for group in groups.arrays]
+    return tuple(
+        jax.ShapeDtypeStruct((count * groups.num_pages[group], *one), backend.page_dtype(dtype), sharding=sharding)
+        for count, group in zip(layers, groups.arrays, strict=True)
+    )
 
 
 def heads_spec(axis: int) -> PartitionSpec:

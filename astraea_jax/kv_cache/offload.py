@@ -41,11 +41,15 @@ Put = Callable[[Block, jax.sharding.Sharding], Block]
 class Pools(Protocol):
     """The owner of the paged arrays."""
 
-    def gather(self, pages: Sequence[int]) -> Block:
-        """Copy pages into a block ``[n, L, …]`` on the device."""
+    @property
+    def groups(self) -> Sequence[int]:
+        """Groups of layers that have pages: 0, whose pages a transfer names, and 1, whose window pages it names."""
 
-    def scatter(self, block: Block, pages: np.ndarray) -> None:
-        """Write a block to ``pages [n]`` int32; ids beyond the pool are ignored."""
+    def gather(self, pages: Sequence[int], group: int) -> Block:
+        """Copy a group's pages into a block ``[n, L, …]`` on the device."""
+
+    def scatter(self, block: Block, pages: np.ndarray, group: int) -> None:
+        """Write a block to a group's ``pages [n]`` int32; ids beyond the pool are ignored."""
 
 
 def block_sizes(largest: int) -> list[int]:
@@ -74,10 +78,10 @@ class _Moving:
     transfer: Transfer
     since: float
     """Time at which its last block arrived, or it became first of its direction: waiting for others does not count."""
-    waiting: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
-    """Blocks on the host still to be restored, and the pages to write them to."""
-    arriving: deque[tuple[Block, np.ndarray]] = field(default_factory=deque)
-    """Blocks being copied, and for a restore the pages to write them to."""
+    waiting: deque[tuple[Block, np.ndarray, int]] = field(default_factory=deque)
+    """Blocks on the host still to be restored, the pages to write them to, and their group."""
+    arriving: deque[tuple[Block, np.ndarray, int]] = field(default_factory=deque)
+    """Blocks being copied, for a restore the pages to write them to, and their group."""
     failed: str | None = None
 
 
@@ -99,7 +103,7 @@ class HostStore:
         self._staged = 0
         self._sizes = block_sizes(staging)
         self._put = put
-        self._copies: dict[HostPages, list[Block]] = {}
+        self._copies: dict[HostPages, tuple[list[Block], list[Block]]] = {}  # of both groups
         self._moving: list[_Moving] = []
 
     @property
@@ -128,7 +132,7 @@ class HostStore:
             if moving.transfer.to_host in ahead:
                 moving.since = now
             if self._over(moving, now):
-                self._staged -= 0 if moving.transfer.to_host else sum(len(pages) for _, pages in moving.arriving)
+                self._staged -= 0 if moving.transfer.to_host else sum(len(pages) for _, pages, _ in moving.arriving)
                 ended.append((moving.transfer, moving.failed is not None))
                 if moving.failed is not None:
                     log.warning("a KV transfer failed, its KV is recomputed: %s", moving.failed)
@@ -146,28 +150,31 @@ class HostStore:
 
     def _offload(self, moving: _Moving) -> None:
         (part,) = moving.transfer.parts
-        blocks = self._copies[part.copy.memory] = []
-        at = 0
-        for size in self._cut(len(moving.transfer.pages)):
-            block = self._put(self._pools.gather(moving.transfer.pages[at : at + size]), self._host)
-            blocks.append(block)
-            moving.arriving.append((block, np.empty(0, np.int32)))
-            at += size
+        copies = self._copies[part.copy.memory] = [], []
+        for group in self._pools.groups:
+            pages, at = (moving.transfer.pages, moving.transfer.windows)[group], 0
+            for size in self._cut(len(pages)):
+                block = self._put(self._pools.gather(pages[at : at + size], group), self._host)
+                copies[group].append(block)
+                moving.arriving.append((block, np.empty(0, np.int32), group))
+                at += size
 
     def _restore(self, moving: _Moving) -> None:
-        at = 0
-        for copy, offset, count in moving.transfer.parts:
-            if copy.memory not in self._copies:
-                raise LookupError("the host copy is missing")
-            first = 0
-            for block in self._copies[copy.memory]:
-                low, high = max(offset, first), min(offset + count, first + len(block))
-                if low < high:
-                    pages = np.arange(NOWHERE, NOWHERE + len(block), dtype=np.int32)
-                    pages[low - first : high - first] = moving.transfer.pages[at : at + high - low]
-                    moving.waiting.append((block, pages))
-                    at += high - low
-                first += len(block)
+        transfer = moving.transfer
+        for group in self._pools.groups:
+            targets, at = (transfer.pages, transfer.windows)[group], 0
+            for copy, offset, count in (transfer.parts, transfer.window_parts)[group]:
+                if copy.memory not in self._copies:
+                    raise LookupError("the host copy is missing")
+                first = 0
+                for block in self._copies[copy.memory][group]:
+                    low, high = max(offset, first), min(offset + count, first + len(block))
+                    if low < high:
+                        pages = np.arange(NOWHERE, NOWHERE + len(block), dtype=np.int32)
+                        pages[low - first : high - first] = targets[at : at + high - low]
+                        moving.waiting.append((block, pages, group))
+                        at += high - low
+                    first += len(block)
 
     def _over(self, moving: _Moving, now: float) -> bool:
         """Take blocks that have arrived, begin those that have room, and return whether the transfer has ended."""
@@ -176,15 +183,15 @@ class HostStore:
             return True
         try:
             while moving.arriving and moving.arriving[0][0].is_ready():
-                block, pages = moving.arriving.popleft()
+                block, pages, group = moving.arriving.popleft()
                 moving.since = now
                 self._staged -= len(pages)
                 block.block_until_ready()  # raises if the copy failed
                 if restores:
-                    self._pools.scatter(block, pages)
+                    self._pools.scatter(block, pages, group)
             while moving.waiting and (not self._staged or self._staged + len(moving.waiting[0][1]) <= self._staging):
-                block, pages = moving.waiting.popleft()
-                moving.arriving.append((self._put(block, self._device), pages))
+                block, pages, group = moving.waiting.popleft()
+                moving.arriving.append((self._put(block, self._device), pages, group))
                 self._staged += len(pages)
         except Exception as error:
             moving.failed = str(error) or type(error).__name__

@@ -28,7 +28,7 @@ from astraea_jax.engine.layout import staging_pages
 from astraea_jax.engine.runner import Runner
 from astraea_jax.engine.step import StepSizes
 from astraea_jax.frontends.flags import engine_flags, run_main
-from astraea_jax.kv_cache.arrays import page_bytes
+from astraea_jax.kv_cache.arrays import FULL, page_bytes
 from astraea_jax.kv_cache.offload import HostStore, has_pinned_host
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, best_seconds
@@ -133,7 +133,7 @@ class Bench:
             for _, failed in self.store.poll():
                 if failed:
                     raise SystemExit("a transfer failed; its reason is above")
-        self.runner.gather([0]).block_until_ready()  # until the last scatter is through
+        self.runner.gather([0], FULL).block_until_ready()  # until the last scatter is through
         return time.perf_counter() - began
 
     def round_trip(self, pages: int) -> tuple[float, float]:

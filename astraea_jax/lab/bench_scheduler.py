@@ -24,6 +24,7 @@ from absl import flags
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.config import SchedulerConfig
+from astraea_jax.scheduler.evictor import Need
 from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy
 from astraea_jax.scheduler.prediction import Predictor
@@ -112,16 +113,16 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
 
     for number in range(waiting):
         wait(number, number * 1e-3)
-    residency.offload_ahead(waiting)
+    residency.evictor.offload_ahead(waiting)
     while settle(waiting):  # until as much is copied as is to be copied ahead
-        residency.offload_ahead(waiting)
+        residency.evictor.offload_ahead(waiting)
     for step in range(FLAGS.steps):
         now = waiting + 0.02 * step
-        timed("32 pages are needed", partial(residency.evict, 32, now, wait=True))
+        timed("32 pages are needed", partial(residency.evictor.evict, Need(32, 0, wait=True), now))
         settle(now)
         if pool.free >= 8:
             timed("a wait begins", partial(residency.wait_begins, wait(waiting + step, now), now))
-        timed("copies ahead", partial(residency.offload_ahead, now))
+        timed("copies ahead", partial(residency.evictor.offload_ahead, now))
         settle(now)
     return {event: float(np.median(found or [0.0])) for event, found in times.items()}
 

@@ -208,7 +208,8 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
-        "moved_bytes": (s.offloaded_pages + s.restored_pages) * outcome.page_size * machine.kv_bytes,
+        "moved_bytes": outcome.page_size
+        * machine.bytes_of(s.offloaded_pages + s.restored_pages, s.offloaded_windows + s.restored_windows),
         "preemptions": s.preemptions,
         "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
         "steps": outcome.steps,

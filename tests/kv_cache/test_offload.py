@@ -19,25 +19,38 @@ from astraea_jax.kv_cache.offload import HostStore, block_sharding, block_sizes
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.transfer import HostCopy, HostPages, Part, Transfer
 
-PAGES, LAYERS = 64, 2
+PAGES, WINDOWS, LAYERS = 64, 10, 2
 
 
 class Pools:
-    """Paged arrays whose every number is different."""
+    """Paged arrays whose every number is different, of layers without a window and of one with a window."""
+
+    groups = (0, 1)
 
     def __init__(self):
         shape = (PAGES, 2, 2, 4, 8)
         numbers = jnp.arange(LAYERS * np.prod(shape), dtype=jnp.float32).reshape(LAYERS, *shape)
         self.pages = tuple(numbers)
 
-    def gather(self, pages):
-        return gather_pages(self.pages, np.asarray(pages), PAGES)
+        self.windows = tuple(-numbers[:1, :WINDOWS])
 
-    def scatter(self, block, pages):
-        self.pages = scatter_pages(self.pages, block, pages, PAGES)
+    def gather(self, pages, group):
+        return gather_pages(*self._of(group, np.asarray(pages)))
+
+    def scatter(self, block, pages, group):
+        written = scatter_pages(self._of(group)[0], block, pages, (PAGES, WINDOWS)[group])
+        if group:
+            self.windows = written
+        else:
+            self.pages = written
+
+    def _of(self, group, *pages):
+        return (self.windows, *pages, WINDOWS) if group else (self.pages, *pages, PAGES)
 
     def wipe(self):
-        self.pages = tuple(jnp.full_like(layer, jnp.nan) for layer in self.pages)
+        self.pages, self.windows = (
+            tuple(jnp.full_like(layer, jnp.nan) for layer in layers) for layers in (self.pages, self.windows)
+        )
 
     def content(self, pages) -> np.ndarray:
         return np.stack([np.asarray(layer[np.asarray(pages)]) for layer in self.pages], axis=1)
@@ -47,13 +60,14 @@ def store_of(pools, staging=16, **more) -> HostStore:
     return HostStore(pools, block_sharding(pools.pages[0]), staging, **more)
 
 
-def offload(program: Program, pages) -> Transfer:
-    copy = HostCopy(0, len(pages), HostPages(len(pages)))
-    return Transfer(program, tuple(pages), (Part(copy, 0, len(pages)),), True, 0.0)
+def offload(program: Program, pages, windows=()) -> Transfer:
+    copy = HostCopy(0, len(pages), HostPages(len(pages), len(windows)))
+    parts, window_parts = (Part(copy, 0, len(pages)),), (Part(copy, 0, len(windows)),)
+    return Transfer(program, tuple(pages), parts, True, 0.0, tuple(windows), window_parts)
 
 
-def restore(program: Program, pages, parts) -> Transfer:
-    return Transfer(program, tuple(pages), tuple(parts), False, 0.0)
+def restore(program: Program, pages, parts, windows=(), window_parts=()) -> Transfer:
+    return Transfer(program, tuple(pages), tuple(parts), False, 0.0, tuple(windows), tuple(window_parts))
 
 
 def finish(store: HostStore) -> list[tuple[Transfer, bool]]:
@@ -65,7 +79,7 @@ def finish(store: HostStore) -> list[tuple[Transfer, bool]]:
 
 
 def held_pages(store: HostStore) -> int:
-    return sum(len(block) for blocks in store._copies.values() for block in blocks)
+    return sum(len(block) for groups in store._copies.values() for block in groups[0])
 
 
 def test_blocks_are_powers_of_two():
@@ -103,6 +117,22 @@ def test_restored_bytes_are_the_offloaded_bytes(data):
     assert held_pages(store) == 0
 
 
+def test_window_pages_go_with_the_last_pages():
+    """They are fewer, and have ids of their own."""
+    pools, program = Pools(), Program(1, 0.0)
+    store = store_of(pools, staging=4)
+    out = offload(program, [3, 4, 5, 6, 7], windows=[2, 9, 5])
+    expected = pools.content([4, 5, 6, 7]), np.asarray(pools.windows[0][np.array([9, 5])])
+    store.start([out], [])
+    pools.wipe()
+    assert [failed for _, failed in finish(store)] == [False]
+    copy = out.parts[0].copy
+    store.start([restore(program, [11, 12, 13, 14], [Part(copy, 1, 4)], [1, 3], [Part(copy, 1, 2)])], [])
+    finish(store)
+    np.testing.assert_array_equal(pools.content([11, 12, 13, 14]), expected[0])
+    np.testing.assert_array_equal(pools.windows[0][np.array([1, 3])], expected[1])
+
+
 def test_the_comparison_of_bytes_can_fail():
     """A canary: one wrong bit on the host shows."""
     pools, program = Pools(), Program(1, 0.0)
@@ -112,9 +142,9 @@ def test_the_comparison_of_bytes_can_fail():
     store.start([out], [])
     finish(store)
     (copy,) = store._copies
-    block = np.array(store._copies[copy][0])
+    block = np.array(store._copies[copy][0][0])
     block.view(np.uint32)[1, 0, 1, 0, 2, 5] ^= 1
-    store._copies[copy] = [jax.device_put(block, store._host)]
+    store._copies[copy] = [jax.device_put(block, store._host)], []
     store.start([restore(program, [5, 6], out.parts)], [])
     finish(store)
     assert not np.array_equal(pools.content([5, 6]), expected)
@@ -239,7 +269,7 @@ def test_pages_sharded_by_heads_keep_their_shards():
         out = t.offload(program, [1, 2, 3])
         store.start([out], [])
         t.finish(store)
-        (blocks,) = store._copies.values()
+        ((blocks, _),) = store._copies.values()
         assert {b.sharding.memory_kind for b in blocks} == {"pinned_host"}
         assert {len(b.sharding.device_set) for b in blocks} == {8}
         assert {b.addressable_shards[0].data.shape[3] for b in blocks} == {1}
