@@ -21,7 +21,7 @@ from flax import nnx
 from .config import LayerKind, ModelConfig
 from .experts import Mixture
 from .heads import Heads, Switches, rms_norm
-from .matrix import Forms, Matrix, plain, within
+from .matrix import Forms, InStack, Matrix, plain, within
 from .mlp import MLP
 from .operations import Index, LayerCache, Operations
 from .product import BITS, bits, product, rows
@@ -163,12 +163,19 @@ class Stack(nnx.Module):
         def body(carry: tuple[jax.Array, LayerCache], each: Any) -> tuple[tuple[jax.Array, LayerCache], None]:
             i, of_one = each
             layer: Layer = nnx.merge(graph, of_one)
+            whole: Layer = nnx.merge(graph, arrays)
+            for matrix, stacked in zip(_matrices(layer), _matrices(whole), strict=True):
+                matrix.stack = InStack(stacked, i)
             x, cache = carry
             return layer(x, positions, ops, i, cache), None
 
         with jax.named_scope("layers"):
             carry, _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.count), arrays))
         return carry
+
+
+def _matrices(layer: Layer) -> list[Matrix]:
+    return [module for _, module in nnx.iter_modules(layer) if isinstance(module, Matrix)]
 
 
 class Embedding(nnx.Module):

@@ -52,11 +52,10 @@ class GroupedTPU:
 
     def product(self, x: jax.Array, matrix: Matrix, blocks: Blocks) -> jax.Array:
         """See :meth:`.grouped.GroupedProduct.product`; rows of blocks that are not in use are zero."""
-        arrays = [matrix.weight[...]]
-        if matrix.form is not None:
-            codes = matrix.codes
-            arrays += [_readable(codes.scales)] + ([] if codes.zeros is None else [codes.zeros])
-        return _grouped(x, arrays, matrix.form, blocks, self.interpret)
+        if matrix.stack is not None:
+            first = matrix.stack.layer[...] * len(matrix.weight[...])
+            blocks = blocks._replace(experts=blocks.experts + first)
+        return _grouped(x, _arrays(matrix), matrix.form, blocks, self.interpret)
 
     def multiply(self, x: jax.Array, matrix: Matrix) -> jax.Array:
         """Multiply ``x [T, I]`` by a matrix ``[I, O]``: by the kernel if it has a form, else as XLA does."""
@@ -64,12 +63,21 @@ class GroupedTPU:
             return multiply(x, matrix)
         size = self.block_rows(len(x), 1)
         count = -(-len(x) // size)
-        codes = matrix.codes
-        arrays = [codes.weight[None], _readable(codes.scales)[None]]
-        arrays += [] if codes.zeros is None else [codes.zeros[None]]
-        blocks = Blocks(jnp.zeros(count, jnp.int32), jnp.full(count, size), jnp.int32(count))
+        index = jnp.int32(0) if matrix.stack is None else matrix.stack.layer[...]
+        blocks = Blocks(jnp.full(count, index), jnp.full(count, size), jnp.int32(count))
         padded = jnp.pad(x, ((0, count * size - len(x)), (0, 0)))
-        return _grouped(padded, arrays, matrix.form, blocks, self.interpret)[: len(x)]
+        return _grouped(padded, _arrays(matrix), matrix.form, blocks, self.interpret)[: len(x)]
+
+
+def _arrays(matrix: Matrix) -> list[jax.Array]:
+    """Weights or codes ``[n, …, O]`` of all experts and stacked layers, then scales and zeros if any."""
+    whole = matrix if matrix.stack is None else matrix.stack.whole
+    if whole.form is None:
+        arrays = [whole.weight[...]]
+    else:
+        codes, scales, zeros = whole.codes
+        arrays = [codes, _readable(scales)] + ([] if zeros is None else [zeros])
+    return [array.reshape(-1, *array.shape[-2:]) for array in arrays]
 
 
 def _readable(scales: jax.Array) -> jax.Array:
