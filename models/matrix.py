@@ -64,7 +64,7 @@ class Matrix(nnx.Module):
 class InStack(nnx.Module):
     """The matrix of one of the layers whose matrices ``whole [L, …]`` are stacked.
 
-    XLA reads a layer's slice of a stack where it is, but copies it first for a kernel, which is given all of it instead.
+    XLA reads a slice of a stack where it is, but copies it first for a kernel, which is given all of the stack instead.
 
     Args:
         whole: matrices of all layers.

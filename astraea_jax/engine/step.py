@@ -271,17 +271,21 @@ class Step:
             slot_mapping = jnp.where(index < ends[-1], page * page_size + position % page_size, 0)
             batches[group] = Batch(page_table, kv_lens, cu_q_lens, slot_mapping)
 
-        def attend(i: int | jax.Array, heads: Heads, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def attend(i: int | jax.Array, heads: Heads, cache: Any) -> tuple[jax.Array, Any]:
             group = WINDOW if heads.switches.window and self._sizes.window_pages else FULL
             here = batches[group]
-            if self.stacked:
-                here = here.shifted(i * self.groups.num_pages[group], page_size)
-            return self._attend(shape.q_tile, heads, layer, here)
+            if not self.stacked:
+                return self._attend(shape.q_tile, heads, cache, here)
+            place = jnp.asarray(self.groups.places, jnp.int32)[i]
+            nth = self.groups.arrays.index(group)
+            here = here.shifted(place * self.groups.num_pages[group], page_size)
+            out, written = self._attend(shape.q_tile, heads, cache[nth], here)
+            return out, (*cache[:nth], written, *cache[nth + 1 :])
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
-        cache, dtype = pages[0] if self.stacked else pages, ACTIVATIONS.get(self._platform)
-        hidden, kept = decoder(tokens, position, cache, Operations(attend), dtype=dtype)
+        dtype = ACTIVATIONS.get(self._platform)
+        hidden, kept = decoder(tokens, position, pages, Operations(attend), dtype=dtype)
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)
         if shape.q_tile > 1 and few < shape.rows:
@@ -293,7 +297,7 @@ class Step:
         else:
             sampled, logits = self._predicted(decoder, hidden)
         last = remembered(last, rows, sampled)
-        return (kept,) if self.stacked else kept, last, table, *_padded((sampled, logits), self.drawn(shape))
+        return kept, last, table, *_padded((sampled, logits), self.drawn(shape))
 
     def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""
