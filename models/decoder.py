@@ -272,6 +272,11 @@ class Decoder(nnx.Module):
         """Whether the layers are a :class:`Stack`."""
         return isinstance(self.layers, Stack)
 
+    @property
+    def period(self) -> int:
+        """Layers of one turn of the loop if they are stacked, else all."""
+        return len(self.layers.layers if isinstance(self.layers, Stack) else self.layers)
+
     def stack(self) -> None:
         """Turn the layers into a :class:`Stack`, unless they are one.
 

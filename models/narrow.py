@@ -40,7 +40,7 @@ def narrow_product(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
         x = x.astype(jnp.float32)
         if len(x) == 1 and _loops(x.shape[1], form):
             return _of_one_row(x, codes, form)
-        return blockwise(x, codes.weight.shape[1], lambda first, size: _of_outputs(codes, form, first, size, x.dtype))
+        return blockwise(x, codes.weight.shape[1], lambda first, size: of_outputs(codes, form, first, size, x.dtype))
 
     def elsewhere(x: jax.Array, codes: Codes) -> jax.Array:
         return jnp.dot(x, dequantized(codes, form, x.dtype), preferred_element_type=jnp.float32)
@@ -58,7 +58,7 @@ def dequantized(codes: Codes, form: Format, dtype: jnp.dtype) -> jax.Array:
     return (numbers * _spread(codes.scales, form.inputs or inputs, form.outputs, inputs, outputs)).astype(dtype)
 
 
-def _of_outputs(codes: Codes, form: Format, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
+def of_outputs(codes: Codes, form: Format, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
     """The weights ``[I, size]`` of consecutive outputs."""
 
     def spread(grid: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax
 
 def rows(weight: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
     """Rows ``[T, D]`` of ``weight [V, D]``, in ``dtype``."""
-    return _widened(weight[index]).astype(dtype) if weight.dtype == BITS else weight[index].astype(dtype)
+    return widened(weight[index]).astype(dtype) if weight.dtype == BITS else weight[index].astype(dtype)
 
 
 def _multiplied(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
@@ -61,40 +61,40 @@ def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     outputs = weight.shape[1]
     factors, parts = x.reshape(-1, LANES), weight.reshape(-1, LANES, outputs)
-    sums = sum(factors[:, i, None] * _widened(parts[:, i]) for i in range(LANES))
+    sums = sum(factors[:, i, None] * widened(parts[:, i]) for i in range(LANES))
     return jnp.ones((1, len(factors)), jnp.float32) @ sums
 
 
 def _in_blocks(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
     """The product, with a block of the weight's outputs widened at a time."""
     axis = 0 if transposed else 1
-    take = lambda first, size: _widened(jax.lax.dynamic_slice_in_dim(weight, first, size, axis))  # noqa: E731
+    take = lambda first, size: widened(jax.lax.dynamic_slice_in_dim(weight, first, size, axis))  # noqa: E731
     return blockwise(x, weight.shape[axis], take, transposed)
 
 
 def blockwise(
-    x: jax.Array, outputs: int, widened: Callable[[jax.Array, int], jax.Array], transposed: bool = False
+    x: jax.Array, outputs: int, take: Callable[[jax.Array, int], jax.Array], transposed: bool = False
 ) -> jax.Array:
     """Multiply ``x [T, I]`` float32 by a matrix of which a block of outputs at a time is widened.
 
     Args:
         x: activations.
         outputs: of the matrix.
-        widened: ``widened(first, size)``: its weights of outputs from ``first``, float32 ``[I, size]``.
+        take: ``take(first, size)``: its weights of outputs from ``first``, float32 ``[I, size]``.
         transposed: whether they are ``[size, I]`` instead.
     """
     size = min(outputs, max(1, WIDENED_AT_ONCE // x.shape[1]))
     if size == outputs:
-        return _multiplied(x, widened(jnp.int32(0), size), transposed)
+        return _multiplied(x, take(jnp.int32(0), size), transposed)
 
     def put(i: jax.Array, result: jax.Array) -> jax.Array:
         first = jnp.minimum(i * size, outputs - size)  # the last block computes some outputs of the one before again
-        return jax.lax.dynamic_update_slice_in_dim(result, _multiplied(x, widened(first, size), transposed), first, 1)
+        return jax.lax.dynamic_update_slice_in_dim(result, _multiplied(x, take(first, size), transposed), first, 1)
 
     return jax.lax.fori_loop(0, -(-outputs // size), put, jnp.zeros((len(x), outputs), jnp.float32))
 
 
-def _widened(narrow: jax.Array) -> jax.Array:
+def widened(narrow: jax.Array) -> jax.Array:
     """Numbers as float32; integers of :func:`bits` stand for the bfloat16 numbers of these bits."""
     if narrow.dtype == BITS:
         return jax.lax.bitcast_convert_type(narrow.astype(jnp.uint32) << 16, jnp.float32)

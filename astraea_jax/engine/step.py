@@ -23,11 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
+from astraea_jax.engine.mixtures import mixed_on
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
+from astraea_jax.kernels.choice import grouped_product
 from astraea_jax.kv_cache.arrays import FULL, WINDOW, LayerGroups, PagedKV, abstract_pages, heads_spec, jitted_transfers
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
@@ -157,10 +160,12 @@ class Step:
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = _Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._grouped = grouped_product(self._platform)
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
-        """Whether the layers run as one loop and their pages are one array."""
+        """Whether the layers run as one loop and their pages are one array of each group."""
+        self.period = decoder.period
         self.groups = LayerGroups.plan(decoder.config, sizes.num_pages, sizes.window_pages, self.stacked)
         self.pages = abstract_pages(decoder.config, backend, self.groups, sizes.page_size, sizes.kv_dtype, mesh)
         self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.replicated)
@@ -168,6 +173,7 @@ class Step:
         self.table = jax.ShapeDtypeStruct((sizes.max_seqs, width), jnp.int32, sharding=self.replicated)
         """The pages of every batch slot, and if there are window pages, these after all others."""
         self._shardings = [leaf.sharding for leaf in leaves]
+        self._orders = [self._in_order(leaf) for leaf in self.leaves]
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
@@ -217,6 +223,7 @@ class Step:
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
         _, pages, replicated, _, _ = shardings
+        shardings = (tuple(self._orders), *shardings[1:])
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
@@ -234,10 +241,19 @@ class Step:
     def pack(self, decoder: Decoder) -> Packed:
         """The decoder's arrays in the step's shardings; arrays that have them already are not copied."""
         leaves = jax.device_put(jax.tree.leaves(nnx.state(decoder)), self._shardings)
-        return self._packing.pack(
-            leaves,
-            jax.jit(lambda *small: jnp.concatenate([x.reshape(-1) for x in small]), out_shardings=self.replicated),
-        )
+        join = jax.jit(lambda *small: jnp.concatenate([x.reshape(-1) for x in small]), out_shardings=self.replicated)
+        packed: Packed = jax.device_put(self._packing.pack(leaves, join), tuple(self._orders))
+        return packed
+
+    def _in_order(self, leaf: jax.ShapeDtypeStruct) -> Any:
+        """Where an argument lies, and on a TPU that its last axis is innermost.
+
+        By default a TPU's arrays lie so that least is lost to padding. Where 2880 is the last axis, that is another
+        order, and a step would copy the whole array into the one in which rows are looked up, or kernels read.
+        """
+        if self._platform != "tpu":
+            return leaf.sharding
+        return Format(Layout(tuple(range(len(leaf.shape)))), leaf.sharding)
 
     def _run(
         self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, packed: jax.Array
@@ -284,8 +300,8 @@ class Step:
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
-        dtype = ACTIVATIONS.get(self._platform)
-        hidden, kept = decoder(tokens, position, pages, Operations(attend), dtype=dtype)
+        ops = Operations(attend, mixed=partial(mixed_on, self._mesh, self._grouped, Operations(attend)))
+        hidden, kept = decoder(tokens, position, pages, ops, dtype=ACTIVATIONS.get(self._platform))
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)
         if shape.q_tile > 1 and few < shape.rows:

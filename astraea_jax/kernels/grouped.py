@@ -8,7 +8,9 @@ Axis letters: T tokens, k choices of each, E experts, N blocks, B rows of a bloc
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +31,28 @@ class Blocks(NamedTuple):
     """``[]`` int32, the number of blocks in use."""
 
 
-class GroupedProduct(Protocol):
+class Dispatch(NamedTuple):
+    """Tokens laid into blocks, and where to find what has become of them."""
+
+    blocks: Blocks
+    tokens: jax.Array
+    """``[N * B]`` int32, the token of each row; 0 where the row is not in use."""
+    rows: jax.Array
+    """``[T, k]`` int32, the row of each choice; 0 where its expert is not among these."""
+    here: jax.Array
+    """``[T, k]`` bool, whether its expert is among these."""
+
+
+class GroupedProduct(ABC):
     """Products of blocks of rows with the matrices of their experts, on one kind of device."""
 
     name: str
 
+    @abstractmethod
     def block_rows(self, rows: int, experts: int) -> int:
         """B, for a step with T * k ``rows``."""
 
+    @abstractmethod
     def product(self, x: jax.Array, matrix: Matrix, blocks: Blocks) -> jax.Array:
         """Multiply every block of B rows by the matrix of its expert.
 
@@ -51,17 +67,42 @@ class GroupedProduct(Protocol):
             ``[N * B, O]`` in the dtype of ``x``, summed in float32; finite but undefined in rows that are not in use.
         """
 
+    def experts(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
+        """What its expert makes of every row: ``x [T, D] -> [N * B, D]``; undefined in rows that are not in use."""
+        blocks = sent.blocks
+        size = len(sent.tokens) // len(blocks.experts)
+        return fed_forward(
+            x[sent.tokens],
+            mixture,
+            lambda rows, matrix: self.product(rows, matrix, blocks),
+            lambda bias: jnp.repeat(bias[blocks.experts], size, axis=0),
+        )
 
-class Dispatch(NamedTuple):
-    """Tokens laid into blocks, and where to find what has become of them."""
+    def choices(self, x: jax.Array, sent: Dispatch, mixture: Mixture) -> jax.Array:
+        """What its expert makes of every choice: ``x [T, D] -> [T, k, D]``; undefined where it is not among these."""
+        return self.experts(x, sent, mixture)[sent.rows]
 
-    blocks: Blocks
-    tokens: jax.Array
-    """``[N * B]`` int32, the token of each row; 0 where the row is not in use."""
-    rows: jax.Array
-    """``[T, k]`` int32, the row of each choice; 0 where its expert is not among these."""
-    here: jax.Array
-    """``[T, k]`` bool, whether its expert is among these."""
+
+def fed_forward(
+    rows: jax.Array,
+    mixture: Mixture,
+    product: Callable[[jax.Array, Matrix], jax.Array],
+    of_experts: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The feed-forward networks of experts.
+
+    Args:
+        rows: ``[…, D]``.
+        mixture: whose experts they are.
+        product: of rows with a matrix of their experts.
+        of_experts: from biases ``[E, O]`` to those of the rows.
+    """
+    gate_up = product(rows, mixture.gate_up)
+    if mixture.gate_up_bias is not None:
+        gate_up = gate_up + of_experts(mixture.gate_up_bias[...]).astype(gate_up.dtype)
+    inner = activated(gate_up, mixture.block, mixture.activation, mixture.experts.activation_limit)
+    down = product(inner.astype(rows.dtype), mixture.down)
+    return down if mixture.down_bias is None else down + of_experts(mixture.down_bias[...]).astype(down.dtype)
 
 
 def most_blocks(rows: int, experts: int, size: int) -> int:
@@ -112,16 +153,9 @@ def mixed(grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.
     that of a token's choices, so its result depends on no other token.
     """
     experts: int = mixture.gate_up.weight.shape[0]
-    size = grouped.block_rows(index.size, experts)
-    sent = dispatch(index, experts, size)
-
-    def biased(out: jax.Array, bias: Any) -> jax.Array:
-        return out if bias is None else out + jnp.repeat(bias[...][sent.blocks.experts], size, 0).astype(out.dtype)
-
-    gate_up = biased(grouped.product(x[sent.tokens], mixture.gate_up, sent.blocks), mixture.gate_up_bias)
-    inner = activated(gate_up, mixture.block, mixture.activation, mixture.experts.activation_limit)
-    down = biased(grouped.product(inner.astype(x.dtype), mixture.down, sent.blocks), mixture.down_bias)
-    parts = jnp.where(sent.here[..., None], down[sent.rows].astype(jnp.float32) * weights[..., None], 0.0)
+    sent = dispatch(index, experts, grouped.block_rows(index.size, experts))
+    made = grouped.choices(x, sent, mixture).astype(jnp.float32)
+    parts = jnp.where(sent.here[..., None], made * weights[..., None], 0.0)
     out = parts[:, 0]
     for i in range(1, index.shape[1]):  # in a fixed order
         out = out + parts[:, i]

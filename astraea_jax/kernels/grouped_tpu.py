@@ -23,7 +23,7 @@ from astraea_jax.models.formats import PACKED, Format
 from astraea_jax.models.matrix import Matrix, multiply
 from astraea_jax.models.narrow import decoded
 
-from .grouped import Blocks
+from .grouped import Blocks, GroupedProduct
 from .pallas_tpu import LANES, VMEM_BYTES, Interpret, mxu_product
 
 LEAST_ROWS, MOST_ROWS = 16, 128
@@ -34,7 +34,7 @@ WIDENED_AT_ONCE = 1024
 """Inputs of codes, at most, that are widened in one go, if their groups allow it."""
 
 
-class GroupedTPU:
+class GroupedTPU(GroupedProduct):
     """The kernel as a grouped product, and as the product with a single matrix.
 
     Args:

@@ -79,9 +79,7 @@ class GroupedTriton(GroupedProduct):
         size = rows // len(blocks.experts)
         gate = Gate(mixture.block, mixture.activation, mixture.experts.activation_limit)
         gate_up, down = (bias and bias[...] for bias in (mixture.gate_up_bias, mixture.down_bias))
-        inner = self._multiplied(
-            x, mixture.gate_up, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate
-        )
+        inner = self._multiplied(x, mixture.gate_up, blocks, size, rows, tokens=sent.tokens, bias=gate_up, gate=gate)
         return self._multiplied(inner, mixture.down, blocks, size, rows, bias=down)
 
     def multiplied(self, x: jax.Array, matrix: Matrix) -> jax.Array:
