@@ -31,8 +31,8 @@ from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, block_sharding
 from astraea_jax.lab import gpu_code
-from astraea_jax.models.formats import EIGHT_BITS, FORMATS
-from astraea_jax.models.matrix import everywhere
+from astraea_jax.models.formats import EIGHT_BITS, FORMATS, Format
+from astraea_jax.models.matrix import Forms, everywhere, plain
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 
@@ -71,6 +71,13 @@ class Target:
         return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x4").devices)
 
 
+FORMS: dict[str, Forms] = {
+    **{name: everywhere(form) for name, form in FORMATS.items()},
+    "fp8-blocks": everywhere(Format("fp8", 128, 128)),
+    "mxfp4": lambda path: Format("fp4", 32, scales="bfloat16") if "mlp" in path else None,
+}
+"""Name -> forms of matrices: those into which engines bring them, and those of files as Qwen's and gpt-oss's are."""
+
 TARGETS = {
     "v5e": Target("v5e:2x2", 16 * 2**30),
     "v5p": Target("v5p:2x2x1", 95 * 2**30),
@@ -95,7 +102,7 @@ class Case:
     scan: bool | None = None
     """Whether the layers run as one loop. None: the engine's choice."""
     quantize: str | None = None
-    """See :class:`~astraea_jax.engine.config.EngineConfig`."""
+    """Name in :data:`FORMS`; None: matrices are of bfloat16."""
     kv_dtype: str | None = None
     """See :class:`~astraea_jax.engine.config.EngineConfig`."""
 
@@ -183,9 +190,9 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     platform = "tpu" if target.capability is None else "gpu"
     config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
-    form = FORMATS[case.quantize] if case.quantize else None
+    forms = FORMS[case.quantize] if case.quantize else plain
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
-    decoder = abstract_decoder(model, dtype, mesh, forms=everywhere(form), stacked=scan)
+    decoder = abstract_decoder(model, dtype, mesh, forms=forms, stacked=scan)
     backend = choose(
         case.attention,
         platform,

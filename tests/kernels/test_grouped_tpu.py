@@ -1,4 +1,4 @@
-"""Our TPU kernel for grouped products, interpreted, against dequantised matrices, unwritten memory being poisoned.
+"""Our TPU kernel for grouped products, interpreted, against dequantised matrices; unwritten memory is poisoned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from astraea_jax.kernels import grouped_tpu
 from astraea_jax.kernels.grouped import dispatch
 from astraea_jax.kernels.grouped_tpu import GroupedTPU, inputs_at_once, tile_of
 from astraea_jax.models.formats import Format
-from astraea_jax.models.matrix import Matrix
+from astraea_jax.models.matrix import InStack, Matrix
 from astraea_jax.models.narrow import Codes, dequantized
 
 EXPERTS, SIZE = 4, 16
@@ -89,6 +89,21 @@ def test_a_single_matrix_is_multiplied_as_in_numpy(form, rows):
     x = jax.random.normal(jax.random.key(rows), (rows, inputs))
     out = GroupedTPU(interpret=True).multiply(x, matrix)
     np.testing.assert_allclose(out, np.asarray(x) @ weights_of(matrix), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "MXFP4"])
+def test_a_layer_is_read_in_its_stack(form):
+    """Of stacked layers the whole is read, and the layer's own arrays are not looked at."""
+    layers = [matrix_of((EXPERTS, 64, 128), "float32", FORMS[form], seed) for seed in range(3)]
+    graph, state = nnx.split(layers[1])
+    stacked = nnx.merge(graph, jax.tree.map(lambda *parts: jnp.stack(parts), *map(nnx.state, layers)))
+    sent = dispatch(jnp.array([[0, 2], [3, 2]]), EXPERTS, SIZE)
+    x = jax.random.normal(jax.random.key(0), (len(sent.tokens), 64))
+    kernel = GroupedTPU(interpret=True)
+    expected = kernel.product(x, layers[1], sent.blocks)
+    spoilt = nnx.merge(graph, jax.tree.map(jnp.zeros_like, state))
+    spoilt.stack = InStack(stacked, jnp.int32(1))
+    np.testing.assert_array_equal(kernel.product(x, spoilt, sent.blocks), expected)
 
 
 @given(inputs=st.integers(1, 512).map(lambda n: 32 * n), outputs=st.integers(1, 20_000))

@@ -54,7 +54,9 @@ def numbers(made: Matrix) -> np.ndarray:
     if made.weight.ndim == 2:
         return np.asarray(dequantized(made.codes, made.form, jnp.dtype("float32")))
     one = lambda codes: dequantized(codes, made.form, jnp.dtype("float32"))  # noqa: E731
-    return np.stack([np.asarray(one(Codes(*(None if x is None else x[e] for x in made.codes)))) for e in range(len(made.weight))])
+    return np.stack(
+        [np.asarray(one(Codes(*(None if x is None else x[e] for x in made.codes)))) for e in range(len(made.weight))]
+    )
 
 
 @dataclass(frozen=True)
