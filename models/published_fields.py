@@ -56,7 +56,7 @@ def _glm(hidden: int, inner: int, layers: int, experts: int, size: int, **more: 
     return _fields("Glm4Moe", 151_552, hidden, inner, layers, 96, **common, **mixture, **more)
 
 
-_CODER = {"rope_theta": 1e7, "max_position_embeddings": 262_144}
+_CODER: Fields = {"rope_theta": 1e7, "max_position_embeddings": 262_144}
 _LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
 
 FIELDS: dict[str, Fields] = {

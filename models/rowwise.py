@@ -74,7 +74,7 @@ def _blocks(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _at_once(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``x [S, B, I / S]`` times ``weight [S, I / S, O]``, summed over S in order, of one row or :data:`TILE` or more."""
+    """``x [S, B, I / S]`` times ``weight [S, I / S, O]``, summed over S in order; one row, or at least :data:`TILE`."""
     # The barrier keeps XLA from giving product and sum to its library together, which would sum in another order.
     parts = jax.lax.optimization_barrier(jax.lax.dot_general(x, weight, (((2,), (1,)), ((0,), (0,)))))
     out = parts[0]

@@ -93,7 +93,8 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
 
 def _features(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Names of what is divided of feed-forward networks, with the sizes of which one must be divisible."""
-    experts, found = config.experts, []
+    experts = config.experts
+    found: list[tuple[str, tuple[int, ...]]] = []
     if not all(kind.has_experts for kind in config.layer_kinds):
         found.append(("feed-forward size", (config.intermediate_size,)))
     if experts is not None:

@@ -49,7 +49,7 @@ flags.DEFINE_list("model", ["llama-3.1-8b", "qwen3-4b"], f"Some of {', '.join(PU
 flags.DEFINE_list("tp", ["1", "4"], "Devices that share the model.")
 flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by default the one the engine would take.")
 flags.DEFINE_bool("scan", None, "Run the layers as one loop; by default as the engine does, on TPUs.")
-flags.DEFINE_enum("quantize", None, list(FORMS), "Forms of the layers' matrices.")
+flags.DEFINE_enum("quantize", None, list(FORMS), "Form of the layers' weight matrices.")
 flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "8-bit dtype of KV.")
 flags.DEFINE_list("program", list(EXECUTABLES), f"Some of {', '.join(EXECUTABLES)}.")
 flags.DEFINE_string("json", None, "Also write the figures to this file; those of other programs in it stay.")

@@ -1,10 +1,12 @@
-"""Mixtures of experts over several devices: each computes its own experts, or its share of every expert's features.
+"""Mixtures of experts over several devices: each has its own experts, or its share of the features of all.
 
-Activations are the same on all devices, so nothing moves but one sum per mixture, which the shared experts take part in.
+Activations are the same on all devices, so nothing moves but one sum per mixture, of which the shared experts are part.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +22,15 @@ from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import TP, spec
 
 
-def mixed_on(
+def with_mixtures(ops: Operations, alone: Operations, mesh: Mesh, grouped: GroupedProduct) -> Operations:
+    """``ops`` with mixtures of experts on the devices of a mesh of one axis, ``"tp"``.
+
+    Each device does its part by ``grouped``, and by the operations of a device ``alone``.
+    """
+    return replace(ops, mixed=partial(_mixed, mesh, grouped, alone))
+
+
+def _mixed(
     mesh: Mesh,
     grouped: GroupedProduct,
     ops: Operations,
@@ -80,6 +90,6 @@ def _check(matrix: Matrix) -> None:
         if scales[1:] != matrix.form.grid(codes[1] * matrix.form.per_item, codes[2]):
             raise CheckpointError(
                 f"devices would share scales of experts' matrices, since {codes[1] * matrix.form.per_item} inputs and "
-                f"{codes[2]} outputs of each are no whole blocks; choose a smaller tensor_parallel, or one that divides "
-                "the number of experts"
+                f"{codes[2]} outputs of each are no whole blocks; choose a smaller tensor_parallel, or one that "
+                "divides the number of experts"
             )

@@ -63,7 +63,7 @@ class Op(IntEnum):
     TO_DEVICE = 4
     """Copy block ``number`` to the devices, as a new block."""
     SCATTER = 5
-    """Write block ``number`` to pages: ``values`` are their group, then the pages."""
+    """Write ``number`` blocks to pages: ``values`` are their group of layers, their numbers, and the pages."""
     FORGET = 6
     """Drop the blocks ``values``."""
     END = 7
@@ -146,9 +146,10 @@ class LeaderRunner(Runner):
         self._send(Op.TO_HOST if sharding.memory_kind == PINNED else Op.TO_DEVICE, block.number)
         return self._shared(super().put(block.array, sharding))
 
-    def scatter(self, block: SharedBlock, pages: np.ndarray, group: int) -> None:
-        self._send(Op.SCATTER, block.number, np.insert(pages, 0, group))
-        super().scatter(block.array, pages, group)
+    def scatter(self, blocks: Sequence[SharedBlock], pages: np.ndarray, group: int) -> None:
+        numbers = np.array([group, *(block.number for block in blocks)], np.int32)
+        self._send(Op.SCATTER, len(blocks), np.concatenate((numbers, pages)))
+        super().scatter([block.array for block in blocks], pages, group)
 
     def read(self, step: InFlight) -> list[int]:
         """Read as :meth:`Runner.read` does, but poll: collectives block for ever if a process dies or hangs.
@@ -234,7 +235,8 @@ class FollowerRunner(Runner):
                 case Op.TO_DEVICE:
                     blocks[next(made)] = self.put(blocks[number], device)
                 case Op.SCATTER:
-                    self.scatter(blocks[number], values[1:], int(values[0]))
+                    group, named, pages = int(values[0]), values[1 : number + 1].tolist(), values[number + 1 :]
+                    self.scatter([blocks[each] for each in named], pages, group)
                 case Op.FORGET:
                     for dropped in values.tolist():
                         del blocks[dropped]

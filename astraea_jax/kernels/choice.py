@@ -12,6 +12,7 @@ from .gpu import Triton
 from .grouped import GroupedProduct
 from .grouped_reference import GroupedReference
 from .grouped_tpu import GroupedTPU
+from .grouped_triton import GroupedTriton
 from .pallas_tpu import PallasInterpreted, PallasTPU
 from .published_tpu import JaxRPA, TokamaxRPA
 from .reference import Reference
@@ -27,9 +28,9 @@ GROUPED: dict[str, type[GroupedProduct]] = {"tpu": GroupedTPU}
 """JAX platform -> what multiplies for mixtures of experts; every other platform uses the reference."""
 
 
-def grouped_product(platform: str) -> GroupedProduct:
-    """What multiplies for mixtures of experts on this kind of device."""
-    return GROUPED.get(platform, GroupedReference)()
+def grouped_product(platform: str, backend: Backend | None = None) -> GroupedProduct:
+    """What multiplies for mixtures of experts on this kind of device, beside this backend of attention."""
+    return GroupedTriton(backend) if isinstance(backend, Triton) else GROUPED.get(platform, GroupedReference)()
 
 
 def choose(

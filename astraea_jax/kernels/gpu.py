@@ -48,17 +48,17 @@ def single_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
     Measured with Llama-3.1-8B's heads on an H200 (benchmarks/RESULTS.md), where two warps are a little faster than
     four; guessed for others.
     """
-    m = max(16, _power(group))
+    m = max(16, power_of_two(group))
     return Blocks(m, 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 2 if m == 16 else 4, 3)
 
 
 def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
     """Blocks for longer rows; float32 is multiplied without tensor cores, so its tiles must fit into registers."""
     if jnp.dtype(dtype).itemsize > 2:
-        return Blocks(max(16, _power(group)), 32, 4, 2)
+        return Blocks(max(16, power_of_two(group)), 32, 4, 2)
     if head_dim > 128:
-        return Blocks(max(64, _power(group)), 32, 4, 2)
-    return Blocks(max(128, _power(group)), 64, 8, 3)
+        return Blocks(max(64, power_of_two(group)), 32, 4, 2)
+    return Blocks(max(128, power_of_two(group)), 64, 8, 3)
 
 
 def split_context(rows: int, kv_heads: int, context: int, block: int) -> tuple[int, int]:
@@ -70,7 +70,7 @@ def split_context(rows: int, kv_heads: int, context: int, block: int) -> tuple[i
     return max(1, min(MOST_SPLITS, -(-context // (least * block)))), least
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
@@ -223,7 +223,7 @@ class Triton:
             "turn_and_write",
             (t, k),
             {**_unturned(heads), "slot_mapping": batch.slot_mapping, "pages": pool},
-            {**_sizes(pool, group), "BLOCK_G": _power(group), "NORM": heads.q_norm is not None},
+            {**_sizes(pool, group), "BLOCK_G": power_of_two(group), "NORM": heads.q_norm is not None},
             out={"q": jax.ShapeDtypeStruct((t, k * group, h), heads.qkv.dtype)},
         )
         return queries
@@ -253,7 +253,12 @@ class Triton:
             stages=blocks.stages,
         )
         operands = {"kv_lens": batch.kv_lens, "cu_q_lens": batch.cu_q_lens, "parts": parts, "heights": heights}
-        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": heads.switches.window or 0, "BLOCK_SPLITS": _power(splits)}
+        share = {
+            "H": h,
+            "BLOCK_N": blocks.n,
+            "WINDOW": heads.switches.window or 0,
+            "BLOCK_SPLITS": power_of_two(splits),
+        }
         return self.launch(
             "combine",
             (n, rows),

@@ -52,6 +52,10 @@ class GroupedProduct(ABC):
     def block_rows(self, rows: int, experts: int) -> int:
         """B, for a step with T * k ``rows``."""
 
+    def dispatched(self, index: jax.Array, experts: int) -> Dispatch:
+        """:func:`dispatch`, or as a device does it best."""
+        return dispatch(index, experts, self.block_rows(index.size, experts))
+
     @abstractmethod
     def product(self, x: jax.Array, matrix: Matrix, blocks: Blocks) -> jax.Array:
         """Multiply every block of B rows by the matrix of its expert.
@@ -153,7 +157,7 @@ def mixed(grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.
     that of a token's choices, so its result depends on no other token.
     """
     experts: int = mixture.gate_up.weight.shape[0]
-    sent = dispatch(index, experts, grouped.block_rows(index.size, experts))
+    sent = grouped.dispatched(index, experts)
     made = grouped.choices(x, sent, mixture).astype(jnp.float32)
     parts = jnp.where(sent.here[..., None], made * weights[..., None], 0.0)
     out = parts[:, 0]

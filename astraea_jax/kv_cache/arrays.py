@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +105,37 @@ def gather_pages(pages: PagedKV, ids: jax.Array, num_pages: int) -> jax.Array:
     return jnp.concatenate([array[_of_layers(array, ids, num_pages)] for array in pages], axis=1)
 
 
+def stage_block(staging: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
+    """Write a block into the rows of ``staging [m, L, …]`` from ``at`` on."""
+    return jax.lax.dynamic_update_slice_in_dim(staging, block, at, 0)
+
+
 def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: int) -> PagedKV:
-    """Write a block to the pages ``ids [n]`` int32, all different; ids of ``num_pages`` and more are ignored."""
-    parts = jnp.split(block, len(pages), axis=1)
+    """Write the first n pages of a block to the pages ``ids [n]`` int32, all different; those beyond P are ignored."""
+    parts = jnp.split(block[: len(ids)], len(pages), axis=1)
     return tuple(
         array.at[_of_layers(array, ids, num_pages)].set(part, mode="drop", unique_indices=True)
         for array, part in zip(pages, parts, strict=True)
     )
+
+
+def write_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: int) -> PagedKV:
+    """Do what :func:`scatter_pages` does, one page after the other: a CPU then needs no scratch memory."""
+    layers, rest = block.shape[1], block.shape[2:]
+
+    def write(row: jax.Array, pages: PagedKV) -> PagedKV:
+        written = list(pages)
+        for layer in range(layers):
+            of, within = divmod(layer, layers // len(pages))
+            page = jax.lax.dynamic_slice(block, (row, layer, *[0] * len(rest)), (1, 1, *rest))[0]
+            at = ids[row] + within * num_pages
+            written[of] = jax.lax.dynamic_update_slice_in_dim(written[of], page, at, 0)
+        return tuple(written)
+
+    def step(row: jax.Array, pages: PagedKV) -> PagedKV:
+        return jax.lax.cond(ids[row] < num_pages, partial(write, row), lambda pages: pages, pages)
+
+    return jax.lax.fori_loop(0, len(ids), step, pages)
 
 
 def _of_layers(array: jax.Array, ids: jax.Array, num_pages: int) -> jax.Array:
@@ -121,10 +145,19 @@ def _of_layers(array: jax.Array, ids: jax.Array, num_pages: int) -> jax.Array:
     return jnp.where(ids[:, None] < num_pages, there, beyond)
 
 
-def jitted_transfers(
-    pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding, num_pages: int
-) -> tuple[Any, Any]:
-    """Jit :func:`gather_pages` and :func:`scatter_pages`, which donates the pages, to be lowered per block size.
+class Transfers(NamedTuple):
+    """The jitted functions that move pages, to be lowered per size of a block; what they write to is donated."""
+
+    gather: Any
+    """:func:`gather_pages`, one launch on a GPU."""
+    stage: Any
+    """:func:`stage_block`, one launch."""
+    scatter: Any
+    """:func:`scatter_pages`, one launch per layer; on a CPU :func:`write_pages`."""
+
+
+def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding, num_pages: int) -> Transfers:
+    """Jit the functions that move pages.
 
     Args:
         pages: shapes of the paged arrays.
@@ -133,10 +166,12 @@ def jitted_transfers(
     """
     arrays, block = tuple(array.sharding for array in pages), block_sharding(pages[0])
     gather = jax.jit(partial(gather_pages, num_pages=num_pages), in_shardings=(arrays, ids), out_shardings=block)
+    stage = jax.jit(stage_block, in_shardings=(block, block, ids), out_shardings=block, donate_argnums=0)
+    on_cpu = all(getattr(device, "platform", "") == "cpu" for device in ids.device_set)
     scatter = jax.jit(
-        partial(scatter_pages, num_pages=num_pages),
+        partial(write_pages if on_cpu else scatter_pages, num_pages=num_pages),
         in_shardings=(arrays, block, ids),
         out_shardings=arrays,
         donate_argnums=0,
     )
-    return gather, scatter
+    return Transfers(gather, stage, scatter)

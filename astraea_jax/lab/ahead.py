@@ -71,13 +71,6 @@ class Target:
         return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x4").devices)
 
 
-FORMS: dict[str, Forms] = {
-    **{name: everywhere(form) for name, form in FORMATS.items()},
-    "fp8-blocks": everywhere(Format("fp8", 128, 128)),
-    "mxfp4": lambda path: Format("fp4", 32, scales="bfloat16") if "mlp" in path else None,
-}
-"""Name -> forms of matrices: those into which engines bring them, and those of files as Qwen's and gpt-oss's are."""
-
 TARGETS = {
     "v5e": Target("v5e:2x2", 16 * 2**30),
     "v5p": Target("v5p:2x2x1", 95 * 2**30),
@@ -88,6 +81,24 @@ TARGETS = {
     "b200": Target("b200", 180 * 10**9 * 3 // 4, 100),
 }
 """A tpu7x chip of 192 GiB is two devices; by default JAX takes three quarters of a GPU's memory."""
+
+
+def _fp8_block(path: str) -> Format:
+    """Of the checkpoints of Qwen and others, where gate and up projection alternate in blocks of 64 outputs."""
+    return Format("fp8", inputs=128, outputs=64 if path.endswith("gate_up") else 128)
+
+
+def _mxfp4(path: str) -> Format | None:
+    """Of gpt-oss's experts only."""
+    return Format("fp4", inputs=32, scales="bfloat16") if ".mlp." in path else None
+
+
+FORMS: dict[str, Forms] = {
+    **{name: everywhere(form) for name, form in FORMATS.items()},
+    "fp8-block": _fp8_block,
+    "mxfp4": _mxfp4,
+}
+"""Name -> forms of a model's matrices: those that ``--quantize`` makes of them, and those of checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Case:
     scan: bool | None = None
     """Whether the layers run as one loop. None: the engine's choice."""
     quantize: str | None = None
-    """Name in :data:`FORMS`; None: matrices are of bfloat16."""
+    """Form of its matrices, of :data:`FORMS`."""
     kv_dtype: str | None = None
     """See :class:`~astraea_jax.engine.config.EngineConfig`."""
 
@@ -190,9 +201,8 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     platform = "tpu" if target.capability is None else "gpu"
     config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
-    forms = FORMS[case.quantize] if case.quantize else plain
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
-    decoder = abstract_decoder(model, dtype, mesh, forms=forms, stacked=scan)
+    decoder = abstract_decoder(model, dtype, mesh, forms=FORMS[case.quantize] if case.quantize else plain, stacked=scan)
     backend = choose(
         case.attention,
         platform,
@@ -228,17 +238,18 @@ def _executables(step: Step, tp: int) -> Iterator[_Executable]:
     decode, unrolled = [shape for shape in step.shapes if shape.q_tile == 1], 0 if step.stacked else step.num_layers
     for name, shape in zip(EXECUTABLES, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Executable(name, lower, pool, paged, weights, in_text if tp > 1 else 0, unrolled)
+        alike = {shape.tokens * size for leaf in step.leaves for size in leaf.shape}  # activations as large as a weight
+        yield _Executable(name, lower, pool, paged, weights - alike, in_text if tp > 1 else 0, unrolled)
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.replicated)
     for group in step.groups.present:
-        (gather, scatter), pages = step.transfers(group), step.pages_of(group)
+        (gather, _, scatter), pages = step.transfers(group), step.pages_of(group)
         pool = sum(map(_shard_bytes, pages))
         whole = (LARGEST_BLOCK, step.groups.of.count(group), *pages[0].shape[1:])
         block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
         offload = partial(gather.lower, pages, ids)
         restore = partial(scatter.lower, pages, block, ids)
-        yield _Executable("offload", offload, 0, paged, set(), 0)
-        yield _Executable("restore", restore, pool, paged, set(), 0)
+        yield _Executable("offload", offload, 0, paged, set(), 0, unrolled)
+        yield _Executable("restore", restore, pool, paged, set(), 0, unrolled)
 
 
 def _compile(case: Case, program: _Executable) -> Figures:
@@ -270,9 +281,10 @@ def _compile(case: Case, program: _Executable) -> Figures:
 
 def _look_at_gpu_code(figures: Figures, text: str, layers: int, capability: int) -> None:
     kind = figures.program.partition("-")[0]
-    if kind in gpu_code.LAYER and layers:
-        figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers)
-        if figures.launches > most and figures.case.tp == 1 and not figures.case.quantize:
+    if layers:
+        mixed = PUBLISHED[figures.case.model].experts is not None
+        figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers, mixed)
+        if figures.launches > most and figures.case.tp == 1 and (mixed or not figures.case.quantize):
             figures.failures.append(f"launches {figures.launches} kernels, {most} at most")
         figures.failures += [f"is no single command buffer: has a {opcode}" for opcode in gpu_code.branches(text)]
     for kernel in gpu_code.assembled(Path(os.environ["JAX_TRITON_DUMP_DIR"]), capability):

@@ -33,12 +33,16 @@ from astraea_jax.scheduler.residency import Residency
 from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.strategies import STRATEGIES, make_strategy
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.windows import Window
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("policies", SERVING, "Policies to time.")
 flags.DEFINE_list("strategies", ["adaptive"], f"Residency strategies to time, of {', '.join(STRATEGIES)}.")
 flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Requests that wait.")
 flags.DEFINE_integer("running", 256, "Requests that run.", lower_bound=1)
+flags.DEFINE_integer(
+    "window", 0, "Tokens that a query sees in layers with a window; 0: no layer has one.", lower_bound=0
+)
 flags.DEFINE_integer("steps", 400, "Steps to measure.", lower_bound=10)
 define_flags("bench_scheduler")
 
@@ -46,7 +50,9 @@ define_flags("bench_scheduler")
 def measure(name: str, waiting: int) -> tuple[float, float, float]:
     """Median microseconds of a plan, of a commit, and the 99th percentile of both together."""
     rng = random.Random(0)
-    running = FLAGS.running
+    running, window = FLAGS.running, None
+    if FLAGS.window:
+        window = Window(FLAGS.window, 1 + 2048 // 16 + running * (Window(FLAGS.window, 0).span(16) + 2))
     config = SchedulerConfig(
         num_pages=running * 40 + 1,
         page_size=16,
@@ -55,6 +61,7 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
         max_context=1024,
         max_waiting=10**7,
         max_programs=10**7,
+        window=window,
     )
     scheduler = Scheduler(config, make_policy(name))
     now = 0.0

@@ -46,7 +46,7 @@ def test_steps_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
     ("target", "model", "tp", "form", "period"),
     [
         ("v5e", "gpt-oss-20b", 4, "mxfp4", 2),
-        ("v6e", "qwen3-coder-30b-a3b", 4, "fp8-blocks", 1),
+        ("v6e", "qwen3-coder-30b-a3b", 4, "fp8-block", 1),
         ("7x", "gpt-oss-20b", 1, "mxfp4", 2),
     ],
 )
@@ -72,17 +72,46 @@ def test_mixtures_are_read_where_they_are(target, model, tp, form, period, tmp_p
 def test_steps_on_a_gpu_launch_little_and_never_branch(target, models, tmp_path):
     """What attention's kernels take of registers is looked at, too."""
     done = run(
-        *(f"--target={target}", f"--model={','.join(models)}", "--tp=1", "--program=decode-most,mixed-most"),
+        *(
+            f"--target={target}",
+            f"--model={','.join(models)}",
+            "--tp=1",
+            "--program=decode-most,mixed-most,offload,restore",
+        ),
         f"--json={tmp_path / 'figures.json'}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     programs = json.loads((tmp_path / "figures.json").read_text())["programs"]
-    assert [step["program"] for step in programs] == ["decode-most", "mixed-most"] * len(models)
-    for decode, mixed in zip(programs[::2], programs[1::2], strict=True):
+    assert [step["program"] for step in programs] == ["decode-most", "mixed-most", "offload", "restore"] * len(models)
+    for decode, mixed, offload, restore in zip(*(programs[i::4] for i in range(4)), strict=True):
+        assert offload["launches"] == 1 < restore["launches"]
         assert decode["case"]["attention"] == "triton"
         assert decode["launches"] > 0 < mixed["launches"]
         assert "attend_single" in decode["registers"]
         assert {"turn_and_write", "attend_tiles"} <= mixed["registers"].keys()
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(package) for package in ("jax_triton", "jax_cuda13_plugin")),
+    reason="compiling for a GPU needs the [cuda] extra, on Python 3.12 or newer",
+)
+@pytest.mark.parametrize(
+    ("model", "form", "programs"),
+    [
+        ("qwen3-coder-30b-a3b", None, ["decode-most", "mixed-most"]),
+        ("qwen3-coder-30b-a3b", "fp8-block", ["decode-most"]),
+        ("gpt-oss-20b", "mxfp4", ["decode-most", "mixed-most"]),
+    ],
+)
+def test_mixtures_on_a_gpu_copy_no_expert_and_launch_little(model, form, programs, tmp_path):
+    done = run(
+        *("--target=h200", f"--model={model}", "--tp=1", f"--program={','.join(programs)}"),
+        *(f"--json={tmp_path / 'figures.json'}", *([f"--quantize={form}"] if form else [])),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in json.loads((tmp_path / "figures.json").read_text())["programs"]:
+        assert {"multiply_blocks", "attend_single"} <= step["registers"].keys()
+        assert step["temp"] < 2**27 < step["aliased"]
 
 
 def test_a_model_that_does_not_fit_is_said_to_be_so():

@@ -77,6 +77,7 @@ def test_a_share_without_its_scales_is_refused():
     mesh = mesh_of(jax.devices()[:4])
     groups = everywhere(Format("int8", inputs=16))
     step = Step(abstract_decoder(MODELS["features"], jnp.float32, mesh, forms=groups), Reference(), SIZES, mesh)
+    shape = StepShape(4, 4, 1)
+    jitted, arguments = step.jitted(shape), step.arguments(shape)
     with pytest.raises(CheckpointError, match="no whole blocks; choose a smaller tensor_parallel"):
-        shape = StepShape(4, 4, 1)
-        step.jitted(shape).lower(*step.arguments(shape))
+        jitted.lower(*arguments)

@@ -11,11 +11,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages
-from astraea_jax.kv_cache.offload import HostStore, block_sharding, block_sizes
+from astraea_jax.kv_cache.arrays import gather_pages, scatter_pages, write_pages
+from astraea_jax.kv_cache.offload import NOWHERE, HostStore, batch_sizes, block_sharding, block_sizes
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.transfer import HostCopy, HostPages, Part, Transfer
 
@@ -31,14 +32,17 @@ class Pools:
         shape = (PAGES, 2, 2, 4, 8)
         numbers = jnp.arange(LAYERS * np.prod(shape), dtype=jnp.float32).reshape(LAYERS, *shape)
         self.pages = tuple(numbers)
+        self.scattered: list[list[int]] = []
+        """The sizes of the blocks of each scatter."""
 
         self.windows = tuple(-numbers[:1, :WINDOWS])
 
     def gather(self, pages, group):
         return gather_pages(*self._of(group, np.asarray(pages)))
 
-    def scatter(self, block, pages, group):
-        written = scatter_pages(self._of(group)[0], block, pages, (PAGES, WINDOWS)[group])
+    def scatter(self, blocks, pages, group):
+        self.scattered.append([len(block) for block in blocks])
+        written = scatter_pages(self._of(group)[0], jnp.concatenate(blocks), pages, (PAGES, WINDOWS)[group])
         if group:
             self.windows = written
         else:
@@ -87,6 +91,20 @@ def test_blocks_are_powers_of_two():
     assert block_sizes(1000) == block_sizes(64)
     assert block_sizes(5) == [4, 2, 1]
     assert block_sizes(0) == []
+    assert [batch_sizes(most) for most in (1000, 32, 16, 5, 1, 0)] == [[64, 16, 4], [32, 8], [16, 4], [4], [1], []]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_cpu_writes_the_same_pages(stacked):
+    """Page by page, where other devices scatter; rows beyond the ids and ids beyond the pool are left out."""
+    pools = Pools()
+    block = pools.gather([9, 8, 7, 6, 5], 0)
+    pages = (jnp.concatenate(pools.pages),) if stacked else pools.pages
+    ids = jnp.array([3, NOWHERE, 1, PAGES], jnp.int32)
+    for one, other in zip(write_pages(pages, block, ids, PAGES), scatter_pages(pages, block, ids, PAGES), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(one[3], pools.pages[0 if stacked else -1][9])
+    np.testing.assert_array_equal(one[2], pools.pages[0 if stacked else -1][2])
 
 
 @settings(max_examples=15, deadline=None)
@@ -111,6 +129,7 @@ def test_restored_bytes_are_the_offloaded_bytes(data):
     store.start([back], [])
     assert finish(store) == [(back, False)]
     np.testing.assert_array_equal(pools.content(to), expected[low : first + high])
+    assert max(map(sum, pools.scattered)) <= store._sizes[0]
     untouched = [page for page in range(PAGES) if page not in to]
     assert np.isnan(pools.content(untouched)).all()
     store.start([], [out.parts[0].copy.memory for out in outs])
@@ -149,6 +168,74 @@ def test_the_comparison_of_bytes_can_fail():
     finish(store)
     assert not np.array_equal(pools.content([5, 6]), expected)
     assert np.array_equal(pools.content([5])[0], expected[0])
+
+
+def test_what_has_arrived_is_scattered_at_once():
+    """Of several copies and programs, and in no more batches than their pages fill."""
+    pools, order = Pools(), list(range(1, 59))
+    store = store_of(pools, staging=64)
+    outs, counts = [], [1, 2, 3, 5, 7, 13]
+    for count in counts:
+        outs.append(offload(Program(len(outs), 0.0), order[:count]))
+        del order[:count]
+    store.start(outs, [])
+    finish(store)
+    expected = pools.content(range(1, 32))
+    pools.wipe()
+    backs = [restore(out.program, out.pages, out.parts) for out in outs]
+    store.start(backs[:4], [])
+    jax.block_until_ready([block for moving in store._moving for block, *_ in moving.arriving])
+    assert {id(transfer) for transfer, _ in store.poll()} == set(map(id, backs[:4]))
+    (sizes,) = pools.scattered
+    assert sum(sizes) == sum(counts[:4])
+    assert sizes == sorted(sizes, reverse=True)
+    store.start([backs[4]], [])
+    finish(store)
+    store.start([backs[5]], [])
+    finish(store)
+    np.testing.assert_array_equal(pools.content(range(1, 32)), expected)
+
+
+def test_a_batch_is_no_larger_than_the_largest_block():
+    pools = Pools()
+    store = store_of(pools, staging=8)
+    outs = [offload(Program(i, 0.0), range(1 + 7 * i, 8 + 7 * i)) for i in range(3)]
+    store.start(outs, [])
+    finish(store)
+    store._staging = 64  # so that all of it may arrive at once
+    store.start([restore(out.program, out.pages, out.parts) for out in outs], [])
+    jax.block_until_ready([block for moving in store._moving for block, *_ in moving.arriving])
+    assert [failed for _, failed in store.poll()] == [False] * 3
+    assert [sum(sizes) for sizes in pools.scattered] == [8, 8, 5]
+
+
+def test_a_restore_begins_before_the_step():
+    """Copies are begun when transfers are, not at the next turn: a GPU lets them wait for the steps before them."""
+    pools = Pools()
+    store = store_of(pools)
+    out = offload(Program(1, 0.0), [1, 2, 3])
+    store.start([out], [])
+    finish(store)
+    back = restore(out.program, [4, 5, 6], out.parts)
+    store.start([back], [])
+    (moving,) = store._moving
+    assert [len(pages) for _, pages, _ in moving.arriving] == [2, 1]
+
+
+def test_what_cannot_be_scattered_fails():
+    pools = Pools()
+    store = store_of(pools)
+    out = offload(Program(1, 0.0), [1, 2, 3])
+    store.start([out], [])
+    finish(store)
+
+    def scatter(blocks, pages, group):
+        raise RuntimeError("INTERNAL")
+
+    pools.scatter = scatter
+    back = restore(out.program, [4, 5, 6], out.parts)
+    store.start([back], [])
+    assert finish(store) == [(back, True)]
 
 
 def test_a_copy_that_cannot_be_made_fails_alone():

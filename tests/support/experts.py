@@ -1,4 +1,4 @@
-"""Random choices of experts, matrices of theirs in every form, and what grouped products must make of them, in NumPy."""
+"""Random choices of experts, matrices in every form, and what grouped products must make of them, in NumPy."""
 
 from __future__ import annotations
 

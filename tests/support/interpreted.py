@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -34,7 +35,9 @@ class Interpreted(Triton):
         def run(*values: jax.Array) -> tuple[np.ndarray, ...]:
             tensors = {name: _tensor(np.asarray(x)) for name, x in zip(arrays, values, strict=True)}
             for name, x in (out or {}).items():
-                tensors[name] = _tensor(np.full(x.shape, np.nan, x.dtype))
+                tensors[name] = _tensor(
+                    np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
+                )
             KERNELS[kernel][grid](**tensors, **numbers, **constants)
             return tuple(_array(tensors[name], x.dtype) for name, x in results.items())
 
