@@ -21,7 +21,7 @@ from flax import nnx
 from .config import LayerKind, ModelConfig
 from .experts import Mixture
 from .heads import Heads, Switches, rms_norm
-from .matrix import Forms, Matrix, plain, within
+from .matrix import Forms, InStack, Matrix, plain, within
 from .mlp import MLP
 from .operations import Index, LayerCache, Operations
 from .product import BITS, bits, product, rows
@@ -146,29 +146,38 @@ class Layer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All layers as one whose arrays are ``[L, …]``, run in a loop that is compiled once instead of per layer.
+    """Layers that repeat, as one period whose arrays are ``[count, …]``, run in a loop that is compiled once.
 
     It pays where the compiler reads a layer's weights directly from the stack: XLA does so for TPUs, but copies them
-    first for GPUs.
+    first for GPUs. A period is one layer where all are alike, or as many as it takes until kinds repeat.
     """
 
-    def __init__(self, layer: Layer, count: int):
-        self.layer, self.count = layer, count
+    def __init__(self, layers: list[Layer], count: int):
+        self.layers, self.count = nnx.List(layers), count
 
     def __call__(
-        self, x: jax.Array, positions: Positions, ops: Operations, cache: LayerCache
+        self, x: jax.Array, positions: list[Positions], ops: Operations, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        graph, arrays = nnx.split(self.layer)
+        """Run all layers; ``positions`` are those of each layer of a period."""
+        graph, arrays = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, LayerCache], each: Any) -> tuple[tuple[jax.Array, LayerCache], None]:
             i, of_one = each
-            layer: Layer = nnx.merge(graph, of_one)
+            layers: nnx.List[Layer] = nnx.merge(graph, of_one)
+            for matrix, whole in zip(_matrices(layers), _matrices(nnx.merge(graph, arrays)), strict=True):
+                matrix.stack = InStack(whole, i)
             x, cache = carry
-            return layer(x, positions, ops, i, cache), None
+            for nth, layer in enumerate(layers):
+                x, cache = layer(x, positions[nth], ops, i * len(layers) + nth, cache)
+            return (x, cache), None
 
         with jax.named_scope("layers"):
             carry, _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.count), arrays))
         return carry
+
+
+def _matrices(layers: nnx.List[Layer]) -> list[Matrix]:
+    return [module for _, module in nnx.iter_modules(layers) if isinstance(module, Matrix)]
 
 
 class Embedding(nnx.Module):
@@ -223,7 +232,7 @@ class Decoder(nnx.Module):
         where = {rope: Positions.of(positions, rope, self.config) for rope in ropes}
         x = self._embedded(tokens, dtype)
         if isinstance(self.layers, Stack):
-            x, cache = self.layers(x, where[kinds[0].rope], ops, cache)
+            x, cache = self.layers(x, [where[kind.rope] for kind in kinds[: len(self.layers.layers)]], ops, cache)
             return self.norm(x), cache
 
         @partial(jax.jit, static_argnums=0)  # layers alike are traced once; what is compiled is the same
@@ -263,21 +272,41 @@ class Decoder(nnx.Module):
         """Whether the layers are a :class:`Stack`."""
         return isinstance(self.layers, Stack)
 
+    @property
+    def period(self) -> int:
+        """Layers of one turn of the loop if they are stacked, else all."""
+        return len(self.layers.layers if isinstance(self.layers, Stack) else self.layers)
+
     def stack(self) -> None:
         """Turn the layers into a :class:`Stack`, unless they are one.
 
-        Layers of several kinds stay as they are. A parameter's arrays are freed once they are stacked, so this needs
-        extra memory for the largest one only.
+        Layers whose kinds do not repeat stay as they are. A parameter's arrays are freed once they are stacked, so this
+        needs extra memory for the largest one only.
         """
-        if isinstance(self.layers, Stack) or len({nnx.graphdef(layer) for layer in self.layers}) > 1:
+        if isinstance(self.layers, Stack) or (period := self._period()) is None:
             return
-        count, graph = len(self.layers), nnx.graphdef(self.layers[0])
-        states = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in self.layers]
-        self.layers = nnx.List([])
+        layers, self.layers = list(self.layers), nnx.List([])
+        count = len(layers) // period
+        graphs = [nnx.graphdef(layer) for layer in layers[:period]]
+        states = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in layers]
+        del layers
         stacked = []
-        for path, leaf in list(states[0].items()):
-            stacked.append((path, leaf.replace(jnp.stack([state.pop(path)[...] for state in states]))))
-        self.layers = Stack(nnx.merge(graph, nnx.from_flat_state(stacked)), count)
+        for nth, graph in enumerate(graphs):
+            alike = states[nth::period]
+            of_one = [
+                (path, leaf.replace(jnp.stack([state.pop(path)[...] for state in alike])))
+                for path, leaf in list(alike[0].items())
+            ]
+            stacked.append(nnx.merge(graph, nnx.from_flat_state(of_one)))
+        self.layers = Stack(stacked, count)
+
+    def _period(self) -> int | None:
+        """The number of layers after which kinds repeat, to the end; None: they do not."""
+        assert not isinstance(self.layers, Stack)
+        layers = [(kind, nnx.graphdef(layer)) for kind, layer in zip(self.config.layer_kinds, self.layers, strict=True)]
+        count = len(layers)
+        periods = [n for n in range(1, max(1, count // 2) + 1) if count % n == 0]
+        return next((n for n in periods if layers[n:] == layers[:-n]), None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the next token, ``[T, D] -> [T, V]`` float32."""

@@ -42,6 +42,9 @@ class Matrix(nnx.Module):
     :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum.
     """
 
+    stack: InStack | None = None
+    """Where a kernel finds the same without a copy, in layers that are one loop."""
+
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs, *, summed: bool = False
     ):
@@ -59,6 +62,20 @@ class Matrix(nnx.Module):
     def codes(self) -> Codes:
         """Its arrays, if it has a form."""
         return Codes(self.weight[...], self.scales[...], self.zeros[...] if self.form and self.form.zeros else None)
+
+
+class InStack(nnx.Module):
+    """The matrix of one of the layers whose matrices ``whole [L, …]`` are stacked.
+
+    XLA reads a slice of a stack where it is, but copies it first for a kernel, which is given all of the stack instead.
+
+    Args:
+        whole: matrices of all layers.
+        layer: ``[]`` int32, the one among them.
+    """
+
+    def __init__(self, whole: Matrix, layer: jax.Array):
+        self.whole, self.layer = whole, nnx.Variable(layer)
 
 
 def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:

@@ -52,7 +52,7 @@ def narrow_product(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
 def dequantized(codes: Codes, form: Format, dtype: jnp.dtype) -> jax.Array:
     """The weights ``[I, O]``, computed in float32."""
     inputs, outputs = codes.weight.shape[0] * form.per_item, codes.weight.shape[1]
-    numbers = _numbers(unpacked(codes.weight) if form.per_item == 2 else codes.weight, form)
+    numbers = decoded(unpacked(codes.weight) if form.per_item == 2 else codes.weight, form)
     if codes.zeros is not None:
         numbers = numbers - _spread(codes.zeros, form.inputs or inputs, form.outputs, inputs, outputs)
     return (numbers * _spread(codes.scales, form.inputs or inputs, form.outputs, inputs, outputs)).astype(dtype)
@@ -114,7 +114,7 @@ def _spread(grid: jax.Array, inputs: int, outputs: int, rows: int, columns: int)
     return wide
 
 
-def _numbers(codes: jax.Array, form: Format) -> jax.Array:
+def decoded(codes: jax.Array, form: Format) -> jax.Array:
     """What codes stand for before zeros and scales, in float32."""
     values = _values(codes, form)
     return values - MIDDLE if form.codes == "int4" and not form.zeros else values

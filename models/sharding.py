@@ -107,11 +107,14 @@ def _features(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
     """Partition of the parameter at ``path``, as ``("layers", 0, "attention", "o", "weight")``, with this shape.
 
-    A parameter of stacked layers (``("layers", "layer", …)``) is divided as that of a single layer.
+    A parameter of stacked layers (``("layers", "layers", 0, …)``) is divided as that of a single layer.
     """
     parts = [str(part) for part in path]
-    if parts[:2] == ["layers", "layer"]:
-        of_one = spec(("layers", 0, *parts[2:]), shape[1:], mesh, rules)
+    if parts[:2] == ["layers", "layers"]:
+        of_one = spec(("layers", 0, *parts[3:]), shape[1:], mesh, rules)
+        return PartitionSpec(None, *of_one) if of_one else of_one
+    if parts[-3:-1] == ["stack", "whole"]:  # see :class:`.matrix.InStack`
+        of_one = spec((*path[:-3], path[-1]), shape[1:], mesh, rules)
         return PartitionSpec(None, *of_one) if of_one else of_one
     name = ".".join(parts[2:] if parts[0] == "layers" else parts)
     axes = AXES.get(re.sub(r"\.(scales|zeros)$", ".weight", name), ())

@@ -236,6 +236,7 @@ class EngineConfig:
             head_dim=model.head_dim,
             page_size=self.page_size,
             dtype=self.page_dtype(),
+            sinks=model.sinks,
         )
 
     def meshes(self, model: ModelConfig) -> list[Mesh]:

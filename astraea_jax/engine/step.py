@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
@@ -169,7 +170,8 @@ class Step:
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
-        """Whether the layers run as one loop and their pages are one array."""
+        """Whether the layers run as one loop and their pages are one array of each group."""
+        self.period = decoder.period
         self.groups = LayerGroups.plan(decoder.config, sizes.num_pages, sizes.window_pages, self.stacked)
         self.pages = abstract_pages(decoder.config, backend, self.groups, sizes.page_size, sizes.kv_dtype, mesh)
         self.last = jax.ShapeDtypeStruct((sizes.max_seqs,), jnp.int32, sharding=self.replicated)
@@ -177,6 +179,7 @@ class Step:
         self.table = jax.ShapeDtypeStruct((sizes.max_seqs, width), jnp.int32, sharding=self.replicated)
         """The pages of every batch slot, and if there are window pages, these after all others."""
         self._shardings = [leaf.sharding for leaf in leaves]
+        self._orders = [self._in_order(leaf) for leaf in self.leaves]
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
@@ -226,6 +229,7 @@ class Step:
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.arguments(shape))
         _, pages, replicated, _, _ = shardings
+        shardings = (tuple(self._orders), *shardings[1:])
         return jax.jit(
             partial(self._run, shape),
             in_shardings=shardings,
@@ -243,10 +247,19 @@ class Step:
     def pack(self, decoder: Decoder) -> Packed:
         """The decoder's arrays in the step's shardings; arrays that have them already are not copied."""
         leaves = jax.device_put(jax.tree.leaves(nnx.state(decoder)), self._shardings)
-        return self._packing.pack(
-            leaves,
-            jax.jit(lambda *small: jnp.concatenate([x.reshape(-1) for x in small]), out_shardings=self.replicated),
-        )
+        join = jax.jit(lambda *small: jnp.concatenate([x.reshape(-1) for x in small]), out_shardings=self.replicated)
+        packed: Packed = jax.device_put(self._packing.pack(leaves, join), tuple(self._orders))
+        return packed
+
+    def _in_order(self, leaf: jax.ShapeDtypeStruct) -> Any:
+        """Where an argument lies, and on a TPU that its last axis is innermost.
+
+        By default a TPU's arrays lie so that least is lost to padding. Where 2880 is the last axis, that is another
+        order, and a step would copy the whole array into the one in which rows are looked up, or kernels read.
+        """
+        if self._platform != "tpu":
+            return leaf.sharding
+        return Format(Layout(tuple(range(len(leaf.shape)))), leaf.sharding)
 
     def _run(
         self, shape: StepShape, leaves: Packed, pages: PagedKV, last: jax.Array, table: jax.Array, packed: jax.Array
@@ -280,17 +293,21 @@ class Step:
             slot_mapping = jnp.where(index < ends[-1], page * page_size + position % page_size, 0)
             batches[group] = Batch(page_table, kv_lens, cu_q_lens, slot_mapping)
 
-        def attend(i: int | jax.Array, heads: Heads, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def attend(i: int | jax.Array, heads: Heads, cache: Any) -> tuple[jax.Array, Any]:
             group = WINDOW if heads.switches.window and self._sizes.window_pages else FULL
             here = batches[group]
-            if self.stacked:
-                here = here.shifted(i * self.groups.num_pages[group], page_size)
-            return self._attend(shape.q_tile, heads, layer, here)
+            if not self.stacked:
+                return self._attend(shape.q_tile, heads, cache, here)
+            place = jnp.asarray(self.groups.places, jnp.int32)[i]
+            nth = self.groups.arrays.index(group)
+            here = here.shifted(place * self.groups.num_pages[group], page_size)
+            out, written = self._attend(shape.q_tile, heads, cache[nth], here)
+            return out, (*cache[:nth], written, *cache[nth + 1 :])
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
-        cache, dtype = pages[0] if self.stacked else pages, ACTIVATIONS.get(self._platform)
-        hidden, kept = decoder(tokens, position, cache, operations(attend, self.backend, self._mesh), dtype=dtype)
+        ops = operations(attend, self.backend, self._mesh)
+        hidden, kept = decoder(tokens, position, pages, ops, dtype=ACTIVATIONS.get(self._platform))
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)
         if shape.q_tile > 1 and few < shape.rows:
@@ -302,7 +319,7 @@ class Step:
         else:
             sampled, logits = self._predicted(decoder, hidden)
         last = remembered(last, rows, sampled)
-        return (kept,) if self.stacked else kept, last, table, *_padded((sampled, logits), self.drawn(shape))
+        return kept, last, table, *_padded((sampled, logits), self.drawn(shape))
 
     def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""

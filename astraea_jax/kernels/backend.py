@@ -31,6 +31,21 @@ class Batch(NamedTuple):
         slot_mapping = self.slot_mapping + pages * page_size
         return self._replace(page_table=self.page_table + pages, slot_mapping=slot_mapping)
 
+    def within(self, window: int | None, page_size: int, *, decode: bool) -> Batch:
+        """The batch without the pages that no query sees: a row begins with the page that its first window begins in.
+
+        Kernels that read contexts from their first page on then read no other, and no page that has been freed, since
+        attention does not depend on positions, but for their order. In ``decode`` rows have one query at most.
+        """
+        if window is None:
+            return self
+        past = self.kv_lens - (self.cu_q_lens[1:] - self.cu_q_lens[:-1])
+        first = jnp.maximum(past - window + 1, 0) // page_size
+        width = self.page_table.shape[1]
+        width = min(width, (window - 2) // page_size + 2) if decode else width
+        page_table = jnp.take_along_axis(self.page_table, first[:, None] + jnp.arange(width), axis=1, mode="clip")
+        return self._replace(page_table=page_table, kv_lens=self.kv_lens - first * page_size)
+
 
 def stored(x: jax.Array, dtype: Any) -> jax.Array:
     """Convert keys or values to the ``dtype`` of pages.
@@ -50,6 +65,8 @@ class Backend(Protocol):
     name: str
     heads_axis: int
     """Axis of a layer's pages ``[P, …]`` along which key/value heads are sharded."""
+    has_sinks: bool
+    """Whether it serves heads with sinks (:class:`~astraea_jax.models.heads.Heads`)."""
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
         """Shape of one page of one layer, padding included.

@@ -11,6 +11,7 @@ from .backend import Backend
 from .gpu import Triton
 from .grouped import GroupedProduct
 from .grouped_reference import GroupedReference
+from .grouped_tpu import GroupedTPU
 from .grouped_triton import GroupedTriton
 from .pallas_tpu import PallasInterpreted, PallasTPU
 from .published_tpu import JaxRPA, TokamaxRPA
@@ -23,7 +24,7 @@ BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
 PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
 """JAX platform -> backends, best first; every other platform uses the reference."""
 
-GROUPED: dict[str, type[GroupedProduct]] = {}
+GROUPED: dict[str, type[GroupedProduct]] = {"tpu": GroupedTPU}
 """JAX platform -> what multiplies for mixtures of experts; every other platform uses the reference."""
 
 
@@ -40,6 +41,7 @@ def choose(
     head_dim: int,
     page_size: int,
     dtype: Any,
+    sinks: bool = False,
     compute_capability: int | None = None,
 ) -> Backend:
     """The backend called ``name``, or if None the first preferred one that supports the pages of one device.
@@ -51,6 +53,7 @@ def choose(
         head_dim: as above.
         page_size: as above.
         dtype: as above.
+        sinks: whether the model's heads have sinks.
         compute_capability: compute capability of absent GPUs to compile for.
 
     Raises:
@@ -67,6 +70,9 @@ def choose(
                 else BACKENDS[candidate]()
             )
             backend.page_shape(kv_heads, page_size, head_dim, dtype)
+            if sinks and not backend.has_sinks:
+                able = next(n for n in PREFERRED.get(platform, ("reference",)) if BACKENDS[n].has_sinks)
+                raise StartupError(f"attention {candidate!r} has no sinks, which this model needs; choose {able!r}")
         except StartupError as error:
             refusals.append(str(error))
             continue

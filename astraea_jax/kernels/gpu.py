@@ -123,6 +123,7 @@ class Triton:
 
     name = "triton"
     heads_axis = 2
+    has_sinks = True
 
     def __post_init__(self) -> None:
         if self.compute_capability is None and jax.default_backend() != "gpu":

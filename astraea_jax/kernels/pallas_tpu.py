@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from astraea_jax.errors import StartupError
-from astraea_jax.models.heads import Heads
+from astraea_jax.models.heads import PLAIN, Heads, Switches
 
 from .backend import Batch, stored
 from .tiles import cut, most, queries
@@ -59,6 +59,7 @@ class PallasTPU:
 
     name = "pallas"
     heads_axis = 2
+    has_sinks = True
 
     def __init__(self, interpret: Interpret = False):
         self.interpret = interpret
@@ -88,7 +89,8 @@ class PallasTPU:
         q, k, v = heads.rotated()
         check_page_table(batch)
         pages = write_kv(pages, k, v, batch, decode=q_tile == 1, interpret=self.interpret)
-        return attention(q, pages, batch, q_tile=q_tile, interpret=self.interpret), pages
+        how = {"scale": heads.scale, "switches": heads.switches, "sinks": heads.sinks}
+        return attention(q, pages, batch, q_tile=q_tile, interpret=self.interpret, **how), pages
 
 
 class PallasInterpreted(PallasTPU):
@@ -173,14 +175,27 @@ def _write_kernel(page: Any, low: Any, high: Any, new: Any, old: Any, out: Any) 
     out[...] = jnp.where((at >= low[i]) & (at < high[i]), new[...], old[...])
 
 
-def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, interpret: Interpret = False) -> jax.Array:
-    """Causal attention of ragged queries over paged keys and values, scaled by ``H ** -0.5``.
+def attention(
+    q: jax.Array,
+    pages: jax.Array,
+    batch: Batch,
+    *,
+    q_tile: int,
+    scale: float,
+    switches: Switches = PLAIN,
+    sinks: jax.Array | None = None,
+    interpret: Interpret = False,
+) -> jax.Array:
+    """Causal attention of ragged queries over paged keys and values.
 
     Args:
         q: ``[T, N, H]`` queries of all rows end to end, padding last.
         pages: ``[P, sides, K, S, lanes]`` that already hold this step's keys and values.
         batch: where the tokens are in the pages.
         q_tile: queries of one row per tile; 1: every row has at most one query, and query t belongs to row t.
+        scale: factor on attention scores.
+        switches: window and soft cap; only pages that a tile's windows reach are read.
+        sinks: ``[N]`` float32, see :class:`~astraea_jax.models.heads.Heads`.
         interpret: see :class:`PallasTPU`.
 
     Returns:
@@ -204,13 +219,16 @@ def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, inte
     per_block = max(1, min(BLOCK_TOKENS // s, BUFFER_BYTES // page_bytes, batch.page_table.shape[1]))
     block = (1, *tiled.shape[1:])
     each = pl.BlockSpec(block, lambda i, *_: (i, 0, 0, 0))
+    sunk = jnp.full(n, NEVER, jnp.float32) if sinks is None else sinks
+    sunk = jnp.broadcast_to(jnp.repeat(sunk.reshape(heads, -1), q_tile, axis=1)[..., None], (*block[1:3], LANES))
+    how = {"q_tile": q_tile, "scale": scale, "window": switches.window, "soft_cap": switches.soft_cap}
     out = pl.pallas_call(
-        partial(_attend_kernel, q_tile=q_tile, scale=h**-0.5),
+        partial(_attend_kernel, **how),
         out_shape=jax.ShapeDtypeStruct(tiled.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(count,),
-            in_specs=[each, pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[each, pl.BlockSpec(sunk.shape, lambda i, *_: (0, 0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=each,
             scratch_shapes=[
                 pltpu.VMEM((2, per_block, *pages.shape[1:]), pages.dtype),
@@ -224,7 +242,7 @@ def attention(q: jax.Array, pages: jax.Array, batch: Batch, *, q_tile: int, inte
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="paged_attention",
-    )(tiles.row, tiles.reach, tiles.position, batch.page_table, tiled, pages)
+    )(tiles.row, tiles.reach, tiles.position, batch.page_table, tiled, sunk, pages)
     out = out[..., lanes // 2 : lanes // 2 + h] if sides == 1 else out[..., :h]
     if q_tile == 1:
         return out.reshape(t, n, h)
@@ -238,6 +256,7 @@ def _attend_kernel(
     position: Any,
     table: Any,
     q: Any,
+    sinks: Any,
     pages: Any,
     out: Any,
     buffer: Any,
@@ -246,17 +265,29 @@ def _attend_kernel(
     *state: Any,
     q_tile: int,
     scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> None:
     """Attend one tile. Scalars are ``row, reach, position [C]`` (see :class:`Tiles`) and ``table [R, M]``.
 
-    Inputs are ``q [1, K, L, lanes]`` and ``pages`` in HBM; ``out`` is like ``q``. Scratch holds two buffers of pages,
-    their semaphores, which of the two this tile begins with, and the state of :func:`_accumulate` for every head.
+    Inputs are ``q [1, K, L, lanes]``, ``sinks [K, L, 128]`` and ``pages`` in HBM; ``out`` is like ``q``. Scratch holds
+    two buffers of pages, their semaphores, which of the two this tile begins with, and the state of
+    :func:`_accumulate` for every head. A head without a sink has one that weighs nothing.
     """
     tile, tiles = pl.program_id(0), pl.num_programs(0)
     _, per_block, sides, heads, s, _ = buffer.shape
     size = per_block * s
-    copies = partial(_copies, row, reach, table, pages, buffer, arrived)
-    blocks = pl.cdiv(reach[tile], size)
+
+    def oldest(tile: Any) -> Any:
+        """Position of the first token that a query of the tile sees."""
+        return 0 if window is None else jnp.maximum(position[tile] - window + 1, 0)
+
+    def copies(of: Any, block: Any, side: Any, do: Callable[[Any], None]) -> None:
+        first = oldest(of) // s + block * per_block
+        _copies(row, reach, table, pages, buffer, arrived, of, first, side, do)
+
+    start = oldest(tile) // s * s
+    blocks = pl.cdiv(jnp.maximum(reach[tile] - start, 0), size)
 
     @pl.when(tile == 0)
     def first() -> None:
@@ -264,8 +295,8 @@ def _attend_kernel(
         copies(0, 0, 0, _START)
 
     begin = parity[0]
-    for ref, value in zip(state, (NEVER, 0.0, 0.0)):
-        ref[...] = jnp.full(ref.shape, value, jnp.float32)
+    for ref, value in zip(state, (sinks[...], 1.0, 0.0)):
+        ref[...] = jnp.broadcast_to(value, ref.shape)
 
     def body(block: Any, _: None) -> None:
         side = jax.lax.rem(begin + block, 2)
@@ -277,29 +308,37 @@ def _attend_kernel(
             copies(of, jnp.where(last, 0, block + 1), 1 - side, _START)
 
         copies(tile, block, side, _WAIT)
-        at = block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (q.shape[2], 1), 0)
-        seen = at <= jnp.minimum(position[tile] + jax.lax.rem(lane, q_tile), reach[tile] - 1)
-        inside = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) < reach[tile]
+        at = start + block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        own = position[tile] + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (q.shape[2], 1), 0), q_tile)
+        seen = at <= jnp.minimum(own, reach[tile] - 1)
+        at_row = start + block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        inside = at_row < reach[tile]
+        if window is not None:
+            seen &= at > own - window
+            inside &= at_row >= oldest(tile)
         for head in range(heads):
             k = buffer[side, :, 0, head].reshape(size, -1).astype(q.dtype)
             v = buffer[side, :, sides - 1, head].reshape(size, -1).astype(q.dtype)
             v = jnp.where(inside, v, 0)  # values beyond may be NaN, and 0 * NaN is NaN
-            scores = jnp.where(seen, scale * _product(q[0, head], k, 1), NEVER)
-            _accumulate(scores, v, *(ref.at[head] for ref in state))
+            scores = scale * mxu_product(q[0, head], k, 1)
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            _accumulate(jnp.where(seen, scores, NEVER), v, *(ref.at[head] for ref in state))
 
     jax.lax.fori_loop(0, blocks, body, None)
     parity[0] = jax.lax.rem(begin + blocks, 2)
     _, mass, total = state
-    out[0] = (total[...] / jnp.where(mass[..., :1] == 0, 1.0, mass[..., :1])).astype(out.dtype)
+    out[0] = (total[...] / mass[..., :1]).astype(out.dtype)
 
 
 def _copies(
-    row: Any, reach: Any, table: Any, pages: Any, buffer: Any, arrived: Any, of: Any, block: Any, side: Any, do: Any
+    row: Any, reach: Any, table: Any, pages: Any, buffer: Any, arrived: Any, of: Any, first: Any, side: Any, do: Any
 ) -> None:
-    """Start or await the copies of a block's pages of tile ``of``; pages beyond its reach are not copied."""
+    """Start or await the copies of a block's pages of tile ``of``, from the row's page ``first`` on.
+
+    Pages beyond the tile's reach are not copied.
+    """
     _, per_block, _, _, s, _ = buffer.shape
-    first = block * per_block
 
     def one(j: Any, _: None) -> None:
         do(pltpu.make_async_copy(pages.at[table[row[of], first + j]], buffer.at[side, j], arrived.at[side]))
@@ -317,10 +356,10 @@ def _accumulate(scores: jax.Array, v: jax.Array, top: Any, mass: Any, total: Any
     weights = jnp.exp(scores - highest[:, :1])
     top[...] = highest
     mass[...] = mass[...] * shrink + weights.sum(1, keepdims=True)
-    total[...] = total[...] * shrink[:, :1] + _product(weights.astype(v.dtype), v, 0)
+    total[...] = total[...] * shrink[:, :1] + mxu_product(weights.astype(v.dtype), v, 0)
 
 
-def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def mxu_product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """Contract the last axis of ``a`` with ``axis`` of ``b`` in float32; by default the MXU rounds to bfloat16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((1,), (axis,)), ((), ()))

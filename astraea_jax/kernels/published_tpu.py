@@ -27,6 +27,8 @@ class TokamaxRPA:
 
     name = "tokamax"
     heads_axis = 2
+    has_sinks = False
+    """The kernel can return the logarithm of a query's sum of weights, but rounds it to bfloat16."""
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
         """``(S, 2K / pack, pack, lanes)``: keys and values alternate, ``pack`` of them per 32-bit word.
@@ -54,10 +56,12 @@ class TokamaxRPA:
         q, k, v = heads.rotated()
         from tokamax import ops
 
+        window, decode = heads.switches.window, q_tile == 1
+        batch = batch.within(window, pages.shape[1], decode=decode)
         check_page_table(batch)
         q_lens = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]
         rows = jnp.sum(q_lens > 0)
-        decode = rows if q_tile == 1 else jnp.sum(jnp.cumprod(q_lens == 1))
+        single = rows if decode else jnp.sum(jnp.cumprod(q_lens == 1))
         out, pages = ops.ragged_paged_attention(
             q,
             stored(k, pages.dtype),
@@ -66,8 +70,10 @@ class TokamaxRPA:
             batch.kv_lens,
             batch.page_table.reshape(-1),
             batch.cu_q_lens,
-            jnp.stack([decode, decode, rows]).astype(jnp.int32),
+            jnp.stack([single, single, rows]).astype(jnp.int32),
             sm_scale=heads.scale,
+            sliding_window=window,
+            soft_cap=heads.switches.soft_cap,
             implementation="mosaic_tpu",
         )
         return _without_padding(out, batch), pages
@@ -78,6 +84,7 @@ class JaxRPA:
 
     name = "jax-rpa"
     heads_axis = 2
+    has_sinks = False
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
         """``(S, 2K, H)``: the key and then the value of each head.
@@ -100,8 +107,9 @@ class JaxRPA:
         q, k, v = heads.rotated()
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
+        size, window = pages.shape[1], heads.switches.window
+        batch = batch.within(window, size, decode=q_tile == 1)
         check_page_table(batch)
-        size = pages.shape[1]
         kv = stored(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), pages.dtype)
         pages = pages.at[batch.slot_mapping // size, batch.slot_mapping % size].set(kv)
         rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1])
@@ -113,6 +121,8 @@ class JaxRPA:
             batch.cu_q_lens,
             rows[None].astype(jnp.int32),
             sm_scale=heads.scale,
+            sliding_window=window,
+            soft_cap=heads.switches.soft_cap,
             num_kv_pages_per_block=max(1, min(PAGES_PER_BLOCK_TOKENS // size, batch.page_table.shape[1])),
             num_queries_per_block=min(QUERIES_PER_BLOCK, q.shape[0]),
             vmem_limit_bytes=VMEM_BYTES,

@@ -46,6 +46,7 @@ class Reference:
 
     name = "reference"
     heads_axis = 2
+    has_sinks = True
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
         """``(2, K, S, H)``."""

@@ -18,8 +18,8 @@ from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.sharding import TP
 
 PagedKV = tuple[jax.Array, ...]
-"""One array ``[P, …]`` per layer in the backend's form of a page, or for stacked layers a single ``[L * P, …]``, layer
-after layer. Steps donate and return them."""
+"""One array ``[P, …]`` per layer in the backend's form of a page, or for stacked layers one ``[L * P, …]`` per group of
+layers, layer after layer. Steps donate and return them."""
 
 FULL, WINDOW = range(2)
 """Groups of layers, each with pages of its own: those whose queries see the whole context, and those with a window."""
@@ -34,7 +34,7 @@ class LayerGroups:
     num_pages: tuple[int, int]
     """Pages per layer in either group, the null page included."""
     stacked: bool
-    """Whether all layers, which are alike then, have one array."""
+    """Whether all layers of a group have one array."""
 
     @classmethod
     def plan(cls, model: ModelConfig, num_pages: int, window_pages: int, stacked: bool) -> Self:
@@ -51,6 +51,11 @@ class LayerGroups:
     def arrays(self) -> tuple[int, ...]:
         """The group of every array of pages."""
         return self.present if self.stacked else self.of
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """How many layers of its group come before each layer."""
+        return tuple(self.of[:i].count(group) for i, group in enumerate(self.of))
 
     def members(self, group: int) -> tuple[int, ...]:
         """Indices of a group's arrays."""

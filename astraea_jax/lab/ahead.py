@@ -210,6 +210,7 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
         head_dim=model.head_dim,
         page_size=config.page_size,
         dtype=kv_dtype,
+        sinks=model.sinks,
         compute_capability=target.capability,
     )
     weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
@@ -226,12 +227,13 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
 
 
 def _executables(step: Step, tp: int) -> Iterator[_Executable]:
-    pages, in_text = step.pages, 1 if step.stacked else step.num_layers
+    pages, in_text = step.pages, step.period if step.stacked else step.num_layers
     pool, of_layer = sum(map(_shard_bytes, pages)), _shard_elements(pages[0]) * len(pages) // step.num_layers
     paged = {of_layer, _shard_elements(pages[0])}
     weights = {_shard_elements(leaf) for leaf in step.leaves if len(leaf.shape) > 1}
     if step.stacked:  # the layers' matrices have three axes
-        weights |= {_shard_elements(leaf) // step.num_layers for leaf in step.leaves if len(leaf.shape) > 2}
+        turns = step.num_layers // step.period
+        weights |= {_shard_elements(leaf) // turns for leaf in step.leaves if len(leaf.shape) > 2}
     weights = {elements for elements in weights if elements >= LARGE}
     decode, unrolled = [shape for shape in step.shapes if shape.q_tile == 1], 0 if step.stacked else step.num_layers
     for name, shape in zip(EXECUTABLES, (decode[0], decode[-1], step.shapes[-1])):

@@ -41,6 +41,29 @@ def test_steps_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
         assert offload["collectives"] == restore["collectives"] == {}
 
 
+@pytest.mark.serves("pallas", "compiled", "experts", "windows", "sinks", "fp8 weights", "MXFP4 weights")
+@pytest.mark.parametrize(
+    ("target", "model", "tp", "form", "period"),
+    [
+        ("v5e", "gpt-oss-20b", 4, "mxfp4", 2),
+        ("v6e", "qwen3-coder-30b-a3b", 4, "fp8-block", 1),
+        ("7x", "gpt-oss-20b", 1, "mxfp4", 2),
+    ],
+)
+def test_mixtures_are_read_where_they_are(target, model, tp, form, period, tmp_path):
+    """Neither experts nor pages are copied, and devices exchange one sum after attention and one after the mixture."""
+    done = run(
+        *(f"--target={target}", f"--model={model}", f"--tp={tp}", f"--quantize={form}", "--attention=pallas"),
+        *("--program=decode-most", f"--json={tmp_path / 'figures.json'}"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (step,) = json.loads((tmp_path / "figures.json").read_text())["programs"]
+    assert step["case"]["scan"] is True
+    assert step["temp"] < 2**26 < step["aliased"]
+    sums = step["collectives"].get("all-reduce", 0) + step["collectives"].get("all-gather", 0)
+    assert sums == (2 * period + 2 if tp > 1 else 0)
+
+
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(package) for package in ("jax_triton", "jax_cuda13_plugin")),
     reason="compiling for a GPU needs the [cuda] extra, on Python 3.12 or newer",

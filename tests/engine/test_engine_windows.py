@@ -23,16 +23,18 @@ CASES = [
     (3, (1,), 48, {"tensor_parallel": 2}),
     (4, (0, 1), 24, {"scan_layers": True}),
     (13, (0,), 48, {}),
+    (5, (0, 2), 48, {"scan_layers": True}),
 ]
-"""Windows around the four tokens of a page, layers of two that have them, pages of memory, configuration."""
+"""Windows around the four tokens of a page, layers of two or four that have them, pages of memory, configuration."""
 
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request, random_folder):
     """An engine whose pools are too small, and what it must say."""
     window, sliding, pages, more = request.param
-    decoder = windowed_decoder(RANDOM, window, sliding)
-    greedy, memory = greedy_of(decoder), {"kv_bytes": pages * PAGE, "host_kv_bytes": 60 * PAGE}
+    layers = 4 if max(sliding) > 1 else 2
+    decoder, page = windowed_decoder(RANDOM, window, sliding, layers), layers // 2 * PAGE
+    greedy, memory = greedy_of(decoder), {"kv_bytes": pages * page, "host_kv_bytes": 60 * page}
     sizes = {"max_seqs": 4, "max_step_tokens": 16, "max_context": 96}
     config = dataclasses.replace(SMALL, **sizes, **memory, **more, residency="infercept")
     engine = Engine(decoder, Tokenizer.from_folder(random_folder), config)

@@ -22,6 +22,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels.backend import Batch
 from astraea_jax.kernels.pallas_tpu import PallasTPU, check_page_table
+from astraea_jax.models.heads import PLAIN, Switches
 
 ROWS, SIZE, LONGEST = 4, 8, 32
 POISONED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -44,26 +45,28 @@ def to_lanes(pages: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.serves("pallas", "interpreted", "prefill and decode in one step", "grouped queries, any ratio", "bfloat16")
-@pytest.mark.serves("pallas", "interpreted", "fp8 KV")
+@pytest.mark.serves("pallas", "interpreted", "fp8 KV", "windows", "sinks", "score caps")
 @pytest.mark.parametrize(
-    ("decode", "kv_heads", "group", "head", "dtype", "kv_dtype"),
+    ("decode", "kv_heads", "group", "head", "dtype", "kv_dtype", "switches", "sinks"),
     [
-        (True, 1, 8, 128, "float32", "float32"),
-        (True, 2, 4, 64, "bfloat16", "bfloat16"),  # a key and a value share the lanes
-        (True, 2, 2, 64, "bfloat16", "float8_e4m3fn"),
-        (False, 2, 1, 128, "float32", "float32"),
-        (False, 1, 4, 16, "bfloat16", "bfloat16"),
+        (True, 1, 8, 128, "float32", "float32", Switches(window=SIZE + 3, scale=0.3, soft_cap=2.0), True),
+        (True, 2, 4, 64, "bfloat16", "bfloat16", PLAIN, True),  # a key and a value share the lanes
+        (True, 2, 2, 64, "bfloat16", "float8_e4m3fn", Switches(window=3), False),
+        (False, 2, 1, 128, "float32", "float32", PLAIN, False),
+        (False, 2, 4, 64, "float32", "float32", Switches(window=SIZE, scale=0.2, soft_cap=3.0), True),
+        (False, 1, 4, 16, "bfloat16", "bfloat16", Switches(window=1), False),
     ],
 )
 @settings(deadline=None, max_examples=4)
 @given(data=st.data())
-def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dtype, kv_dtype, data):
+def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dtype, kv_dtype, switches, sinks, data):
     q_lens, past = np.array(data.draw(lengths(decode))).T
     past = np.where(q_lens > 0, past, 0)
     case = Ragged.make(SIZE, kv_heads, group, head, q_lens.tolist(), past.tolist(), data.draw(seeds), LONGEST)
     dtypes = {"q": dtype, "k": kv_dtype, "v": kv_dtype, "pages": kv_dtype}
     rounded = {name: getattr(case, name).astype(of_it).astype(np.float32) for name, of_it in dtypes.items()}
     case = dataclasses.replace(case, **rounded)
+    case = case.switched(switches, sinks).behind(switches.window)
     expected, written = case.expected()
     table = case.batch.page_table.copy()
     for row, length in zip(table, case.batch.kv_lens):

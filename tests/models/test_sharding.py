@@ -70,7 +70,7 @@ def test_stacked_layers_lie_as_each_layer_did(mesh, tmp_path):
     decoder.stack()
     decoder.stack()  # once is enough
     check_parts(decoder, mesh)
-    stacked = dict(nnx.to_flat_state(nnx.state(decoder.layers.layer)))
+    stacked = dict(nnx.to_flat_state(nnx.state(decoder.layers.layers[0])))
     assert stacked.keys() == apart[0].keys()
     for path, leaf in stacked.items():
         np.testing.assert_array_equal(leaf[...], np.stack([layer[path][...] for layer in apart]))

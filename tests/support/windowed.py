@@ -16,9 +16,9 @@ from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
 
 
-def windowed_decoder(model: ModelConfig, window: int, sliding: tuple[int, ...]) -> Decoder:
+def windowed_decoder(model: ModelConfig, window: int, sliding: tuple[int, ...], layers: int = 2) -> Decoder:
     """Weights large enough that greedy choices differ clearly."""
-    config = dataclasses.replace(model, num_layers=2, window=window, sliding=sliding)
+    config = dataclasses.replace(model, num_layers=layers, window=window, sliding=sliding)
     draw = np.random.default_rng(0).standard_normal
     graph, state = nnx.split(abstract_decoder(config, jnp.float32, default_mesh()))
     fill = lambda x: jnp.asarray(0.16 * draw(x.shape) if len(x.shape) > 1 else np.ones(x.shape), x.dtype)  # noqa: E731
