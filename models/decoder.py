@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
         )
 
     def keep_bits(self) -> None:
-        """Turn matrices of bfloat16 and float8 into integers of the same bits (:mod:`.product`), in place, for a CPU."""
+        """Turn matrices of bfloat16 and float8 into integers of their bits (:mod:`.product`), in place, for a CPU."""
         state = nnx.state(self)
         kept = [
             (path, leaf.replace(bits(leaf[...])) if path[-1] in MULTIPLIED and leaf.dtype in BITS_OF else leaf)
