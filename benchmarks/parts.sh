@@ -51,12 +51,13 @@ else
   offload=(--model="$model" "${offload[@]}")
 fi
 
-names=() statuses=() seconds=() failed=0
+names=() statuses=() seconds=() failed=0 known=,
 
 # part NAME SECONDS COMMAND...: run it, unless it is not chosen, show its output and keep it.
 part() {
   local name=$1 limit=${tiny:-$2} began=$SECONDS status
   shift 2
+  known+=$name,
   [[ -z $chosen || $chosen == *,$name,* ]] || return 0
   echo "== $name"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
@@ -79,6 +80,10 @@ bench() {
 
 # finish: say what came of the parts.
 finish() {
+  local name
+  for name in ${chosen//,/ }; do
+    [[ $known == *,$name,* ]] || { echo "no part is called $name; there are ${known//,/ }" >&2; failed=1; }
+  done
   echo
   printf '%-10s %8s  %s\n' part seconds state
   for i in "${!names[@]}"; do

@@ -31,6 +31,19 @@ MULTIPLIED = ("weight", "router")
 """Names of the parameters that are multiplied by :mod:`.product`."""
 
 
+def _turns(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _turns_in_memory(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, as XLA for CPUs computes them once.
+
+    It fuses them into every layer otherwise, where they are computed for each head again, and drops barriers before it
+    does so. A branch stays, as it cannot know that positions are never negative.
+    """
+    return jax.lax.cond(angle[0, 0] >= 0, _turns, lambda angle: (angle, angle), angle)
+
+
 class RMSNorm(nnx.Module):
     """:func:`~astraea_jax.models.heads.rms_norm` with its scale."""
 
@@ -55,12 +68,15 @@ class Positions(NamedTuple):
     @classmethod
     def of(cls, positions: jax.Array, rope: Rope, config: ModelConfig) -> Positions:
         """What a layer with ``rope`` needs for tokens at ``positions [T]`` int32."""
-        angle, magnitude = positions[:, None] * rope.frequencies(config.head_dim), rope.magnitudes(config.head_dim)
+        angle = positions[:, None] * rope.frequencies(config.head_dim)
+        cos, sin = jax.lax.platform_dependent(angle, cpu=_turns_in_memory, default=_turns)
+        if ((magnitude := rope.magnitudes(config.head_dim)) != 1).any():
+            cos, sin = cos * magnitude, sin * magnitude
         growth = None
         if config.query_growth is not None:
             beta, original = config.query_growth
             growth = 1 + beta * jnp.log(1 + (positions // original).astype(jnp.float32))
-        return cls(jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude, growth)
+        return cls(cos, sin, growth)
 
 
 class Attention(nnx.Module):
@@ -203,7 +219,8 @@ class Decoder(nnx.Module):
         ``ops.attend`` is given the one or the other.
         """
         kinds = self.config.layer_kinds
-        where = {rope: Positions.of(positions, rope, self.config) for rope in {kind.rope for kind in kinds}}
+        ropes = dict.fromkeys(kind.rope for kind in kinds)
+        where = {rope: Positions.of(positions, rope, self.config) for rope in ropes}
         x = self._embedded(tokens, dtype)
         if isinstance(self.layers, Stack):
             x, cache = self.layers(x, where[kinds[0].rope], ops, cache)

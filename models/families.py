@@ -70,7 +70,7 @@ def read_config(config: Json, max_context: int | None = None) -> ModelConfig:
     original = size(fields, ORIGINAL) if fields.get(ORIGINAL) is not None else None
     context = Context(head_dim, max_position, max_context or max_position, original, family.partial)
     count = layers(fields)
-    shape = {
+    shape: Switches = {
         "vocab_size": size(fields, "vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": size(fields, "intermediate_size"),
@@ -132,7 +132,7 @@ def _ropes(fields: Json, family: Family, context: Context) -> Switches:
     found: Switches = {"rope": read_rope(parameters, context)}
     beta = parameters.get("llama_4_scaling_beta")
     if family.model_type == "ministral3" and beta not in (0, None):
-        original = size({ORIGINAL: parameters.get(ORIGINAL, context.max_position)}, ORIGINAL)
+        original = context.original or size(parameters, ORIGINAL, context.max_position)
         found["query_growth"] = number(parameters, "llama_4_scaling_beta"), original
     elif beta not in (0, None):
         raise CheckpointError(f"llama_4_scaling_beta = {beta!r} is served for Ministral3ForCausalLM only")

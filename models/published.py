@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .config import ModelConfig
+from .families import read_config
+from .published_fields import FIELDS
 from .rope import Llama3, Rope
 
 
@@ -49,5 +51,6 @@ PUBLISHED: dict[str, ModelConfig] = {
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
     "qwen3-8b": _qwen3(4096, 12_288, 36, 32, False),
     "qwen3-32b": _qwen3(5120, 25_600, 64, 64, False),
+    **{name: read_config(fields) for name, fields in FIELDS.items()},
 }
 """Shapes as published, for benchmarks with random weights; and ``tiny-32k``, nobody's, for long contexts on a CPU."""

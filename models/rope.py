@@ -51,7 +51,17 @@ class LongRope:
     """Whether the factors are those for contexts beyond the original one."""
 
 
-Scaling = Linear | Llama3 | Yarn | LongRope
+@dataclass(frozen=True)
+class Proportional:
+    """Only the first frequencies rotate, those of a head that is rotated as a whole (Gemma 4)."""
+
+    part: float
+    """Of the frequencies."""
+    factor: float = 1.0
+    """Divides them."""
+
+
+Scaling = Linear | Llama3 | Yarn | LongRope | Proportional
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,8 @@ def _scaled(freqs: np.ndarray, rope: Rope, rotated: int) -> np.ndarray:
             return freqs * (1 - stretch + stretch / scaling.factor)
         case LongRope():
             return freqs / np.array(scaling.factors, np.float32)
+        case Proportional():
+            return np.where(np.arange(rotated // 2) < int(scaling.part * rotated // 2), freqs / scaling.factor, 0.0)
 
 
 def _yarn_bound(turns: float, scaling: Yarn, rope: Rope, rotated: int) -> float:

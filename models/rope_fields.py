@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from .config import CheckpointError
 from .config_file import Json, flag, number, numbers, optional_number, part, size
-from .rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn
+from .rope import Linear, Llama3, LongRope, Proportional, Rope, Scaling, Yarn
 
 ORIGINAL = "original_max_position_embeddings"
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 class Context(NamedTuple):
@@ -33,7 +33,8 @@ def rope_parameters(fields: Json, default: Json) -> dict[str, Any]:
     Raises:
         CheckpointError: they are no object, or one for each type of layer.
     """
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or default
+    own = fields.get("rope_parameters")
+    rope = fields.get("rope_scaling") or (default if own is None else own)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"config.json: rope parameters are {rope!r}; one object for all layers is served")
     beside = {"rope_theta": fields.get("rope_theta", 10_000.0)}
@@ -60,10 +61,14 @@ def read_rope(rope: Json, context: Context) -> Rope:
     """
     theta, kind = number(rope, "rope_theta"), rope.get("rope_type", rope.get("type", "default"))
     partial = number(rope, "partial_rotary_factor", 1.0) if rope.get("partial_rotary_factor") is not None else 1.0
+    if not 0 < partial <= 1:
+        raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served, only what is above 0 and at most 1")
+    if kind == "proportional":
+        return Rope(theta, Proportional(partial, number(rope, "factor", 1.0)))
     if partial != 1.0 and not context.partial:
         raise CheckpointError(f"partial_rotary_factor = {partial!r} is not served for this family, only 1.0")
     rotated = Rope(theta, partial=partial).rotated(context.head_dim)
-    if not 2 <= rotated <= context.head_dim or rotated % 2:
+    if rotated < 2 or rotated % 2:
         raise CheckpointError(
             f"partial_rotary_factor = {partial!r} rotates {rotated} of {context.head_dim} dimensions; "
             "an even number is needed"
@@ -74,6 +79,8 @@ def read_rope(rope: Json, context: Context) -> Rope:
 def _scaling(kind: object, theta: float, rope: Json, rotated: int, context: Context) -> Scaling | None:
     if kind == "default":
         return None
+    if kind == "su":
+        kind = "longrope"  # its name in Phi-3's first files
     if kind == "linear":
         return Linear(number(rope, "factor"))
     if kind not in KINDS:
@@ -97,7 +104,7 @@ def _llama3(rope: Json, original: int) -> Llama3:
 
 
 def _yarn(rope: Json, original: int, context: Context) -> Yarn:
-    factor = number(rope, "factor", context.max_position / original)
+    factor = optional_number(rope, "factor") or context.max_position / original
     fast, slow = number({"beta_fast": rope.get("beta_fast") or 32}, "beta_fast"), rope.get("beta_slow") or 1
     slow = number({"beta_slow": slow}, "beta_slow")
     if fast <= slow:
@@ -126,7 +133,7 @@ def _longrope(rope: Json, original: int, rotated: int, context: Context) -> Long
     """
     if original < 2:
         raise CheckpointError(f"config.json: {ORIGINAL} is {original}; with longrope it must be greater than 1")
-    stretch = number(rope, "factor", context.max_position / original)
+    stretch = optional_number(rope, "factor") or context.max_position / original
     magnitude = optional_number(rope, "attention_factor")
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0

@@ -47,7 +47,7 @@ class StoredTensor(NamedTuple):
     """Its bytes."""
     whole: tuple[int, ...] | None = None
     """Shape in the file of a tensor that this is a part of; None: it is the tensor itself."""
-    index: tuple[int | slice, ...] = ()
+    inside: tuple[int | slice, ...] = ()
     """What part of it."""
     transposed: bool = False
     """Whether the part is then transposed."""
@@ -56,7 +56,7 @@ class StoredTensor(NamedTuple):
         """A part of it under another name; nothing is read."""
         shape = np.broadcast_to(np.int8(0), self.shape)[index].shape
         shape = shape[::-1] if transposed else shape
-        return self._replace(name=name, shape=shape, whole=self.shape, index=index, transposed=transposed)
+        return self._replace(name=name, shape=shape, whole=self.shape, inside=index, transposed=transposed)
 
     def array(self) -> np.ndarray:
         """The tensor, still in the mapped file.
@@ -79,7 +79,7 @@ class StoredTensor(NamedTuple):
         dtype = (DTYPES | CODES).get(self.dtype)
         if dtype is None:
             raise CheckpointError(f"tensor {self.name} in {self.path} has dtype {self.dtype}, which is not read")
-        array = self.data.view(dtype).reshape(self.whole or self.shape)[self.index]
+        array = self.data.view(dtype).reshape(self.whole or self.shape)[self.inside]
         return array.T if self.transposed else array
 
 

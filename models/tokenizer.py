@@ -13,7 +13,7 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 from .chat import normalise_messages, plain
 from .chat_template import ChatTemplate, ChatTemplates
 from .config import CheckpointError
-from .config_file import read_json
+from .config_file import part, read_json
 from .control_tokens import MARKS, ControlTokens, marked
 from .token_lengths import longest_token
 from .tokenizer_classes import build_like_its_class
@@ -355,7 +355,8 @@ def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> frozenset[int]:
     """Ids in ``generation_config.json``, or else in ``config.json``, and that of the tokenizer's own token."""
     for name in ("generation_config.json", "config.json"):
-        given = read_json(folder / name, missing={}).get("eos_token_id")
+        fields = read_json(folder / name, missing={})
+        given = fields.get("eos_token_id", part(fields, "text_config").get("eos_token_id"))
         ids = [] if given is None else given if isinstance(given, list) else [given]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise CheckpointError(f"{folder / name}: eos_token_id is {given!r}; a token id or a list of them is needed")

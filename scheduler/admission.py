@@ -7,6 +7,7 @@ that others have computed for equal tokens, and pages that can be had.
 from __future__ import annotations
 
 from .config import SchedulerConfig
+from .evictor import Need
 from .offer import Offer
 from .pages import PagePool
 from .policy import Policy, Pressure, WaitingQueue
@@ -83,7 +84,7 @@ class Admission:
         if left < 0 or (left < own and left < self._pool.unpinned({*program.pages, *offer.found})):
             return None
         self._pool.share(offer.found)
-        if self._residency.evict(offer.need, now, wait=True, keep=program):
+        if self._residency.evictor.evict(Need(offer.need, offer.windows, wait=True, keep=program), now):
             return offer
         self._pool.release(offer.found)
         return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from .program import Rejected
 from .transfer import HostTier
+from .windows import Window
 
 NO_HOST = HostTier()
 
@@ -26,6 +28,19 @@ class SchedulerConfig:
     """Programs remembered at once, at most; see :class:`~.registry.Registry`."""
     session_ttl_s: float = 600.0
     host: HostTier = NO_HOST
+    window: Window | None = None
+    """What layers with a window have; None: no layer has one."""
+
+    def __post_init__(self) -> None:
+        if self.max_running < 1:
+            raise ValueError(f"{self.window} has no room for a single request")
+
+    @property
+    def max_running(self) -> int:
+        """Requests that run at once, at most: as many as have slots, and whose windows fit."""
+        if self.window is None:
+            return self.max_seqs
+        return min(self.max_seqs, self.window.runnable(self.page_size, self.max_step_tokens))
 
     @property
     def pages_per_seq(self) -> int:
@@ -84,12 +99,22 @@ class SchedulerStats:
     """Programs of whose KV the host holds a copy."""
     host_pages: int
     """Pages of host memory in use."""
+    free_windows: int
+    """Window pages that no program holds."""
+    valid_windows: int
+    """Those of them that programs whose tokens begin alike still find."""
+    offloaded_windows: int
+    restored_windows: int
 
-    def flat(self, page_bytes: int) -> dict[str, int]:
-        """Every field as a number: ``decisions`` as one "kv what: why" each, and pages moved in bytes as well."""
+    def flat(self, bytes_of: Callable[[int, int], int]) -> dict[str, int]:
+        """Every field as a number: ``decisions`` as one "kv what: why" each, and what was moved in bytes as well.
+
+        ``bytes_of`` says how many bytes so many pages and window pages have.
+        """
         fields = asdict(self)
         decisions: dict[str, int] = fields.pop("decisions")
-        moved = {name: fields[f"{name}_pages"] * page_bytes for name in ("offloaded", "restored")}
+        ways = ("offloaded", "restored")
+        moved = {name: bytes_of(fields[f"{name}_pages"], fields[f"{name}_windows"]) for name in ways}
         return {
             **fields,
             **{f"{name}_bytes": count for name, count in moved.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from .pages import PagePool
@@ -25,17 +25,23 @@ class HostCopies:
     def __init__(self, host: HostTier, idle_s: Callable[[Program, float], float]):
         self.host = host
         self._idle_s = idle_s
-        self._used = 0  # pages of host memory
+        self._used = 0  # memory, in pages of one layer
         self._staged = 0  # pages on their way to the host
         self._holders: OrderedDict[Program, None] = OrderedDict()  # least recently used first
         self._under_way: dict[Transfer, None] = {}
         self._begun: list[Transfer] = []  # since they were last taken
         self._dropped: list[HostPages] = []  # since they were last taken
 
-    @property
-    def room(self) -> int:
-        """Pages that an offload begun now may have."""
-        return min(self.free, self.host.staging - self._staged)
+    def room(self, windows: int) -> int:
+        """Pages that an offload begun now may have, if the last ``windows`` of them have their window pages."""
+        return min(self.fitting(windows), self.host.staging - self._staged)
+
+    def fitting(self, windows: int) -> int:
+        """Pages that memory which is not in use has room for, if the last ``windows`` have their window pages."""
+        free, (page, window) = self.host.size - self._used, self.host.layers
+        if (left := free - windows * (page + window)) < 0:
+            return free // (page + window)
+        return windows + left // page if page else self.host.staging
 
     @property
     def holders(self) -> int:
@@ -43,25 +49,41 @@ class HostCopies:
         return len(self._holders)
 
     @property
-    def free(self) -> int:
-        """Pages of host memory that are not in use."""
-        return self.host.pages - self._used
+    def pages(self) -> int:
+        """Pages of host memory in use, in which window pages are counted by their share."""
+        return -(-self._used // sum(self.host.layers))
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
-    def offload(self, program: Program, first: int, count: int, now: float) -> None:
-        """Begin to copy the device pages ``first … first + count - 1`` of a program to the host."""
-        copy = HostCopy(first, count, HostPages(count))
+    def offload(self, program: Program, first: int, windows: Sequence[int], count: int, now: float) -> None:
+        """Begin to copy the device pages ``first … first + count - 1`` of a program to the host.
+
+        ``windows`` are the window pages of the last of them.
+        """
+        copy = HostCopy(first, count, HostPages(count, len(windows)))
         program.copies = sorted([*program.copies, copy], key=lambda c: c.first)
         self._holders[program] = None
-        self._used += count
+        self._used += self._size(copy.memory)
         self._staged += count
-        pages = tuple(program.pages[first : first + count])
-        self._begin(Transfer(program, pages, (Part(copy, 0, count),), True, now))
+        pages, parts = tuple(program.pages[first : first + count]), (Part(copy, 0, count),)
+        window_parts = (Part(copy, 0, len(windows)),)
+        self._begin(Transfer(program, pages, parts, True, now, tuple(windows), window_parts))
 
-    def restore(self, request: Request, pages: list[int], parts: list[Part], now: float) -> None:
-        """Begin to copy ``parts`` back to ``pages``; the request computes nothing until that has ended."""
-        request.loading = Transfer(request.program, tuple(pages), tuple(parts), False, now, request)
+    def restore(
+        self, request: Request, pages: list[int], parts: list[Part], windows: list[int], first: int, now: float
+    ) -> None:
+        """Begin to copy ``parts`` back to ``pages``; the request computes nothing until that has ended.
+
+        The window pages of the last of them, from index ``first`` on, are copied to ``windows``.
+        """
+        window_parts = []
+        for copy, offset, count in parts:
+            end = copy.first + offset + count
+            if (low := max(first, copy.first + offset)) < end:
+                window_parts.append(Part(copy, low - copy.window_first, end - low))
+        request.loading = Transfer(
+            request.program, tuple(pages), tuple(parts), False, now, tuple(windows), tuple(window_parts), request
+        )
         self._begin(request.loading)
 
     def end(self, transfer: Transfer) -> None:
@@ -74,7 +96,7 @@ class HostCopies:
         memory = transfer.parts[0].copy.memory
         memory.ready = True
         if not memory.holders:  # it was dropped on its way
-            self._used -= memory.count
+            self._used -= self._size(memory)
 
     def cancel(self, transfer: Transfer) -> None:
         """Give up a transfer under way, and the copy it was to make; its end will have no effect."""
@@ -129,6 +151,16 @@ class HostCopies:
             else:
                 self.remove(program, copy)
 
+    def cut_windowless(self, program: Program, first: int) -> None:
+        """Cut copies where they have pages of a program from index ``first`` on, but not the window pages of these."""
+        for copy in list(program.copies):
+            keep = max(first, copy.first)
+            if keep < min(copy.end, copy.window_first):
+                if keep > copy.first:
+                    copy.used = keep - copy.first
+                else:
+                    self.remove(program, copy)
+
     def remove(self, program: Program, copy: HostCopy) -> None:
         """Drop one copy."""
         program.copies.remove(copy)
@@ -137,7 +169,7 @@ class HostCopies:
         if not copy.memory.holders:
             self._dropped.append(copy.memory)
             if copy.ready:
-                self._used -= copy.memory.count
+                self._used -= self._size(copy.memory)
         if not program.copies:
             del self._holders[program]
 
@@ -157,6 +189,9 @@ class HostCopies:
                 best, longest_s = other, idle_s
         return best
 
+    def _size(self, memory: HostPages) -> int:
+        return self.host.taken(memory.count, memory.windows)
+
     def check(self, programs: list[Program]) -> None:
         """Raise AssertionError unless memory and holders add up (for tests; O(everything))."""
         copies = [copy for program in programs for copy in program.copies]
@@ -166,7 +201,7 @@ class HostCopies:
         holders = Counter(copy.memory for copy in copies)
         assert all(memory.holders == count for memory, count in holders.items())
         arriving = [t.parts[0].copy.memory for t in self._under_way if t.to_host]
-        assert self._used == sum(memory.count for memory in {*holders, *arriving}) <= self.host.pages
+        assert self._used == sum(map(self._size, {*holders, *arriving})) <= self.host.size
         assert 0 <= self._staged <= max(self.host.staging, 0)
         assert not any(transfer.cancelled for transfer in self._under_way)
 

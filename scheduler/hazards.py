@@ -11,6 +11,9 @@ class TurnHazards:
     Jobs that go on count among those at risk, so that the estimate is not drawn to short ones. Hazards
     are smoothed over neighbouring turns and towards their overall mean; those of one kind of jobs towards those of all.
     Kind 0 is all jobs, and stands for those of which nothing is known.
+
+    Every operation takes some microseconds, because the scheduling loop calls them: requests are smoothed as they are
+    counted, and what follows from the hazards is worked out for the one turn that is asked for.
     """
 
     KINDS = 4
@@ -19,7 +22,7 @@ class TurnHazards:
     HORIZON = 64
     """Turns that the Gittins index looks ahead: beyond it the chance to be alive is small on every workload here."""
     EVERY = 64
-    """Requests after which the tables are made anew, which takes about a millisecond."""
+    """Requests after which the hazards are estimated anew."""
     PRIOR = 6.0
     """Weight of the overall mean, in observations: a guess, small against what a busy server sees in a minute."""
     KIN = 20.0
@@ -32,49 +35,46 @@ class TurnHazards:
 
     def __init__(self) -> None:
         n, shape = self.LONGEST, (self.KINDS, self.LONGEST)
-        self._risk, self._ends = np.zeros(shape), np.zeros(shape)
-        self._seen = 0
         turns = np.arange(n)
         self._kernel = np.exp(-np.abs(turns[:, None] - turns) / self.WIDTH)
-        self._remaining, self._index = np.ones(shape), np.ones(shape)
-        self._make_tables()
+        self._risk, self._ends = np.zeros(shape), np.zeros(shape)  # counts by kind and turn, smoothed over turns
+        self._all_risk, self._all_ends = 0, 0
+        self._mean = 0.0
+        self._hazards = np.zeros((self.KINDS, n + self.HORIZON))
+        self._estimate()
 
     def observe(self, turn: int, kind: int = 0, *, last: bool) -> None:
         """Learn that request number ``turn``, from 0, of a job of that kind has ended, and was its last or not."""
-        at = min(turn, self.LONGEST - 1)
         for row in {0, kind}:
-            self._risk[row, at] += 1
-            self._ends[row, at] += last
-        self._seen += 1
-        if self._seen % self.EVERY == 0:
-            self._make_tables()
+            self._risk[row] += self._kernel[min(turn, self.LONGEST - 1)]
+        self._all_risk += 1
+        if last:
+            self.ended(turn, kind)
+        if self._all_risk % self.EVERY == 0:
+            self._estimate()
 
     def ended(self, turn: int, kind: int = 0) -> None:
         """Learn that a request which has been observed as not the last was the last after all."""
         for row in {0, kind}:
-            self._ends[row, min(turn, self.LONGEST - 1)] += 1
+            self._ends[row] += self._kernel[min(turn, self.LONGEST - 1)]
+        self._all_ends += 1
 
     def remaining(self, turn: int, kind: int = 0) -> float:
         """Expected requests from number ``turn`` on, itself included."""
-        return float(self._remaining[kind, min(turn, self.LONGEST - 1)])
+        alive = np.cumprod(1 - self._hazards[kind, min(turn, self.LONGEST - 1) : self.LONGEST])
+        return float(1 + alive[:-1].sum() + alive[-1] / self._mean)
 
     def index(self, turn: int, kind: int = 0) -> float:
         """Inverse Gittins index: the least expected requests per chance to end, over all horizons (Gittins 1979)."""
-        return float(self._index[kind, min(turn, self.LONGEST - 1)])
+        turn = min(turn, self.LONGEST - 1)
+        alive = np.cumprod(1 - self._hazards[kind, turn : turn + self.HORIZON])  # after each turn of the horizon
+        run = np.concatenate([[1.0], 1 + np.cumsum(alive[:-1])])
+        return float(1 / ((1 - alive) / run).max())
 
-    def _make_tables(self) -> None:
-        n = self.LONGEST
-        mean = (self._ends[0].sum() + self.FEWEST_ENDS) / (self._risk[0].sum() + self.FEWEST_TURNS)
-        ends, risk = self._ends @ self._kernel, self._risk @ self._kernel
-        everybody = (ends[0] + self.PRIOR * mean) / (risk[0] + self.PRIOR)
-        hazard = (ends + self.KIN * everybody) / (risk + self.KIN)
-        hazard[0] = everybody
-        hazard = np.clip(hazard, 1e-3, 1.0)
-        after: float | np.ndarray = 1 / mean
-        for turn in range(n - 1, -1, -1):
-            self._remaining[:, turn] = after = 1 + (1 - hazard[:, turn]) * after
-        padded = np.concatenate([hazard, np.full((self.KINDS, self.HORIZON), mean)], axis=1)
-        windows = np.lib.stride_tricks.sliding_window_view(padded, self.HORIZON, axis=1)[:, :n]
-        alive = np.cumprod(1 - windows, axis=2)  # after each turn of the horizon
-        run = 1 + np.concatenate([np.zeros((self.KINDS, n, 1)), np.cumsum(alive[..., :-1], axis=2)], axis=2)
-        self._index = 1 / ((1 - alive) / run).max(axis=2)
+    def _estimate(self) -> None:
+        self._mean = (self._all_ends + self.FEWEST_ENDS) / (self._all_risk + self.FEWEST_TURNS)
+        everybody = (self._ends[0] + self.PRIOR * self._mean) / (self._risk[0] + self.PRIOR)
+        hazards = (self._ends + self.KIN * everybody) / (self._risk + self.KIN)
+        hazards[0] = everybody
+        self._hazards[:, : self.LONGEST] = np.clip(hazards, 1e-3, 1.0)
+        self._hazards[:, self.LONGEST :] = self._mean

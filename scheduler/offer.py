@@ -23,6 +23,8 @@ class Offer(NamedTuple):
     """Tokens on all these pages, which need not be computed."""
     need: int
     """Further device pages, for all its known tokens; those that are restored come first."""
+    windows: int
+    """Window pages that nobody holds now and that it needs to go on."""
 
     def device_tokens(self, page_size: int) -> int:
         """Those of the tokens that are on the device."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from .windows import WindowPages
+
 
 class PagePool:
     """Hands out the page ids ``1 … num_pages - 1``; page 0 is the null page, where padding is written.
@@ -14,12 +16,17 @@ class PagePool:
 
     Free pages without a hash go out first, last in, first out: under light load the same few pages stay in use, and in
     the processor's caches. Cached ones follow, first in, first out; of pages released together the last ones first.
+
+    Args:
+        num_pages: the null page included.
+        windows: the window pages that hang on these pages; None: there are none.
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, windows: WindowPages | None = None):
         if num_pages < 2:
             raise ValueError(f"a pool of {num_pages} pages has none to give: page 0 is the null page")
         self.size = num_pages - 1
+        self.windows = windows or WindowPages(None, num_pages, 1)
         self._free = list(range(num_pages - 1, 0, -1))
         self._cached: dict[int, None] = {}  # free, but with a hash; oldest first
         self._references = [0] * num_pages
@@ -57,6 +64,7 @@ class PagePool:
         while len(taken) < count:
             page = next(iter(self._cached))
             del self._cached[page]
+            self.windows.forget(page)
             self.uncache(page)
             taken.append(page)
         for page in taken:
@@ -89,6 +97,7 @@ class PagePool:
                 if page in hashes:
                     self._cached[page] = None
                 else:
+                    self.windows.forget(page)
                     self._free.append(page)
 
     def shared(self, page: int) -> bool:
@@ -130,6 +139,7 @@ class PagePool:
             del self._page_of[block_hash]
         if page in self._cached:
             del self._cached[page]
+            self.windows.forget(page)
             self._free.append(page)
 
     def uncache_all(self) -> None:

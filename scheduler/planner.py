@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .admission import Admission
 from .config import SchedulerConfig
+from .evictor import Need
 from .offer import Offer
 from .pages import PagePool
 from .plan import Plan
@@ -60,7 +61,8 @@ class Planner:
             if request.loading is None and budget > 0:
                 chosen[request] = min(request.num_to_compute, budget)
                 budget -= chosen[request]
-        self._residency.offload_ahead(now)
+                self._open_window(request, chosen[request], now)
+        self._residency.evictor.offload_ahead(now)
         self._fresh += admitted
         if not chosen and not self.running.num_decodes:
             return None
@@ -115,14 +117,26 @@ class Planner:
         order of the policy. So the first in order always gets on, and nothing waits for ever.
         """
         if request.num_computed + count <= request.capacity:
+            self._open_window(request, count, now)
             return count
         need = self._pages_for(request.num_computed + count) - len(request.pages)
-        while not self._residency.evict(need, now, wait=False) and self.running.requests[-1] is not request:
+        evict = self._residency.evictor.evict
+        while not evict(Need(need, 0, wait=False), now) and self.running.requests[-1] is not request:
             victim = self.running.requests[-1]
             chosen.pop(victim, None)
             self._preempt(victim, now)
         self.running.grow(request, min(need, self._pool.free))
-        return min(count, request.capacity - request.num_computed)
+        count = min(count, request.capacity - request.num_computed)
+        self._open_window(request, count, now)
+        return count
+
+    def _open_window(self, request: Request, count: int, now: float) -> None:
+        """Give ``request`` window pages for ``count`` more tokens; there are enough for all that run."""
+        windows, computed = self._pool.windows, request.num_computed
+        if windows.size and count > 0:
+            end = self._pages_for(computed + count)
+            self._residency.evictor.evict(Need(0, end - self._pages_for(computed), wait=False), now)
+            windows.hold(request.program, request.pages, windows.first(computed), end)
 
     def _preempt(self, victim: Request, now: float) -> None:
         """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
@@ -149,6 +163,8 @@ class Planner:
             request.extend_block_hashes()
             self.running.cache_pages(request, 0)
         pages = self.running.remove(request)
+        windows = self._pool.windows
+        windows.hold(request.program, pages, windows.first(request.num_computed), keep)
         self._pool.release(pages[keep:])
         self._residency.retain(request.program, request, pages[:keep], request.num_computed)
         request.num_computed = 0

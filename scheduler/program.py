@@ -116,6 +116,9 @@ class Program:
     """Tokens of that request whose KV is retained, from the first on."""
     pages: list[int] = field(default_factory=list)
     """Device pages of the first of these tokens."""
+    window: range = range(0)
+    """Indices of the pages, its own or those of its request that runs, whose window pages it holds. Written by
+    WindowPages."""
     copies: list[HostCopy] = field(default_factory=list)
     """Host copies of pages, by rising index, without overlap. Every page of the tokens kept is on the device, in a
     copy, or both."""

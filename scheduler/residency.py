@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-from .copies import HostCopies, copyable, parts_of
+from .copies import HostCopies, parts_of
 from .eviction import FIRST, LEASED, USUAL
+from .evictor import Evictor
 from .leases import Leases
 from .offer import Offer
 from .pages import PagePool
@@ -25,9 +26,7 @@ from .retained import RetainedKV
 from .strategy import DISCARD, EVICT_FIRST, Strategy
 from .transfer import HostPages, HostTier, Transfer
 from .wait import FAILED, RECOMPUTED, Resumed
-
-CHUNK = 32
-"""Least pages offloaded together, if a program has as many and staging has room: a guess."""
+from .windows import resumable
 
 
 class Residency:
@@ -46,15 +45,17 @@ class Residency:
     ):
         self.moved = [0, 0]
         """Pages offloaded and restored so far."""
+        self.moved_windows = [0, 0]
+        """Window pages offloaded and restored so far."""
         self.failed = 0
         """Transfers that failed so far."""
         self._copies = HostCopies(host, self._idle_s)
         self.kv = RetainedKV(pool, page_size, self._copies, lost)
         self._order = self.kv.order
         self._leases = Leases(pool.size)
-        self._pool, self._size, self._strategy = pool, page_size, strategy
+        self._pool, self._windows, self._size, self._strategy = pool, pool.windows, page_size, strategy
         strategy.host_tier = host.pages > 0
-        self._offloading = False
+        self.evictor = Evictor(pool, self.kv, self._copies, strategy)
 
     @property
     def programs_on_host(self) -> int:
@@ -64,7 +65,7 @@ class Residency:
     @property
     def host_pages(self) -> int:
         """Pages of host memory in use."""
-        return self._copies.host.pages - self._copies.free
+        return self._copies.pages
 
     # -- programs ----------------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class Residency:
 
     def wait_begins(self, program: Program, now: float) -> None:
         """A program begins to wait: decide what becomes of its KV."""
-        action, why = self._strategy.waits(program, self._slack, now)
+        action, why = self._strategy.waits(program, self.evictor.slack, now)
         self.kv.note(program, action, why, len(program.pages))
         if action == DISCARD and program.kept:
             self.kv.drop_all(program)
@@ -94,7 +95,7 @@ class Residency:
         if not leased:
             self._leases.end(program)
         self._place(program)
-        action = self._strategy.waits(program, self._slack, now).action
+        action = self._strategy.waits(program, self.evictor.slack, now).action
         if action == EVICT_FIRST and program.tier == USUAL:
             self._order.put_first(program)
         return leased
@@ -166,17 +167,40 @@ class Residency:
 
     def _offer(self, request: Request) -> Offer:
         program, tokens, size = request.program, request.reusable, self._size
+        if tokens < program.kept:
+            tokens = self.kv.resumable(program, tokens)
         kept = -(-tokens // size)
         own = min(len(program.pages), kept)
         found: list[int] = []
         if own * size <= tokens:
             found = self._pool.find(islice(request.block_hashes, own, request.most_reusable // size))
+            found = self._usable(program.pages[:own], found, tokens)
             tokens = max(tokens, (own + len(found)) * size)
         elif self._pool.shared(program.pages[own - 1]):
             own -= 1
             kept, tokens = own, own * size
-        parts = parts_of(program, own + len(found), kept)
-        return Offer(request, own, found, parts, tokens, -(-request.num_tokens // size) - own - len(found))
+        there, first = own + len(found), self._windows.first(tokens)
+        parts = parts_of(program, there, kept)
+        window = [program.pages[i] if i < own else found[i - own] for i in range(first, there)]
+        windows = self._windows.wanted(window, max(0, kept - max(there, first)))
+        return Offer(request, own, found, parts, tokens, -(-request.num_tokens // size) - there, windows)
+
+    def _usable(self, own: list[int], found: list[int], tokens: int) -> list[int]:
+        """Those of the pages ``found`` after ``own`` ones that a request can start from, which has ``tokens`` itself.
+
+        It goes on after the last of them that it can go on after; or after its own tokens, as before, if that is more,
+        and then they stand in for pages that only the host has, as long as these need no window pages.
+        """
+        windows = self._windows
+        if not (found and windows.size):
+            return found
+        pages = [*own, *found]
+        end = resumable(windows, len(pages) * self._size, self._size, lambda i: windows.of[pages[i]])
+        if end > tokens:
+            return found[: end // self._size - len(own)]
+        first = max(windows.first(tokens), len(own))
+        lacking = (i for i in range(first, len(pages)) if not windows.of[pages[i]])
+        return found[: min(next(lacking, len(pages)), tokens // self._size) - len(own)]
 
     def take(self, offer: Offer, now: float) -> list[int]:
         """Hand an admitted request its pages, and begin to restore what the host holds of it.
@@ -201,10 +225,13 @@ class Residency:
                 why = f", {request.resumed.why}" if request.resumed.why else ""
                 self.kv.note(program, "resume", request.resumed.source + why, len(pages))
         self._strategy.started(request, now)
-        new = self._pool.allocate(offer.need)
+        here, pages = len(pages), pages + self._pool.allocate(offer.need)
+        first, end = self._windows.first(offer.tokens), -(-offer.tokens // self._size)
+        self._windows.hold(program, pages, first, end)
         if offer.parts:
-            self._copies.restore(request, new[: sum(part.pages for part in offer.parts)], offer.parts, now)
-        return pages + new
+            windows = [self._windows.of[page] for page in pages[max(first, here) : end]]
+            self._copies.restore(request, pages[here:end], offer.parts, windows, first, now)
+        return pages
 
     # -- transfers ---------------------------------------------------------------------------------------------
 
@@ -223,6 +250,7 @@ class Residency:
         self._copies.end(transfer)
         self._strategy.predict.transfers.observe(len(transfer.pages), now - transfer.began)
         self.moved[not transfer.to_host] += len(transfer.pages)
+        self.moved_windows[not transfer.to_host] += len(transfer.windows)
         if transfer.request is not None:
             if transfer.request.first_scheduled is None:
                 transfer.request.restore_s += now - transfer.began
@@ -236,113 +264,19 @@ class Residency:
         self.failed += 1
         program, request, (copy, offset, _) = transfer.program, transfer.request, transfer.parts[0]
         if request is not None:
-            start = copy.first + offset
+            pages, windows, size = request.pages[: copy.first + offset], self._windows, self._size
+            start = resumable(windows, len(pages) * size, size, lambda i: windows.of[pages[i]])
+            windows.hold(program, request.pages, windows.first(start), start // size)
             if request.preemptions == 0:
-                device = min(start * self._size, request.resumed.device_tokens)
-                host = start * self._size - device
-                again = request.resumed.recomputed_tokens + request.reused - start * self._size
+                device = min(start, request.resumed.device_tokens)
+                host = start - device
+                again = request.resumed.recomputed_tokens + request.reused - start
                 request.resumed = Resumed(RECOMPUTED, FAILED, device, host, again)
-            request.num_computed = request.reused = start * self._size
-            self.kv.cut_copies(program, start)
+            request.num_computed = request.reused = start
+            self._copies.cut_windowless(program, windows.first(start))
+            self.kv.cut_copies(program, start // size)
         elif not copy.dropped:
             self.kv.lose_copy(program, copy, FAILED)
-
-    # -- pressure ----------------------------------------------------------------------------------------------
-
-    @property
-    def _slack(self) -> float:
-        """Share of the pool that can be had at once."""
-        return self.kv.at_once / self._pool.size
-
-    def evict(self, need: int, now: float, *, wait: bool, keep: Program | None = None) -> bool:
-        """Evict programs that do not run until ``need`` pages are free; returns whether they are.
-
-        Args:
-            need: pages.
-            now: seconds.
-            wait: rather have fewer pages now than drop KV for which the host only lacks staging.
-            keep: a program not to be evicted.
-        """
-        if self._pool.free >= need:
-            return True
-        order = self._strategy.order(self._order.all, now)
-        if order is None:
-            self._evict_clean(need, keep)
-        for program in self._order.oldest(clean=False, keep=keep) if order is None else list(order):
-            if self._pool.free >= need:
-                return True
-            if program is not keep and not self._evict_from(program, need, now, wait, keep):
-                return False
-        if self._pool.free < min(need, self._pool.obtainable):
-            self._evict_shared(need, now, wait, keep)
-        return self._pool.free >= need
-
-    def offload_ahead(self, now: float) -> None:
-        """Offload the KV of programs idle longest ahead of need, if little of the pool is free or clean."""
-        dirty = self._order.dirty
-        if not dirty or self._copies.host.pages == 0:
-            return
-        low, high = (int(share * self._pool.size) for share in self._strategy.ahead)
-        self._offloading = self.kv.at_once < (high if self._offloading else low)
-        while self._offloading and dirty and (wanted := high - self.kv.at_once) > 0:
-            program = next(iter(dirty))
-            first, end = copyable(program, self._pool)
-            if end > first and self._strategy.offloads(program):
-                count = min(max(wanted, CHUNK), end - first, self._copies.room)
-                if count <= 0:
-                    return
-                self.kv.offload(program, end - count, count, "ahead of need", now)
-            else:
-                dirty.discard(program)
-            if self._strategy.evicts_clean:
-                self.kv.release(program, len(program.pages) - self._order.clean.get(program, 0))
-
-    def _evict_clean(self, need: int, keep: Program | None) -> None:
-        """Evict pages that have a host copy."""
-        for program in self._order.oldest(clean=True, keep=keep):
-            count = min(need - self._pool.free, self._order.clean[program])
-            if count <= 0:
-                return
-            self.kv.note(program, "free", "it has a host copy", count)
-            self.kv.release(program, len(program.pages) - count)
-
-    def _evict_from(self, program: Program, need: int, now: float, wait: bool, keep: Program | None) -> bool:
-        """Evict pages of a program until ``need`` are free; False: the host only lacks staging, so wait for it."""
-        while self._pool.free < need and program.pages:
-            want, held = need - self._pool.free, len(program.pages)
-            if clean := self._order.clean.get(program, 0):
-                self.kv.release(program, held - min(want, clean))
-                continue
-            first, end = copyable(program, self._pool)
-            if end < held or first == end:
-                self._order.set_aside(program)
-                return True
-            want = min(want, end - first)
-            if self._copies.host.pages and self._strategy.offloads(program):
-                self.kv.make_room(want, program, now, keep)
-                count = min(max(want, CHUNK), end - first, self._copies.room)
-                if count > 0:
-                    self.kv.offload(program, end - count, count, "its pages are needed", now)
-                    continue
-                if wait and want <= self._copies.free:
-                    return False
-                why = "the host has no room"
-            else:
-                why = "it is cheap to compute" if self._copies.host.pages else "there is no host tier"
-            self.kv.drop(program, want, why)
-        return True
-
-    def _evict_shared(self, need: int, now: float, wait: bool, keep: Program | None) -> None:
-        """Evict, as a last resort, programs that share pages with each other: all but one of them lose the KV."""
-        for program in [p for p in self._order.shared if p is not keep]:
-            if not self._pool.shared(program.pages[-1]):  # the others have gone
-                self._order.add(program)
-                if not self._evict_from(program, need, now, wait, keep):
-                    return
-            if program in self._order.shared and self._pool.unpinned(program.pages):
-                self.kv.drop(program, len(program.pages), "nothing else is left")
-            if self._pool.free >= need:
-                return
 
     def _idle_s(self, program: Program, now: float) -> float:
         return self._strategy.predict.wait_s(program, max(0.0, now - program.wait_began))

@@ -12,6 +12,7 @@ from .pages import PagePool
 from .program import Program, Request
 from .transfer import HostCopy
 from .wait import DISCARDED, EVICTED
+from .windows import resumable
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class RetainedKV:
         self.decisions: Counter[str] = Counter()
         """Counts of pages kept, copied or dropped, each with its reason."""
         self._pool, self._size, self._copies, self._lost = pool, page_size, copies, lost
+        self._windows = pool.windows
 
     @property
     def at_once(self) -> int:
@@ -55,17 +57,37 @@ class RetainedKV:
             pages = pages[:whole]
         self._pool.share(pages)
         other.last, other.pages = request, list(pages)
-        other.kept = other.computed = min(tokens, self._copies.share(program, other, len(pages)) * self._size)
+        self._keep(other, min(tokens, self._copies.share(program, other, len(pages)) * self._size))
+        other.computed = other.kept
         self.order.add(other)
 
+    def resumable(self, program: Program, tokens: int) -> int:
+        """The most of a program's first ``tokens`` tokens after which it can go on with what is kept of it."""
+        pages, copies = program.pages, program.copies
+
+        def there(i: int) -> bool:
+            on_device = i < len(pages) and self._windows.of[pages[i]] > 0
+            return on_device or any(copy.window_first <= i < copy.end for copy in copies)
+
+        return resumable(self._windows, tokens, self._size, there)
+
     def trim(self, program: Program, tokens: int) -> None:
-        """Drop the KV of all but a program's first ``tokens`` tokens."""
-        if tokens >= program.kept:
-            return
-        program.kept = tokens
-        keep = self._pages(tokens)
+        """Drop the KV of all but a program's first ``tokens`` tokens, or fewer, if it could not go on after these."""
+        if tokens < program.kept:
+            self._keep(program, tokens)
+
+    def _keep(self, program: Program, tokens: int) -> None:
+        """Keep as many of the first ``tokens`` tokens of a program as it can go on after.
+
+        If only the host has a window page that is needed now, device pages go from there on.
+        """
+        program.kept = self.resumable(program, tokens)
+        keep, first = self._pages(program.kept), self._windows.first(program.kept)
+        self._copies.cut_windowless(program, first)
         self.cut_copies(program, keep)
-        self.release(program, keep)
+        pages = program.pages[:keep]
+        lacking = (i for i in range(first, len(pages)) if not self._windows.of[pages[i]])
+        self.release(program, next(lacking, len(pages)))
 
     def cut_to(self, program: Program, keep: int, why: str) -> None:
         """Drop what a program has after its first ``keep`` pages; ``why`` is told when it goes on."""
@@ -76,10 +98,10 @@ class RetainedKV:
 
     def drop(self, program: Program, count: int, why: str) -> None:
         """Drop the KV of a program's last ``count`` device pages, and what the host holds after them."""
-        keep = len(program.pages) - count
+        kept = self._pages(program.kept)
         self.note(program, "drop", why, count)
-        self.dropped += self._pages(program.kept) - keep
-        self.cut_to(program, keep, EVICTED)
+        self.cut_to(program, len(program.pages) - count, EVICTED)
+        self.dropped += kept - self._pages(program.kept)
 
     def drop_all(self, program: Program) -> None:
         """Drop all the KV of a program that is about to wait."""
@@ -93,6 +115,7 @@ class RetainedKV:
         The others have copies on the host, or are no longer kept.
         """
         gone = program.pages[keep:]
+        self._windows.hold(program, program.pages, self._windows.first(program.kept), min(keep, len(program.pages)))
         if not gone:
             return
         self._pool.release(gone)
@@ -107,7 +130,9 @@ class RetainedKV:
     def offload(self, program: Program, first: int, count: int, why: str, now: float) -> None:
         """Begin to copy pages ``first … first + count - 1`` of a program to the host."""
         self.note(program, "copy", why, count)
-        self._copies.offload(program, first, count, now)
+        end = first + count
+        pages = program.pages[max(first, self._windows.first(program.kept)) : end]
+        self._copies.offload(program, first, [self._windows.of[page] for page in pages], count, now)
         self.order.recount(program)
 
     def cut_copies(self, program: Program, keep: int) -> None:
@@ -130,15 +155,14 @@ class RetainedKV:
 
         Only those go, none of ``keep``, that are worth less than those of ``program`` would be.
         """
-        while self._copies.free < count:
+        while self._copies.fitting(len(program.window)) < count:
             victim = self._copies.least_worth(program, now, keep)
             if victim is None:
                 return
-            copy = victim.copies[-1]
+            copy, kept = victim.copies[-1], self._pages(victim.kept)
             self.note(victim, "drop copy", "the host is full", copy.used)
-            if victim.running is None:
-                self.dropped += max(0, copy.end - max(copy.first, len(victim.pages)))
             self.lose_copy(victim, copy, EVICTED)
+            self.dropped += kept - self._pages(victim.kept)
 
     # -- accounting --------------------------------------------------------------------------------------------
 
@@ -161,3 +185,7 @@ class RetainedKV:
             held, kept = len(program.pages), self._pages(program.kept)
             inside = sum(part.pages for part in parts_of(program, held, kept))
             assert held + inside == kept, f"of {kept} pages kept, {held} are on the device and {inside} on the host"
+            first = self._windows.first(program.kept)
+            assert list(program.window) == list(range(first, held)), "a program does not hold its window"
+            for copy in program.copies:
+                assert copy.window_first <= max(first, copy.first) or copy.end <= first, "a copy lacks its window"

@@ -29,12 +29,13 @@ class Running:
     def __init__(self, config: SchedulerConfig, pool: PagePool, rank: Callable[[Request], tuple[float, ...]]):
         self.requests: list[Request] = []
         """All of them by rank; the last is preempted first."""
-        self._free = list(range(config.max_seqs - 1, -1, -1))
+        self._free = list(range(config.max_running - 1, -1, -1))
         self._changed: dict[Request, int] = {}  # index of the first page that the device does not know yet
         self._decodes = DecodeBatch(config.max_seqs)
         self._others: list[Request] = []  # by rank
         self._ranks: dict[Request, tuple[float, ...]] = {}
-        self._pool, self._size, self._slots, self._rank = pool, config.page_size, config.max_seqs, rank
+        self._pool, self._size, self._slots, self._rank = pool, config.page_size, config.max_running, rank
+        self._windows, self._width = pool.windows, config.pages_per_seq
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -63,6 +64,7 @@ class Running:
         self._pool.pin(pages)
         request.pages, request.capacity, request.slot = pages, len(pages) * self._size, self._free.pop()
         self._changed[request] = 0
+        self._windows.announce(request.program)
         self._ranks[request] = self._rank(request)
         bisect.insort(self.requests, request, key=self._ranks.__getitem__)
         bisect.insort(self._others, request, key=self._ranks.__getitem__)
@@ -96,8 +98,8 @@ class Running:
 
         If too few pages are free, move those requests to the others, where each has to ask for one.
         """
-        full = self._decodes.full()
-        if len(full) > self._pool.free:
+        full, windows = self._decodes.full(), self._pool.windows
+        if len(full) > self._pool.free or not windows.has(len(full)):
             for request in full:
                 self._decodes.discard(request)
                 bisect.insort(self._others, request, key=self._ranks.__getitem__)
@@ -109,12 +111,14 @@ class Running:
                 request.pages.append(page)
                 request.capacity += self._size
                 schedule(request)
+                self._slide(request)
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
         """Plan a step of the decode batch, and of ``chosen``: how many tokens of which other requests.
 
         All these tokens count as computed from now on.
         """
+        changes = self._take_changes()  # before anybody's window moves on
         num_decodes = samples = len(self._decodes)
         context = self._decodes.context + sum(request.num_computed for request in chosen)
         requests, outputs, slots, starts = self._decodes.advance(room=len(chosen))
@@ -140,8 +144,6 @@ class Running:
             requests += rows
             outputs += [request.output for request in ending]
             samples += len(ending)
-        changes = [(r.slot, first, r.pages[first:]) for r, first in self._changed.items()]
-        self._changed.clear()
         tokens = num_decodes + sum(chosen.values())
         columns = (requests, slots, starts, counts)
         return Plan(*columns, num_decodes, samples, admitted, changes, tokens, context + tokens, outputs, last, [])
@@ -158,7 +160,7 @@ class Running:
         times = min(times, 1 + min(r.max_computed - r.num_computed for r in requests))
         while times > 1:
             needs = [-(-(r.num_computed + times - 1) // self._size) - len(r.pages) for r in requests]
-            if sum(n for n in needs if n > 0) <= self._pool.free:
+            if (new := sum(n for n in needs if n > 0)) <= self._pool.free and self._windows.has(new):
                 break
             times //= 2
         if times <= 1:
@@ -168,6 +170,7 @@ class Running:
             if need > 0:
                 self.grow(request, need)
                 self._decodes.schedule(request)
+                self._slide(request)
         plan.last.extend(self._decodes.last())
         return times
 
@@ -177,9 +180,26 @@ class Running:
         for i in range(start // self._size, full):
             self._pool.cache(request.pages[i], request.block_hashes[i])
 
+    def _take_changes(self) -> list[tuple[int, int, list[int]]]:
+        """Updates of the page table since the last call; window pages have columns after those of pages."""
+        changes = [(r.slot, first, r.pages[first:]) for r, first in self._changed.items()]
+        self._changed.clear()
+        for program, first in self._windows.take_changed():
+            if (request := program.running) is not None and request.slot >= 0:
+                pages = request.pages[first : program.window.stop]
+                changes.append((request.slot, self._width + first, [self._windows.of[page] for page in pages]))
+        return changes
+
+    def _slide(self, request: Request) -> None:
+        """Let a request hold the window pages of all its pages that its next token looks at, and of no others."""
+        windows = self._windows
+        windows.hold(request.program, request.pages, windows.first(request.num_computed), len(request.pages))
+
     def _compute(self, request: Request, count: int, now: float) -> None:
         start = request.num_computed
         request.num_computed += count
+        first, end = self._windows.first(request.num_computed), -(-request.num_computed // self._size)
+        self._windows.hold(request.program, request.pages, first, end)
         if request.first_scheduled is None:
             request.first_scheduled = now
         if request.block_hashes:

@@ -29,6 +29,7 @@ from .transfer import HostPages, Transfer
 from .view import ProgramView
 from .wait import Wait
 from .waits import Waits
+from .windows import WindowPages
 
 NO_TOKEN = -1
 """What a row samples if the device could not choose a token, because its logits are not finite."""
@@ -40,7 +41,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: Policy):
         self.config = config
         self._policy = policy
-        self._pool = PagePool(config.num_pages)
+        self._pool = PagePool(config.num_pages, WindowPages(config.window, config.num_pages, config.page_size))
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._planner = Planner(config, policy, self._pool, self._residency)
         self._running, self._admission = self._planner.running, self._planner.admission
@@ -107,19 +108,23 @@ class Scheduler:
             priority=priority,
         )
         if opened.last is not None:
-            request.wait = self._waits.end(opened, now)
-            self._planner.preparations.end(opened, SUPERSEDED)
+            self._go_on(request, opened.last, now)
         else:
             self.branches.inherit(opened, prompt)
-        if opened.last is not None:
-            request.matches(opened.last)
-            self._residency.kv.trim(opened, request.reusable)
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
         self._stops.update(stops)
         self._planner.enqueue(request, now)
         return request
+
+    def _go_on(self, request: Request, last: Request, now: float) -> None:
+        """Let a request go on from its program's last one: the wait ends, and the KV that both share stays."""
+        program = request.program
+        request.wait = self._waits.end(program, now)
+        self._planner.preparations.end(program, SUPERSEDED)
+        request.matches(last)
+        self._residency.kv.trim(program, request.reusable)
 
     def finish(self, request: Request, reason: str, now: float) -> None:
         """End a request, wherever it is, and free or retain its pages; a second call does nothing."""
@@ -241,6 +246,10 @@ class Scheduler:
             sessions=programs.named,
             programs_on_host=residency.programs_on_host,
             host_pages=residency.host_pages,
+            free_windows=self._pool.windows.available,
+            valid_windows=self._pool.windows.valid,
+            offloaded_windows=residency.moved_windows[0],
+            restored_windows=residency.moved_windows[1],
         )
 
     def knows(self, program: Hashable) -> bool:
@@ -253,8 +262,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless pages and programs conserve (for tests and debugging; O(everything))."""
-        used = [r.pages for r in self._running.requests]
-        self._pool.check(used + [p.pages for p in self._programs.programs()], used)
+        used, programs = [r.pages for r in self._running.requests], self._programs.programs()
+        self._pool.check(used + [p.pages for p in programs], used)
+        self._pool.windows.check((p, p.running.pages if p.running else p.pages) for p in programs)
         self._residency.check(self._programs.programs())
         self._programs.check()
         self._admission.check()

@@ -11,11 +11,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HostTier:
-    """Sizes of the host tier, in pages. By default there is none."""
+    """Sizes of the host tier. By default there is none."""
 
     pages: int = 0
+    """Pages that fit, each with its window page."""
     staging: int = 0
     """Pages on their way to the host at most: the device memory given to staging."""
+    layers: tuple[int, int] = (1, 0)
+    """Layers of a page, and of a window page: what they take of the memory."""
+
+    @property
+    def size(self) -> int:
+        """Its memory, in pages of one layer."""
+        return self.pages * sum(self.layers)
+
+    def taken(self, pages: int, windows: int) -> int:
+        """The memory that so many pages and window pages take, in pages of one layer."""
+        return pages * self.layers[0] + windows * self.layers[1]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +39,8 @@ class HostPages:
     """
 
     count: int
+    windows: int = 0
+    """The last pages among them that have their window pages with them."""
     holders: int = 1
     """Copies that stand on them."""
     ready: bool = False
@@ -48,6 +62,11 @@ class HostCopy:
     @property
     def end(self) -> int:
         return self.first + self.used
+
+    @property
+    def window_first(self) -> int:
+        """Index of the first of the program's pages that have their window pages here; they go on up to the end."""
+        return self.first + self.memory.count - self.memory.windows
 
     @property
     def ready(self) -> bool:
@@ -74,6 +93,10 @@ class Transfer:
     """Host pages, as many: one whole copy that an offload makes, or the parts that a restore reads, in order."""
     to_host: bool
     began: float
+    windows: tuple[int, ...] = ()
+    """Window pages, read or written like the others."""
+    window_parts: tuple[Part, ...] = ()
+    """Window pages in host memory, as many, in order; they are counted apart from the pages there."""
     request: Request | None = None
     """The request that waits for this restore; None: an offload."""
     cancelled: bool = False

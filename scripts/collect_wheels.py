@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,21 @@ def to_bring(packages: Iterable[dict[str, Any]], there: dict[str, str]) -> list[
 
 def pip(*arguments: str) -> str:
     command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"pip {arguments[0]} failed, as above; nothing has been changed")
+    return done.stdout
+
+
+def frozen(path: str) -> dict[str, str]:
+    """Read what a machine has from a file."""
+    try:
+        found = versions(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not found:
+        raise argparse.ArgumentTypeError(f"{path} has no line name==version")
+    return found
 
 
 def collect(out: Path, there: dict[str, str]) -> None:
@@ -99,12 +114,14 @@ def collect(out: Path, there: dict[str, str]) -> None:
         constraints.write_text("\n".join(kept))
         resolved = ("install", "--dry-run", "--ignore-installed", "--only-binary=:all:", f"--constraint={constraints}")
         report = json.loads(pip(*resolved, "--report=-", *requirements()))
-    names = to_bring((found["metadata"] for found in report["install"]), there)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.whl"):
-        old.unlink()
-    target = ("--python-version=3.12", "--implementation=cp", *(f"--platform={name}" for name in PLATFORMS))
-    pip("download", "--no-deps", "--only-binary=:all:", *target, f"--dest={out}", *names)
+        names = to_bring((found["metadata"] for found in report["install"]), there)
+        target = ("--python-version=3.12", "--implementation=cp", *(f"--platform={name}" for name in PLATFORMS))
+        if names:
+            pip("download", "--no-deps", "--only-binary=:all:", *target, f"--dest={folder}", *names)
+        for old in out.glob("*.whl"):
+            old.unlink()
+        for new in Path(folder).glob("*.whl"):
+            shutil.move(new, out)
     wheels = sorted(out.glob("*.whl"))
     print(f"{len(wheels)} wheels, {sum(w.stat().st_size for w in wheels) / 1e6:.0f} MB, in {out}")
 
@@ -112,7 +129,9 @@ def collect(out: Path, there: dict[str, str]) -> None:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / ".wheels", help="folder for the wheels; %(default)s")
-    parser.add_argument("--there", type=Path, help="what the machine has, as `pip list --format=freeze` prints it")
+    parser.add_argument(
+        "--there", type=frozen, default={}, help="what the machine has, as `pip list --format=freeze` prints it"
+    )
     parser.add_argument("--missing", action="store_true", help="collect nothing; name what this machine lacks")
     given = parser.parse_args(arguments)
     if given.missing:
@@ -121,7 +140,11 @@ def main(arguments: Sequence[str]) -> None:
         return
     if sys.version_info[:2] != (3, 12):
         parser.error(f"run this with Python 3.12, which the machine has, not {sys.version.split()[0]}")
-    collect(given.out, versions(given.there.read_text()) if given.there else {})
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
+    collect(given.out, given.there)
 
 
 if __name__ == "__main__":

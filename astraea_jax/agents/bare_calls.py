@@ -31,7 +31,7 @@ class BareCalls:
 
     @staticmethod
     def may_begin(content: str, text: str) -> bool:
-        """Whether ``text`` is the beginning of calls, or may become one."""
+        """Return whether ``text`` is the beginning of calls, or may become one."""
         return BEGINNINGS[content].match(text, partial=True) is not None
 
     def feed(self, text: str, last: bool) -> list[ToolCall] | None:

@@ -56,7 +56,7 @@ class Tools:
 
 
 def read_body(form: ResponseTemplateField, captures: Mapping[str, str], body: str, tools: Tools) -> list[ToolCall]:
-    """The calls in ``body``, which a region of the field ``form`` holds.
+    """Return the calls in ``body``, which a region of the field ``form`` holds.
 
     Args:
         form: the field.
@@ -88,7 +88,7 @@ def read_body(form: ResponseTemplateField, captures: Mapping[str, str], body: st
 
 
 def read_item(form: ResponseTemplateField, captures: Mapping[str, str], body: str, tools: Tools) -> list[ToolCall]:
-    """The calls in ``body`` as :func:`read_body` has them, or those at the end of a list that has begun before it."""
+    """Read ``body`` as :func:`read_body` does, or the calls at the end of a list that has begun before it."""
     try:
         return read_body(form, captures, body, tools)
     except ValueError:
@@ -98,7 +98,7 @@ def read_item(form: ResponseTemplateField, captures: Mapping[str, str], body: st
 
 
 def python_calls(body: str) -> list[ToolCall]:
-    """Calls in Python's syntax: ``[price(item="lamp"), stock()]``, or each in its own line without brackets.
+    """Read calls in Python's syntax: ``[price(item="lamp"), stock()]``, or each in its own line without brackets.
 
     Raises:
         ValueError: it is something else.
@@ -114,7 +114,7 @@ def python_calls(body: str) -> list[ToolCall]:
 
 
 def unmarked_calls(content: str, text: str, tools: Tools) -> list[ToolCall]:
-    """The calls of a text that is nothing but calls without any tag, or none."""
+    """Return the calls of a text that is nothing but calls without any tag, or none."""
     if content == "json":
         return bare_calls(text, tools.names)
     if len(text) > MAX_CALL_CHARS:

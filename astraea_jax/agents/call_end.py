@@ -30,7 +30,7 @@ class Quoting:
         self._tail = ""
 
     def encloses(self, more: str) -> bool:
-        """Whether the end lies within quotes, with ``more`` text."""
+        """Return whether the end lies within quotes, with ``more`` text."""
         text, at = self._tail + more, 0
         while found := (self._open if self._within is None else self._close[self._within]).search(text, at):
             at = found.end()

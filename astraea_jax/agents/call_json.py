@@ -44,7 +44,7 @@ def read_values(text: str, separator: re.Pattern[str]) -> list[Any]:
 
 
 def without_fence(text: str) -> str:
-    """The text inside a Markdown code fence, or all of it."""
+    """Return the text inside a Markdown code fence, or all of it."""
     text = text.strip()
     if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
         return text
@@ -68,7 +68,7 @@ def _skip(text: str, at: int, separator: re.Pattern[str]) -> int:
 
 
 def _strict(found: re.Match[str]) -> str:
-    """One piece of Python-like JSON as JSON."""
+    """Turn one piece of Python-like JSON into JSON."""
     if found["constant"]:
         return CONSTANTS[found["constant"]]
     if found["trailing"]:

@@ -55,7 +55,7 @@ class CallStream:
 
     @classmethod
     def within(cls, form: ResponseTemplateField, captures: Mapping[str, str]) -> CallStream:
-        """The call that a region of the field ``form`` begins with."""
+        """Return the call that a region of the field ``form`` begins with."""
         plain = form.content == "json" and not form.content_args.get("string_delims")
         if plain and form.transform == WHOLE:
             return cls(None, _CALL)
@@ -65,7 +65,7 @@ class CallStream:
 
     @classmethod
     def bare(cls, content: str, tools: Collection[str]) -> CallStream:
-        """The first of calls without any tag, which must be a tool's that is there."""
+        """Return the first of calls without any tag, which must be a tool's that is there."""
         return cls(None, _CALL if content == "json" else _NOTHING, tools)
 
     def feed(self, text: str) -> str:

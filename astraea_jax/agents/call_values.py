@@ -21,7 +21,7 @@ JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int
 
 
 def tagged_values(body: str, tag_pattern: str, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments in tags, such as ``<parameter=item>lamp</parameter>``.
+    """Read arguments in tags, such as ``<parameter=item>lamp</parameter>``.
 
     Args:
         body: tags, with nothing but whitespace in between.
@@ -50,7 +50,7 @@ def tagged_values(body: str, tag_pattern: str, properties: Mapping[str, Any]) ->
 
 
 def typed(raw: str, schema: Any) -> Any:
-    """The value that ``raw`` means under a JSON schema; the text itself if it means no other.
+    """Return the value that ``raw`` means under a JSON schema; the text itself if it means no other.
 
     Without a type in the schema it is what it is as JSON, unless that is a string. Where several types are allowed, a
     string is the last choice.
@@ -76,7 +76,7 @@ def typed(raw: str, schema: Any) -> Any:
 
 
 def with_json_strings(body: str, delimiters: list[list[str]], unquoted_keys: bool) -> str:
-    """JSON with its strings between other delimiters, or with keys without quotes, as JSON."""
+    """Turn JSON with its strings between other delimiters, or with keys without quotes, into JSON."""
 
     def replaced(found: regex.Match[str]) -> str:
         if found["key"] is not None:
@@ -112,7 +112,7 @@ def _structure(text: str, types: set[str], raw: str) -> Any:
 
 
 def _types(schema: Any, depth: int) -> Iterator[str]:
-    """JSON types that a schema allows; none: it does not say."""
+    """Return the JSON types that a schema allows; none: it does not say."""
     if not isinstance(schema, Mapping) or depth == 0:
         return
     declared = schema.get("type")

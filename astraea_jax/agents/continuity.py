@@ -93,11 +93,11 @@ class Continuity:
         self._ends_turns: dict[tuple[bool, bool, bool], bool] = {}
 
     def stop_of(self, ids: Sequence[int]) -> str | None:
-        """Text of the stop token with which generated tokens end, if they do."""
+        """Return the text of the stop token with which generated tokens end, if they do."""
         return self._texts.get(ids[-1]) if ids else None
 
     def prompt(self, chat: Chat, turns: Sequence[Turn], job: int, *, generation_prompt: bool = True) -> Prompt:
-        """The prompt of a chat.
+        """Return the prompt of a chat.
 
         Args:
             chat: the history, in which known turns stand as they were generated.
@@ -128,7 +128,7 @@ class Continuity:
         return Prompt(ids + new, why, message, same, base, fresh, len(ids), rendered[begin:end])
 
     def rendered(self, chat: Chat, add_generation_prompt: bool) -> str:
-        """The chat as :meth:`~astraea_jax.models.tokenizer.Tokenizer.render_chat` returns it.
+        """Return the chat as :meth:`~astraea_jax.models.tokenizer.Tokenizer.render_chat` returns it.
 
         Raises:
             CheckpointError, TypeError, ValueError: the same.
@@ -142,14 +142,14 @@ class Continuity:
         return rendered
 
     def _render_ended(self, chat: Chat) -> str:
-        """The chat without a generation prompt; nothing if the template refuses that."""
+        """Return the chat without a generation prompt; nothing if the template refuses that."""
         try:
             return self.rendered(chat, False)
         except ValueError:
             return ""
 
     def find(self, rendered: str, known: Sequence[Piece]) -> list[Place]:
-        """Where the turns of ``known`` stand, up to the first that is not found."""
+        """Return where the turns of ``known`` stand, up to the first that is not found."""
         places: list[Place] = []
         at = 0
         for piece in known:
@@ -171,7 +171,7 @@ class Continuity:
         places: Sequence[Place],
         job: int,
     ) -> tuple[int, Why, int | None]:
-        """How many of the known turns stay token by token, why no more, and which message is the first other one."""
+        """Tell how many known turns stay token by token, why no more, and which message is the first other one."""
         for i, (piece, place) in enumerate(zip(known, places, strict=False)):
             if not piece.whole:
                 return i, "cut", piece.end - 1
@@ -185,7 +185,7 @@ class Continuity:
         return count, "text" if chat.tools == turns[-1].program.tools else "tools", known[count - 1].end if count else 0
 
     def _accepts(self, piece: Piece, rendered: str, chat: Chat, known: Sequence[Piece], job: int) -> bool:
-        """Whether the tokens of a turn, the last of ``known``, stay where the template writes ``rendered`` now."""
+        """Tell if the tokens of a turn, the last of ``known``, stay where the template writes ``rendered`` now."""
         if piece.rendered is None:
             if piece.job == job:
                 piece.rendered = rendered
@@ -200,7 +200,7 @@ class Continuity:
     def _tokenised(
         self, rendered: str, known: Sequence[Piece], places: Sequence[Place], kept: int
     ) -> tuple[list[Piece], list[int]]:
-        """What follows the turns that stay: further turns as they are rendered now, and the tokens of new text.
+        """Return what follows the turns that stay: further turns as they are rendered now, and the tokens of new text.
 
         Each turn but the first begins with the stop text of the one before, so that it can be tokenised by itself.
 
@@ -220,7 +220,7 @@ class Continuity:
         return fresh, self._after(before, rendered[begin:])
 
     def _after(self, before: Piece | None, text: str) -> list[int]:
-        """Tokens of text that begins with the stop text of a turn, without its stop token if the turn has that."""
+        """Tokenise text that begins with the stop text of a turn, without its stop token if the turn has that."""
         ids = self._tokenizer.encode_rendered(text)
         if before is None:
             return ids
@@ -230,7 +230,7 @@ class Continuity:
         return ids if before.stop is None else ids[1:]
 
     def _generation_prompt(self, rendered: str, chat: Chat) -> str:
-        """The end of a rendering that is there for the generation only."""
+        """Return the end of a rendering that is there for the generation only."""
         context = [chat.tools is not None, chat.template_arguments, chat.messages[-1]["role"]]
         key = sha256(json.dumps(context, sort_keys=True).encode()).digest()  # a client's arguments may be long
         prompt = self._generation_prompts.get(key)
@@ -244,7 +244,7 @@ class Continuity:
         return prompt
 
     def _ends(self, chat: Chat, piece: Piece) -> bool:
-        """Whether the template writes a stop text between a turn like this one and the message after it.
+        """Return whether the template writes a stop text between a turn like this one and the message after it.
 
         Otherwise the first stop text would be that of the next message, which would be taken for a part of the turn.
         Behind the last message none can be.
@@ -276,5 +276,5 @@ class _NoBorder(Exception):
 
 
 def agreeing(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items at the beginning are the same."""
+    """Return how many items at the beginning are the same."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -159,7 +159,7 @@ class Conversations:
         return _report(self._prompt(chat, match, job), match, places), None if program is None else program.name
 
     def _stable(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-        """The messages that are compared and rendered, and the place of each among those that were given."""
+        """Return the messages that are compared and rendered, and the place of each among those that were given."""
         if self.normalise:
             return without_volatile(messages)
         return messages, [*range(len(messages))]
@@ -222,7 +222,7 @@ class Conversations:
             self.owners.bound(state)
 
     def programs(self, owner: str, session: str) -> list[str]:
-        """Names of the programs of a session."""
+        """Return the names of the programs of a session."""
         with self._lock:
             return [program.name for program in self._owner(owner).of_session(session)]
 

@@ -45,7 +45,7 @@ class ToolCall:
 
 
 def bare_calls(text: str, tools: Collection[str] | None) -> list[ToolCall]:
-    """The calls of a turn that is nothing but JSON without a tag, or none."""
+    """Return the calls of a turn that is nothing but JSON without a tag, or none."""
     body = without_fence(text)
     if not body.startswith(("{", "[")) or len(body) > MAX_CALL_CHARS:
         return []
@@ -76,7 +76,7 @@ def _is_bare_call(value: Any, tools: Collection[str] | None) -> bool:
 
 
 def calls_in(body: str) -> list[ToolCall]:
-    """The calls that a text says, each as JSON, or in lists.
+    """Return the calls that a text says, each as JSON, or in lists.
 
     Raises:
         ValueError: it says something else, or what it means is not certain.
@@ -88,7 +88,7 @@ def calls_in(body: str) -> list[ToolCall]:
 
 
 def flat(values: list[Any]) -> list[Any]:
-    """The calls themselves, which may stand in lists."""
+    """Return the calls themselves, which may stand in lists."""
     flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
     if not flat:
         raise ValueError(EXPECTED)
@@ -96,7 +96,7 @@ def flat(values: list[Any]) -> list[Any]:
 
 
 def call_of(value: Any) -> ToolCall:
-    """The call that a JSON value means.
+    """Return the call that a JSON value means.
 
     Raises:
         ValueError: it means none, or what it means is not certain.
@@ -117,7 +117,7 @@ def call_of(value: Any) -> ToolCall:
 
 
 def checked(name: str, arguments: dict[str, Any]) -> ToolCall:
-    """The call of a tool.
+    """Return the call of a tool.
 
     Raises:
         ValueError: it cannot be written as JSON, or is nested too deeply for those who read it.
@@ -140,7 +140,7 @@ def _refuse_unknown(call: Mapping[str, Any], known: Collection[str], *, labelled
 
 
 def arguments_of(key: str, value: Any) -> dict[str, Any]:
-    """Arguments as an object; models also write them as JSON text, and none as null or empty text."""
+    """Read arguments as an object; models also write them as JSON text, and none as null or empty text."""
     if isinstance(value, str):
         try:
             [value] = read_values(without_fence(value), SEPARATOR) if value.strip() else [{}]
@@ -159,10 +159,10 @@ def _deeper_than(value: object, levels: int) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The sentence that tells a model why its call could not be read."""
+    """Return the sentence that tells a model why its call could not be read."""
     return f"unreadable tool call: {'nested too deeply' if isinstance(error, RecursionError) else error}"
 
 
 def refused(reason: str) -> ToolCall:
-    """A call that cannot be run."""
+    """Return a call that cannot be run."""
     return ToolCall("", "", error=reason)

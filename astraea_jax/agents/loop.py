@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from astraea_jax.agents.call_bodies import Tools
 from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.json_calls import ToolCall
 from astraea_jax.agents.opened import Opened
-from astraea_jax.agents.tool_calls import read_turn
+from astraea_jax.agents.tool_calls import Turn, read_turn
 from astraea_jax.agents.tools import Tool, error_text
 from astraea_jax.engine.encoding import encode_prompt
 from astraea_jax.engine.events import MAX_NAME
@@ -108,38 +108,30 @@ async def run_program(
         session: names the program; a fresh name by default. The session is ended here, whatever happens.
         template_arguments: variables for the chat template, such as ``{"enable_thinking": False}``.
         call_format: how the model writes tool calls, of :data:`.formats.NAMES`; by default as its template shows.
-        conversations: what is known of earlier turns, so that requests continue from their tokens; by default, of this
-            program only.
+        conversations: what is known of earlier turns, whose tokens requests continue; by default, of this program only.
         return_error: put an error that ends the program into its result, beside the conversation; do not raise it.
 
     Raises:
         TypeError, ValueError: the arguments cannot be used, or the chat template refuses them.
         RequestError, Overloaded, EngineDead: from the model; the first when its context is outgrown.
     """
-    by_name = check_tools(tools, max_steps)
     session = uuid.uuid4().hex if session is None else session
-    conversation: list[Message] = []
-    schemas = [tool.schema() for tool in tools]
+    conversation, records = list[Message](), list[RequestRecord]()
+    by_name, schemas = check_tools(tools, max_steps), [tool.schema() for tool in tools]
     known, format = Tools.of(schemas), formats.choose(model.tokenizer, call_format)
     known_turns = conversations or Conversations(model.tokenizer)
-    records: list[RequestRecord] = []
     try:
         conversation += normalise_messages(messages)
         while True:
             opened = await _open(known_turns, session, conversation, schemas or None, template_arguments)
             final = len(records) + 1 == max_steps
-            try:
-                output, record = await _request(model, opened.prompt, params, session, final)
-                turn = read_turn(output.text, sum(len(one.tools) for one in records), known, format)
-                conversation.append(turn.message())
-                opened.ended(output.token_ids, conversation[-1], record.finish_reason, whole=output.whole)
-            finally:
-                opened.ended()
+            read = partial(read_turn, first=sum(len(one.tools) for one in records), tools=known, format=format)
+            turn, record = await _turn(model, opened, params, session, final, read)
+            conversation.append(turn.message())
             cut = record.finish_reason == "cancelled"
             if final or cut or not turn.calls:
-                records.append(record)
                 reason = "max_steps" if turn.calls and not cut else record.finish_reason
-                return ProgramResult(session, turn.content, conversation, reason, tuple(records))
+                return ProgramResult(session, turn.content, conversation, reason, (*records, record))
             done = await _run_tools(model, session, turn.calls, by_name)
             conversation += [message for message, _ in done]
             records.append(replace(record, tools=tuple(run for _, run in done)))
@@ -181,6 +173,24 @@ async def _open(
     characters = len(str(schemas)) + sum(len(str(value)) for message in conversation for value in message.values())
     begin = partial(conversations.begin, "", session, conversation, schemas, template_arguments)
     return await encode_prompt(characters, begin)
+
+
+async def _turn(
+    model: Model,
+    opened: Opened,
+    params: SamplingParams | None,
+    session: str,
+    final: bool,
+    read: Callable[[str], Turn],
+) -> tuple[Turn, RequestRecord]:
+    """Run an opened request, read the turn that it brought, and let the next one know of it."""
+    try:
+        output, record = await _request(model, opened.prompt, params, session, final)
+        turn = read(output.text)
+        opened.ended(output.token_ids, turn.message(), record.finish_reason, whole=output.whole)
+        return turn, record
+    finally:
+        opened.ended()
 
 
 def called_tools(names: Iterable[str]) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ class _Link:
             await self._closing.wait()
 
     def _taken(self, listed: list[Any]) -> list[Tool]:
-        """The tools that are allowed."""
+        """Return the tools that are allowed."""
         server, allow = self._server, self._server.allow
         names = [tool.name for tool in listed]
         if allow is not None and (unknown := [name for name in allow if name not in names]):

@@ -21,7 +21,7 @@ _PRINTER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 
 def digests(messages: Sequence[Message]) -> list[bytes]:
-    """Digests of the histories that end with the first message, with the second, and so on.
+    """Return the digests of the histories that end with the first message, with the second, and so on.
 
     Raises:
         ValueError: arguments of a call are nested too deeply.
@@ -37,7 +37,7 @@ def digests(messages: Sequence[Message]) -> list[bytes]:
 
 
 def extended(digest: bytes, message: Message) -> bytes:
-    """The digest of a history that goes on with ``message``. Reasoning and ids of calls are no part of it."""
+    """Return the digest of a history that goes on with ``message``. Reasoning and ids of calls are no part of it."""
     role, content = message["role"], text_of(message)
     calls = ""
     if role == "assistant":
@@ -50,7 +50,7 @@ def extended(digest: bytes, message: Message) -> bytes:
 
 
 def text_of(message: Message) -> str:
-    """The text of a message; none is an empty one."""
+    """Return the text of a message; none is an empty one."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -58,13 +58,13 @@ def text_of(message: Message) -> str:
 
 
 def reasoning_of(message: Message) -> str:
-    """The thoughts that a message carries beside its text."""
+    """Return the thoughts that a message carries beside its text."""
     reasoning = message.get("reasoning_content")
     return reasoning.strip() if isinstance(reasoning, str) else ""
 
 
 def restored(held: Message, given: Message) -> dict[str, Any]:
-    """The assistant's message as it was generated, with the ids that a client has given to its calls."""
+    """Return the assistant's message as it was generated, with the ids that a client has given to its calls."""
     message = dict(held)
     if calls := held.get("tool_calls"):
         theirs = given.get("tool_calls") or calls
@@ -75,7 +75,7 @@ def restored(held: Message, given: Message) -> dict[str, Any]:
 
 
 def answers_calls(messages: Sequence[Message]) -> bool:
-    """Whether ``messages``, which follow an assistant's turn, answer its calls: then its job goes on."""
+    """Return whether ``messages``, which follow an assistant's turn, answer its calls: then its job goes on."""
     return any(message["role"] == "tool" for message in messages)
 
 
@@ -85,7 +85,7 @@ def _call(call: Mapping[str, Any]) -> Any:
 
 
 def _canonical(value: Any) -> Any:
-    """Arguments with numbers as JavaScript, too, would print them: 2.0 is 2."""
+    """Return arguments with numbers as JavaScript, too, would print them: 2.0 is 2."""
     match value:
         case float() if value.is_integer():
             return int(value)

@@ -18,12 +18,12 @@ CONTEXT = 16
 
 
 def text_hash(text: str, add_bos: bool) -> _Hash:
-    """A digest that can go on, of a text."""
+    """Return a digest that can go on, of a text."""
     return sha256(b"astraea_jax text%d" % add_bos + text.encode("utf-8", "surrogatepass"))
 
 
 def beginnings(text: str, ends: Sequence[int], add_bos: bool) -> list[bytes]:
-    """Digests of the text up to each of ``ends``, which rise."""
+    """Return the digests of the text up to each of ``ends``, which rise."""
     digests, whole, at = [], text_hash("", add_bos), 0
     for end in ends:
         whole.update(text[at:end].encode("utf-8", "surrogatepass"))
@@ -33,7 +33,7 @@ def beginnings(text: str, ends: Sequence[int], add_bos: bool) -> list[bytes]:
 
 
 def text_prompt(tokenizer: Tokenizer, text: str, add_bos: bool, turn: Turn | None) -> Prompt:
-    """The prompt of a text, of which ``turn`` is the last that is known.
+    """Return the prompt of a text, of which ``turn`` is the last that is known.
 
     The text may go on with the stop token of the turn, as a template would write it, or without.
 
@@ -59,5 +59,5 @@ def text_prompt(tokenizer: Tokenizer, text: str, add_bos: bool, turn: Turn | Non
 
 
 def _reads(tokenizer: Tokenizer, before: list[int], new: list[int], text: str) -> bool:
-    """Whether the new tokens after those before them say ``text``."""
+    """Return whether the new tokens after those before them say ``text``."""
     return tokenizer.decode(before + new, delimiters=True) == tokenizer.decode(before, delimiters=True) + text

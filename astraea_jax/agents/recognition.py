@@ -24,7 +24,7 @@ class Match:
     """The first message that is another one than was known; None: there is none, or nothing was known."""
 
     def restored(self, messages: Sequence[Message]) -> list[Message]:
-        """The history with the known turns as they were generated, thoughts included."""
+        """Return the history with the known turns as they were generated, thoughts included."""
         whole = [*messages]
         for turn in self.turns:
             if turn.answer is not None:
@@ -62,7 +62,7 @@ def best(turns: Sequence[Turn], session: str | None) -> Turn | None:
 
 
 def program_of(owner: Owner, session: str | None, turn: Turn | None) -> Program:
-    """The program of a request that follows ``turn``: that of the turn, or a new one."""
+    """Return the program of a request that follows ``turn``: that of the turn, or a new one."""
     if (program := waiting(session, turn)) is not None:
         return program
     parent = None if turn is None or turn.program.forgotten else turn.program.name
@@ -72,13 +72,13 @@ def program_of(owner: Owner, session: str | None, turn: Turn | None) -> Program:
 
 
 def waiting(session: str | None, turn: Turn | None) -> Program | None:
-    """The program that waits at ``turn`` for its next request, if it may be this session's."""
+    """Return the program that waits at ``turn`` for its next request, if it may be this session's."""
     goes_on = turn is not None and _open(turn) and session in (None, turn.program.session)
     return turn.program if turn is not None and goes_on else None
 
 
 def _open(turn: Turn) -> bool:
-    """Whether a program waits at this turn for its next request."""
+    """Return whether a program waits at this turn for its next request."""
     return turn.program.tip is turn and not turn.program.busy
 
 
@@ -97,5 +97,5 @@ def _difference(tip: Turn, digests: Sequence[bytes]) -> int | None:
 
 
 def _same_thoughts(given: Message, held: Message) -> bool:
-    """Whether a client sent the thoughts of a turn back as they were, or none."""
+    """Return whether a client sent the thoughts of a turn back as they were, or none."""
     return reasoning_of(given) in ("", reasoning_of(held))

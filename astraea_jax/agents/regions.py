@@ -93,7 +93,7 @@ class Regions:
         """The tag that has opened the region."""
 
     def read(self, text: str, last: bool = False) -> Iterator[Piece]:
-        """Pieces of ``text`` and what was held back; all of it if the text is the ``last`` one."""
+        """Return pieces of ``text`` and what was held back; all of it if the text is the ``last`` one."""
         ending = self._splitting.ending[self._region]
         self.buffer = self.held + text
         if text and not self.held and ending and not ending.search(text):  # as with most texts

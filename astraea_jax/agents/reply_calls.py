@@ -93,7 +93,7 @@ class ReplyCalls:
         return CallBegan(self._begun - 1, self._ids(), name)
 
     def _told_of(self, call: ToolCall, arguments: str) -> tuple[CallBegan | None, int]:
-        """How the call was told to begin, if it was, and how many characters of its arguments were."""
+        """Return how the call was told to begin, if it was, and how many characters of its arguments were."""
         growing = self._growing
         if growing is None or growing.began is None:
             return None, 0

@@ -51,7 +51,7 @@ class Turn:
     """What it thought, if the chat template wants that apart."""
 
     def message(self) -> dict[str, Any]:
-        """The turn as an OpenAI-shaped message."""
+        """Return the turn as an OpenAI-shaped message."""
         if not self.thought:
             return assistant_message(self.text, self.content, self.calls)
         return {**assistant_message(self.content, self.content, self.calls), "reasoning_content": self.thought}
@@ -99,7 +99,7 @@ def read_turn(
 
 
 def assistant_message(text: str, content: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
-    """The turn as an OpenAI-shaped message.
+    """Return the turn as an OpenAI-shaped message.
 
     A turn with an unreadable call keeps its raw ``text``: the model should see its own mistake.
     """
@@ -113,7 +113,7 @@ def assistant_message(text: str, content: str, calls: Sequence[ToolCall]) -> dic
 
 
 def _unopened_thought_end(spans: Sequence[Span]) -> int:
-    """Position after the last closing tag of a thought that has no opening one; 0: there is none.
+    """Return the position after the last closing tag of a thought that has no opening one; 0: there is none.
 
     In a call with whole strings, the tag may be a part of a string.
     """

@@ -116,7 +116,7 @@ class Tool:
             return _raised(error)
 
     async def _in_thread(self, values: dict[str, Any]) -> str | Awaitable[Any]:
-        """The text of the result, or what is still to be awaited: a decorator may hide that a function is async."""
+        """Return the result's text, or what is still to be awaited: a decorator may hide that a function is async."""
         while not self._threads.acquire(blocking=False):
             await asyncio.sleep(SLOT_POLL_S)
         loop = asyncio.get_running_loop()

@@ -81,7 +81,7 @@ class Piece:
         return OVERHEAD + len(self.text) + len(self.rendered or "") + self.ids.itemsize * len(self.ids)
 
     def chain(self) -> list[Piece]:
-        """All pieces whose tokens, laid end to end, are those of the history; this one is the last."""
+        """Return all pieces whose tokens, laid end to end, are those of the history; this one is the last."""
         return _chain(self, lambda piece: piece.base)
 
 
@@ -119,11 +119,11 @@ class Turn:
         return self.messages[-1] if self.messages and self.messages[-1]["role"] == "assistant" else None
 
     def history(self) -> list[Turn]:
-        """All turns of the history, this one the last."""
+        """Return all turns of the history, this one the last."""
         return _chain(self, lambda turn: turn.previous)
 
     def pieces(self) -> list[Piece]:
-        """The tokens of the history, as far as they are known."""
+        """Return the tokens of the history, as far as they are known."""
         last: Turn | None = self
         while last is not None and last.piece is None:
             last = last.previous
@@ -131,7 +131,7 @@ class Turn:
 
 
 def ids_of(pieces: Sequence[Piece]) -> list[int]:
-    """The tokens of pieces that follow on each other."""
+    """Return the tokens of pieces that follow on each other."""
     ids: list[int] = []
     for piece in pieces:
         del ids[len(ids) - piece.undo :]
@@ -169,7 +169,7 @@ class Owner:
         self._by_digest: dict[bytes, list[Turn]] = {}
 
     def at(self, digest: bytes) -> Sequence[Turn]:
-        """The turns that end a history of this digest, in the order in which they ended."""
+        """Return the turns that end a history of this digest, in the order in which they ended."""
         return self._by_digest.get(digest, ())
 
     def add(self, turn: Turn) -> None:
@@ -225,7 +225,7 @@ class Owner:
             self.settle(turn.program)
 
     def of_session(self, session: str) -> list[Program]:
-        """The programs of a session, or the one of that name."""
+        """Return the programs of a session, or the one of that name."""
         return [program for program in self.programs.values() if session in (program.session, program.name)]
 
     def forget(self, programs: Sequence[Program]) -> None:
@@ -266,7 +266,7 @@ class Owners:
         """Bytes that all turns take, about."""
 
     def get(self, name: str, now: float) -> Owner:
-        """The turns of an owner, after those have gone whose time is over; who has none is not remembered for it."""
+        """Drop turns whose time is over, and find the turns of an owner; who has none is not remembered for it."""
         owner = self._owners.get(name)
         if owner is not None:
             self._owners.move_to_end(name)

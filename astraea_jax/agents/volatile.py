@@ -17,7 +17,7 @@ ROLES = frozenset().union(*(roles for roles, _ in PATTERNS))
 
 
 def without_volatile(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Normalised messages without what is volatile, and the place of each in ``messages``.
+    """Return normalised messages without what is volatile, and the place of each in ``messages``.
 
     A message or a content part that was nothing else is left out, unless nothing would be left.
     """

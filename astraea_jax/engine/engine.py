@@ -107,6 +107,7 @@ class Engine(Sessions):
                 max_programs=c.max_programs,
                 session_ttl_s=c.session_ttl_s,
                 host=layout.host,
+                window=layout.window,
             ),
             make_policy(c.policy, self._predictor, c.residency),
         )
@@ -312,7 +313,7 @@ class Engine(Sessions):
         They are each of its fields, ``decisions`` by what and why, bytes moved, and how many ``replicas`` there are and
         serve (``live_replicas``).
         """
-        return {**self.stats().flat(self.layout.page_bytes), "replicas": 1, "live_replicas": int(self.live)}
+        return {**self.stats().flat(self.layout.bytes_of), "replicas": 1, "live_replicas": int(self.live)}
 
     def check(self, timeout_s: float = 60.0) -> None:
         """Raise AssertionError unless pages, programs and requests are all accounted for (for tests and debugging).

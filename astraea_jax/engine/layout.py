@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.devices import free_bytes
+from astraea_jax.engine.page_counts import PageCounts
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Backend
-from astraea_jax.kv_cache.arrays import page_bytes, pages_within
+from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, has_pinned_host
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.windows import Window
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,12 @@ class Layout:
     """Attention backend."""
     num_pages: int
     """Pages per replica, null page included."""
+    window: Window | None
+    """Of layers with a window, which have pages of their own; None: no layer has one."""
+    layers: tuple[int, int]
+    """Layers of a page, and of a window page."""
     page_bytes: int
-    """Bytes of a page, summed over the devices that share it."""
+    """Bytes of a page and its window page, summed over the devices that share it."""
     max_context: int
     pages_per_seq: int
     host: HostTier
@@ -63,8 +69,8 @@ class Layout:
         kv_dtype, backend = config.page_dtype(), config.backend(model)
         budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
         one = page_bytes(model, backend, config.page_size, kv_dtype, mesh.size)
-        num_pages = pages_within(budget, one // mesh.size)
-        held = (num_pages - 1) * config.page_size
+        pages = PageCounts.within(budget, one // mesh.size, model, config)
+        held = (pages.full - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
         if wanted > model.max_position:
             raise StartupError(f"max_context {wanted} exceeds the model's {model.max_position} positions")
@@ -74,14 +80,28 @@ class Layout:
             dtype=config.weight_dtype(),
             kv_dtype=kv_dtype,
             backend=backend,
-            num_pages=num_pages,
+            num_pages=pages.full,
+            window=pages.window,
+            layers=pages.layers,
             page_bytes=one,
-            host=_host_tier(
-                config.host_kv_bytes, one // jax.process_count(), config.page_size, num_pages - 1, config.data_parallel
+            host=replace(
+                _host_tier(
+                    config.host_kv_bytes,
+                    one // jax.process_count(),
+                    config.page_size,
+                    pages.full - 1,
+                    config.data_parallel,
+                ),
+                layers=pages.layers,
             ),
             max_context=wanted,
             pages_per_seq=-(-wanted // config.page_size),
         )
+
+    def bytes_of(self, pages: int, windows: int) -> int:
+        """Bytes of so many pages and window pages, summed over the devices that share them."""
+        full, window = self.layers
+        return self.page_bytes // (full + window) * (pages * full + windows * window)
 
 
 def _host_tier(budget: int | None, page: int, page_size: int, pool: int, replicas: int) -> HostTier:

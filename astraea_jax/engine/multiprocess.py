@@ -57,13 +57,13 @@ class Op(IntEnum):
     TABLE = 1
     """Write ``values`` into the page table."""
     GATHER = 2
-    """Read the pages ``values`` into a new block."""
+    """Read the pages ``values`` of group ``number`` into a new block."""
     TO_HOST = 3
     """Copy block ``number`` to host memory, as a new block."""
     TO_DEVICE = 4
     """Copy block ``number`` to the devices, as a new block."""
     SCATTER = 5
-    """Write block ``number`` to the pages ``values``."""
+    """Write ``number`` blocks to pages: ``values`` are their group of layers, their numbers, and the pages."""
     FORGET = 6
     """Drop the blocks ``values``."""
     END = 7
@@ -138,17 +138,18 @@ class LeaderRunner(Runner):
         self._send(Op.TABLE, 0, updates)
         super().write_table(updates)
 
-    def gather(self, pages: Sequence[int]) -> SharedBlock:
-        self._send(Op.GATHER, 0, np.asarray(pages, np.int32))
-        return self._shared(super().gather(pages))
+    def gather(self, pages: Sequence[int], group: int) -> SharedBlock:
+        self._send(Op.GATHER, group, np.asarray(pages, np.int32))
+        return self._shared(super().gather(pages, group))
 
     def put(self, block: SharedBlock, sharding: jax.sharding.Sharding) -> SharedBlock:
         self._send(Op.TO_HOST if sharding.memory_kind == PINNED else Op.TO_DEVICE, block.number)
         return self._shared(super().put(block.array, sharding))
 
-    def scatter(self, block: SharedBlock, pages: np.ndarray) -> None:
-        self._send(Op.SCATTER, block.number, pages)
-        super().scatter(block.array, pages)
+    def scatter(self, blocks: Sequence[SharedBlock], pages: np.ndarray, group: int) -> None:
+        numbers = np.array([group, *(block.number for block in blocks)], np.int32)
+        self._send(Op.SCATTER, len(blocks), np.concatenate((numbers, pages)))
+        super().scatter([block.array for block in blocks], pages, group)
 
     def read(self, step: InFlight) -> list[int]:
         """Read as :meth:`Runner.read` does, but poll: collectives block for ever if a process dies or hangs.
@@ -228,13 +229,14 @@ class FollowerRunner(Runner):
             values = np.frombuffer(message, "<i4", offset=HEADER.size)
             match op:
                 case Op.GATHER:
-                    blocks[next(made)] = self.gather(values.tolist())
+                    blocks[next(made)] = self.gather(values.tolist(), number)
                 case Op.TO_HOST:
                     blocks[next(made)] = self.put(blocks[number], device.with_memory_kind(PINNED))
                 case Op.TO_DEVICE:
                     blocks[next(made)] = self.put(blocks[number], device)
                 case Op.SCATTER:
-                    self.scatter(blocks[number], values)
+                    group, named, pages = int(values[0]), values[1 : number + 1].tolist(), values[number + 1 :]
+                    self.scatter([blocks[each] for each in named], pages, group)
                 case Op.FORGET:
                     for dropped in values.tolist():
                         del blocks[dropped]

@@ -23,7 +23,7 @@ from astraea_jax.engine.sampling import MIN_TEMPERATURE, SamplingParams
 from astraea_jax.engine.step import COLUMNS, Step, StepShape, StepSizes
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.arrays import PagedKV, make_pages
-from astraea_jax.kv_cache.offload import NOWHERE, PINNED, Block, block_sharding, block_sizes
+from astraea_jax.kv_cache.offload import NOWHERE, PINNED, Block, batch_sizes, block_sharding, block_sizes
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.scheduler.plan import Plan
@@ -60,17 +60,29 @@ class Runner:
         self.shapes = self._step.shapes
         """Step shapes, decode first."""
         self._rows = sorted({self._step.drawn(shape) for shape in self.shapes})
-        self._make_arrays(sizes.max_seqs)
+        self.groups = self._step.groups.present
+        """Groups of layers that have pages."""
         self._compiled: dict[tuple[str, Any], Any] = {}
-        self._blocks = block_sizes(staging)
-        self.block_sharding = block_sharding(self._pages[0])
+        self._blocks, self._batches = block_sizes(staging), batch_sizes(staging)
+        self.block_sharding = block_sharding(self._step.pages[0])
         """Sharding of a block of pages on the device."""
+        self._make_arrays(sizes.max_seqs)
         self._sampling = np.zeros((sizes.max_seqs, 5), np.int32)  # top_k, and bits: seed, temperature, top_p, min_p
         self._draws = np.zeros(sizes.max_seqs, bool)  # whether a slot has a temperature
 
     def _make_arrays(self, slots: int) -> None:
-        """Make what steps read and write: pages, the last token of each slot, the page table, and masks of all 1."""
+        """Make what steps read and write: pages, the last token of each slot, the page table, and masks of all 1.
+
+        Beside the pages each group has room for its largest block, where smaller ones are put together to be scattered.
+        """
         self._pages: PagedKV = make_pages(self._step.pages)
+        page, most = self._step.pages[0], max(self._blocks, default=0)
+        self._staging = {
+            group: jnp.zeros(
+                (most, self._step.groups.of.count(group), *page.shape[1:]), page.dtype, device=self.block_sharding
+            )
+            for group in self.groups
+        }
         self._last = jnp.zeros(slots, jnp.int32, device=self._step.replicated)
         self._table = jnp.zeros(self._step.table.shape, jnp.int32, device=self._step.replicated)
         nothing = jnp.zeros(0, jnp.int32, device=self._step.replicated)
@@ -85,7 +97,7 @@ class Runner:
             Exception: the device cannot hold them any more.
         """
         # Dropped first, or else there would have to be room for both.
-        del self._pages, self._last, self._table, self._unmasked, self._logits, self._adjusted
+        del self._pages, self._staging, self._last, self._table, self._unmasked, self._logits, self._adjusted
         self._make_arrays(len(self._sampling))
         jax.block_until_ready((self._pages, self._last, self._table))
 
@@ -103,20 +115,25 @@ class Runner:
             max_step_tokens=config.max_step_tokens,
             max_pages_per_seq=layout.pages_per_seq,
             kv_dtype=layout.kv_dtype,
+            window_pages=layout.window.num_pages if layout.window else 0,
         )
         return cls(decoder, layout.backend, sizes, mesh=mesh, staging=layout.host.staging)
 
     def compile(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every step shape and transfer size, and run each once on the null page to finish all set-up."""
-        gather, scatter = self._step.transfers()
         to_lower: dict[tuple[str, Any], Callable[[], Any]] = {}
         for shape in self.shapes:
             to_lower["step", shape] = partial(self._step.jitted(shape).lower, *self._step.arguments(shape))
-        for size in self._blocks:
-            ids = np.zeros(size, np.int32)
-            block = jax.eval_shape(gather, self._step.pages, ids)
-            to_lower["gather", size] = partial(gather.lower, self._step.pages, ids)
-            to_lower["scatter", size] = partial(scatter.lower, self._step.pages, block, ids)
+        for group in self.groups:
+            (gather, stage, scatter), pages = self._step.transfers(group), self._step.pages_of(group)
+            for size in self._blocks:
+                ids = np.zeros(size, np.int32)
+                block = jax.eval_shape(gather, pages, ids)
+                to_lower["gather", (group, size)] = partial(gather.lower, pages, ids)
+                to_lower["stage", (group, size)] = partial(stage.lower, self._staging[group], block, np.int32(0))
+            for size in self._batches:
+                ids = np.zeros(size, np.int32)
+                to_lower["scatter", (group, size)] = partial(scatter.lower, pages, self._staging[group], ids)
         writing = (
             self._step.table,
             jax.ShapeDtypeStruct((2 * TABLE_UPDATES,), jnp.int32, sharding=self._step.replicated),
@@ -132,10 +149,11 @@ class Runner:
             self.adjust(np.full((ENTRIES, ENTRY), NOWHERE, np.int32))
             self.redraw(np.zeros((self._step.drawn(shape), COLUMNS), np.int32)).block_until_ready()
             self.logprobs().block_until_ready()
-        for size in self._blocks:
-            there = self.put(self.gather([0] * size), self.block_sharding.with_memory_kind(PINNED))
-            block = self.put(there, self.block_sharding)  # multi-process copies are compiled, too
-            self.scatter(block, np.full(size, NOWHERE, np.int32))
+        for group in self.groups:
+            for size in self._blocks:
+                there = self.put(self.gather([0] * size, group), self.block_sharding.with_memory_kind(PINNED))
+                block = self.put(there, self.block_sharding)  # multi-process copies are compiled, too
+                self.scatter([block], np.full(size, NOWHERE, np.int32), group)
 
     def _meet(self) -> None:
         """Barrier: wait until every process that shares the arrays has compiled."""
@@ -145,14 +163,26 @@ class Runner:
         """Number of executables compiled."""
         return len(self._compiled)
 
-    def gather(self, pages: Sequence[int]) -> Block:
+    def gather(self, pages: Sequence[int], group: int) -> Block:
         """Read pages into one block ``[n, L, …]``, n being a block size; the pages may be written again at once."""
-        block: Block = self._compiled["gather", len(pages)](self._pages, np.asarray(pages, np.int32))
+        arrays = tuple(self._pages[i] for i in self._step.groups.members(group))
+        block: Block = self._compiled["gather", (group, len(pages))](arrays, np.asarray(pages, np.int32))
         return block
 
-    def scatter(self, block: Block, pages: np.ndarray) -> None:
-        """Write a block to ``pages [n]`` int32; ids beyond the pool are ignored."""
-        self._pages = self._compiled["scatter", len(pages)](self._pages, block, pages)
+    def scatter(self, blocks: Sequence[Block], pages: np.ndarray, group: int) -> None:
+        """Write blocks, together no larger than the largest, to a group's ``pages [n]`` int32, but to none beyond."""
+        staging, at = self._staging[group], 0
+        for block in blocks:
+            staging = self._compiled["stage", (group, len(block))](staging, block, np.int32(at))
+            at += len(block)
+        self._staging[group] = staging
+        ids = np.full(min(size for size in self._batches if size >= at), NOWHERE, np.int32)
+        ids[:at] = pages
+        members, arrays = self._step.groups.members(group), list(self._pages)
+        written = self._compiled["scatter", (group, len(ids))](tuple(arrays[i] for i in members), staging, ids)
+        for i, array in zip(members, written, strict=True):
+            arrays[i] = array
+        self._pages = tuple(arrays)
 
     def put(self, block: Block, sharding: jax.sharding.Sharding) -> Block:
         """Copy a block to the host or back, and return at once."""

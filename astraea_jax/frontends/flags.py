@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,8 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
         A function whose keyword arguments are further fields, and override the flags.
     """
     for name in names:
-        _define(name, defaults.get(name, _FIELDS[name].default))
+        text = re.sub(r"; by default [^.]*", "", OPTIONS[name]) if name in defaults else OPTIONS[name]
+        _define(name, defaults.get(name, _FIELDS[name].default), text)
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # or else --help would not show it
 
     def config(**more: Any) -> EngineConfig:
@@ -65,17 +67,17 @@ def engine_flags(*names: str, **defaults: Any) -> Callable[..., EngineConfig]:
     return config
 
 
-def _define(name: str, default: Any) -> None:
+def _define(name: str, default: Any, text: str) -> None:
     match _FIELDS[name].metadata["allowed"]:
         case Whole(least, most):
-            flags.DEFINE_integer(name, default, OPTIONS[name], least, most)
+            flags.DEFINE_integer(name, default, text, least, most)
         case Seconds():
-            flags.DEFINE_float(name, default, OPTIONS[name])  # the range has an open end: EngineConfig checks it
+            flags.DEFINE_float(name, default, text)  # the range has an open end: EngineConfig checks it
         case Choice(names):
-            flags.DEFINE_enum(name, default, list(names), OPTIONS[name])
+            flags.DEFINE_enum(name, default, list(names), text)
         case allowed:
             assert allowed is SWITCH
-            flags.DEFINE_bool(name, default, OPTIONS[name])
+            flags.DEFINE_bool(name, default, text)
 
 
 def engine_title(engine: Engine) -> str:
@@ -99,9 +101,16 @@ def run_main(main: Callable[[list[str]], object], module: str = "__main__") -> N
         sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
         for flag in flags.FLAGS.get_key_flags_for_module(module):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+    def checked(arguments: list[str]) -> object:
+        for name in flags.FLAGS:
+            if (value := flags.FLAGS[name].value) != value:  # which is so of nan alone, and no bound keeps it out
+                raise app.UsageError(f"--{name}: {value} is not a number")
+        return main(arguments)
+
     arguments = ["--help" if argument == "-h" else argument for argument in sys.argv]
     try:
-        app.run(main, arguments)
+        app.run(checked, arguments)
     except SystemExit as end:
         asked_for_help = not _HELP.isdisjoint(argument.lstrip("-") for argument in arguments if argument[:1] == "-")
         raise SystemExit(0 if asked_for_help else end.code) from None  # absl ends with 1

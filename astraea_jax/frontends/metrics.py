@@ -206,12 +206,18 @@ def _pages(page: _Page, engine: Engine) -> None:
     held = {"running": used, "retained": retained, "cached": stats.cached_pages, "free": free - stats.cached_pages}
     for state, count in held.items():
         page.gauge("kv_pages", "Pages of the device by whom they serve.", count, state=state)
+    if layout.window is not None:
+        held = {"held": layout.window.num_pages - 1 - stats.free_windows, "valid": stats.valid_windows}
+        held["free"] = stats.free_windows - stats.valid_windows
+        for state, count in held.items():
+            page.gauge("kv_window_pages", "Pages of layers with a window by whom they serve.", count, state=state)
     page.gauge("kv_host_pages", "Pages of KV that fit into host memory.", layout.host.pages)
     page.gauge("kv_host_pages_used", "Pages of host memory in use.", stats.host_pages)
     page.counter("prefix_cache_queries", "Tokens of prompts looked up in the cache.", engine.work.prompt_tokens)
     page.counter("prefix_cache_hits", "Of these, tokens whose KV was still there.", engine.work.cached_tokens)
-    page.counter("kv_offload_store_bytes", "KV copied to the host.", stats.offloaded_pages * layout.page_bytes)
-    page.counter("kv_offload_load_bytes", "KV copied back.", stats.restored_pages * layout.page_bytes)
+    stored, loaded = (stats.offloaded_pages, stats.offloaded_windows), (stats.restored_pages, stats.restored_windows)
+    page.counter("kv_offload_store_bytes", "KV copied to the host.", layout.bytes_of(*stored))
+    page.counter("kv_offload_load_bytes", "KV copied back.", layout.bytes_of(*loaded))
     page.counter("kv_transfers_failed", "Copies in either direction that failed.", stats.failed_transfers)
     page.counter("kv_pages_dropped", "Pages of KV dropped under pressure.", stats.dropped_pages)
     page.counter("reused_tokens", "Tokens of requests with a slot whose KV was still there.", stats.reused_tokens)

@@ -261,10 +261,12 @@ def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
     """Print the sizes that are served, and the addresses."""
     layout = engine.layout
     pages = layout.num_pages - 1
-    size = pages * layout.page_bytes / 2**20
+    size = layout.bytes_of(pages, layout.window.num_pages - 1 if layout.window else 0) / 2**20
     if FLAGS.tensor_parallel * FLAGS.data_parallel > 1:
         say(f"{FLAGS.data_parallel} replicas, each on {FLAGS.tensor_parallel} devices; sizes are per replica")
     say(f"KV: {pages} pages of {engine.config.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
+    if layout.window is not None:
+        say(f"of these, {layout.window.num_pages - 1} pages for layers with a window of {layout.window.tokens} tokens")
     say(f"attention: {layout.backend.name}")
     if layout.host.pages:
         say(f"KV on the host: {layout.host.pages} pages, {layout.host.pages * layout.page_bytes / 2**20:.0f} MiB")

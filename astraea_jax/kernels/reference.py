@@ -67,13 +67,14 @@ class Reference:
 
 def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
     """Store ``k, v [T, K, H]`` at ``slot_mapping [T]`` (page * S + offset) of ``pages [P, 2, K, S, H]``."""
-    _, _, heads, s, h = pages.shape
-    head = (slot_mapping // s)[:, None] * (2 * heads) + jnp.arange(2 * heads)  # [T, 2K], of all heads of all pages
+    _, sides, heads, s, _ = pages.shape
     dtype = FLOATS.get(pages.dtype, pages.dtype)
-    kv = stored(jnp.concatenate([k, v], axis=1), dtype)
+    kv = stored(jnp.stack([k, v], axis=1), dtype)  # [T, 2, K, H]
     if pages.dtype != dtype:
         kv = jax.lax.bitcast_convert_type(kv, pages.dtype)
-    return pages.reshape(-1, h).at[head * s + (slot_mapping % s)[:, None]].set(kv).reshape(pages.shape)
+    page, offset = (slot_mapping // s)[:, None, None], (slot_mapping % s)[:, None, None]
+    # With axes joined, XLA would copy the whole pool, there and back, if there is one head.
+    return pages.at[page, jnp.arange(sides)[:, None], jnp.arange(heads), offset].set(kv)
 
 
 def attention(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Backend
 from astraea_jax.kv_cache.offload import block_sharding
 from astraea_jax.models.config import ModelConfig
@@ -20,6 +20,41 @@ from astraea_jax.models.sharding import TP
 PagedKV = tuple[jax.Array, ...]
 """One array ``[P, …]`` per layer in the backend's form of a page, or for stacked layers a single ``[L * P, …]``, layer
 after layer. Steps donate and return them."""
+
+FULL, WINDOW = range(2)
+"""Groups of layers, each with pages of its own: those whose queries see the whole context, and those with a window."""
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Which layers share page ids, and how many pages these have."""
+
+    of: tuple[int, ...]
+    """The group of every layer."""
+    num_pages: tuple[int, int]
+    """Pages per layer in either group, the null page included."""
+    stacked: bool
+    """Whether all layers, which are alike then, have one array."""
+
+    @classmethod
+    def plan(cls, model: ModelConfig, num_pages: int, window_pages: int, stacked: bool) -> Self:
+        """The groups of a model; without window pages all layers are in the first."""
+        of = (WINDOW if kind.window and window_pages else FULL for kind in model.layer_kinds)
+        return cls(tuple(of), (num_pages, window_pages), stacked)
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Groups that have layers."""
+        return tuple(sorted(set(self.of)))
+
+    @property
+    def arrays(self) -> tuple[int, ...]:
+        """The group of every array of pages."""
+        return self.present if self.stacked else self.of
+
+    def members(self, group: int) -> tuple[int, ...]:
+        """Indices of a group's arrays."""
+        return tuple(i for i, other in enumerate(self.arrays) if other == group)
 
 
 def page_shape(
@@ -37,35 +72,17 @@ def page_bytes(model: ModelConfig, backend: Backend, page_size: int, dtype: jnp.
     return model.num_layers * math.prod(shape) * np.dtype(dtype).itemsize
 
 
-def pages_within(budget: int, page: int) -> int:
-    """Number of pages of ``page`` bytes (null page included) that fit into ``budget`` bytes.
-
-    Raises:
-        StartupError: not even one usable page fits.
-    """
-    if budget < 2 * page:
-        raise StartupError(
-            f"a KV budget of {budget} bytes holds fewer than two pages of {page} bytes; raise kv_bytes, or if there is "
-            "no more memory, shard the model by tensor_parallel or store 8-bit weights by quantize"
-        )
-    return budget // page
-
-
 def abstract_pages(
-    model: ModelConfig,
-    backend: Backend,
-    num_pages: int,
-    page_size: int,
-    dtype: jnp.dtype,
-    mesh: Mesh,
-    *,
-    stacked: bool = False,
+    model: ModelConfig, backend: Backend, groups: LayerGroups, page_size: int, dtype: jnp.dtype, mesh: Mesh
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of the pages of every layer, or of stacked layers, sharded by heads."""
     one = page_shape(model, backend, page_size, dtype, mesh.size)
-    arrays, pages = (1, model.num_layers * num_pages) if stacked else (model.num_layers, num_pages)
     sharding = NamedSharding(mesh, heads_spec(backend.heads_axis))
-    return (jax.ShapeDtypeStruct((pages, *one), backend.page_dtype(dtype), sharding=sharding),) * arrays
+    layers = [groups.of.count(group) if groups.stacked else 1 for group in groups.arrays]
+    return tuple(
+        jax.ShapeDtypeStruct((count * groups.num_pages[group], *one), backend.page_dtype(dtype), sharding=sharding)
+        for count, group in zip(layers, groups.arrays, strict=True)
+    )
 
 
 def heads_spec(axis: int) -> PartitionSpec:
@@ -83,13 +100,37 @@ def gather_pages(pages: PagedKV, ids: jax.Array, num_pages: int) -> jax.Array:
     return jnp.concatenate([array[_of_layers(array, ids, num_pages)] for array in pages], axis=1)
 
 
+def stage_block(staging: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
+    """Write a block into the rows of ``staging [m, L, …]`` from ``at`` on."""
+    return jax.lax.dynamic_update_slice_in_dim(staging, block, at, 0)
+
+
 def scatter_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: int) -> PagedKV:
-    """Write a block to the pages ``ids [n]`` int32, all different; ids of ``num_pages`` and more are ignored."""
-    parts = jnp.split(block, len(pages), axis=1)
+    """Write the first n pages of a block to the pages ``ids [n]`` int32, all different; those beyond P are ignored."""
+    parts = jnp.split(block[: len(ids)], len(pages), axis=1)
     return tuple(
         array.at[_of_layers(array, ids, num_pages)].set(part, mode="drop", unique_indices=True)
         for array, part in zip(pages, parts, strict=True)
     )
+
+
+def write_pages(pages: PagedKV, block: jax.Array, ids: jax.Array, num_pages: int) -> PagedKV:
+    """Do what :func:`scatter_pages` does, one page after the other: a CPU then needs no scratch memory."""
+    layers, rest = block.shape[1], block.shape[2:]
+
+    def write(row: jax.Array, pages: PagedKV) -> PagedKV:
+        written = list(pages)
+        for layer in range(layers):
+            of, within = divmod(layer, layers // len(pages))
+            page = jax.lax.dynamic_slice(block, (row, layer, *[0] * len(rest)), (1, 1, *rest))[0]
+            at = ids[row] + within * num_pages
+            written[of] = jax.lax.dynamic_update_slice_in_dim(written[of], page, at, 0)
+        return tuple(written)
+
+    def step(row: jax.Array, pages: PagedKV) -> PagedKV:
+        return jax.lax.cond(ids[row] < num_pages, partial(write, row), lambda pages: pages, pages)
+
+    return jax.lax.fori_loop(0, len(ids), step, pages)
 
 
 def _of_layers(array: jax.Array, ids: jax.Array, num_pages: int) -> jax.Array:
@@ -99,10 +140,19 @@ def _of_layers(array: jax.Array, ids: jax.Array, num_pages: int) -> jax.Array:
     return jnp.where(ids[:, None] < num_pages, there, beyond)
 
 
-def jitted_transfers(
-    pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding, num_pages: int
-) -> tuple[Any, Any]:
-    """Jit :func:`gather_pages` and :func:`scatter_pages`, which donates the pages, to be lowered per block size.
+class Transfers(NamedTuple):
+    """The jitted functions that move pages, to be lowered per size of a block; what they write to is donated."""
+
+    gather: Any
+    """:func:`gather_pages`, one launch on a GPU."""
+    stage: Any
+    """:func:`stage_block`, one launch."""
+    scatter: Any
+    """:func:`scatter_pages`, one launch per layer; on a CPU :func:`write_pages`."""
+
+
+def jitted_transfers(pages: tuple[jax.ShapeDtypeStruct, ...], ids: jax.sharding.Sharding, num_pages: int) -> Transfers:
+    """Jit the functions that move pages.
 
     Args:
         pages: shapes of the paged arrays.
@@ -111,10 +161,12 @@ def jitted_transfers(
     """
     arrays, block = tuple(array.sharding for array in pages), block_sharding(pages[0])
     gather = jax.jit(partial(gather_pages, num_pages=num_pages), in_shardings=(arrays, ids), out_shardings=block)
+    stage = jax.jit(stage_block, in_shardings=(block, block, ids), out_shardings=block, donate_argnums=0)
+    on_cpu = all(getattr(device, "platform", "") == "cpu" for device in ids.device_set)
     scatter = jax.jit(
-        partial(scatter_pages, num_pages=num_pages),
+        partial(write_pages if on_cpu else scatter_pages, num_pages=num_pages),
         in_shardings=(arrays, block, ids),
         out_shardings=arrays,
         donate_argnums=0,
     )
-    return gather, scatter
+    return Transfers(gather, stage, scatter)

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,16 @@ def _executables(step: Step, tp: int) -> Iterator[_Executable]:
     for name, shape in zip(EXECUTABLES, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
         yield _Executable(name, lower, pool, paged, weights, in_text if tp > 1 else 0, unrolled)
-    gather, scatter = step.transfers()
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.replicated)
-    whole = (LARGEST_BLOCK, step.num_layers, *pages[0].shape[1:])
-    block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
-    yield _Executable("offload", lambda: gather.lower(pages, ids), 0, paged, set(), 0)
-    yield _Executable("restore", lambda: scatter.lower(pages, block, ids), pool, paged, set(), 0)
+    for group in step.groups.present:
+        (gather, _, scatter), pages = step.transfers(group), step.pages_of(group)
+        pool = sum(map(_shard_bytes, pages))
+        whole = (LARGEST_BLOCK, step.groups.of.count(group), *pages[0].shape[1:])
+        block = jax.ShapeDtypeStruct(whole, pages[0].dtype, sharding=block_sharding(pages[0]))
+        offload = partial(gather.lower, pages, ids)
+        restore = partial(scatter.lower, pages, block, ids)
+        yield _Executable("offload", offload, 0, paged, set(), 0, unrolled)
+        yield _Executable("restore", restore, pool, paged, set(), 0, unrolled)
 
 
 def _compile(case: Case, program: _Executable) -> Figures:
@@ -256,7 +261,7 @@ def _compile(case: Case, program: _Executable) -> Figures:
 
 def _look_at_gpu_code(figures: Figures, text: str, layers: int, capability: int) -> None:
     kind = figures.program.partition("-")[0]
-    if kind in gpu_code.LAYER and layers:
+    if layers:
         figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers)
         if figures.launches > most and figures.case.tp == 1 and not figures.case.quantize:
             figures.failures.append(f"launches {figures.launches} kernels, {most} at most")

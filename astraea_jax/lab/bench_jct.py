@@ -18,7 +18,6 @@ the study early, with what there is.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -52,6 +51,7 @@ from astraea_jax.scheduler.simulation.experiment import (
 )
 from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
+from astraea_jax.scheduler.simulation.trace import MOST_TOKENS
 
 SIMULATED = ("fcfs", "program-fcfs", "plas", "astraea", "srpt-clairvoyant")
 ON_ENGINE = ("fcfs@keep-lru", "fcfs@host", "astraea@host")
@@ -69,12 +69,14 @@ flags.DEFINE_list(
 flags.DEFINE_list("predictor", ["online"], f"Some of {', '.join(PREDICTORS)}.")
 flags.DEFINE_list("residency", ["host"], f"Some of {', '.join(RESIDENCIES)}.")
 flags.DEFINE_list("oversubscription", ["1.5"], "Live contexts over the KV pool.")
-flags.DEFINE_integer("programs", 300, "Programs of a run.", lower_bound=1)
-flags.DEFINE_integer("seeds", 1, "Runs of every cell.", lower_bound=1)
+flags.DEFINE_integer("programs", 300, "Programs of a run.", 1, 100_000)
+flags.DEFINE_integer("seeds", 1, "Runs of every cell.", 1, 1000)
 flags.DEFINE_list("load", ["0.85"], "Shares of the machine's throughput that arrive.")
-flags.DEFINE_list("context", [], "Tokens that contexts are scaled to; 0, the default but on the engine: as recorded.")
+flags.DEFINE_list(
+    "context", [], "Tokens that contexts are scaled to; 0: as recorded. By default 0, on the engine 4096."
+)
 flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of the simulated machine.")
-flags.DEFINE_float("tool_scale", None, "Factor on tool times; by default 1, and 0.1 on the engine.", lower_bound=0.0)
+flags.DEFINE_float("tool_scale", None, "Factor on tool times; by default 1, and 0.1 on the engine.", 0.0, 1000.0)
 flags.DEFINE_string(
     "model",
     "tiny-32k",
@@ -115,41 +117,55 @@ def one_of(flag: str, values: list[str], allowed: Iterable[str] = RESIDENCIES) -
     return values
 
 
-def numbers(flag: str, above: float = 0.0) -> list[float]:
-    """The values of a flag that must be numbers ``above`` something."""
+def numbers(flag: str, least: float, most: float) -> list[float]:
+    """The values of a flag that must be numbers in a range."""
     try:
         found = [float(x) for x in FLAGS[flag].value or ()]
     except ValueError:
         raise app.UsageError(f"--{flag}: {FLAGS[flag].value} are not all numbers") from None
-    if not all(above < x < math.inf for x in found):
-        raise app.UsageError(f"--{flag}: every one must be above {above:g}")
+    if not all(least <= x <= most for x in found):
+        raise app.UsageError(f"--{flag}: every one must be from {least:g} to {most:g}")
     return found
 
 
+def contexts() -> list[int]:
+    """The values of ``--context``."""
+    found = numbers("context", 0, MOST_TOKENS)
+    if not all(x.is_integer() for x in found):
+        raise app.UsageError(f"--context: {FLAGS.context} are not all whole numbers")
+    return [int(x) for x in found] or [4096 if FLAGS.backend == "engine" else 0]
+
+
 def study() -> list[Cell]:
-    """All cells of the study; those that run the same programs stand together."""
+    """All cells of the study, each once; those that run the same programs stand together."""
     on_engine = FLAGS.backend == "engine"
+    workloads = list(dict.fromkeys([*FLAGS.trace, *FLAGS.workload])) or ["claude-code"]
+    if len({Path(name).stem for name in workloads}) < len(workloads):
+        raise app.UsageError(f"{', '.join(workloads)}: two have the same name, by which the tables tell them apart")
     tool_scale = FLAGS.tool_scale if FLAGS.tool_scale is not None else 0.1 if on_engine else 1.0
-    contexts = [int(x) for x in numbers("context", above=-1)] or [4096 if on_engine else 0]
-    workloads = [*FLAGS.trace, *FLAGS.workload] or ["claude-code"]
-    try:
-        for workload, context in itertools.product(workloads, contexts):
-            draw(workload, FLAGS.programs, 0, context)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
     machine = f"{FLAGS.model} here" if on_engine else FLAGS.machine
-    return [
+    cells = [
         Cell(
             *(workload, policy, predictor, residency, factor, seed, FLAGS.programs, load, machine, context), tool_scale
         )
         for workload in workloads
-        for context in contexts
-        for load in numbers("load")
-        for factor in numbers("oversubscription")
+        for context in contexts()
+        for load in numbers("load", 0.001, 1000)
+        for factor in numbers("oversubscription", 0.001, 1000)
         for seed in range(FLAGS.seeds)
         for predictor in one_of("predictor", FLAGS.predictor, PREDICTORS)
         for policy, residency in arms()
     ]
+    if not cells:
+        raise app.UsageError("there is nothing to run: a list is empty")
+    if on_engine and set(FLAGS.predictor) != {"online"}:
+        raise app.UsageError("--predictor: an engine learns online; oracles are for --backend=sim")
+    try:
+        for workload, context, seed in {(cell.workload, cell.context, cell.seed) for cell in cells}:
+            draw(workload, FLAGS.programs, seed, context, tool_scale)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    return list(dict.fromkeys(cells))
 
 
 def run_cell(cell: Cell) -> tuple[dict[str, Any], list[ProgramRecord]]:

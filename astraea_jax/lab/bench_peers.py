@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,7 +52,7 @@ flags.DEFINE_list("peers", ["vllm", "llama.cpp", "transformers"], f"Engines: som
 flags.DEFINE_list("peer_python", [], "Python of an engine that has its own, as NAME=PATH.")
 flags.DEFINE_list("workloads", ["batch", "few", "one", "agents"], f"Some of {', '.join(WORKLOADS)}.")
 flags.DEFINE_integer("repeats", 3, "Repetitions of each workload.", lower_bound=1)
-flags.DEFINE_string("dtype", "float32", "Dtype of weights, activations and KV.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Dtype of weights, activations and KV.")
 flags.DEFINE_integer("pool", 8192, "Tokens whose KV each engine holds; of the agents' 16,000 that is half.", 1)
 flags.DEFINE_integer("host_mib", 2048, "MiB for KV of waiting programs, where an engine has such a tier.", 0)
 flags.DEFINE_integer("timeout_s", 600, "Limit of a start, and of a load.", lower_bound=1)
@@ -87,14 +87,21 @@ def checkpoint(folder: Path) -> Path:
     return made
 
 
-def start(names: Sequence[str], setup: Setup, folder: Path) -> tuple[dict[str, PeerProcess], dict[str, Ready | str]]:
-    """Start engines one after the other; returns those that run, and of each what it says or why it does not."""
+def start(
+    names: Iterable[str], setup: Setup, folder: Path, stack: contextlib.ExitStack
+) -> tuple[dict[str, PeerProcess], dict[str, Ready | str]]:
+    """Start engines one after the other; ``stack`` ends them.
+
+    Returns:
+        Those that run, and of each what it says or why it does not.
+    """
     processes, states = {}, dict[str, Ready | str]()
     for name in names:
         console.print(f"{name}: starts")
         process = None
         try:
             process = PeerProcess(name, pythons().get(name, sys.executable), setup, folder)
+            stack.callback(process.end)
             states[name] = process.ready(FLAGS.timeout_s)
             process.pause()
             processes[name] = process
@@ -115,7 +122,8 @@ def measure(
     for repeat in range(FLAGS.repeats):
         for key, workload in workloads.items():
             load = workload.load(vocab, seed=repeat)
-            for name in [*alive[repeat % len(alive) :], *alive[: repeat % len(alive)]]:
+            first = repeat % max(1, len(alive))
+            for name in [*alive[first:], *alive[:first]]:
                 try:
                     with locked(), processes[name].running():
                         served = processes[name].serve(load, FLAGS.timeout_s)
@@ -144,16 +152,31 @@ def locked() -> Iterator[None]:
         yield
 
 
-def main(_: list[str]) -> None:
+def chosen() -> dict[str, Workload]:
+    """The workloads that the flags choose; all flags have been checked then."""
     for flag, given, known in (("peers", FLAGS.peers, RECIPES), ("workloads", FLAGS.workloads, WORKLOADS)):
         if not set(given) <= set(known):
             raise app.UsageError(f"--{flag}: {', '.join(given)}: not all of them are of {', '.join(known)}")
     pythons()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what has been started is ended, too
+    if not FLAGS.workloads:
+        raise app.UsageError(f"--workloads: give at least one of {', '.join(WORKLOADS)}")
     workloads = {name: WORKLOADS[name] for name in FLAGS.workloads}
     longest = max(workload.longest for workload in workloads.values())
     if longest > FLAGS.pool:
         raise app.UsageError(f"--pool: a context has up to {longest} tokens")
+    if FLAGS.lock is not None:
+        try:
+            open(FLAGS.lock, "a").close()
+        except OSError as error:
+            raise app.UsageError(f"--lock: {FLAGS.lock}: {error.strerror}") from None
+    return workloads
+
+
+def main(_: list[str]) -> None:
+    workloads = chosen()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda *_: sys.exit(1))  # so that what has been started is ended, too
     with tempfile.TemporaryDirectory(prefix="astraea-peers-") as made, contextlib.ExitStack() as stack:
         folder = Path(made)
         try:
@@ -161,11 +184,10 @@ def main(_: list[str]) -> None:
             vocab = read_config(read_json(model / "config.json")).vocab_size
         except CheckpointError as error:
             raise SystemExit(f"cannot measure: {error}") from None
+        longest = max(workload.longest for workload in workloads.values())
         setup = Setup(str(model), FLAGS.dtype, 32, FLAGS.pool, min(FLAGS.pool, longest + 1), FLAGS.host_mib << 20)
-        names = [OURS, *(name for name in FLAGS.peers if name != OURS)]
-        processes, states = start(names, setup, folder)
-        for process in processes.values():
-            stack.callback(process.end)
+        names = dict.fromkeys([OURS, *FLAGS.peers])
+        processes, states = start(names, setup, folder, stack)
         if OURS not in processes:
             raise SystemExit(f"cannot measure: {states[OURS]}")
         results = measure(processes, workloads, vocab, states)

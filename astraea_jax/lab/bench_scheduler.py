@@ -24,6 +24,7 @@ from absl import flags
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.config import SchedulerConfig
+from astraea_jax.scheduler.evictor import Need
 from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy
 from astraea_jax.scheduler.prediction import Predictor
@@ -32,12 +33,16 @@ from astraea_jax.scheduler.residency import Residency
 from astraea_jax.scheduler.scheduler import Scheduler
 from astraea_jax.scheduler.strategies import STRATEGIES, make_strategy
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.windows import Window
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("policies", SERVING, "Policies to time.")
 flags.DEFINE_list("strategies", ["adaptive"], f"Residency strategies to time, of {', '.join(STRATEGIES)}.")
 flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Requests that wait.")
 flags.DEFINE_integer("running", 256, "Requests that run.", lower_bound=1)
+flags.DEFINE_integer(
+    "window", 0, "Tokens that a query sees in layers with a window; 0: no layer has one.", lower_bound=0
+)
 flags.DEFINE_integer("steps", 400, "Steps to measure.", lower_bound=10)
 define_flags("bench_scheduler")
 
@@ -45,7 +50,9 @@ define_flags("bench_scheduler")
 def measure(name: str, waiting: int) -> tuple[float, float, float]:
     """Median microseconds of a plan, of a commit, and the 99th percentile of both together."""
     rng = random.Random(0)
-    running = FLAGS.running
+    running, window = FLAGS.running, None
+    if FLAGS.window:
+        window = Window(FLAGS.window, 1 + 2048 // 16 + running * (Window(FLAGS.window, 0).span(16) + 2))
     config = SchedulerConfig(
         num_pages=running * 40 + 1,
         page_size=16,
@@ -54,6 +61,7 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
         max_context=1024,
         max_waiting=10**7,
         max_programs=10**7,
+        window=window,
     )
     scheduler = Scheduler(config, make_policy(name))
     now = 0.0
@@ -112,16 +120,16 @@ def measure_residency(name: str, waiting: int) -> dict[str, float]:
 
     for number in range(waiting):
         wait(number, number * 1e-3)
-    residency.offload_ahead(waiting)
+    residency.evictor.offload_ahead(waiting)
     while settle(waiting):  # until as much is copied as is to be copied ahead
-        residency.offload_ahead(waiting)
+        residency.evictor.offload_ahead(waiting)
     for step in range(FLAGS.steps):
         now = waiting + 0.02 * step
-        timed("32 pages are needed", partial(residency.evict, 32, now, wait=True))
+        timed("32 pages are needed", partial(residency.evictor.evict, Need(32, 0, wait=True), now))
         settle(now)
         if pool.free >= 8:
             timed("a wait begins", partial(residency.wait_begins, wait(waiting + step, now), now))
-        timed("copies ahead", partial(residency.offload_ahead, now))
+        timed("copies ahead", partial(residency.evictor.offload_ahead, now))
         settle(now)
     return {event: float(np.median(found or [0.0])) for event, found in times.items()}
 

@@ -101,7 +101,7 @@ class Study:
                     if (left_s := self._until - time.monotonic()) <= 0:
                         self._console.print(f"no time is left for {named(cell)}")
                         continue
-                    setting = Setting(cell.policy, prepared.pool_tokens(cell.oversubscription), *residency_of(cell))
+                    setting = Setting(cell.policy, prepared.pool_tokens(cell), *residency_of(cell))
                     began = time.monotonic()
                     limit_s = min(left_s, self._run_limit_s)
                     replayed = self._replayer.run(

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-LAYER = {"decode": 12.5, "mixed": 14.5}
-"""Kind of step -> launches that a layer may have: four products, of which three are split and summed; two norms, one
-activation; attention's two or four kernels; and a sum of residuals now and then, as XLA sees fit."""
-AROUND = 20
-"""Launches before and after the layers."""
+LAUNCHES = {"decode": (12.5, 20), "mixed": (14.5, 20), "offload": (0, 1), "restore": (1, 0)}
+"""Kind of executable -> launches that a layer may have, and those around the layers. A step has four products a layer,
+of which three are split and summed; two norms, one activation; attention's two or four kernels; and a sum of residuals
+now and then, as XLA sees fit."""
 FREE = ("parameter", "constant", "get-tuple-element", "bitcast", "tuple", "copy-done", "partition-id")
 """Opcodes that launch nothing; an asynchronous copy counts where it starts."""
 
@@ -40,8 +39,9 @@ def launches(program: str) -> int:
 
 
 def most_launches(kind: str, layers: int) -> int:
-    """Most launches of a step of this ``kind``, of :data:`LAYER`, on one GPU whose matrices are not quantized."""
-    return int(LAYER[kind] * layers + AROUND)
+    """Most launches of this ``kind``, of :data:`LAUNCHES`, on one GPU whose matrices are not quantized."""
+    of_layer, around = LAUNCHES[kind]
+    return int(of_layer * layers + around)
 
 
 def branches(program: str) -> list[str]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from astraea_jax.lab.peer_engines import Load, Ready, Served, Setup
 
@@ -24,6 +24,9 @@ RECIPES = {
     "sglang": "pip install sglang, on a GPU",
 }
 """How to install each engine."""
+
+
+Answer = TypeVar("Answer", Ready, Served)
 
 
 class PeerError(Exception):
@@ -40,6 +43,7 @@ class PeerProcess:
             PeerError: there is no such Python.
         """
         self.name = name
+        self._unread = b""
         self._log = folder / f"{name}.log"
         source = folder / f"{name}.json"
         source.write_text(json.dumps(asdict(setup)))
@@ -52,6 +56,7 @@ class PeerProcess:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     start_new_session=True,
+                    bufsize=0,
                 )
         except OSError as error:
             raise PeerError(f"{python} does not run: {error.strerror}") from None
@@ -63,9 +68,9 @@ class PeerProcess:
             PeerError: it is not installed, failed, or took longer.
         """
         answer = self._answer(within_s)
-        if "missing" in answer:
+        if set(answer) == {"missing"}:
             raise PeerError(f"not installed (no package {answer['missing']}): {RECIPES[self.name]}")
-        return Ready(**answer)
+        return _made(Ready, answer)
 
     def serve(self, load: Load, within_s: float) -> Served:
         """Let it serve a load.
@@ -73,11 +78,10 @@ class PeerProcess:
         Raises:
             PeerError: it failed or took longer.
         """
-        assert self._process.stdin is not None
+        until = time.monotonic() + within_s
         with contextlib.suppress(BrokenPipeError):  # then there is no answer, either
-            self._process.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
-            self._process.stdin.flush()
-        return self.answer(within_s)
+            self._tell(json.dumps(asdict(load)).encode() + b"\n", within_s)
+        return self.answer(until - time.monotonic())
 
     def answer(self, within_s: float) -> Served:
         """Wait for what became of a load that it was told.
@@ -85,7 +89,7 @@ class PeerProcess:
         Raises:
             PeerError: it failed or took longer.
         """
-        return Served(**self._answer(within_s))
+        return _made(Served, self._answer(within_s))
 
     def pause(self) -> None:
         """Stop it, so that it takes nothing from others."""
@@ -101,25 +105,60 @@ class PeerProcess:
             self.pause()
 
     def end(self) -> None:
-        """End it and all that it started."""
+        """End it and its process group, once."""
         self._signal(signal.SIGKILL)
-        with contextlib.suppress(BrokenPipeError):  # it may have read less than it was told
-            self._process.communicate()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()  # nobody waits for what still holds the other end
+        self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        """Signal its process group, whose number may be another's after the end."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def _tell(self, line: bytes, within_s: float) -> None:
+        """Write a line, which may be more than the pipe holds, to a process that may not read."""
+        assert self._process.stdin is not None
+        pipe, until = self._process.stdin.fileno(), time.monotonic() + within_s
+        os.set_blocking(pipe, False)
+        while line:
+            if not select.select([], [pipe], [], max(0.0, until - time.monotonic()))[1]:
+                raise self._silent(within_s)
+            line = line[os.write(pipe, line) :]
 
     def _answer(self, within_s: float) -> dict[str, Any]:
+        """Read a line of JSON, the arguments of an answer."""
         assert self._process.stdout is not None
-        until = time.monotonic() + within_s
-        if not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
-            raise PeerError(f"nothing after {within_s:.0f} s{self._last_lines()}")
-        line = self._process.stdout.readline()  # they write whole lines, so this does not wait
-        if not line:
-            raise PeerError(f"ended{self._last_lines()}")
-        return dict(json.loads(line))
+        pipe, until = self._process.stdout.fileno(), time.monotonic() + within_s
+        while b"\n" not in self._unread:
+            if not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise self._silent(within_s)
+            part = os.read(pipe, 1 << 16)
+            if not part:
+                raise PeerError(f"ended{self._last_lines()}")
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise _unlike(line) from None
+
+    def _silent(self, within_s: float) -> PeerError:
+        return PeerError(f"nothing after {within_s:.0f} s{self._last_lines()}")
 
     def _last_lines(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return f"; it wrote last: {lines[-1][:300]}" if lines else ""
+
+
+def _made(kind: type[Answer], arguments: dict[str, Any]) -> Answer:
+    try:
+        return kind(**arguments)
+    except TypeError:
+        raise _unlike(arguments) from None
+
+
+def _unlike(answer: object) -> PeerError:
+    return PeerError(f"this is no Python that can run it, as it answered {str(answer)[:100]}")

@@ -18,6 +18,7 @@ from astraea_jax.engine.dispatch import InFlight
 from astraea_jax.engine.extras import Extras
 from astraea_jax.engine.resampling import WORD, mask_words
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.kv_cache.arrays import FULL
 from astraea_jax.scheduler.plan import Plan
 
 REMEMBERED = 1_024
@@ -46,6 +47,7 @@ class PretendedRunner:
     """
 
     block_sharding = None
+    groups = (FULL,)
     executables = 0
 
     def __init__(self, step_s: float, vocab_size: int, avoided: frozenset[int]):
@@ -93,9 +95,9 @@ class PretendedRunner:
         time.sleep(max(0.0, step.ready - time.perf_counter()))
         return np.asarray(step.tokens).tolist()
 
-    def gather(self, pages: Sequence[int]) -> Any: ...
+    def gather(self, pages: Sequence[int], group: int) -> Any: ...
 
-    def scatter(self, block: Any, pages: np.ndarray) -> None: ...
+    def scatter(self, blocks: Sequence[Any], pages: np.ndarray, group: int) -> None: ...
 
     def put(self, block: Any, sharding: Any) -> Any: ...
 

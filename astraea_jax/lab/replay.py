@@ -131,7 +131,7 @@ class Replayer:
         pages = layout.num_pages - 1
         self.tokens = pages * config.page_size
         """Tokens of KV that the device holds."""
-        transfers = replace(layout, host=HostTier(pages, staging_pages(pages, config.page_size)))
+        transfers = replace(layout, host=HostTier(pages, staging_pages(pages, config.page_size), layout.layers))
         self._runner = SharedRunner.of(self._decoder, config, transfers, meshes[0])
 
     def check(self, programs: Sequence[TraceProgram]) -> None:

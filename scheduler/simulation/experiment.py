@@ -76,10 +76,13 @@ class Prepared:
     programs: tuple[TraceProgram, ...]
     live_context: float
 
-    def pool_tokens(self, oversubscription: float) -> int:
-        """Tokens of the pool; the longest context has room in any."""
+    def pool_tokens(self, cell: Cell) -> int:
+        """Tokens of a cell's pool; the longest context has room in any."""
+        if cell.residency == "unlimited":
+            return everything(self.programs)
         longest = max(p.longest for p in self.programs)
-        return max(int(self.live_context / oversubscription), longest + min(4096, longest // 8 + 2 * Sizes.page_size))
+        least = longest + min(4096, longest // 8 + 2 * Sizes.page_size)
+        return max(int(self.live_context / cell.oversubscription), least)
 
 
 def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: float = 1.0) -> list[TraceProgram]:
@@ -127,11 +130,8 @@ def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
     prepared = prepare(
         *(cell.workload, cell.programs, cell.seed, cell.load, cell.machine), cell.context, cell.tool_scale
     )
-    pool = prepared.pool_tokens(cell.oversubscription)
     host, strategy = residency_of(cell)
-    sizes = Sizes(pool, host_tokens=UNLIMITED if host else 0)
-    if cell.residency == "unlimited":
-        sizes = Sizes(everything(prepared.programs))
+    sizes = Sizes(prepared.pool_tokens(cell), host_tokens=UNLIMITED if host else 0)
     policy = make_policy(cell.policy, predictor_for(cell, prepared.programs), strategy)
     return Simulator(prepared.programs, policy, MACHINES[cell.machine], sizes, record_plans=record_plans).run()
 
@@ -208,7 +208,8 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
-        "moved_bytes": (s.offloaded_pages + s.restored_pages) * outcome.page_size * machine.kv_bytes,
+        "moved_bytes": outcome.page_size
+        * machine.bytes_of(s.offloaded_pages + s.restored_pages, s.offloaded_windows + s.restored_windows),
         "preemptions": s.preemptions,
         "scheduler_us_per_step": 1e6 * outcome.scheduler_s / max(1, outcome.steps),
         "steps": outcome.steps,

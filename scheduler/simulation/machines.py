@@ -24,9 +24,19 @@ class Machine:
     """Between device and host, each way."""
     measured: bool
     """False: computed from hardware constants."""
+    window: int | None = None
+    """Tokens that a query sees in layers with a window, its own included; None: no layer has one."""
+    layers: tuple[int, int] = (1, 0)
+    """Layers without a window and with one, or numbers in their proportion."""
 
-    def transfer_s(self, tokens: int) -> float:
-        return 50e-6 + tokens * self.kv_bytes / self.link_bytes_s
+    def bytes_of(self, tokens: int, in_windows: int) -> float:
+        """KV of so many tokens in layers without a window, and of others in those with one."""
+        full, windowed = self.layers
+        return (tokens * full + in_windows * windowed) / (full + windowed) * self.kv_bytes
+
+    def transfer_s(self, tokens: int, in_windows: int = 0) -> float:
+        """Seconds in which as much KV is copied between device and host."""
+        return 50e-6 + self.bytes_of(tokens, in_windows) / self.link_bytes_s
 
 
 def computed(

@@ -22,6 +22,7 @@ from ..policy import Policy
 from ..program import Rejected, Request
 from ..scheduler import Scheduler
 from ..transfer import HostTier, Transfer
+from ..windows import Window
 from .machines import Machine
 from .trace import TraceProgram
 
@@ -94,9 +95,12 @@ class Sizes:
     host_tokens: int = 0
     """Tokens of the host tier; 0: none."""
     staging_tokens: int = 65536
+    window_tokens: int = 0
+    """Tokens of the pool of layers with a window, if the machine's model has such layers."""
 
-    def config(self, longest: int) -> SchedulerConfig:
-        host = HostTier(self.host_tokens // self.page_size, self.staging_tokens // self.page_size)
+    def config(self, longest: int, machine: Machine) -> SchedulerConfig:
+        host = HostTier(self.host_tokens // self.page_size, self.staging_tokens // self.page_size, machine.layers)
+        window_pages = self.window_tokens // self.page_size + 1
         return SchedulerConfig(
             num_pages=max(1, self.pool_tokens // self.page_size) + 1,
             page_size=self.page_size,
@@ -107,6 +111,7 @@ class Sizes:
             max_programs=1_000_000,
             session_ttl_s=float("inf"),
             host=host if self.host_tokens else HostTier(),
+            window=Window(machine.window, window_pages) if machine.window else None,
         )
 
 
@@ -131,7 +136,7 @@ class Simulator:
         record_plans: bool = False,
     ):
         self._machine, self._sizes = machine, sizes
-        self.scheduler = Scheduler(sizes.config(max(p.longest for p in programs) + 1), policy)
+        self.scheduler = Scheduler(sizes.config(max(p.longest for p in programs) + 1, machine), policy)
         self._records = {p.id: ProgramRecord(p, p.arrival_s or 0.0) for p in programs}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
@@ -219,8 +224,8 @@ class Simulator:
 
     def _start(self, transfer: Transfer, now: float) -> None:
         way = 0 if transfer.to_host else 1
-        tokens = len(transfer.pages) * self._sizes.page_size
-        self._link[way] = max(self._link[way], now) + self._machine.transfer_s(tokens)
+        tokens, in_windows = (len(ids) * self._sizes.page_size for ids in (transfer.pages, transfer.windows))
+        self._link[way] = max(self._link[way], now) + self._machine.transfer_s(tokens, in_windows)
         self._at(self._link[way], partial(self.scheduler.transferred, transfer))
 
     def _commit(self, plan: Plan, times: int, now: float) -> None:

@@ -9,12 +9,16 @@ The last request has no tool. ``human`` may be missing; if true, a human's next 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..wait import Wait
+
+MOST_TOKENS = 2**31 - 1
+"""Tokens of a context; positions have 32 bits."""
+MOST_S = 1e9
+"""Seconds of an arrival or a tool, beyond which a clock of 64 bits would round steps away."""
 
 
 class TraceError(ValueError):
@@ -62,8 +66,8 @@ class TraceProgram:
     def __post_init__(self) -> None:
         if not self.requests:
             raise TraceError(f"program {self.id!r} has no requests")
-        if self.arrival_s is not None and not (math.isfinite(self.arrival_s) and self.arrival_s >= 0):
-            raise TraceError(f"program {self.id!r} arrives at {self.arrival_s}; it must be finite and not negative")
+        if self.arrival_s is not None and not 0 <= self.arrival_s <= MOST_S:
+            raise TraceError(f"program {self.id!r} arrives at {self.arrival_s}; it must be from 0 to {MOST_S:g} s")
         held = 0
         for i, s in enumerate(self.requests):
             if min(s.cached, s.new - 1, s.output - 1) < 0:
@@ -73,8 +77,12 @@ class TraceProgram:
                 )
             if s.cached > held:
                 raise TraceError(f"program {self.id!r}, request {i}: {s.cached} tokens cached, but only {held} exist")
-            if not (math.isfinite(s.tool_s) and s.tool_s >= 0):
-                raise TraceError(f"program {self.id!r}, request {i}: its tool takes {s.tool_s} s")
+            if s.context > MOST_TOKENS:
+                raise TraceError(
+                    f"program {self.id!r}, request {i}: a context of {s.context} tokens; 2^31 are too many"
+                )
+            if not 0 <= s.tool_s <= MOST_S:
+                raise TraceError(f"program {self.id!r}, request {i}: its tool takes {s.tool_s} s, not 0 to {MOST_S:g}")
             if (s.tool is None) != (i == len(self.requests) - 1):
                 raise TraceError(f"program {self.id!r}, request {i}: all but the last request end in a tool")
             held = s.context
@@ -116,14 +124,19 @@ def load_trace(path: Path) -> list[TraceProgram]:
     """Read a trace file.
 
     Raises:
-        TraceError: it is empty, a line is not such a program, or arrivals run backwards; the message names the line.
+        TraceError: it cannot be read, it is empty, a line is not such a program, or arrivals run backwards; the message
+            names the file and the line.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path}: {error}") from error
     programs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 programs.append(_program(json.loads(line)))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
                 raise TraceError(f"{path}, line {number}: {error!r}") from error
     if not programs:
         raise TraceError(f"{path} holds no programs")

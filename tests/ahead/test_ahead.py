@@ -49,13 +49,19 @@ def test_steps_on_four_chips_and_the_transfers_pass_their_gates(tmp_path):
 def test_steps_on_a_gpu_launch_little_and_never_branch(target, models, tmp_path):
     """What attention's kernels take of registers is looked at, too."""
     done = run(
-        *(f"--target={target}", f"--model={','.join(models)}", "--tp=1", "--program=decode-most,mixed-most"),
+        *(
+            f"--target={target}",
+            f"--model={','.join(models)}",
+            "--tp=1",
+            "--program=decode-most,mixed-most,offload,restore",
+        ),
         f"--json={tmp_path / 'figures.json'}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     programs = json.loads((tmp_path / "figures.json").read_text())["programs"]
-    assert [step["program"] for step in programs] == ["decode-most", "mixed-most"] * len(models)
-    for decode, mixed in zip(programs[::2], programs[1::2], strict=True):
+    assert [step["program"] for step in programs] == ["decode-most", "mixed-most", "offload", "restore"] * len(models)
+    for decode, mixed, offload, restore in zip(*(programs[i::4] for i in range(4)), strict=True):
+        assert offload["launches"] == 1 < restore["launches"]
         assert decode["case"]["attention"] == "triton"
         assert decode["launches"] > 0 < mixed["launches"]
         assert "attend_single" in decode["registers"]

@@ -51,6 +51,26 @@ def test_only_sums_move_between_devices(stacked):
     assert compiled.memory_analysis().alias_size_in_bytes >= pages, "the pages are meant to be written in place"
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("heads", "kv_dtype"), [(1, "float32"), (1, "bfloat16"), (2, "float32")])
+def test_no_step_copies_the_pages(heads, kv_dtype, stacked):
+    """They are written in place, also where an axis of theirs has one element only."""
+    config = dataclasses.replace(WIDE, num_kv_heads=heads)
+    sizes = dataclasses.replace(SIZES, num_pages=2**14, kv_dtype=jnp.dtype(kv_dtype))
+    mesh, shape = mesh_of(jax.devices()[:1]), StepShape(4, 4, 1)
+    step = Step(abstract_decoder(config, jnp.float32, mesh, stacked=stacked), Reference(), sizes, mesh)
+    memory = step.jitted(shape).lower(*step.arguments(shape)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < min(math.prod(layer.shape) * layer.dtype.itemsize for layer in step.pages) / 2
+
+
+def test_angles_are_computed_once():
+    """Not in every layer, for every head."""
+    mesh, shape = mesh_of(jax.devices()[:1]), StepShape(16, 4, 16)
+    step = Step(abstract_decoder(WIDE, jnp.float32, mesh), Reference(), SIZES, mesh)
+    compiled = step.jitted(shape).lower(*step.arguments(shape)).compile()
+    assert compiled.as_text().count(" cosine(") == 1
+
+
 def test_a_packed_model_is_the_model():
     """Its vectors travel as one argument, and come apart again; on the devices they are meant for."""
     mesh = mesh_of(jax.devices()[4:6])

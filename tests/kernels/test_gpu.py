@@ -132,7 +132,7 @@ def triton():
 
 
 @pytest.mark.serves(
-    "triton", "run", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "triton", "run", "prefill and decode in one step", "grouped queries, any ratio", "windows", "score caps"
 )
 @on_a_gpu
 @settings(deadline=None, max_examples=20)  # each compiles its kernels

@@ -19,12 +19,12 @@ attend = jax.jit(partial(attention, scale=HEAD**-0.5), static_argnames="q_tile")
 
 
 @pytest.mark.serves(
-    "reference", "tested", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "reference", "tested", "prefill and decode in one step", "grouped queries, any ratio", "windows", "score caps"
 )
 @settings(deadline=None, max_examples=30)
 @given(case=ragged(), variant=VARIANTS)
 def test_matches_numpy(case, variant):
-    case = case.switched(*variant)
+    case = case.switched(*variant).behind(variant[0].window)
     case.check(case.attend(Reference()), case.expected(), rtol=1e-4, atol=1e-5)
 
 

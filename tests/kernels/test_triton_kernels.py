@@ -30,7 +30,7 @@ def interpreted():
 
 
 @pytest.mark.serves(
-    "triton", "interpreted", "prefill and decode in one step", "grouped queries, any ratio", "sliding window, soft cap"
+    "triton", "interpreted", "prefill and decode in one step", "grouped queries, any ratio", "windows", "score caps"
 )
 @settings(deadline=None, max_examples=12)
 @given(case=ragged(long=200), variant=VARIANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -99,9 +100,48 @@ def test_ours_is_measured_where_no_other_engine_is_installed(tmp_path):
     assert lock.exists()
 
 
+START_AND_MEASURE = """
+import contextlib, pathlib, sys
+from absl import flags
+from astraea_jax.lab import bench_peers as bench
+from astraea_jax.lab.peer_engines import Setup
+flags.FLAGS(["bench_peers", "--peer_python=vllm=" + sys.argv[1]])
+with contextlib.ExitStack() as stack:
+    processes, states = bench.start(["vllm"], Setup("", "float32", 1, 1, 1, 0), pathlib.Path(sys.argv[2]), stack)
+    print(bench.measure(processes, {key: bench.WORKLOADS[key] for key in ("one", "few")}, 100, states), states)
+"""
+
+
+def start_and_measure(folder, script):
+    """Start and measure one engine whose Python is a script."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/bash\n{script}\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-c", START_AND_MEASURE, python, folder]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
+
+
+def test_an_interrupt_ends_what_is_being_started(tmp_path):
+    pid = tmp_path / "pid"
+    done = start_and_measure(tmp_path, f"echo $$ > {pid}; sleep 2; kill -INT $PPID; exec sleep 60")
+    assert "KeyboardInterrupt" in done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(pid.read_text()), 0)
+
+
+def test_engines_may_fail_until_none_is_left(tmp_path):
+    done = start_and_measure(tmp_path, """echo '{"version": "1", "note": "", "start_s": 1.0}'; read load""")
+    assert done.stdout == "{'vllm': {'one': [], 'few': []}} {'vllm': '1 failed at one: ended'}\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--peer_python=vllm,torch=", "'vllm' must be one of"), ("--pool=500", "a context has up to 1000 tokens")],
+    [
+        ("--workloads=", "give at least one"),
+        ("--lock=/nowhere/lock", "No such file"),
+        ("--peer_python=vllm,torch=", "'vllm' must be one of"),
+        ("--pool=500", "a context has up to 1000 tokens"),
+    ],
 )
 def test_wrong_flags_are_told(flag, said):
     assert said in bench(flag, status=1).stderr

@@ -10,7 +10,7 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.errors import StartupError
 from astraea_jax.lab.engine_study import Run, Study, told
 from astraea_jax.lab.replay import Replayer, Setting
-from astraea_jax.scheduler.simulation.experiment import Cell, Prepared
+from astraea_jax.scheduler.simulation.experiment import Cell, Prepared, everything
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
 
@@ -22,7 +22,7 @@ def programs(count, tool_s, output=6):
 @pytest.fixture(scope="module")
 def replayer():
     """What compiles once for all tests here."""
-    config = EngineConfig(max_seqs=4, max_step_tokens=32, kv_bytes=2**20, max_context=128)
+    config = EngineConfig(max_seqs=4, max_step_tokens=32, kv_bytes=2**23, max_context=128)
     found = Replayer("tiny-32k", config)
     found.compile()
     return found
@@ -59,5 +59,15 @@ def test_programs_that_are_cut_off_count_until_then(replayer):
 def test_what_does_not_fit_is_named(replayer):
     with pytest.raises(StartupError, match=r"'p0' has a context of 146 tokens, and this engine serves 128"):
         replayer.check(programs(1, 0.0, output=48))
-    with pytest.raises(StartupError, match=r"a pool of 5000 tokens is wanted, and the device holds 1008"):
-        replayer.run(programs(1, 0.0), Setting("fcfs", 5000))
+    with pytest.raises(StartupError, match=r"a pool of 50000 tokens is wanted, and the device holds 8176"):
+        replayer.run(programs(1, 0.0), Setting("fcfs", 50_000))
+
+
+def test_memory_without_limit_holds_everything(replayer, monkeypatch):
+    cells = [Cell("x", "fcfs", residency=name, programs=3, oversubscription=4.0) for name in ("keep-lru", "unlimited")]
+    prepared = Prepared(tuple(programs(3, 0.0)), 150.0)
+    study = Study(replayer, Console())
+    monkeypatch.setattr(study, "_prepare", lambda _: prepared)
+    short, ample = study.run(cells)
+    assert short.setting.pool_tokens < ample.setting.pool_tokens == everything(prepared.programs)
+    assert ample.replayed.outcome.stats.recomputed_tokens == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 
 import pytest
@@ -108,6 +110,56 @@ def test_what_is_not_installed_is_named_with_its_recipe(start):
         start("vllm", "/nowhere/python")
 
 
-def test_a_python_that_is_none_is_told(start):
-    with pytest.raises(PeerError, match="ended"):
-        start("vllm", "/bin/false").ready(60)
+@pytest.fixture
+def python(tmp_path):
+    """Write a program that stands where a Python should."""
+
+    def write(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+READY = """echo '{"version": "1", "note": "", "start_s": 1.0}'"""
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "ended"),
+        ("echo oops >&2; exit 3", "ended; it wrote last: oops"),
+        ("echo hello; sleep 60", "answered b'hello'"),
+        ("echo '[1]'; sleep 60", r"answered b'\[1\]'"),
+        ("""echo '{"version": "1"}'; sleep 60""", "answered {'version': '1'}"),
+        ("echo -n '{'; sleep 60", "nothing after 1 s"),
+    ],
+)
+def test_a_python_that_is_none_is_told(start, python, script, said):
+    with pytest.raises(PeerError, match=said):
+        start("vllm", python(script)).ready(1)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("read load; echo boom >&2; exit 3", "ended; it wrote last: boom"),
+        ("read load; echo '{}'; sleep 60", "answered {}"),
+        ("sleep 60", "nothing after 1 s"),  # the load is more than its pipe holds
+    ],
+)
+def test_an_engine_that_fails_at_a_load_is_told(start, python, script, said):
+    process = start("vllm", python(f"{READY}; {script}"))
+    process.ready(10)
+    with process.running(), pytest.raises(PeerError, match=said):
+        process.serve(Load([[[1] * 100_000]], [1]), 1)
+
+
+def test_the_end_waits_for_nothing_that_has_left_its_group(start, python, tmp_path):
+    process = start("vllm", python(f"setsid sleep 60 & echo $! > {tmp_path}/left; {READY}; sleep 60"))
+    process.ready(10)
+    process.end()
+    left = int((tmp_path / "left").read_text())
+    os.kill(left, signal.SIGKILL)  # it was still there

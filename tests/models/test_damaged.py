@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -16,8 +18,10 @@ from support.reading import TINY, change, copy_tiny
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf
 from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.families import read_config, to_hf
+from astraea_jax.models.published_fields import FIELDS
 from astraea_jax.models.tokenizer import Tokenizer
 
+GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
 ODD = st.sampled_from(
     [
         *(None, True, False, 0, -1, 1, 2, 3, 64, 2**24, 2**70, 0.5, float("nan"), float("inf")),
@@ -53,6 +57,16 @@ def test_configurations(config):
     read_or_refused(read_config, json.loads(json.dumps(config)))
 
 
+MORE = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "max_window_layers": 1}
+WITHIN = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": FIELDS["gemma-3-4b"]}
+
+
+@settings(fuzz, max_examples=300)
+@given(st.sampled_from([*FIELDS]).flatmap(lambda name: damaged(FIELDS[name] | MORE)) | damaged(WITHIN))
+def test_configurations_of_other_families(config):
+    read_or_refused(read_config, json.loads(json.dumps(config)))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged") / "model"
@@ -69,6 +83,20 @@ def parts_of(folder):
 @settings(fuzz, max_examples=30)
 @given(st.data())
 def test_headers_of_weights(folder, data):
+    check_damaged_header(folder, data)
+
+
+@pytest.mark.parametrize("name", ["gptoss-sinks", "phi3-long-partial-tied", "qwen3moe-normed"])
+@settings(fuzz, max_examples=15)
+@given(data=st.data())
+def test_headers_of_fused_weights(name, data, tmp_path):
+    if not (tmp_path / "model").exists():
+        shutil.copytree(GOLDENS / name, tmp_path / "model")
+    check_damaged_header(tmp_path / "model", data)
+
+
+def check_damaged_header(folder, data):
+    """A folder with a damaged header is read or refused."""
     if not (folder / "whole").exists():
         (folder / "whole").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").write_bytes((folder / "whole").read_bytes())

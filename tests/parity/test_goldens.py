@@ -15,6 +15,7 @@ def test_prefill_logits(folder):
     check_logits(folder)
 
 
+@pytest.mark.serves("reference", "tested", "windows", "sinks", "experts", "norms of heads in float32")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 async def test_greedy_tokens_in_a_batch(folder):
     await check_tokens(folder)
@@ -22,5 +23,8 @@ async def test_greedy_tokens_in_a_batch(folder):
 
 def test_the_goldens_cover_what_is_served():
     text = " ".join(folder.name for folder in FOLDERS)
-    for word in ("llama", "qwen2", "qwen3", "gqa1", "gqa4", "gqa8", "tied", "sharded", "f16", "bf16"):
+    for word in (
+        *("llama", "qwen2", "qwen3", "ministral3", "phi3", "gemma3", "qwen3moe", "gptoss", "glm4moe"),
+        *("gqa1", "gqa4", "gqa8", "tied", "sharded", "f16", "bf16", "windows", "sinks", "long", "partial"),
+    ):
         assert word in text

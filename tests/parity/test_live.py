@@ -16,11 +16,19 @@ pytestmark = [
 ]
 
 
+IN_AN_ENGINE = (
+    *("qwen2-window", "mistral-window", "phi3-short", "gemma2-caps", "qwen3moe-dense-layers-bf16", "gptoss-bf16"),
+    "glm4moe-groups",
+)
+"""Variants without a golden that an engine serves, too; it takes longer than all else."""
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 async def test_fresh_checkpoints(variant, tmp_path):
     write(variant, tmp_path, seed=17)
     check_logits(tmp_path)
-    await check_tokens(tmp_path)
+    if variant.name in IN_AN_ENGINE:
+        await check_tokens(tmp_path)
 
 
 CHATS = [

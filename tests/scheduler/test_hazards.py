@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from astraea_jax.scheduler.hazards import TurnHazards
+
+seen_requests = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3), st.booleans()), min_size=1, max_size=80)
+"""Number and kind of each request that has ended, and whether it was the last of its job."""
 
 
 def learn(lengths) -> TurnHazards:
@@ -45,7 +50,44 @@ def test_an_end_that_is_learned_late_counts_as_one_that_was_known():
         for turn in range(n):
             late.observe(turn, last=False)
         late.ended(n - 1)
-    late._make_tables()
+    late._estimate()
     known = learn(lengths)
-    known._make_tables()
+    known._estimate()
     assert [late.index(turn) for turn in range(9)] == [known.index(turn) for turn in range(9)]
+
+
+@settings(max_examples=30)
+@given(seen=seen_requests)
+def test_estimates_are_those_of_the_definition(seen):
+    hazards = TurnHazards()
+    counts = np.zeros((2, TurnHazards.KINDS, TurnHazards.LONGEST))  # at risk, ended
+    for turn, kind, last in seen:
+        hazards.observe(turn, kind, last=last)
+        for row in {0, kind}:
+            counts[:, row, min(turn, TurnHazards.LONGEST - 1)] += 1, last
+    hazards._estimate()
+    expected, mean = defined_hazards(counts[0], counts[1], sum(last for *_, last in seen), len(seen))
+    for turn, kind, _ in seen[:10]:
+        at = min(turn, TurnHazards.LONGEST - 1)
+        alive, run, costs = 1.0, 0.0, []
+        for hazard in expected[kind, at : at + TurnHazards.HORIZON]:
+            run, alive = run + alive, alive * (1 - hazard)
+            costs.append(run / (1 - alive))
+        assert hazards.index(turn, kind) == pytest.approx(min(costs))
+        left = 1 / mean
+        for hazard in expected[kind, at : TurnHazards.LONGEST][::-1]:
+            left = 1 + (1 - hazard) * left
+        assert hazards.remaining(turn, kind) == pytest.approx(left)
+
+
+def defined_hazards(risk, ends, all_ends, requests):
+    """Chances to end by kind and turn, with the overall mean after them; smoothed and drawn to what is more certain."""
+    turns = np.arange(TurnHazards.LONGEST)
+    kernel = np.exp(-np.abs(turns[:, None] - turns) / TurnHazards.WIDTH)
+    mean = (all_ends + TurnHazards.FEWEST_ENDS) / (requests + TurnHazards.FEWEST_TURNS)
+    risk, ends = risk @ kernel, ends @ kernel
+    all_kinds = (ends[0] + TurnHazards.PRIOR * mean) / (risk[0] + TurnHazards.PRIOR)
+    by_kind = (ends + TurnHazards.KIN * all_kinds) / (risk + TurnHazards.KIN)
+    by_kind[0] = all_kinds
+    after = np.full((TurnHazards.KINDS, TurnHazards.HORIZON), mean)
+    return np.concatenate([np.clip(by_kind, 1e-3, 1.0), after], axis=1), mean

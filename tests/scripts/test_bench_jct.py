@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from support.scripts import ROOT, run
 
 
@@ -37,24 +36,48 @@ def test_the_study_of_completion_times_writes_its_rows_and_pictures(tmp_path):
     assert "timeline_claude-code_load-0.85_host_2x_astraea.png" in pictures
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--policies=lifo", "no policy is called 'lifo'"),
-        (
-            "--policies=srpt-clairvoyant --backend=engine",
-            "'srpt-clairvoyant'; --backend=engine has",
-        ),
-        ("--workload=nothing", "no workload or trace file"),
-        ("--oversubscription=-1", "must be above 0"),
-        ("--predictor=crystal", "'crystal' is none of"),
-    ],
-)
-def test_a_study_that_cannot_be_is_refused(flags, words):
-    command = [sys.executable, "scripts/bench_jct.py", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert words in done.stderr + done.stdout
+REFUSED = {
+    "--policies=lifo": "no policy is called 'lifo'",
+    "--policies=srpt-clairvoyant --backend=engine": "'srpt-clairvoyant'; --backend=engine has",
+    "--policies=fcfs@nowhere": "'nowhere' is none of",
+    "--workload=nothing": "no workload or trace file",
+    "--workload=chat,a/swe.jsonl,b/swe.jsonl": "two have the same name",
+    "--oversubscription=-1": "must be from 0.001 to 1000",
+    "--oversubscription=1e-300": "must be from 0.001 to 1000",
+    "--load=nan": "must be from 0.001 to 1000",
+    "--load=": "there is nothing to run",
+    "--context=1e18": "must be from 0 to",
+    "--context=0.5": "not all whole numbers",
+    "--context=1": "does not fit into 1 tokens",
+    "--tool_scale=inf": "--tool_scale=inf",
+    "--programs=0": "--programs=0",
+    "--predictor=crystal": "'crystal' is none of",
+    "--backend=engine --predictor=online,oracle": "an engine learns online",
+    "--policies=fcfs,fcfs@host --load=0.85,0.850 --workload=chat,chat --programs=3": "1 cells",
+}
+"""What cannot be studied, and what is said of it; what is named several times is run once."""
+
+ASK_ALL = """
+import json, sys
+from absl import app, flags
+from absl.testing import flagsaver
+from astraea_jax.lab import bench_jct
+for line in json.load(sys.stdin):
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS(["bench_jct", *line.split()])
+            print(json.dumps(f"{len(bench_jct.study())} cells"))
+        except (app.UsageError, flags.Error) as error:
+            print(json.dumps(str(error)))
+"""
+
+
+def test_a_study_that_cannot_be_is_refused():
+    asked = json.dumps([*REFUSED])
+    done = subprocess.run([sys.executable, "-c", ASK_ALL], cwd=ROOT, input=asked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (line, words), said in zip(REFUSED.items(), map(json.loads, done.stdout.splitlines()), strict=True):
+        assert words in said, line
 
 
 def trace_of(folder, count):

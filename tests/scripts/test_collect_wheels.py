@@ -59,3 +59,31 @@ def test_wheels_are_collected_with_the_machines_python(capsys):
     with pytest.raises(SystemExit):
         script.main([])
     assert "run this with Python 3.12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "No such file"), (b"\xff\xfe\xc0", "codec"), (b"# nothing\n", "no line name==version")],
+)
+def test_what_a_machine_has_must_be_readable(tmp_path, capsys, content, words):
+    path = tmp_path / "freeze.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        script.main([f"--there={path}"])
+    assert words in capsys.readouterr().err
+
+
+def test_without_an_index_the_wheels_of_before_stay(tmp_path, monkeypatch):
+    old = tmp_path / "old.whl"
+    old.touch()
+    for name, value in {
+        "INDEX_URL": "http://127.0.0.1:9",
+        "EXTRA_INDEX_URL": "",
+        "FIND_LINKS": "",
+        "RETRIES": "0",
+    }.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(SystemExit, match="pip install failed, as above"):
+        script.collect(tmp_path, {})
+    assert old.exists()

@@ -36,6 +36,12 @@ def test_wheels_that_cannot_be_used_are_told_of(tmp_path):
     assert "CpuDevice" in said
 
 
+def test_an_unknown_part_is_told(tmp_path):
+    status, said = rehearse("first_contact.sh", tmp_path, "--parts=driver,bench_step")
+    assert status == 1
+    assert "no part is called bench_step; there are  driver packages device tests step attention" in said
+
+
 def test_an_unknown_option_is_refused(tmp_path):
     status, said = rehearse("run_gpu.sh", tmp_path, "--all")
     assert status == 2

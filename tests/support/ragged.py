@@ -80,6 +80,18 @@ class Ragged:
         norms = rng.uniform(0.5, 2, size=(2, head)).astype(np.float32)
         return cls(q, k, v, pages, batch, 1 if decode else 16, angle, tuple(norms) if normed else None)
 
+    def behind(self, window: int | None) -> Ragged:
+        """Return it without the context that no query sees: NaN instead, and the null page instead of whole pages."""
+        if window is None:
+            return self
+        table, lens, cu, _ = self.batch
+        size, gone = self.pages.shape[3], np.maximum(lens - np.diff(cu) - window + 1, 0)
+        pages, seen = self.pages.copy(), np.arange(table.shape[1]) >= gone[:, None] // size
+        for row, count in enumerate(gone):
+            at = np.arange(count)
+            pages[table[row, at // size], :, :, at % size] = np.nan
+        return replace(self, pages=pages, batch=self.batch._replace(page_table=np.where(seen, table, 0)))
+
     def heads(self, dtype: Any) -> Heads:
         """The tokens as attention takes them."""
         plain = Heads.of(*(jnp.asarray(x, dtype) for x in (self.q, self.k, self.v)))

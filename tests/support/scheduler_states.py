@@ -20,6 +20,7 @@ from astraea_jax.scheduler.program import QueueFull, Rejected
 from astraea_jax.scheduler.strategies import STRATEGIES
 from astraea_jax.scheduler.transfer import HostTier
 from astraea_jax.scheduler.wait import Wait
+from astraea_jax.scheduler.windows import Window
 
 HINTS = st.none() | st.sampled_from([0.0, -1.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(0, 100)
 """Seconds that clients name."""
@@ -36,12 +37,19 @@ class Machine(RuleBasedStateMachine):
         budget=st.sampled_from([4, 12, 64]),
         host=st.sampled_from([HostTier(), HostTier(pages=12, staging=3), HostTier(pages=400, staging=40)]),
         delay=st.integers(0, 5),
+        window=st.none() | st.sampled_from([1, 3, 4, 5, 13]),
+        spare=st.integers(0, 12),
+        windows=st.integers(1, 4),
     )
-    def start(self, policy, strategy, page_size, pages, budget, host, delay):
+    def start(self, policy, strategy, page_size, pages, budget, host, delay, window, spare, windows):
         pages = pages * 4 // page_size
+        if window:
+            least = Window(window, 0).span(page_size) + 2
+            window = Window(window, 1 + windows * least + -(-budget // page_size) + spare)
+            host = replace(host, layers=(1, 2))
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
         sizes |= {"max_programs": 12, "max_waiting": 5}
-        self.scheduler = make(policy, strategy, **sizes, host=host)
+        self.scheduler = make(policy, strategy, **sizes, host=host, window=window)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0

@@ -33,17 +33,22 @@ def marks(source: str) -> list[tuple[str, ...]]:
     return found
 
 
-def table() -> str:
-    """In Markdown; features in the order in which the tests name them."""
-    cells: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+def cells() -> defaultdict[str, defaultdict[str, set[str]]]:
+    """Feature -> backend -> how tests show it; features in the order in which the tests name them."""
+    found: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for path in sorted(TESTS.rglob("test_*.py"), key=lambda path: (path.parent.name != "engine", path)):
         for backend, how, *features in marks(path.read_text()):
             if backend not in BACKENDS or how not in HOWS:
                 raise ValueError(f"{path.name} marks {backend!r}, {how!r}")
             for feature in features:
-                cells[feature][backend].add(how)
+                found[feature][backend].add(how)
+    return found
+
+
+def table() -> str:
+    """In Markdown."""
     lines = [f"| | {' | '.join(BACKENDS.values())} |", f"|---|{'---|' * len(BACKENDS)}"]
-    for feature, row in cells.items():
+    for feature, row in cells().items():
         shown = [", ".join(how for how in HOWS if how in row[backend]) for backend in BACKENDS]
         lines.append(f"| {feature} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"

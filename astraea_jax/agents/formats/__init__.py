@@ -126,7 +126,7 @@ def kind(field: str) -> Kind:
 
 
 def choose(tokenizer: Tokenizer, name: str | None = None) -> CallFormat:
-    """The format ``name``; else the ``response_template`` of the tokenizer; else what the chat template shows.
+    """Return the format ``name``; else the ``response_template`` of the tokenizer; else what the chat template shows.
 
     Raises:
         ValueError: there is no format of this name.
@@ -144,7 +144,7 @@ def choose(tokenizer: Tokenizer, name: str | None = None) -> CallFormat:
 
 @functools.cache
 def named(name: str) -> CallFormat:
-    """The format of this name.
+    """Return the format of this name.
 
     Raises:
         ValueError: there is none.
@@ -183,7 +183,7 @@ def _format(name: str, data: Mapping[str, Any]) -> CallFormat:
 
 
 def _literal_thoughts(fields: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """How thoughts begin and end in a template that says it without patterns."""
+    """Return how thoughts begin and end in a template that says it without patterns."""
     tags = [(field.get("open"), field.get("close")) for name, field in fields.items() if kind(name) == "thinking"]
     return [(begin, end) for begin, end in tags if isinstance(begin, str) and isinstance(end, str)]
 

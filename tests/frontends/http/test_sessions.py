@@ -4,60 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
-from typing import Any
 
 import pytest
 from support.engines import held, settled
 from support.http_server import serving
+from support.shop_sessions import BASE, HELLO, REPORT, TASK, answered, ask, report_of, shop
 
-from astraea_jax.agents.tools import tool
 from astraea_jax.frontends.http.tenants import Keys
-from astraea_jax.lab.shop import make_tasks
 
-TASK = make_tasks(seed=1, split="test", count=1)[0]
-TOOLS = [tool(function) for function in TASK.tools()]
-BASE: dict[str, Any] = {"model": "tiny", "tools": [one.schema() for one in TOOLS], "temperature": 0}
-REPORT = {"astraea_report": True}
 PAGE = 4
 """Tokens of a page of these engines."""
-HELLO = [{"role": "user", "content": "Hello"}]
-
-
-async def ask(server, messages, headers=None, path="/v1/chat/completions", **body) -> dict[str, Any]:
-    """A turn and how it was resumed."""
-    asked = {**BASE, **REPORT, "messages": messages, **body}
-    answer = await server.client.post(path, json=asked, headers=headers)
-    assert answer.status_code == 200, answer.text
-    content: dict[str, Any] = answer.json()
-    assert answer.headers["x-cached-tokens"] == str(content["usage"]["prompt_tokens_details"]["cached_tokens"])
-    return content
-
-
-async def answered(turn: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turn as a client sends it back, its arguments written anew, and the results of its tools."""
-    message = turn["choices"][0]["message"]
-    results = []
-    for call in message.get("tool_calls", ()):
-        arguments = json.loads(call["function"]["arguments"])
-        call["function"]["arguments"] = json.dumps(arguments, separators=(" , ", " : "))
-        one = next(each for each in TOOLS if each.name == call["function"]["name"])
-        results.append({"role": "tool", "tool_call_id": call["id"], "content": await one.call(arguments)})
-    return [message, *results]
-
-
-async def shop(server, **more) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """An agent's whole job: its turns, and the messages in the end."""
-    messages, turns = list(TASK.messages()), []
-    while not turns or turns[-1]["choices"][0]["finish_reason"] == "tool_calls":
-        turns.append(await ask(server, messages, **more))
-        messages += await answered(turns[-1])
-    return turns, messages
-
-
-def report_of(turn):
-    return turn["usage"]["astraea"]
 
 
 async def test_an_agent_that_names_nothing_goes_on_from_its_own_tokens(server, chatty):
@@ -293,80 +250,6 @@ async def test_a_replaced_tail_is_computed_before_it_is_asked_for(server):
     turn = await ask(server, [*messages[:keep], *summary], **named)
     assert turn["usage"]["prompt_tokens_details"]["cached_tokens"] >= replaced.json()["tokens"] - PAGE
     assert report_of(turn)["program"] == "long"
-
-
-def envelope(*actions):
-    return {"protocol_version": "0.1", "message_id": "m", "actions": list(actions)}
-
-
-def tool_wait(**payload):
-    return {"action_id": "w", "action_type": "astraea.tool_wait", "action_version": "1.0", "payload": payload}
-
-
-async def test_a_hint_with_a_request_is_what_is_predicted(server):
-    hints = {"kv_hints": envelope(tool_wait(expected_ms=1234)), "prompt_cache_retention": "24h"}
-    turn = await ask(server, TASK.messages(), headers={"x-session-id": "hinted"}, **hints)
-    assert [hint["outcome"] for hint in report_of(turn)["hints"]] == ["accepted", "clipped"]
-    messages = [*TASK.messages(), *await answered(turn)]
-    wait = report_of(await ask(server, messages, headers={"x-session-id": "hinted"}))["wait"]
-    assert (wait["kind"], wait["predicted_s"], wait["hinted"], wait["leased"]) == (
-        "tool",
-        1.234,
-        "accepted",
-        "accepted",
-    )
-    assert wait["actual_s"] >= 0
-
-
-@pytest.mark.parametrize("by", ["session", "call", "header"])
-async def test_a_hint_during_the_wait_finds_its_program(server, by):
-    turn = await ask(server, TASK.messages(), headers={"x-session-id": f"told by {by}"})
-    call = turn["choices"][0]["message"]["tool_calls"][0]["id"]
-    payload = {"session": {"session_id": f"told by {by}"}, "call": {"tool_call_ids": [call]}, "header": {}}[by]
-    told = await server.client.post(
-        "/v1/kv_hints",
-        json=envelope(
-            tool_wait(expected_ms=4000, **payload),
-            {"action_id": "p", "action_type": "astraea.tool_profile", "payload": {}},
-            {"action_id": "k", "action_type": "kv.retain", "payload": {}},
-        ),
-        headers={"x-session-id": f"told by {by}"} if by == "header" else {},
-    )
-    assert told.json() == {
-        "message_id": "m",
-        "outcomes": [
-            {"hint": "w", "outcome": "accepted"},
-            {"hint": "p", "outcome": "ignored", "why": "it goes with a request"},
-            {"hint": "k", "outcome": "ignored", "why": "unknown action"},
-        ],
-    }
-    messages = [*TASK.messages(), *await answered(turn)]
-    wait = report_of(await ask(server, messages, headers={"x-session-id": f"told by {by}"}))["wait"]
-    assert (wait["kind"], wait["predicted_s"]) == ("tool", 4.0)
-
-
-@pytest.mark.parametrize(
-    ("payload", "outcome", "why"),
-    [
-        ({"expected_ms": 1, "session_id": "never"}, "ignored", "no such program"),
-        ({"expected_ms": 1}, "ignored", "names no session"),
-        ({"expected_ms": -1, "session_id": "never"}, "ignored", "no time"),
-    ],
-)
-async def test_a_hint_that_concerns_nobody_says_so(server, payload, outcome, why):
-    told = (await server.client.post("/v1/kv_hints", json=envelope(tool_wait(**payload)))).json()
-    assert told["outcomes"][0]["outcome"] == outcome
-    assert why in told["outcomes"][0]["why"]
-
-
-async def test_a_hint_of_another_shape_is_refused_by_its_field(server):
-    for path, body in (
-        ("/v1/kv_hints", envelope(tool_wait(expected_ms="soon"))),
-        ("/v1/chat/completions", {**BASE, "messages": HELLO, "kv_hints": envelope(tool_wait(expected_ms="soon"))}),
-    ):
-        answer = await server.client.post(path, json=body)
-        assert answer.status_code == 400
-        assert "expected_ms" in answer.json()["error"]["param"]
 
 
 async def test_turns_are_counted_and_logged_by_how_they_go_on(server, caplog):

@@ -85,16 +85,18 @@ def test_prompts_repeat_what_the_trace_says():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from(["fcfs", "program-fcfs", "sjf"]), st.booleans())
-def test_steps_taken_at_once_are_the_steps(seed, policy, tight):
+@given(st.integers(0, 1000), st.sampled_from(["fcfs", "program-fcfs", "sjf"]), st.booleans(), st.booleans())
+def test_steps_taken_at_once_are_the_steps(seed, policy, tight, windowed):
     programs = [p.scaled(0.05) for p in generate("infercept-mix", 12, seed)]
     programs = with_arrivals(programs, 2.0, seed)
     pool = max(p.longest for p in programs) * (3 if tight else 30)
-    machine = MACHINES["cpu-tiny"]
-    together = run(programs, policy, machine, pool_tokens=pool)
+    machine, sizes = MACHINES["cpu-tiny"], {"pool_tokens": pool, "window_tokens": 40_000}
+    if windowed:
+        machine = replace(machine, window=100, layers=(1, 1))
+    together = run(programs, policy, machine, **sizes)
     stride, simulator.STRIDE = simulator.STRIDE, 1
     try:
-        one_by_one = run(programs, policy, machine, pool_tokens=pool)
+        one_by_one = run(programs, policy, machine, **sizes)
     finally:
         simulator.STRIDE = stride
     for a, b in zip(together.records, one_by_one.records, strict=True):
@@ -154,6 +156,21 @@ def test_transfers_take_their_time():
     assert token == pytest.approx(27.5, abs=0.1)
     dropped = run([first, second], machine=machine, pool_tokens=336)
     assert dropped.stats.recomputed_tokens > 250
+
+
+def test_windows_are_moved_and_take_their_part_of_the_time():
+    # As above, but of six layers five see 32 tokens: of 20 pages three have a window page that moves.
+    machine = Machine(SECOND.steps, kv_bytes=1e6, link_bytes_s=64e6, measured=False, window=32, layers=(1, 5))
+    first = TraceProgram("a", (TraceRequest(0, 310, 2, "t", 20.0), TraceRequest(312, 4, 2)), 0.0)
+    second = TraceProgram("b", (TraceRequest(0, 300, 5),), 4.0)
+    sizes = {"pool_tokens": 336, "host_tokens": 10_000, "staging_tokens": 10_000, "window_tokens": 20_000}
+    outcome = run([first, second], machine=machine, strategy="infercept", **sizes)
+    stats = outcome.stats
+    assert (stats.offloaded_pages, stats.offloaded_windows) == (20, 3)
+    assert (stats.restored_pages, stats.restored_windows) == (18, 3)
+    assert machine.bytes_of(16 * 38, 16 * 6) == 16 * (38 + 5 * 6) / 6 * 1e6
+    submitted, scheduled, *_ = outcome.records[0].spans[1]
+    assert scheduled - submitted == pytest.approx(16 * (18 + 15) / 6 / 64, abs=0.1)
 
 
 def test_summaries_hold_together():

@@ -20,6 +20,9 @@ def record(**changes):
     return {"program": "p", "arrival_s": None, "segments": requests, **changes}
 
 
+TOGETHER = {**record()["segments"][1], "cached_prompt_tokens": 0}
+
+
 def written(tmp_path, *records):
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
@@ -59,6 +62,10 @@ def test_a_human_is_told_from_a_tool(tmp_path):
         ([record(segments=[])], "no requests"),
         ([record(arrival_s=-1)], "arrives at -1"),
         ([record(arrival_s=float("nan"))], "arrives at nan"),
+        ([record(arrival_s=1e10)], "arrives at 10000000000"),
+        (["[" * 100_000], "line 1: RecursionError"),
+        ([record(segments=[{**record()["segments"][1], "new_prompt_tokens": float("inf")}])], "line 1: OverflowError"),
+        ([record(segments=[{**TOGETHER, "new_prompt_tokens": 2**31 - 2}])], "a context of 2147483648 tokens"),
         ([record(arrival_s=2), record(program="q", arrival_s=1)], "run backwards"),
         ([record(), record()], "same name"),
         ([record(segments=[{**record()["segments"][0], "tool": None}, record()["segments"][1]])], "all but the last"),
@@ -71,7 +78,20 @@ def test_faults_are_named(tmp_path, records, words):
         load_trace(written(tmp_path, *records))
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_what_is_no_text_is_named(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TraceError, match=r"trace.jsonl: 'utf-8' codec"):
+        load_trace(path)
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    name = "a\u2028b\x85c\x0bd"
+    path = written(tmp_path, json.dumps(record(program=name), ensure_ascii=False))
+    assert [program.id for program in load_trace(path)] == [name]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 1e10, float("inf"), float("nan")])
 def test_tools_take_finite_time(seconds):
     with pytest.raises(TraceError, match="its tool takes"):
         TraceProgram("p", (TraceRequest(0, 1, 1, "t", seconds), TraceRequest(2, 1, 1)))

@@ -1,0 +1,57 @@
+"""Engines of models with windows: tokens are those of dense attention, and pages that a window has left are freed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+
+import pytest
+from conftest import RANDOM
+from support.disturbed import program
+from support.engines import settled
+from support.sizes import SMALL
+from support.windowed import greedy_of, windowed_decoder
+
+from astraea_jax.engine.engine import Engine
+from astraea_jax.models.tokenizer import Tokenizer
+
+PAGE = 2 * 1024
+"""Bytes of a page of four tokens and its window page, two layers."""
+CASES = [
+    (1, (0,), 48, {}),
+    (3, (1,), 48, {"tensor_parallel": 2}),
+    (4, (0, 1), 24, {"scan_layers": True}),
+    (13, (0,), 48, {}),
+]
+"""Windows around the four tokens of a page, layers of two that have them, pages of memory, configuration."""
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request, random_folder):
+    """An engine whose pools are too small, and what it must say."""
+    window, sliding, pages, more = request.param
+    decoder = windowed_decoder(RANDOM, window, sliding)
+    greedy, memory = greedy_of(decoder), {"kv_bytes": pages * PAGE, "host_kv_bytes": 60 * PAGE}
+    sizes = {"max_seqs": 4, "max_step_tokens": 16, "max_context": 96}
+    config = dataclasses.replace(SMALL, **sizes, **memory, **more, residency="infercept")
+    engine = Engine(decoder, Tokenizer.from_folder(random_folder), config)
+    engine.start()
+    yield engine, greedy
+    engine.shutdown(grace_s=0)
+
+
+async def test_greedy_tokens_do_not_depend_on_what_happens_to_pages(case):
+    """Programs share a beginning, are preempted, offloaded, restored, cancelled, and replace earlier text."""
+    engine, greedy = case
+    for cancels in (0.0, 0.3):
+        cached = await asyncio.gather(
+            *(program(engine, greedy, i, random.Random(i), cancels=cancels) for i in range(20))
+        )
+        assert sum(cached) > 0
+        await settled(engine, programs=True)
+        stats, layout = engine.stats(), engine.layout
+        assert (stats.free_pages, stats.free_windows) == (layout.num_pages - 1, layout.window.num_pages - 1)
+        assert not engine._store._copies
+    assert engine.stats().offloaded_windows > 0
+    assert engine.stats().failed_transfers == 0
