@@ -116,7 +116,7 @@ def _of_one_row(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     summed, inputs, outputs = _summed(form), x.shape[1], codes.weight.shape[1]
     factors = x.reshape(-1, summed)
     rows = codes.weight.reshape(len(factors), -1, outputs)
-    sums: jax.Array | float = 0.0
+    sums = jnp.zeros((len(factors), outputs), jnp.float32)
     for i in range(rows.shape[1]):
         if form.per_item == 1:
             sums = sums + factors[:, i, None] * _values(rows[:, i], form)
