@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         self.heads = k, n // k + 2, h
         self.switches = Switches(kind.window, config.attention_scale, config.score_cap)
         self.qkv = Matrix((d, math.prod(self.heads)), dtype, forms("attention.qkv"), rngs)
-        self.o = Matrix((n * h, d), dtype, forms("attention.o"), rngs)
+        self.o = Matrix((n * h, d), dtype, forms("attention.o"), rngs, summed=True)
         self.qkv_bias = nnx.Param(jnp.zeros(math.prod(self.heads), dtype)) if config.qkv_bias else None
         self.o_bias = nnx.Param(jnp.zeros(d, dtype)) if config.o_bias else None
         self.sinks = nnx.Param(jnp.zeros(n, jnp.float32)) if config.sinks else None

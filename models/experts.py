@@ -14,8 +14,8 @@ from flax import nnx
 
 from .config import Experts, ModelConfig, joined_block
 from .matrix import Forms, Matrix
-from .mlp import MLP, activated
-from .product import product
+from .mlp import MLP
+from .rowwise import rowwise
 
 if TYPE_CHECKING:
     from .operations import Operations
@@ -44,19 +44,20 @@ class Mixture(nnx.Module):
 
     def routed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Experts ``[T, k]`` int32 of tokens ``x [T, D]``, and their weights ``[T, k]`` float32."""
-        logits = product(x, self.router[...])
+        logits = rowwise(x, self.router[...])
         if self.router_bias is not None:
             logits = logits + self.router_bias[...]
-        return chosen_experts(self.experts, logits, None if self.correction is None else self.correction[...])
+        correction = None if self.correction is None else self.correction[...]
+        return chosen_experts(self.experts, logits, correction)
 
     def __call__(self, x: jax.Array, ops: Operations) -> jax.Array:
-        out = ops.mixed(x, *self.routed(x), self)
-        return out if self.shared is None else out + self.shared(x, ops)
+        assert ops.mixed is not None, "a model with experts needs an operation for them"
+        return ops.mixed(x, *self.routed(x), self)
 
 
 Mixed = Callable[[jax.Array, jax.Array, jax.Array, Mixture], jax.Array]
 """``mixed(x [T, D], experts [T, k], weights [T, k], mixture) -> [T, D]``: what the experts make of the tokens, summed
-with the weights; without the shared ones."""
+with the weights, and the shared ones."""
 
 
 def chosen_experts(experts: Experts, logits: jax.Array, correction: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -72,8 +73,8 @@ def chosen_experts(experts: Experts, logits: jax.Array, correction: jax.Array | 
     """
     if experts.scores == "softmax of chosen":
         best, index = jax.lax.top_k(logits, experts.chosen)
-        return index, jax.nn.softmax(best, axis=-1) * experts.scale
-    scores = jax.nn.softmax(logits, axis=-1) if experts.scores == "softmax" else jax.nn.sigmoid(logits)
+        return index, _softmax(best) * experts.scale
+    scores = _softmax(logits) if experts.scores == "softmax" else jax.nn.sigmoid(logits)
     rank = scores if correction is None else scores + correction
     if experts.groups > 1:
         grouped = rank.reshape(len(rank), experts.groups, -1)
@@ -81,25 +82,24 @@ def chosen_experts(experts: Experts, logits: jax.Array, correction: jax.Array | 
         _, kept = jax.lax.top_k(best_two, experts.chosen_groups)
         open_ = jnp.zeros(best_two.shape, bool).at[jnp.arange(len(rank))[:, None], kept].set(True)
         rank = jnp.where(open_[:, :, None], grouped, -jnp.inf).reshape(rank.shape)
-    _, index = jax.lax.top_k(rank, experts.chosen)
-    weights = jnp.take_along_axis(scores, index, axis=1)
+    weights, index = jax.lax.top_k(rank, experts.chosen)
+    if rank is not scores:
+        weights = jnp.take_along_axis(scores, index, axis=1)
     if experts.normalized:
-        weights = weights / (weights.sum(-1, keepdims=True) + (1e-20 if experts.scores == "sigmoid" else 0.0))
+        weights = weights / (_folded(jnp.add, weights) + (1e-20 if experts.scores == "sigmoid" else 0.0))
     return index, weights * experts.scale
 
 
-def mixed(x: jax.Array, index: jax.Array, weights: jax.Array, mixture: Mixture) -> jax.Array:
-    """See :data:`Mixed`; every expert computes every token."""
-    share = jnp.zeros((len(x), mixture.experts.count), jnp.float32)
-    share = share.at[jnp.arange(len(x))[:, None], index].set(weights)
-    out = jnp.zeros(x.shape, jnp.float32)
-    for e in range(mixture.experts.count):
-        gate_up = product(x, mixture.gate_up.weight[e])
-        if mixture.gate_up_bias is not None:
-            gate_up = gate_up + mixture.gate_up_bias[e]
-        inner = activated(gate_up, mixture.block, mixture.activation, mixture.experts.activation_limit)
-        down = product(inner.astype(x.dtype), mixture.down.weight[e])
-        if mixture.down_bias is not None:
-            down = down + mixture.down_bias[e]
-        out = out + share[:, e, None] * down
-    return out.astype(x.dtype)
+def _softmax(logits: jax.Array) -> jax.Array:
+    """As jax.nn.softmax, which XLA computes in ways that depend on T, and would round otherwise for some."""
+    powers = jnp.exp(logits - _folded(jnp.maximum, logits))
+    return powers / _folded(jnp.add, powers)
+
+
+def _folded(join: Callable[[jax.Array, jax.Array], jax.Array], numbers: jax.Array) -> jax.Array:
+    """``[T, n] -> [T, 1]``: halves are joined until one is left."""
+    while (n := numbers.shape[-1]) > 1:
+        half = n // 2
+        joined = join(numbers[:, :half], numbers[:, half : 2 * half])
+        numbers = jnp.concatenate([joined, numbers[:, 2 * half :]], axis=1)
+    return numbers

@@ -39,10 +39,13 @@ class Matrix(nnx.Module):
     """A matrix ``[I, O]``, or one of every expert ``[E, I, O]``, at first random.
 
     ``weight`` holds its numbers or codes; ``scales`` and ``zeros``, where the form has them, are as large as
-    :meth:`.Format.grid` says, for every expert.
+    :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs):
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs, *, summed: bool = False
+    ):
+        self.summed = summed
         self.form = form = form and form.fitted(shape[-2])
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
         if form is not None:

@@ -26,7 +26,7 @@ class MLP(nnx.Module):
         d = config.hidden_size
         self.block, self.activation = joined_block(features, config.num_kv_heads), config.activation
         self.gate_up = Matrix((d, 2 * features), dtype, forms(f"{name}.gate_up"), rngs)
-        self.down = Matrix((features, d), dtype, forms(f"{name}.down"), rngs)
+        self.down = Matrix((features, d), dtype, forms(f"{name}.down"), rngs, summed=True)
 
     def __call__(self, x: jax.Array, ops: Operations) -> jax.Array:
         return ops.multiply(activated(ops.multiply(x, self.gate_up), self.block, self.activation), self.down)

@@ -38,17 +38,12 @@ def narrow_product(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
         x = x.astype(jnp.float32)
         if len(x) == 1 and _loops(x.shape[1], form):
             return _of_one_row(x, codes, form)
-        outputs = codes.weight.shape[1]
-        by_output = codes._replace(
-            scales=_by_output(codes.scales, form, outputs),
-            zeros=None if codes.zeros is None else _by_output(codes.zeros, form, outputs),
-        )
+        by_output = _by_output(codes, form)
 
         def block(first: jax.Array, size: int) -> jax.Array:
-            own = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, size, 1), by_output)
-            return _of_outputs(x, own, replace(form, outputs=1))
+            return _of_block(x, _sliced(by_output, first, size), replace(form, outputs=1))
 
-        return blockwise(block, len(x), x.shape[1], outputs)
+        return blockwise(block, len(x), x.shape[1], codes.weight.shape[1])
 
     def elsewhere(x: jax.Array, codes: Codes) -> jax.Array:
         return jnp.dot(x, dequantized(codes, form, x.dtype), preferred_element_type=jnp.float32)
@@ -64,7 +59,7 @@ def dequantized(codes: Codes, form: Format, dtype: Any) -> jax.Array:
     return _scaled(numbers, codes, form, form.inputs or inputs, outputs).astype(dtype)
 
 
-def _of_outputs(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
+def _of_block(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     """The product of several rows ``[T, I]`` with a block of outputs; scales are by output."""
     size, inputs = PACKED // 2, form.inputs or x.shape[1]
     if form.per_item == 1 or inputs % PACKED:
@@ -82,8 +77,8 @@ def _scaled(numbers: jax.Array, codes: Codes, form: Format, rows: int, columns: 
     """Numbers ``[n, O]`` less their zeros, times their scales, each of which is that of so many rows."""
     zeros: jax.Array | float = MIDDLE if form.codes == "int4" else 0
     if codes.zeros is not None:
-        zeros = _by_output(codes.zeros, form, columns)[:, None]
-    scales = _by_output(codes.scales, form, columns)[:, None]
+        zeros = _of_each(codes.zeros, form, columns)[:, None]
+    scales = _of_each(codes.scales, form, columns)[:, None]
     count = len(numbers)
     if count % rows:  # the last block of inputs is smaller
         numbers = jnp.pad(numbers, ((0, -count % rows), (0, 0)))
@@ -91,7 +86,23 @@ def _scaled(numbers: jax.Array, codes: Codes, form: Format, rows: int, columns: 
     return parts.reshape(-1, columns)[:count]
 
 
-def _by_output(grid: jax.Array, form: Format, columns: int) -> jax.Array:
+def of_outputs(codes: Codes, form: Format, first: jax.Array, size: int, dtype: Any) -> jax.Array:
+    """The weights ``[I, size]`` of consecutive outputs."""
+    return dequantized(_sliced(_by_output(codes, form), first, size), replace(form, outputs=1), dtype)
+
+
+def _by_output(codes: Codes, form: Format) -> Codes:
+    """The same with scales and zeros of every output, float32."""
+    outputs = codes.weight.shape[1]
+    zeros = None if codes.zeros is None else _of_each(codes.zeros, form, outputs)
+    return codes._replace(scales=_of_each(codes.scales, form, outputs), zeros=zeros)
+
+
+def _sliced(codes: Codes, first: jax.Array, size: int) -> Codes:
+    return Codes(*(a if a is None else jax.lax.dynamic_slice_in_dim(a, first, size, 1) for a in codes))
+
+
+def _of_each(grid: jax.Array, form: Format, columns: int) -> jax.Array:
     """Scales or zeros ``[n, columns]`` float32 of every output."""
     wide = grid.astype(jnp.float32)
     return jnp.repeat(wide, form.outputs, axis=1)[:, :columns] if form.outputs > 1 else wide
@@ -126,11 +137,11 @@ def _of_one_row(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     shared = (form.inputs or inputs) // summed
     zeros: jax.Array | float = MIDDLE if form.codes == "int4" else 0
     if codes.zeros is not None:
-        zeros = _by_output(codes.zeros, form, outputs)[:, None]
+        zeros = _of_each(codes.zeros, form, outputs)[:, None]
     parts = jnp.pad(sums, ((0, -len(factors) % shared), (0, 0))) if len(factors) % shared else sums
     parts = parts.reshape(-1, shared, outputs)
     totals = jnp.pad(factors.sum(1), (0, -len(factors) % shared)).reshape(-1, shared, 1)
-    parts = (parts - zeros * totals) * _by_output(codes.scales, form, outputs)[:, None]
+    parts = (parts - zeros * totals) * _of_each(codes.scales, form, outputs)[:, None]
     parts = parts.reshape(-1, outputs)
     return jnp.ones((1, len(parts)), jnp.float32) @ parts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from .experts import Mixed, mixed
+from .experts import Mixed
 from .heads import Heads
 from .matrix import Matrix, multiply
 
@@ -23,9 +23,10 @@ Attend = Callable[[Index, Heads, LayerCache], tuple[jax.Array, LayerCache]]
 
 @dataclass(frozen=True)
 class Operations:
-    """Attention, products with matrices, and mixtures of experts; the latter two by default in jax.numpy."""
+    """Attention, products with matrices, by default in jax.numpy, and mixtures of experts."""
 
     attend: Attend
     multiply: Callable[[jax.Array, Matrix], jax.Array] = multiply
     """``multiply(x [T, I], matrix [I, O]) -> [T, O]``."""
-    mixed: Mixed = mixed
+    mixed: Mixed | None = None
+    """None: the model has no experts."""

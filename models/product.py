@@ -49,7 +49,7 @@ def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax
 
 def rows(weight: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
     """Rows ``[T, D]`` of ``weight [V, D]``, in ``dtype``."""
-    return _widened(weight[index]).astype(dtype) if weight.dtype == BITS else weight[index].astype(dtype)
+    return widened(weight[index]).astype(dtype) if weight.dtype == BITS else weight[index].astype(dtype)
 
 
 def _multiplied(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
@@ -64,7 +64,7 @@ def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     outputs = weight.shape[1]
     factors, parts = x.reshape(-1, LANES), weight.reshape(-1, LANES, outputs)
-    sums = sum(factors[:, i, None] * _widened(parts[:, i]) for i in range(LANES))
+    sums = sum(factors[:, i, None] * widened(parts[:, i]) for i in range(LANES))
     return jnp.ones((1, len(factors)), jnp.float32) @ sums
 
 
@@ -74,7 +74,7 @@ def _in_blocks(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
 
     def block(first: jax.Array, size: int) -> jax.Array:
         own = jax.lax.dynamic_slice_in_dim(weight, first, size, axis)
-        return _multiplied(x, _widened(own), transposed)
+        return _multiplied(x, widened(own), transposed)
 
     return blockwise(block, len(x), weight.shape[1 - axis], weight.shape[axis])
 
@@ -99,7 +99,7 @@ def blockwise(block: Callable[[jax.Array, int], jax.Array], rows: int, inputs: i
     return jax.lax.fori_loop(0, -(-outputs // size), put, jnp.zeros((rows, outputs), jnp.float32))
 
 
-def _widened(narrow: jax.Array) -> jax.Array:
+def widened(narrow: jax.Array) -> jax.Array:
     """Numbers as float32; unsigned integers stand for the numbers of these bits (:func:`bits`)."""
     if narrow.dtype == jnp.uint8:
         return float8(narrow, 7)

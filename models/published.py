@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import ModelConfig
+from .config import Experts, ModelConfig
 from .families import read_config
 from .published_fields import FIELDS
 from .rope import Llama3, Rope
@@ -27,8 +27,16 @@ _SMOLLM2 = ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, Rope(100_000.0), t
 
 _TINY_32K = ModelConfig(517, 256, 1024, 2, 4, 2, 32, 32_768, tie_embeddings=True)
 
+_MOE_1B = ModelConfig(
+    *(49_152, 1024, 4096, 24, 16, 8, 64, 4096),
+    rope=Rope(10_000.0),
+    tie_embeddings=True,
+    experts=Experts(count=32, chosen=8, size=512),
+)
+
 PUBLISHED: dict[str, ModelConfig] = {
     "tiny-32k": _TINY_32K,
+    "moe-1b-a0.3b": _MOE_1B,
     "smollm2-135m": _SMOLLM2,
     "llama-3.1-8b": _llama(4096, 14_336, 32, 32, 128, 8.0, False),
     "llama-3.1-70b": _llama(8192, 28_672, 80, 64, 128, 8.0, False),
@@ -53,4 +61,5 @@ PUBLISHED: dict[str, ModelConfig] = {
     "qwen3-32b": _qwen3(5120, 25_600, 64, 64, False),
     **{name: read_config(fields) for name, fields in FIELDS.items()},
 }
-"""Shapes as published, for benchmarks with random weights; and ``tiny-32k``, nobody's, for long contexts on a CPU."""
+"""Shapes as published, for benchmarks with random weights; and nobody's, for CPUs: ``tiny-32k`` for
+long contexts, and ``moe-1b-a0.3b``."""

@@ -31,10 +31,14 @@ AXES: dict[str, tuple[str, ...]] = {
     "attention.sinks": ("heads",),
     "mlp.gate_up.weight": ("embed", "ffn"),
     "mlp.down.weight": ("ffn", "embed"),
+    "mlp.gate_up_bias": ("experts", "ffn"),
+    "mlp.down_bias": ("experts", "embed"),
+    "mlp.shared.gate_up.weight": ("embed", "ffn"),
+    "mlp.shared.down.weight": ("ffn", "embed"),
     "lm_head.weight": ("embed", "vocab"),
 }
-"""End of a parameter's path -> its logical axes; its scales and zeros have the same. Other parameters (the norms) are
-replicated."""
+"""End of a parameter's path -> its logical axes; its scales and zeros have the same, and matrices of every expert have
+``experts`` before. Other parameters (norms and routers) are replicated."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Rules:
 
     heads: str | None = TP
     """Key/value heads, each with the query heads that share it. They are outermost in what is laid out by heads."""
+    experts: str | None = TP
+    """Divided if their number allows; otherwise the features of every expert are."""
     ffn: str | None = TP
     vocab: str | None = TP
     """Divided if its size allows; otherwise embedding and output projection are replicated."""
@@ -68,14 +74,34 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
     Raises:
         CheckpointError: a size is not divisible; the message names numbers of devices that would fit.
     """
-    sizes = {"heads": (config.num_kv_heads, "key/value heads"), "ffn": (config.intermediate_size, "feed-forward size")}
-    for axis, (size, name) in sizes.items():
-        if size % _divisor(axis, mesh, rules):
-            fit = [n for n in range(1, config.num_kv_heads + 1) if all(size % n == 0 for size, _ in sizes.values())]
+    divided = [
+        ("heads", "key/value heads", (config.num_kv_heads,)),
+        *(("ffn", *rest) for rest in _features(config)),
+    ]
+    for axis, name, sizes in divided:
+        if all(size % _divisor(axis, mesh, rules) for size in sizes):
+            fit = [
+                n
+                for n in range(1, config.num_kv_heads + 1)
+                if all(any(size % n == 0 for size in sizes) for _, _, sizes in divided)
+            ]
             raise CheckpointError(
-                f"{mesh.size} devices cannot divide this model: its {name} ({size}) is no multiple of {mesh.size}; "
-                f"choose a tensor_parallel of {', '.join(map(str, fit))}"
+                f"{mesh.size} devices cannot divide this model: its {name} ({' or '.join(map(str, sizes))}) is no "
+                f"multiple of {mesh.size}; choose a tensor_parallel of {', '.join(map(str, fit))}"
             )
+
+
+def _features(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Names of what is divided of feed-forward networks, with the sizes of which one must be divisible."""
+    experts = config.experts
+    found: list[tuple[str, tuple[int, ...]]] = []
+    if not all(kind.has_experts for kind in config.layer_kinds):
+        found.append(("feed-forward size", (config.intermediate_size,)))
+    if experts is not None:
+        found.append(("number of experts or their feed-forward size", (experts.count, experts.size)))
+        if experts.shared_size:
+            found.append(("shared experts' feed-forward size", (experts.shared_size,)))
+    return found
 
 
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
@@ -89,9 +115,12 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = R
         return PartitionSpec(None, *of_one) if of_one else of_one
     name = ".".join(parts[2:] if parts[0] == "layers" else parts)
     axes = AXES.get(re.sub(r"\.(scales|zeros)$", ".weight", name), ())
-    divided = [
-        getattr(rules, axis) if size % _divisor(axis, mesh, rules) == 0 else None for axis, size in zip(axes, shape)
-    ]
+    if axes and len(shape) == len(axes) + 1:
+        axes = ("experts", *axes)
+    divided: list[str | None] = []
+    for axis, size in zip(axes, shape):
+        by = getattr(rules, axis) if size % _divisor(axis, mesh, rules) == 0 else None
+        divided.append(None if by in divided else by)
     while divided and divided[-1] is None:
         divided.pop()
     return PartitionSpec(*divided)

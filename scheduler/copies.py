@@ -151,11 +151,14 @@ class HostCopies:
             else:
                 self.remove(program, copy)
 
-    def cut_windowless(self, program: Program, first: int) -> None:
-        """Cut copies where they have pages of a program from index ``first`` on, but not the window pages of these."""
+    def cut_windowless(self, program: Program, first: int, held: int) -> None:
+        """Cut copies where they have pages of a program from index ``first`` on, but not the window pages of these.
+
+        The device holds the first ``held`` pages; a copy that has others stays as it is.
+        """
         for copy in list(program.copies):
             keep = max(first, copy.first)
-            if keep < min(copy.end, copy.window_first):
+            if keep < min(copy.end, copy.window_first) and copy.end <= held:
                 if keep > copy.first:
                     copy.used = keep - copy.first
                 else:

@@ -130,10 +130,13 @@ class EvictionOrder:
 
 
 def _clean_pages(program: Program) -> int:
-    """Count the pages at the end of a program that the host has copies of."""
+    """Count the pages at the end of a program that the host has copies of, with the window pages that it needs."""
     held = at = len(program.pages)
     for copy in reversed(program.copies):
         if copy.end < at:
+            break
+        if (lacking := min(copy.end, copy.window_first)) > max(copy.first, program.window.start):
+            at = min(at, lacking)
             break
         at = min(at, copy.first)
     return held - at

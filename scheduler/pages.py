@@ -87,7 +87,7 @@ class PagePool:
         Raises:
             ValueError: a page is free already.
         """
-        references, hashes = self._references, self._hash_of
+        references, hashes, windows = self._references, self._hash_of, self.windows
         for page in reversed(pages):
             left = references[page] - 1
             if left < 0:
@@ -97,7 +97,8 @@ class PagePool:
                 if page in hashes:
                     self._cached[page] = None
                 else:
-                    self.windows.forget(page)
+                    if windows.size:
+                        windows.forget(page)
                     self._free.append(page)
 
     def shared(self, page: int) -> bool:

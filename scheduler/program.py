@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .transfer import HostCopy, Transfer
 
 
+NO_WINDOW = range(2**40, 2**40)
+"""What a program holds that needs no window pages: none, and its window begins after all its pages."""
 DEFER_S = 60.0
 """Seconds for which a request of a priority above 0 lets others start before it: a guess."""
 
@@ -116,7 +118,7 @@ class Program:
     """Tokens of that request whose KV is retained, from the first on."""
     pages: list[int] = field(default_factory=list)
     """Device pages of the first of these tokens."""
-    window: range = range(0)
+    window: range = NO_WINDOW
     """Indices of the pages, its own or those of its request that runs, whose window pages it holds. Written by
     WindowPages."""
     copies: list[HostCopy] = field(default_factory=list)

@@ -75,6 +75,7 @@ class Residency:
         program.running, program.computed, program.lost = None, tokens, ""
         self._strategy.stopped(request)
         self._copies.use(program)
+        self._copies.cut_windowless(program, program.window.start, len(pages))
         self._order.add(program)
 
     def wait_begins(self, program: Program, now: float) -> None:
@@ -170,7 +171,7 @@ class Residency:
         if tokens < program.kept:
             tokens = self.kv.resumable(program, tokens)
         kept = -(-tokens // size)
-        own = min(len(program.pages), kept)
+        own = self.kv.usable(program, tokens)
         found: list[int] = []
         if own * size <= tokens:
             found = self._pool.find(islice(request.block_hashes, own, request.most_reusable // size))
@@ -273,7 +274,7 @@ class Residency:
                 again = request.resumed.recomputed_tokens + request.reused - start
                 request.resumed = Resumed(RECOMPUTED, FAILED, device, host, again)
             request.num_computed = request.reused = start
-            self._copies.cut_windowless(program, windows.first(start))
+            self._copies.cut_windowless(program, windows.first(start), len(pages))
             self.kv.cut_copies(program, start // size)
         elif not copy.dropped:
             self.kv.lose_copy(program, copy, FAILED)

@@ -63,13 +63,20 @@ class RetainedKV:
 
     def resumable(self, program: Program, tokens: int) -> int:
         """The most of a program's first ``tokens`` tokens after which it can go on with what is kept of it."""
-        pages, copies = program.pages, program.copies
+        pages, copies, windows = program.pages, program.copies, self._windows
+        return resumable(
+            windows,
+            tokens,
+            self._size,
+            lambda i: i < len(pages) and windows.of[pages[i]],
+            lambda i: any(max(copy.first, copy.window_first) <= i < copy.end for copy in copies),
+        )
 
-        def there(i: int) -> bool:
-            on_device = i < len(pages) and self._windows.of[pages[i]] > 0
-            return on_device or any(copy.window_first <= i < copy.end for copy in copies)
-
-        return resumable(self._windows, tokens, self._size, there)
+    def usable(self, program: Program, tokens: int) -> int:
+        """How many of a program's device pages it can go on with after ``tokens`` tokens; the host has all others."""
+        end = min(len(program.pages), self._pages(tokens))
+        first, windows = self._windows.first(tokens), self._windows.of
+        return next((i for i in range(first, end) if not windows[program.pages[i]]), end)
 
     def trim(self, program: Program, tokens: int) -> None:
         """Drop the KV of all but a program's first ``tokens`` tokens, or fewer, if it could not go on after these."""
@@ -82,18 +89,18 @@ class RetainedKV:
         If only the host has a window page that is needed now, device pages go from there on.
         """
         program.kept = self.resumable(program, tokens)
-        keep, first = self._pages(program.kept), self._windows.first(program.kept)
-        self._copies.cut_windowless(program, first)
-        self.cut_copies(program, keep)
-        pages = program.pages[:keep]
-        lacking = (i for i in range(first, len(pages)) if not self._windows.of[pages[i]])
-        self.release(program, next(lacking, len(pages)))
+        held = self.usable(program, program.kept)
+        self._copies.cut(program, self._pages(program.kept))
+        self._copies.cut_windowless(program, self._windows.first(program.kept), held)
+        self.release(program, held)
+        self.order.recount(program)
 
     def cut_to(self, program: Program, keep: int, why: str) -> None:
         """Drop what a program has after its first ``keep`` pages; ``why`` is told when it goes on."""
-        if program.kept > keep * self._size:
+        tokens = self.resumable(program, min(program.kept, keep * self._size))
+        if tokens < program.kept:
             program.lost = why
-            self.trim(program, keep * self._size)
+            self.trim(program, tokens)
             self._lost(program)
 
     def drop(self, program: Program, count: int, why: str) -> None:
@@ -187,5 +194,4 @@ class RetainedKV:
             assert held + inside == kept, f"of {kept} pages kept, {held} are on the device and {inside} on the host"
             first = self._windows.first(program.kept)
             assert list(program.window) == list(range(first, held)), "a program does not hold its window"
-            for copy in program.copies:
-                assert copy.window_first <= max(first, copy.first) or copy.end <= first, "a copy lacks its window"
+            assert self.resumable(program, program.kept) == program.kept, "a program cannot go on from what is kept"

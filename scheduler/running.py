@@ -98,7 +98,7 @@ class Running:
 
         If too few pages are free, move those requests to the others, where each has to ask for one.
         """
-        full, windows = self._decodes.full(), self._pool.windows
+        full, windows = self._decodes.full(), self._windows
         if len(full) > self._pool.free or not windows.has(len(full)):
             for request in full:
                 self._decodes.discard(request)
@@ -111,7 +111,8 @@ class Running:
                 request.pages.append(page)
                 request.capacity += self._size
                 schedule(request)
-                self._slide(request)
+                if windows.size:
+                    self._slide(request, len(request.pages))
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
         """Plan a step of the decode batch, and of ``chosen``: how many tokens of which other requests.
@@ -170,7 +171,7 @@ class Running:
             if need > 0:
                 self.grow(request, need)
                 self._decodes.schedule(request)
-                self._slide(request)
+                self._slide(request, len(request.pages))
         plan.last.extend(self._decodes.last())
         return times
 
@@ -190,16 +191,16 @@ class Running:
                 changes.append((request.slot, self._width + first, [self._windows.of[page] for page in pages]))
         return changes
 
-    def _slide(self, request: Request) -> None:
-        """Let a request hold the window pages of all its pages that its next token looks at, and of no others."""
+    def _slide(self, request: Request, end: int) -> None:
+        """Let a request hold those window pages of its first ``end`` pages that its next token looks at."""
         windows = self._windows
-        windows.hold(request.program, request.pages, windows.first(request.num_computed), len(request.pages))
+        windows.hold(request.program, request.pages, windows.first(request.num_computed), end)
 
     def _compute(self, request: Request, count: int, now: float) -> None:
         start = request.num_computed
         request.num_computed += count
-        first, end = self._windows.first(request.num_computed), -(-request.num_computed // self._size)
-        self._windows.hold(request.program, request.pages, first, end)
+        if self._windows.size:
+            self._slide(request, -(-request.num_computed // self._size))
         if request.first_scheduled is None:
             request.first_scheduled = now
         if request.block_hashes:

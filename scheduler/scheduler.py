@@ -107,10 +107,7 @@ class Scheduler:
             page_size=self.config.page_size,
             priority=priority,
         )
-        if opened.last is not None:
-            self._go_on(request, opened.last, now)
-        else:
-            self.branches.inherit(opened, prompt)
+        self._go_on(request, now)
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
@@ -118,13 +115,20 @@ class Scheduler:
         self._planner.enqueue(request, now)
         return request
 
-    def _go_on(self, request: Request, last: Request, now: float) -> None:
-        """Let a request go on from its program's last one: the wait ends, and the KV that both share stays."""
+    def _go_on(self, request: Request, now: float) -> None:
+        """Let a request go on from its program's last one, which ends the wait, or if it is the first, from a parent's.
+
+        The KV that both have in common stays.
+        """
         program = request.program
-        request.wait = self._waits.end(program, now)
-        self._planner.preparations.end(program, SUPERSEDED)
-        request.matches(last)
-        self._residency.kv.trim(program, request.reusable)
+        if program.last is not None:
+            request.wait = self._waits.end(program, now)
+            self._planner.preparations.end(program, SUPERSEDED)
+        else:
+            self.branches.inherit(program, request.prompt)
+        if program.last is not None:
+            request.matches(program.last)
+            self._residency.kv.trim(program, request.reusable)
 
     def finish(self, request: Request, reason: str, now: float) -> None:
         """End a request, wherever it is, and free or retain its pages; a second call does nothing."""

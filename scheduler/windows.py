@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from .program import Program
-
-NOWHERE = 2**40
-"""Index beyond the pages of every program."""
+from .program import NO_WINDOW, Program
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class WindowPages:
         self._holders = [0] * num_pages if window else []  # programs, by page
         self._free = list(range(self.size, 0, -1))
         self._unheld: dict[int, None] = {}  # pages whose window pages nobody holds, longest unused first
-        self._span, self._page_size = (-NOWHERE if window is None else window.span(page_size)), page_size
+        self._span, self._page_size = (-NO_WINDOW.start if window is None else window.span(page_size)), page_size
         self._changed: dict[Program, int] = {}
 
     @property
@@ -119,7 +116,8 @@ class WindowPages:
 
     def announce(self, program: Program) -> None:
         """Have :meth:`take_changed` name all that a program holds."""
-        self._changed[program] = 0
+        if self.size:
+            self._changed[program] = 0
 
     def take_changed(self) -> Iterator[tuple[Program, int]]:
         """Programs that hold other window pages than when this was last called, and the index of the first of these."""
@@ -161,19 +159,29 @@ class WindowPages:
         assert all(self.of[page] for page, count in enumerate(holders) if count)
 
 
-def resumable(windows: WindowPages, tokens: int, page_size: int, there: Callable[[int], object]) -> int:
+def resumable(
+    windows: WindowPages,
+    tokens: int,
+    page_size: int,
+    on_device: Callable[[int], object],
+    on_host: Callable[[int], object] = lambda i: False,
+) -> int:
     """The most of the first ``tokens`` tokens after which a program can go on.
 
-    ``there(i)`` says whether the window page of its i-th page is there.
+    ``on_device(i)`` says whether the device has the window page of its i-th page, ``on_host(i)`` whether the host has
+    both. What is restored from the host comes after all that is used on the device.
     """
-    if all(there(i) for i in range(windows.first(tokens), -(-tokens // page_size))):
-        return tokens
-    end = at = tokens // page_size
-    while at > windows.first(end * page_size):
+    end = at = only_device = -(-tokens // page_size)  # the last one: the lowest page so far that the host has not
+    while at > windows.first(min(tokens, end * page_size)):
         at -= 1
-        if not there(at):
-            end = at
-    return end * page_size
+        here, there = on_device(at), on_host(at)
+        if here and not there:
+            only_device = at
+        elif there and not here and only_device < end:
+            end = only_device
+        elif not here and not there:
+            end = only_device = at
+    return min(tokens, end * page_size)
 
 
 def _without(a: range, b: range) -> Iterable[int]:

@@ -40,8 +40,7 @@ from astraea_jax.engine.config import KV_DTYPES
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import BACKENDS
-from astraea_jax.lab.ahead import EXECUTABLES, TARGETS, Case, Figures, Unfit, compile_case
-from astraea_jax.models.formats import EIGHT_BITS
+from astraea_jax.lab.ahead import EXECUTABLES, FORMS, TARGETS, Case, Figures, Unfit, compile_case
 from astraea_jax.models.published import PUBLISHED
 
 FLAGS = flags.FLAGS
@@ -50,7 +49,7 @@ flags.DEFINE_list("model", ["llama-3.1-8b", "qwen3-4b"], f"Some of {', '.join(PU
 flags.DEFINE_list("tp", ["1", "4"], "Devices that share the model.")
 flags.DEFINE_enum("attention", None, list(BACKENDS), "Backend of attention; by default the one the engine would take.")
 flags.DEFINE_bool("scan", None, "Run the layers as one loop; by default as the engine does, on TPUs.")
-flags.DEFINE_enum("quantize", None, list(EIGHT_BITS), "8-bit dtype of the layers' weight matrices.")
+flags.DEFINE_enum("quantize", None, list(FORMS), "Form of the layers' weight matrices.")
 flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "8-bit dtype of KV.")
 flags.DEFINE_list("program", list(EXECUTABLES), f"Some of {', '.join(EXECUTABLES)}.")
 flags.DEFINE_string("json", None, "Also write the figures to this file; those of other programs in it stay.")

@@ -29,6 +29,7 @@ from astraea_jax.engine.engine import Engine
 from astraea_jax.models.checkpoint import copy_beside, load_hf, save_hf
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.tokenizer import Tokenizer as Tokens
 
 OWN = tempfile.TemporaryDirectory(prefix="astraea-compiled-")
@@ -135,7 +136,7 @@ def dense(random_folder: Path) -> Callable[[Sequence[int]], np.ndarray]:
     @jax.jit
     def logits(state, tokens):
         model = nnx.merge(graph, state)
-        hidden, _ = model(tokens, jnp.arange(length), (None,) * RANDOM.num_layers, attend)
+        hidden, _ = model(tokens, jnp.arange(length), (None,) * RANDOM.num_layers, Operations(attend))
         return model.logits(hidden)
 
     def compute(tokens: Sequence[int]) -> np.ndarray:

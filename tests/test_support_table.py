@@ -7,7 +7,7 @@ from support import model_table
 from support.table import DOCUMENT, marks, split, table
 from support.variants import VARIANTS
 
-from astraea_jax.models.families import ARCHITECTURES
+from astraea_jax.models.family_table import ARCHITECTURES
 
 
 def test_the_readme_says_what_the_tests_cover():

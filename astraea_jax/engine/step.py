@@ -26,8 +26,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
+from astraea_jax.engine.mixtures import with_mixtures
 from astraea_jax.engine.sampling import likeliest, sample
-from astraea_jax.kernels import Backend, Batch
+from astraea_jax.kernels import Backend, Batch, grouped_product
+from astraea_jax.kernels.dense_triton import multiply_narrow
+from astraea_jax.kernels.grouped_triton import GroupedTriton
 from astraea_jax.kv_cache.arrays import (
     FULL,
     WINDOW,
@@ -40,7 +43,7 @@ from astraea_jax.kv_cache.arrays import (
 )
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
-from astraea_jax.models.operations import Operations
+from astraea_jax.models.operations import Attend, Operations
 from astraea_jax.models.sharding import TP, placed
 
 PREFILL_TILE = 16
@@ -166,6 +169,7 @@ class Step:
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = _Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._grouped = grouped_product(self._platform, backend)
         self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
@@ -290,7 +294,7 @@ class Step:
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
         cache, dtype = pages[0] if self.stacked else pages, ACTIVATIONS.get(self._platform)
-        hidden, kept = decoder(tokens, position, cache, Operations(attend), dtype=dtype)
+        hidden, kept = decoder(tokens, position, cache, self._operations(attend), dtype=dtype)
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)
         if shape.q_tile > 1 and few < shape.rows:
@@ -303,6 +307,13 @@ class Step:
             sampled, logits = self._predicted(decoder, hidden)
         last = remembered(last, rows, sampled)
         return (kept,) if self.stacked else kept, last, table, *_padded((sampled, logits), self.drawn(shape))
+
+    def _operations(self, attend: Attend) -> Operations:
+        shared, alone = Operations(attend), Operations(attend)
+        if isinstance(self._grouped, GroupedTriton):
+            shared = Operations(attend, partial(multiply_narrow, self._grouped, self._mesh))
+            alone = Operations(attend, partial(multiply_narrow, self._grouped, None))
+        return with_mixtures(shared, alone, self._mesh, self._grouped)
 
     def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""

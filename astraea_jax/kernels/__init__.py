@@ -1,8 +1,8 @@
 """Attention kernels: one interface, one implementation per backend."""
 
 from .backend import Backend, Batch
-from .choice import BACKENDS, choose
+from .choice import BACKENDS, choose, grouped_product
 from .gpu import Triton
 from .reference import Reference
 
-__all__ = ["BACKENDS", "Backend", "Batch", "Reference", "Triton", "choose"]
+__all__ = ["BACKENDS", "Backend", "Batch", "Reference", "Triton", "choose", "grouped_product"]

@@ -9,6 +9,9 @@ from astraea_jax.errors import StartupError
 
 from .backend import Backend
 from .gpu import Triton
+from .grouped import GroupedProduct
+from .grouped_reference import GroupedReference
+from .grouped_triton import GroupedTriton
 from .pallas_tpu import PallasInterpreted, PallasTPU
 from .published_tpu import JaxRPA, TokamaxRPA
 from .reference import Reference
@@ -19,6 +22,14 @@ _ALL: tuple[type[Backend], ...] = (Reference, Triton, TokamaxRPA, JaxRPA, Pallas
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
 PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
 """JAX platform -> backends, best first; every other platform uses the reference."""
+
+GROUPED: dict[str, type[GroupedProduct]] = {}
+"""JAX platform -> what multiplies for mixtures of experts; every other platform uses the reference."""
+
+
+def grouped_product(platform: str, backend: Backend | None = None) -> GroupedProduct:
+    """What multiplies for mixtures of experts on this kind of device, beside this backend of attention."""
+    return GroupedTriton(backend) if isinstance(backend, Triton) else GROUPED.get(platform, GroupedReference)()
 
 
 def choose(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -49,17 +48,17 @@ def single_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
     Measured with Llama-3.1-8B's heads on an H200 (benchmarks/RESULTS.md), where two warps are a little faster than
     four; guessed for others.
     """
-    m = max(16, _power(group))
+    m = max(16, power_of_two(group))
     return Blocks(m, 32 if head_dim > 128 or jnp.dtype(dtype).itemsize > 2 else 64, 2 if m == 16 else 4, 3)
 
 
 def tile_blocks(group: int, head_dim: int, dtype: Any) -> Blocks:
     """Blocks for longer rows; float32 is multiplied without tensor cores, so its tiles must fit into registers."""
     if jnp.dtype(dtype).itemsize > 2:
-        return Blocks(max(16, _power(group)), 32, 4, 2)
+        return Blocks(max(16, power_of_two(group)), 32, 4, 2)
     if head_dim > 128:
-        return Blocks(max(64, _power(group)), 32, 4, 2)
-    return Blocks(max(128, _power(group)), 64, 8, 3)
+        return Blocks(max(64, power_of_two(group)), 32, 4, 2)
+    return Blocks(max(128, power_of_two(group)), 64, 8, 3)
 
 
 def split_context(rows: int, kv_heads: int, context: int, block: int) -> tuple[int, int]:
@@ -71,13 +70,13 @@ def split_context(rows: int, kv_heads: int, context: int, block: int) -> tuple[i
     return max(1, min(MOST_SPLITS, -(-context // (least * block)))), least
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
-def load_kernels() -> ModuleType:
-    """Import :mod:`.triton_kernels`.
+def load_kernels() -> dict[str, Any]:
+    """The kernels of :mod:`.triton_kernels` and :mod:`.triton_products` by name.
 
     Raises:
         StartupError: Triton or jax-triton is not installed.
@@ -86,13 +85,13 @@ def load_kernels() -> ModuleType:
         _complete_triton()
         import jax_triton  # noqa: F401
 
-        from . import triton_kernels
+        from . import triton_kernels, triton_products
     except ImportError as error:
         raise StartupError(
             f"attention 'triton' cannot be loaded ({error}): it needs Python 3.12 or newer and "
             "`pip install astraea-jax[cuda]`; or start with attention 'reference', which is slower"
         ) from error
-    return triton_kernels
+    return {**vars(triton_kernels), **vars(triton_products)}
 
 
 def _complete_triton() -> None:
@@ -160,7 +159,7 @@ class Triton:
         In a step with longer rows, those with one query are written twice, with the same numbers.
         """
         dtype = pages.dtype
-        if dtype == FP8 and self._capability() < FP8_CAPABILITY:
+        if dtype == FP8 and self.capability() < FP8_CAPABILITY:
             pages = jax.lax.bitcast_convert_type(pages, jnp.uint8)
         pool = jax.new_ref(pages)
         if q_tile == 1:
@@ -172,7 +171,8 @@ class Triton:
             out = jax.freeze(queries)
         return out, jax.lax.bitcast_convert_type(jax.freeze(pool), dtype)
 
-    def _capability(self) -> int:
+    def capability(self) -> int:
+        """Compute capability of the GPU that is here, or that is compiled for."""
         return self.compute_capability or int(jax.devices()[0].compute_capability.replace(".", ""))
 
     def launch(
@@ -189,7 +189,7 @@ class Triton:
         """Add a kernel launch to the program that is being traced.
 
         Args:
-            kernel: its name in :mod:`.triton_kernels`.
+            kernel: its name, of :func:`load_kernels`.
             grid: Triton instances along up to three axes.
             operands: by parameter; a Ref is read and written in place, numbers are fixed when the step is compiled.
             constants: compile-time parameters.
@@ -203,7 +203,7 @@ class Triton:
         import jax_triton
 
         filled: tuple[jax.Array, ...] = jax_triton.triton_call(
-            kernel=getattr(load_kernels(), kernel),
+            kernel=load_kernels()[kernel],
             out_type=tuple((out or {}).values()),
             grid=grid,
             name=f"astraea_{kernel}",
@@ -222,7 +222,7 @@ class Triton:
             "turn_and_write",
             (t, k),
             {**_unturned(heads), "slot_mapping": batch.slot_mapping, "pages": pool},
-            {**_sizes(pool, group), "BLOCK_G": _power(group), "NORM": heads.q_norm is not None},
+            {**_sizes(pool, group), "BLOCK_G": power_of_two(group), "NORM": heads.q_norm is not None},
             out={"q": jax.ShapeDtypeStruct((t, k * group, h), heads.qkv.dtype)},
         )
         return queries
@@ -235,7 +235,10 @@ class Triton:
         n = k * heads.group
         rows, width = batch.page_table.shape
         blocks = self.single or single_blocks(heads.group, h, heads.qkv.dtype)
-        splits, least = split_context(rows, k, width * pool.shape[3], blocks.n)
+        context = width * pool.shape[3]
+        if heads.switches.window is not None:
+            context = min(context, heads.switches.window + blocks.n)  # a window may begin inside of a block
+        splits, least = split_context(rows, k, context, blocks.n)
         parts, heights = self.launch(
             "attend_single",
             (k, rows, splits),
@@ -249,7 +252,12 @@ class Triton:
             stages=blocks.stages,
         )
         operands = {"kv_lens": batch.kv_lens, "cu_q_lens": batch.cu_q_lens, "parts": parts, "heights": heights}
-        share = {"H": h, "BLOCK_N": blocks.n, "WINDOW": heads.switches.window or 0, "BLOCK_SPLITS": _power(splits)}
+        share = {
+            "H": h,
+            "BLOCK_N": blocks.n,
+            "WINDOW": heads.switches.window or 0,
+            "BLOCK_SPLITS": power_of_two(splits),
+        }
         return self.launch(
             "combine",
             (n, rows),
@@ -280,6 +288,7 @@ class Triton:
             "WINDOW": heads.switches.window or 0,
             "SOFT_CAP": heads.switches.soft_cap or 0.0,
             "PRECISION": "ieee" if heads.qkv.dtype == jnp.float32 else "tf32",
+            "SINKS": heads.sinks is not None,
         }
 
 
@@ -298,6 +307,7 @@ def _unturned(heads: Heads) -> dict[str, Operand]:
 
 def _context(heads: Heads, pool: jax.Ref, batch: Batch) -> dict[str, Operand]:
     return {
+        "sinks": heads.cos if heads.sinks is None else heads.sinks,  # not looked at if there are none
         "pages": pool,
         "page_table": batch.page_table,
         "kv_lens": batch.kv_lens,

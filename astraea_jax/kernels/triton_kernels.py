@@ -24,8 +24,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _normed(x, scale, shrink):
-    """``x`` times ``shrink``, times the numbers at ``scale``, rounded after both, as the models do."""
-    return ((x.to(tl.float32) * shrink).to(x.dtype).to(tl.float32) * tl.load(scale).to(tl.float32)).to(x.dtype)
+    """``x`` times ``shrink``, times the numbers at ``scale``.
+
+    It is rounded after both, but with a scale in float32 at the end only: :func:`astraea_jax.models.heads.rms_norm`.
+    """
+    shrunk = x.to(tl.float32) * shrink
+    if scale.dtype.element_ty != tl.float32:
+        shrunk = shrunk.to(x.dtype).to(tl.float32)
+    return (shrunk * tl.load(scale).to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -129,7 +135,7 @@ def _bent(scores, scale, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def _visit(
-    q, q_pos, top, mass, out, head, table, start, end, reach, scale,
+    q, q_pos, top, mass, out, head, table, start, end, floor, reach, scale,
     K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -137,17 +143,20 @@ def _visit(
 
     ``head`` points to the keys of this key/value head in page 0. Without MASKED every query attends to every token of
     the range, which consists of whole blocks. With MASKED query m attends to tokens up to ``q_pos [M]``, of ``reach``
-    tokens that exist.
+    tokens that exist. With a WINDOW the page table may hold the null page for tokens before ``floor``.
     """
     h = tl.arange(0, H)
     for at in tl.range(start, end, BLOCK_N):
         pos = at + tl.arange(0, BLOCK_N)
-        page = tl.load(table + pos // S, mask=pos < reach, other=0) if MASKED else tl.load(table + pos // S)
+        here = pos < reach
+        if WINDOW > 0:
+            here &= pos >= floor
+        page = tl.load(table + pos // S, mask=here, other=0) if MASKED else tl.load(table + pos // S)
         token = page.to(tl.int64) * (2 * K * S * H) + pos % S * H
         keys, values = head + token[None, :] + h[:, None], head + K * S * H + token[:, None] + h[None, :]
-        if MASKED:  # values beyond may be NaN, and 0 * NaN is NaN
-            k = tl.load(keys, mask=(pos < reach)[None, :], other=0.0)
-            v = tl.load(values, mask=(pos < reach)[:, None], other=0.0)
+        if MASKED:  # values elsewhere may be NaN, and 0 * NaN is NaN
+            k = tl.load(keys, mask=here[None, :], other=0.0)
+            v = tl.load(values, mask=here[:, None], other=0.0)
         else:
             k = tl.load(keys)
             v = tl.load(values)
@@ -155,7 +164,7 @@ def _visit(
         scores = tl.dot(q, k, input_precision=PRECISION)
         scores = _bent(scores, scale, SOFT_CAP)
         if MASKED:
-            seen = (pos[None, :] <= q_pos[:, None]) & (pos < reach)[None, :]
+            seen = (pos[None, :] <= q_pos[:, None]) & here[None, :]
             if WINDOW > 0:
                 seen &= pos[None, :] > q_pos[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
@@ -185,17 +194,18 @@ def _share(past, splits, least, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def attend_single(
-    qkv, cos, sin, q_norm, k_norm, pages, page_table, kv_lens, cu_q_lens, parts, heights,
+    qkv, cos, sin, q_norm, k_norm, sinks, pages, page_table, kv_lens, cu_q_lens, parts, heights,
     width, splits, least, scale, eps,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Attend rows with one query, a share of the context per instance; grid ``(K, R, splits)``.
 
     Reads ``qkv [T, K, G + 2, H]``, ``page_table [R, width]``, ``kv_lens [R]`` and ``cu_q_lens [R + 1]``; writes each
     share's output ``parts [R, N, splits, H]`` and the logarithm of its weight ``heights [R, N, splits]``, float32. The
-    first instance writes the new key and value, too, and attends to them before they are in memory.
+    first instance writes the new key and value, too, and attends to them before they are in memory; and it counts the
+    ``sinks [N]``.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(cu_q_lens + row)
@@ -218,10 +228,18 @@ def attend_single(
             top = _bent(tl.sum(queries.to(tl.float32) * k.to(tl.float32), 1), scale, SOFT_CAP)
             mass += 1
             out += v.to(tl.float32)
+            if SINKS:
+                sink = tl.load(sinks + kv_head * G + lane, mask=lane < G, other=0.0) * LOG2E
+                higher = tl.maximum(top, sink)
+                mass = tl.exp2(top - higher)
+                out *= mass[:, None]
+                mass += tl.exp2(sink - higher)
+                top = higher
         start = (first + split * each) * BLOCK_N
         q_pos = tl.zeros([BLOCK_M], tl.int32) + past
         top, mass, out = _visit(
-            queries, q_pos, top, mass, out, head, table, start, tl.minimum(start + each * BLOCK_N, past), past, scale,
+            queries, q_pos, top, mass, out, head, table,
+            start, tl.minimum(start + each * BLOCK_N, past), past + 1 - WINDOW, past, scale,
             K, S, H, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True,
         )  # fmt: skip
         part = (row * (K * G) + kv_head * G + lane) * splits + split
@@ -258,10 +276,10 @@ def combine(
 
 @triton.jit
 def attend_tiles(
-    q, pages, page_table, kv_lens, cu_q_lens, rows, width, scale,
+    q, sinks, pages, page_table, kv_lens, cu_q_lens, rows, width, scale,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Attend rows with two queries or more, in place of ``q [T, N, H]``; grid ``(K, T // B + R)``, B = BLOCK_M // G.
 
@@ -294,18 +312,22 @@ def attend_tiles(
         q_pos = tl.where(active, past + query, -1)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK_M], tl.float32)
+        if SINKS:
+            top = tl.load(sinks + n) * LOG2E
+            mass += 1
         out = tl.zeros([BLOCK_M, H], tl.float32)
         head, table = pages + kv_head * (S * H), page_table + row * width
+        floor = tl.maximum(past - WINDOW + 1, 0)
         if WINDOW > 0:
-            masked_from = tl.maximum(past - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            masked_from = floor // BLOCK_N * BLOCK_N
         else:
             masked_from = (past + 1) // BLOCK_N * BLOCK_N
             top, mass, out = _visit(
-                queries, q_pos, top, mass, out, head, table, 0, masked_from, masked_from, scale,
+                queries, q_pos, top, mass, out, head, table, 0, masked_from, 0, masked_from, scale,
                 K, S, H, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, False,
             )  # fmt: skip
         top, mass, out = _visit(
-            queries, q_pos, top, mass, out, head, table, masked_from, past + used, past + used, scale,
+            queries, q_pos, top, mass, out, head, table, masked_from, past + used, floor, past + used, scale,
             K, S, H, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True,
         )  # fmt: skip
         out *= (1 / tl.where(active, mass, 1.0))[:, None]

@@ -31,8 +31,8 @@ from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
 from astraea_jax.kv_cache.offload import LARGEST_BLOCK, block_sharding
 from astraea_jax.lab import gpu_code
-from astraea_jax.models.formats import EIGHT_BITS, FORMATS
-from astraea_jax.models.matrix import everywhere
+from astraea_jax.models.formats import EIGHT_BITS, FORMATS, Format
+from astraea_jax.models.matrix import Forms, everywhere, plain
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import abstract_decoder, mesh_of
 
@@ -83,6 +83,24 @@ TARGETS = {
 """A tpu7x chip of 192 GiB is two devices; by default JAX takes three quarters of a GPU's memory."""
 
 
+def _fp8_block(path: str) -> Format:
+    """Of the checkpoints of Qwen and others, where gate and up projection alternate in blocks of 64 outputs."""
+    return Format("fp8", inputs=128, outputs=64 if path.endswith("gate_up") else 128)
+
+
+def _mxfp4(path: str) -> Format | None:
+    """Of gpt-oss's experts only."""
+    return Format("fp4", inputs=32, scales="bfloat16") if ".mlp." in path else None
+
+
+FORMS: dict[str, Forms] = {
+    **{name: everywhere(form) for name, form in FORMATS.items()},
+    "fp8-block": _fp8_block,
+    "mxfp4": _mxfp4,
+}
+"""Name -> forms of a model's matrices: those that ``--quantize`` makes of them, and those of checkpoints."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A model on a mesh of absent devices."""
@@ -95,7 +113,7 @@ class Case:
     scan: bool | None = None
     """Whether the layers run as one loop. None: the engine's choice."""
     quantize: str | None = None
-    """See :class:`~astraea_jax.engine.config.EngineConfig`."""
+    """Form of its matrices, of :data:`FORMS`."""
     kv_dtype: str | None = None
     """See :class:`~astraea_jax.engine.config.EngineConfig`."""
 
@@ -183,9 +201,8 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     platform = "tpu" if target.capability is None else "gpu"
     config = EngineConfig(**asdict(default_sizes(platform)))
     scan = target.capability is None if case.scan is None else case.scan
-    form = FORMATS[case.quantize] if case.quantize else None
     kv_dtype = EIGHT_BITS[case.kv_dtype] if case.kv_dtype else dtype
-    decoder = abstract_decoder(model, dtype, mesh, forms=everywhere(form), stacked=scan)
+    decoder = abstract_decoder(model, dtype, mesh, forms=FORMS[case.quantize] if case.quantize else plain, stacked=scan)
     backend = choose(
         case.attention,
         platform,
@@ -219,7 +236,8 @@ def _executables(step: Step, tp: int) -> Iterator[_Executable]:
     decode, unrolled = [shape for shape in step.shapes if shape.q_tile == 1], 0 if step.stacked else step.num_layers
     for name, shape in zip(EXECUTABLES, (decode[0], decode[-1], step.shapes[-1])):
         lower = lambda shape=shape: step.jitted(shape).lower(*step.arguments(shape))  # noqa: E731
-        yield _Executable(name, lower, pool, paged, weights, in_text if tp > 1 else 0, unrolled)
+        alike = {shape.tokens * size for leaf in step.leaves for size in leaf.shape}  # activations as large as a weight
+        yield _Executable(name, lower, pool, paged, weights - alike, in_text if tp > 1 else 0, unrolled)
     ids = jax.ShapeDtypeStruct((LARGEST_BLOCK,), jnp.int32, sharding=step.replicated)
     for group in step.groups.present:
         (gather, _, scatter), pages = step.transfers(group), step.pages_of(group)
@@ -262,8 +280,9 @@ def _compile(case: Case, program: _Executable) -> Figures:
 def _look_at_gpu_code(figures: Figures, text: str, layers: int, capability: int) -> None:
     kind = figures.program.partition("-")[0]
     if layers:
-        figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers)
-        if figures.launches > most and figures.case.tp == 1 and not figures.case.quantize:
+        mixed = PUBLISHED[figures.case.model].experts is not None
+        figures.launches, most = gpu_code.launches(text), gpu_code.most_launches(kind, layers, mixed)
+        if figures.launches > most and figures.case.tp == 1 and (mixed or not figures.case.quantize):
             figures.failures.append(f"launches {figures.launches} kernels, {most} at most")
         figures.failures += [f"is no single command buffer: has a {opcode}" for opcode in gpu_code.branches(text)]
     for kernel in gpu_code.assembled(Path(os.environ["JAX_TRITON_DUMP_DIR"]), capability):

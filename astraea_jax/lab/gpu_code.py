@@ -16,6 +16,9 @@ LAUNCHES = {"decode": (12.5, 20), "mixed": (14.5, 20), "offload": (0, 1), "resto
 """Kind of executable -> launches that a layer may have, and those around the layers. A step has four products a layer,
 of which three are split and summed; two norms, one activation; attention's two or four kernels; and a sum of residuals
 now and then, as XLA sees fit."""
+MIXED = {"decode": 7, "mixed": 16}
+"""Kind of step -> launches more of a layer with a mixture: the router's product, scores and choice; dispatch, which XLA
+does for many tokens; the sum of what experts return, and biases."""
 FREE = ("parameter", "constant", "get-tuple-element", "bitcast", "tuple", "copy-done", "partition-id")
 """Opcodes that launch nothing; an asynchronous copy counts where it starts."""
 
@@ -38,10 +41,13 @@ def launches(program: str) -> int:
     return sum(opcode not in FREE for opcode in opcodes)
 
 
-def most_launches(kind: str, layers: int) -> int:
-    """Most launches of this ``kind``, of :data:`LAUNCHES`, on one GPU whose matrices are not quantized."""
+def most_launches(kind: str, layers: int, mixed: bool) -> int:
+    """Most launches of this ``kind``, of :data:`LAUNCHES`, on one GPU, with or without mixtures of experts.
+
+    Matrices of a model without mixtures are not quantized.
+    """
     of_layer, around = LAUNCHES[kind]
-    return int(of_layer * layers + around)
+    return int((of_layer + (MIXED.get(kind, 0) if mixed else 0)) * layers + around)
 
 
 def branches(program: str) -> list[str]:

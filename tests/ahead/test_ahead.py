@@ -68,6 +68,29 @@ def test_steps_on_a_gpu_launch_little_and_never_branch(target, models, tmp_path)
         assert {"turn_and_write", "attend_tiles"} <= mixed["registers"].keys()
 
 
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(package) for package in ("jax_triton", "jax_cuda13_plugin")),
+    reason="compiling for a GPU needs the [cuda] extra, on Python 3.12 or newer",
+)
+@pytest.mark.parametrize(
+    ("model", "form", "programs"),
+    [
+        ("qwen3-coder-30b-a3b", None, ["decode-most", "mixed-most"]),
+        ("qwen3-coder-30b-a3b", "fp8-block", ["decode-most"]),
+        ("gpt-oss-20b", "mxfp4", ["decode-most", "mixed-most"]),
+    ],
+)
+def test_mixtures_on_a_gpu_copy_no_expert_and_launch_little(model, form, programs, tmp_path):
+    done = run(
+        *("--target=h200", f"--model={model}", "--tp=1", f"--program={','.join(programs)}"),
+        *(f"--json={tmp_path / 'figures.json'}", *([f"--quantize={form}"] if form else [])),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in json.loads((tmp_path / "figures.json").read_text())["programs"]:
+        assert {"multiply_blocks", "attend_single"} <= step["registers"].keys()
+        assert step["temp"] < 2**27 < step["aliased"]
+
+
 def test_a_model_that_does_not_fit_is_said_to_be_so():
     done = run("--target=v5e", "--model=llama-3.1-8b", "--tp=1", "--attention=pallas")
     assert done.returncode == 0, done.stderr

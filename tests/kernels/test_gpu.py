@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.experts import FORMATS, Choices, choices, matrix
 from support.greedy_tokens import generate, greedy_tokens
 from support.ragged import VARIANTS, Ragged, like_a_model, ragged
 
@@ -23,7 +25,10 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import Reference, Triton
 from astraea_jax.kernels.gpu import HEAD_DIMS, MOST_SPLITS, load_kernels, split_context
+from astraea_jax.kernels.grouped import dispatch
+from astraea_jax.kernels.grouped_triton import GroupedTriton
 from astraea_jax.lab.gpu_code import assembled
+from astraea_jax.models.heads import Switches
 from astraea_jax.models.published import PUBLISHED
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("jax_triton", "jax_cuda13_plugin")}
@@ -191,6 +196,47 @@ def test_float8_pages(triton):
     out, _ = case.attend(triton(), jnp.bfloat16, jnp.float8_e4m3fn)
     real = case.batch.cu_q_lens[-1]
     np.testing.assert_allclose(out[:real], case.expected()[0][:real], atol=0.15)
+
+
+@on_a_gpu
+@settings(deadline=None, max_examples=20)
+@given(case=choices())
+def test_every_row_is_the_product_with_its_expert(triton, case):
+    case.check_product(GroupedTriton(triton()), jnp.float32, 1e-4)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_products_of_experts_in_half_precision(triton, dtype, form, tokens):
+    index = np.random.default_rng(tokens).permuted(np.tile(np.arange(8), (tokens, 1)), axis=1)[:, :2]
+    case = Choices(index.astype(np.int32), 8, 256, 384, form, tokens)
+    case.check_product(GroupedTriton(triton()), dtype, 2e-2)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_token_of_few_and_one_of_many_have_the_same_result(triton, form):
+    """Bit for bit, though their blocks are of other sizes."""
+    grouped, made = GroupedTriton(triton()), matrix((4, 256, 256), FORMATS[form], jnp.bfloat16, seed=1)
+    x = jax.random.normal(jax.random.key(1), (600, 256), jnp.bfloat16)
+    results = []
+    for tokens in (1, 40, 600):
+        sent = dispatch(jnp.zeros((tokens, 1), jnp.int32), 4, grouped.block_rows(tokens, 4))
+        results.append(grouped.product(x[:tokens][sent.tokens], made, sent.blocks)[sent.rows[0, 0]])
+    assert all((result == results[0]).all() for result in results)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("norms", ["bfloat16", "float32"])
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(("window", "head"), [(128, 64), (1024, 256), (None, 64)])
+def test_windows_sinks_and_norms_in_float32(triton, window, head, decode, norms):
+    """Pages that a window has left are the null page in the table, whose numbers are no numbers."""
+    case = like_a_model(decode, True, 16, 2, 8, head, seed=head).switched(Switches(window=window), sinks=True)
+    case = dataclasses.replace(case, float32_norms=norms == "float32").behind(window)
+    case.check(case.attend(triton(), jnp.bfloat16), case.expected(), rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.serves("triton", "run", "the engine's tokens, against dense attention")

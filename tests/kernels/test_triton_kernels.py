@@ -17,6 +17,7 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.kernels import BACKENDS, Reference
 from astraea_jax.kernels.backend import stored
+from astraea_jax.models.heads import Switches
 
 pytestmark = pytest.mark.parity
 
@@ -35,7 +36,7 @@ def interpreted():
 @settings(deadline=None, max_examples=12)
 @given(case=ragged(long=200), variant=VARIANTS)
 def test_matches_numpy(interpreted, case, variant):
-    case = case.switched(*variant)
+    case = case.switched(*variant).behind(variant[0].window)
     case.check(case.attend(interpreted()), case.expected(), rtol=1e-4, atol=1e-5)
 
 
@@ -93,10 +94,22 @@ def test_float8_is_rounded_as_by_the_other_backends(interpreted, capability):
 
 
 @pytest.mark.parametrize("decode", [True, False])
-@pytest.mark.parametrize("normed", [True, False])
-def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, decode, normed):
-    """A norm is rounded before and after its scale, a rotation once."""
-    like_a_model(decode, normed, 16, 2, 4, 64, seed=3).check_alike(interpreted(), Reference(), jnp.float16)
+@pytest.mark.parametrize("norms", [None, "float16", "float32"])
+def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, decode, norms):
+    """A norm is rounded after its scale, and before it if the scale is not in float32; a rotation once."""
+    case = like_a_model(decode, norms is not None, 16, 2, 4, 64, seed=3)
+    case = dataclasses.replace(case, float32_norms=norms == "float32")
+    case.check_alike(interpreted(), Reference(), jnp.float16)
+
+
+@pytest.mark.serves("triton", "interpreted", "sliding window, soft cap")
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("window", [1, 16, 100, 128, 400])
+def test_windows_and_sinks_over_several_blocks_and_pages(interpreted, decode, window):
+    """Pages that no query of a step sees are the null page in the table, whose numbers are no numbers."""
+    case = like_a_model(decode, False, 16, 1, 8, 64, seed=window).switched(Switches(window=window), sinks=True)
+    case = case.behind(window)
+    case.check(case.attend(interpreted()), case.expected(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.serves("triton", "interpreted", "the engine's tokens, against dense attention")

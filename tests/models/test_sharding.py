@@ -13,19 +13,33 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from support.wide import WIDE, wide_decoder
+from support.wide import MIXED, WIDE, wide_decoder
 
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf, save_orbax
-from astraea_jax.models.config import CheckpointError
+from astraea_jax.models.config import CheckpointError, Experts
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import AXES, abstract_decoder, check_mesh, mesh_of, spec
 
-SHAPES = [WIDE, dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True, sinks=True)]
+FEATURES = dataclasses.replace(MIXED, experts=Experts(6, 2, 32, biases=True))
+"""Six experts are divided by their features, among four devices."""
+SHAPES = [
+    MIXED,
+    FEATURES,
+    WIDE,
+    dataclasses.replace(WIDE, tie_embeddings=True, qkv_bias=False, qk_norm=True, sinks=True),
+]
 
 
 @pytest.fixture
 def mesh():
     return mesh_of(jax.devices()[2:6])
+
+
+def whole(path, shape=()) -> bool:
+    """Whether no axis of a parameter is divided: norms, routers, biases of outputs unless by whole experts."""
+    return path[-1] in ("scale", "o_bias", "router", "router_bias", "correction") or (
+        path[-1] == "down_bias" and shape[:1] == (6,)
+    )
 
 
 def check_parts(decoder, mesh) -> None:
@@ -35,7 +49,7 @@ def check_parts(decoder, mesh) -> None:
         assert array.sharding == jax.sharding.NamedSharding(mesh, spec(path, array.shape, mesh)), path
         parts = {shard.device: shard.data for shard in array.addressable_shards}
         assert set(parts) == set(mesh.devices.flat)
-        pieces = 1 if path[-1] == "scale" else mesh.size
+        pieces = 1 if whole(path, array.shape) else mesh.size
         assert {part.size for part in parts.values()} == {array.size // pieces}, path
 
 
@@ -81,12 +95,25 @@ def test_every_matrix_of_every_shape_is_divided(config, devices):
         return
     for path, leaf in nnx.to_flat_state(nnx.state(abstract_decoder(config, jnp.bfloat16, mesh))):
         part = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        assert part == math.prod(leaf.shape) // (1 if path[-1] == "scale" else devices), path
+        undivided = whole(path, leaf.shape) or (config.vocab_size in leaf.shape and config.vocab_size % devices)
+        assert part == math.prod(leaf.shape) // (1 if undivided else devices), path
 
 
 def test_the_feed_forward_size_must_divide_too():
     with pytest.raises(CheckpointError, match=r"feed-forward size \(98\).*choose a tensor_parallel of 1, 2$"):
         check_mesh(dataclasses.replace(WIDE, intermediate_size=98), mesh_of(jax.devices()[:4]))
+
+
+def test_experts_divide_by_their_number_or_by_their_features(mesh):
+    assert spec(("layers", 0, "mlp", "down", "weight"), (8, 32, 64), mesh) == P("tp")
+    assert spec(("layers", 0, "mlp", "down", "weight"), (6, 32, 64), mesh) == P(None, "tp")
+    assert spec(("layers", 0, "mlp", "gate_up", "scales"), (6, 1, 64), mesh) == P(None, None, "tp")
+    neither = dataclasses.replace(MIXED, experts=Experts(6, 2, 30, shared_size=48))
+    with pytest.raises(CheckpointError, match=r"experts or their feed-forward size \(6 or 30\).*of 1, 2, 3, 6$"):
+        check_mesh(dataclasses.replace(neither, num_heads=12, num_kv_heads=12), mesh)
+    shared = dataclasses.replace(MIXED, experts=Experts(8, 2, 32, shared_size=50))
+    with pytest.raises(CheckpointError, match=r"shared experts' feed-forward size \(50\).*of 1, 2$"):
+        check_mesh(shared, mesh)
 
 
 def test_a_vocabulary_that_does_not_divide_is_whole_everywhere(mesh):
@@ -101,7 +128,7 @@ def test_every_name_of_the_rules_is_a_parameter():
     for config in SHAPES:
         for path, _ in nnx.to_flat_state(nnx.state(abstract_decoder(config, jnp.float32, mesh_of(jax.devices()[:1])))):
             names.add(".".join(map(str, path[2:] if path[0] == "layers" else path)))
-    assert set(AXES) == {name for name in names if not name.endswith("scale")}
+    assert set(AXES) == {name for name in names if not whole(name.split("."))}
 
 
 def test_scales_go_with_their_weights():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from astraea_jax.models.config_file import read_json
-from astraea_jax.models.families import FAMILIES, read_config
+from astraea_jax.models.families import read_config
+from astraea_jax.models.family_table import FAMILIES
 from astraea_jax.models.published_fields import FIELDS
 
 pytestmark = [

@@ -16,6 +16,7 @@ from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected, Request
 from astraea_jax.scheduler.transfer import HostTier
+from astraea_jax.scheduler.windows import Window
 
 # -- forks -----------------------------------------------------------------------------------------------------
 
@@ -35,6 +36,15 @@ def test_a_fork_shares_every_page(first, salt):
     # The last page, which is not full, is left to whoever does not go on; then the other has it to itself.
     assert serve(loop, first, [*LONGER, 5, 6], 2, salt=salt).cached_tokens == 20
     assert serve(loop, other, [*LONGER, 7], 2, salt=salt).cached_tokens == 23
+
+
+@pytest.mark.parametrize(("shared", "cached"), [(21, 20), (10, 8), (0, 0)])
+def test_a_child_begins_with_what_its_parent_has_of_its_prompt(shared, cached):
+    """Nothing else is kept for it, and it starts though the pool holds only its prompt and the parent's."""
+    loop = loop_of(pages=16)
+    serve(loop, "parent", TEXT, 3)
+    request = serve(loop, "child", [*TEXT[:shared], *[8] * (39 - shared)], 1, parent="parent")
+    assert request.cached_tokens == cached
 
 
 def test_a_fork_of_a_program_on_the_host_shares_its_copies():
@@ -225,6 +235,8 @@ class Families:
         host = rng.choice([HostTier(), HostTier(pages=12, staging=4), AMPLE])
         policy, strategy = rng.choice(SERVING), rng.choice(["infercept", "adaptive", "always-offload", "always-keep"])
         sizes = {"max_seqs": 3, "max_step_tokens": rng.choice([4, 12, 40]), "max_programs": rng.choice([6, 40])}
+        if rng.random() < 0.5:
+            sizes["window"] = Window(rng.choice([1, 4, 6, 13]), 1 + rng.randint(1, 3) * 5 + 10)
         self.loop = Loop(make(policy, strategy, num_pages=rng.randint(14, 30), host=host, **sizes))
         self.loop.delay = rng.choice([0, 0, 3])
         self.scheduler, self.branches = self.loop.scheduler, self.loop.scheduler.branches

@@ -10,11 +10,14 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
-from astraea_jax.kernels import triton_kernels
+from astraea_jax.kernels import triton_kernels, triton_products
 from astraea_jax.kernels.gpu import Triton
+
+KERNELS = {**vars(triton_kernels), **vars(triton_products)}
 
 
 class Interpreted(Triton):
@@ -32,8 +35,10 @@ class Interpreted(Triton):
         def run(*values: jax.Array) -> tuple[np.ndarray, ...]:
             tensors = {name: _tensor(np.asarray(x)) for name, x in zip(arrays, values, strict=True)}
             for name, x in (out or {}).items():
-                tensors[name] = _tensor(np.full(x.shape, np.nan, x.dtype))
-            getattr(triton_kernels, kernel)[grid](**tensors, **numbers, **constants)
+                tensors[name] = _tensor(
+                    np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
+                )
+            KERNELS[kernel][grid](**tensors, **numbers, **constants)
             return tuple(_array(tensors[name], x.dtype) for name, x in results.items())
 
         filled = jax.pure_callback(run, tuple(results.values()), *arrays.values())

@@ -35,6 +35,8 @@ class Ragged:
     switches: Switches = PLAIN
     sinks: np.ndarray | None = None
     """``[N]``."""
+    float32_norms: bool = False
+    """Whether the scales of norms are in float32, whatever the heads are in."""
 
     @classmethod
     def make(
@@ -95,7 +97,8 @@ class Ragged:
     def heads(self, dtype: Any) -> Heads:
         """The tokens as attention takes them."""
         plain = Heads.of(*(jnp.asarray(x, dtype) for x in (self.q, self.k, self.v)))
-        q_norm, k_norm = (jnp.asarray(x, dtype) for x in self.norms) if self.norms else (None, None)
+        of_norms = jnp.float32 if self.float32_norms else dtype
+        q_norm, k_norm = (jnp.asarray(x, of_norms) for x in self.norms) if self.norms else (None, None)
         sinks = None if self.sinks is None else jnp.asarray(self.sinks)
         turns = jnp.cos(self.angle), jnp.sin(self.angle)
         return Heads(plain.qkv, *turns, q_norm, k_norm, sinks, eps=EPS, switches=self.switches)

@@ -1,6 +1,7 @@
 """A random model that several devices can share, four key/value heads, and programs for it."""
 
 import asyncio
+import dataclasses
 import random
 
 import jax
@@ -12,7 +13,7 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.rpc.client import Client
-from astraea_jax.models.config import ModelConfig
+from astraea_jax.models.config import Experts, ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
 
@@ -28,6 +29,8 @@ WIDE = ModelConfig(
     tie_embeddings=False,
     qkv_bias=True,
 )
+MIXED = dataclasses.replace(WIDE, experts=Experts(8, 3, 32, shared_size=48))
+"""Eight experts and a shared one, which four devices share."""
 PAGE_BYTES = 4096
 """Bytes of a page of four tokens in float32."""
 TIGHT = EngineConfig(
@@ -36,10 +39,10 @@ TIGHT = EngineConfig(
 """Forty pages, on one device: less than four running requests want."""
 
 
-def wide_decoder() -> Decoder:
+def wide_decoder(config: ModelConfig = WIDE) -> Decoder:
     """Weights and biases large enough that greedy choices differ clearly. (NumPy draws them: nothing is compiled.)"""
     draw = np.random.default_rng(0).standard_normal
-    graph, state = nnx.split(abstract_decoder(WIDE, jnp.float32, default_mesh()))
+    graph, state = nnx.split(abstract_decoder(config, jnp.float32, default_mesh()))
     decoder: Decoder = nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.16 * draw(x.shape), x.dtype), state))
     for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
         if path[-1] == "scale":
