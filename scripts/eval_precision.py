@@ -28,7 +28,7 @@ from rich.table import Table
 
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.config import DTYPES, KV_DTYPES, EngineConfig
-from astraea_jax.engine.mixtures import with_mixtures
+from astraea_jax.engine.mixtures import operations
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.lab.shop import make_tasks
@@ -38,7 +38,6 @@ from astraea_jax.models.config_file import read_json
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.families import read_config
 from astraea_jax.models.formats import FORMATS, Format
-from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -125,7 +124,7 @@ def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
         pages = (jnp.zeros(shape, backend.page_dtype(kv_dtype)),) * c.num_layers
         where = Batch(table, n[None], jnp.stack([0, n]), jnp.where(at < n, at + PAGE, 0))
         attend = lambda _, heads, p: backend.attend(heads, p, where, q_tile=16)  # noqa: E731
-        hidden, _ = decoder(tokens, at, pages, with_mixtures(Operations(attend), default_mesh()))
+        hidden, _ = decoder(tokens, at, pages, operations(attend, backend, default_mesh()))
         return jax.nn.log_softmax(decoder.logits(hidden))
 
     graph, state = nnx.split(decoder)

@@ -204,16 +204,6 @@ def _decoded(codes: jax.Array, form: Format) -> jax.Array:
     return 0.5 * jnp.where(wide > 7, -doubled, doubled).astype(jnp.float32)
 
 
-def _decoded(codes: jax.Array, form: Format) -> jax.Array:
-    """What codes, one in each item, stand for before zeros and scales, in float32."""
-    if form.codes != "fp4":
-        values = codes.astype(jnp.float32)
-        return values - MIDDLE if form.codes == "int4" and not form.zeros else values
-    wide = codes.astype(jnp.int32)
-    doubled = jax.lax.shift_right_logical(jnp.int32(DOUBLED), 4 * (wide & 7)) & 15
-    return 0.5 * jnp.where(wide > 7, -doubled, doubled).astype(jnp.float32)
-
-
 def inputs_at_once(inputs: int, form: Format) -> int:
     """Inputs that are widened in one go: whole groups, and whole tiles of codes in memory, or all inputs."""
     step = math.lcm(form.inputs or 1, PACKED * form.per_item)
