@@ -48,7 +48,8 @@ def check_logits(folder: Path) -> None:
     def attend(_, heads, layer):
         return Reference().attend(heads, layer, where, q_tile=16)
 
-    hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, with_mixtures(Operations(attend), default_mesh())))(
+    ops = with_mixtures(Operations(attend), default_mesh())
+    hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, ops))(text)
         text
     )
     logits = np.asarray(decoder.logits(hidden))
