@@ -99,7 +99,8 @@ def _by_output(codes: Codes, form: Format) -> Codes:
 
 
 def _sliced(codes: Codes, first: jax.Array, size: int) -> Codes:
-    return Codes(*(a if a is None else jax.lax.dynamic_slice_in_dim(a, first, size, 1) for a in codes))
+    own: Codes = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, size, 1), codes)
+    return own
 
 
 def _of_each(grid: jax.Array, form: Format, columns: int) -> jax.Array:

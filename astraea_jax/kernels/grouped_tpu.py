@@ -144,9 +144,10 @@ def _kernel(experts: Any, used: Any, x: Any, weight: Any, *rest: Any, form: Form
     """
     block = pl.program_id(1)
     in_use = block < used[0]
+    scale: Any = None
     if form is None:
         (out,) = rest
-        wide, scale = weight.at[0], None
+        wide = weight.at[0]
     else:
         scales, *zeros, out, wide = rest
         first = pl.program_id(0) * out.shape[1]
