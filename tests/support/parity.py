@@ -50,8 +50,6 @@ def check_logits(folder: Path) -> None:
 
     ops = with_mixtures(Operations(attend), default_mesh())
     hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, ops))(text)
-        text
-    )
     logits = np.asarray(decoder.logits(hidden))
     error = np.abs(logits[: len(prompt)] - golden["logits"]).max() / np.abs(golden["logits"]).max()
     assert error < 1e-4, f"{folder.name}: relative error {error:.1e}"
