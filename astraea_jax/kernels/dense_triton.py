@@ -35,8 +35,9 @@ def multiply_narrow(grouped: GroupedTriton, mesh: Mesh | None, x: jax.Array, mat
     if not divisible(form, shape, mesh.size, summed=matrix.summed):
         return multiply(x, matrix)
     of_input, of_output = (TP, None) if matrix.summed else (None, TP)
-    scales = PartitionSpec(None if form.inputs is None else of_input, of_output)
-    codes = Codes(PartitionSpec(of_input, of_output), scales, scales if form.zeros else None)
+    scales: Any = PartitionSpec(None if form.inputs is None else of_input, of_output)
+    weight: Any = PartitionSpec(of_input, of_output)
+    codes = Codes(weight, scales, scales if form.zeros else None)
 
     def on_device(x: jax.Array, codes: Codes) -> jax.Array:
         out = grouped.multiplied(x, codes, form)
