@@ -69,6 +69,7 @@ def assert_reads(narrow, again):
     return forms
 
 
+@pytest.mark.serves("reference", "tested", "fp8 weights", "int4 weights")
 @pytest.mark.parametrize("name", WRITERS)
 def test_weights_are_those_of_the_file(name, wide, tmp_path):
     write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
