@@ -14,20 +14,19 @@ graph). Rows with a temperature are drawn again from its logits, by an executabl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax.engine.compilation import accepted
 from astraea_jax.engine.mixtures import operations
+from astraea_jax.engine.packing import Packed, Packing, joined_shape
 from astraea_jax.engine.sampling import likeliest, sample
 from astraea_jax.kernels import Backend, Batch
 from astraea_jax.kv_cache.arrays import (
@@ -49,9 +48,6 @@ PREFILL_TILE = 16
 
 FEWEST_DRAWN = 8
 """Rows of the smallest logits that a step returns, so that few executables draw from them again."""
-
-SMALL = 2**17
-"""Numbers of the largest array that is joined with others into one argument of a step."""
 
 COLUMNS = 9
 """Values per row: slot, start, count, samples, top_k; bits of seed, temperature, top_p, min_p."""
@@ -85,9 +81,6 @@ of Llama-3.1-8B reached 94 % of an H200's read floor and all its executables com
 kernels of its own for every product and shape. By default a CPU's computes first what waits for nothing: it widens
 every narrow weight before the first product, and a step takes five to twenty times as long. It also keeps to vectors of
 256 bits where the processor has 512, with which a step of one row takes 0.94 of the time, and others the same."""
-
-Packed = tuple[Any, ...]
-"""A model's arrays, or their shapes, as arguments of a step."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +158,9 @@ class Step:
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(placed(state, mesh))
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
-        self._packing = _Packing.of(leaves)
+        self._packing = Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.leaves: Packed = self._packing.pack(leaves, partial(_joined_shape, self.replicated))
+        self.leaves: Packed = self._packing.pack(leaves, partial(joined_shape, self.replicated))
         self.num_layers, self.vocab_size = decoder.config.num_layers, decoder.config.vocab_size
         self.stacked = decoder.stacked
         """Whether the layers run as one loop and their pages are one array of each group."""
@@ -384,42 +377,3 @@ def _padded(predicted: tuple[jax.Array, jax.Array], rows: int) -> tuple[jax.Arra
 def _updated(table: jax.Array, updates: jax.Array) -> jax.Array:
     indices, pages = updates.reshape(2, -1)
     return table.reshape(-1).at[indices].set(pages, mode="drop").reshape(table.shape)
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Joins a model's many small arrays (of norms) into one argument per dtype: each argument costs host time."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    """Of all leaves."""
-    small: tuple[tuple[int, ...], ...]
-    """Per dtype, indices of the leaves that are joined end to end."""
-    ends: tuple[tuple[int, ...], ...]
-    """Per dtype, where each of these leaves but the last ends."""
-
-    @classmethod
-    def of(cls, leaves: Sequence[jax.ShapeDtypeStruct]) -> _Packing:
-        by_dtype: dict[Any, list[int]] = {}
-        for i, leaf in enumerate(leaves):
-            if leaf.size <= SMALL and leaf.sharding.is_fully_replicated:
-                by_dtype.setdefault(leaf.dtype, []).append(i)
-        ends = (np.cumsum([leaves[i].size for i in group])[:-1].tolist() for group in by_dtype.values())
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-        return cls(shapes, tuple(map(tuple, by_dtype.values())), tuple(map(tuple, ends)))
-
-    def pack(self, leaves: Sequence[Any], join: Any) -> Packed:
-        joined = {i for group in self.small for i in group}
-        alone = (leaf for i, leaf in enumerate(leaves) if i not in joined)
-        return (*alone, *(join(*(leaves[i] for i in group)) for group in self.small))
-
-    def unpack(self, packed: Packed) -> list[Any]:
-        pieces: dict[int, Any] = {}
-        first = len(packed) - len(self.small)
-        for group, ends, joined in zip(self.small, self.ends, packed[first:], strict=True):
-            pieces.update(zip(group, jnp.split(joined, ends), strict=True))
-        alone = iter(packed[:first])
-        return [pieces[i].reshape(s) if i in pieces else next(alone) for i, s in enumerate(self.shapes)]
-
-
-def _joined_shape(sharding: NamedSharding, *small: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((sum(x.size for x in small),), small[0].dtype, sharding=sharding)
