@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -234,7 +235,11 @@ class Families:
         self.rng = rng = random.Random(seed)
         host = rng.choice([HostTier(), HostTier(pages=12, staging=4), AMPLE])
         policy, strategy = rng.choice(SERVING), rng.choice(["infercept", "adaptive", "always-offload", "always-keep"])
-        sizes = {"max_seqs": 3, "max_step_tokens": rng.choice([4, 12, 40]), "max_programs": rng.choice([6, 40])}
+        sizes: dict[str, Any] = {
+            "max_seqs": 3,
+            "max_step_tokens": rng.choice([4, 12, 40]),
+            "max_programs": rng.choice([6, 40]),
+        }
         if rng.random() < 0.5:
             sizes["window"] = Window(rng.choice([1, 4, 6, 13]), 1 + rng.randint(1, 3) * 5 + 10)
         self.loop = Loop(make(policy, strategy, num_pages=rng.randint(14, 30), host=host, **sizes))
