@@ -24,7 +24,7 @@ from .heads import Heads, Switches, rms_norm
 from .matrix import Forms, InStack, Matrix, plain, within
 from .mlp import MLP
 from .operations import Index, LayerCache, Operations
-from .product import BITS, bits, product, rows
+from .product import BITS, BITS_OF, bits, product, rows
 from .rope import Rope
 
 MULTIPLIED = ("weight", "router")
@@ -259,10 +259,10 @@ class Decoder(nnx.Module):
         )
 
     def keep_bits(self) -> None:
-        """Turn matrices of bfloat16 into integers of the same bits (:mod:`.product`), in place, for a CPU."""
+        """Turn matrices of bfloat16 and float8 into integers of their bits (:mod:`.product`), in place, for a CPU."""
         state = nnx.state(self)
         kept = [
-            (path, leaf.replace(bits(leaf[...])) if path[-1] in MULTIPLIED and leaf.dtype == jnp.bfloat16 else leaf)
+            (path, leaf.replace(bits(leaf[...])) if path[-1] in MULTIPLIED and leaf.dtype in BITS_OF else leaf)
             for path, leaf in nnx.to_flat_state(state)
         ]
         nnx.update(self, nnx.from_flat_state(kept))

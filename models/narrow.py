@@ -8,16 +8,14 @@ multiplied. Other devices have kernels; here the compiler dequantizes the matrix
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .formats import FP4, MIDDLE, PACKED, Format, unpacked
-from .product import LANES, blockwise, product
-
-DOUBLED = sum(int(2 * value) << 4 * code for code, value in enumerate(FP4)) - 2**32
-"""The magnitudes of ``fp4``, doubled, in four bits each; as an int32."""
+from .formats import MIDDLE, PACKED, Format, unpacked
+from .product import LANES, blockwise, float8, product
 
 
 class Codes(NamedTuple):
@@ -40,7 +38,12 @@ def narrow_product(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
         x = x.astype(jnp.float32)
         if len(x) == 1 and _loops(x.shape[1], form):
             return _of_one_row(x, codes, form)
-        return blockwise(x, codes.weight.shape[1], lambda first, size: of_outputs(codes, form, first, size, x.dtype))
+        by_output = _by_output(codes, form)
+
+        def block(first: jax.Array, size: int) -> jax.Array:
+            return _of_block(x, _sliced(by_output, first, size), replace(form, outputs=1))
+
+        return blockwise(block, len(x), x.shape[1], codes.weight.shape[1])
 
     def elsewhere(x: jax.Array, codes: Codes) -> jax.Array:
         return jnp.dot(x, dequantized(codes, form, x.dtype), preferred_element_type=jnp.float32)
@@ -49,25 +52,61 @@ def narrow_product(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     return result
 
 
-def dequantized(codes: Codes, form: Format, dtype: jnp.dtype) -> jax.Array:
+def dequantized(codes: Codes, form: Format, dtype: Any) -> jax.Array:
     """The weights ``[I, O]``, computed in float32."""
     inputs, outputs = codes.weight.shape[0] * form.per_item, codes.weight.shape[1]
-    numbers = decoded(unpacked(codes.weight) if form.per_item == 2 else codes.weight, form)
+    numbers = _values(unpacked(codes.weight) if form.per_item == 2 else codes.weight, form)
+    return _scaled(numbers, codes, form, form.inputs or inputs, outputs).astype(dtype)
+
+
+def _of_block(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
+    """The product of several rows ``[T, I]`` with a block of outputs; scales are by output."""
+    size, inputs = PACKED // 2, form.inputs or x.shape[1]
+    if form.per_item == 1 or inputs % PACKED:
+        return x @ dequantized(codes, form, x.dtype)
+    # Each half of the bytes by itself: codes are never put into the order of inputs.
+    halves = x.reshape(len(x), -1, 2, size)
+    low, high = (
+        halves[:, :, i].reshape(len(x), -1) @ _scaled(_values(part, form), codes, form, inputs // 2, part.shape[1])
+        for i, part in enumerate((codes.weight & 15, codes.weight >> 4))
+    )
+    return low + high
+
+
+def _scaled(numbers: jax.Array, codes: Codes, form: Format, rows: int, columns: int) -> jax.Array:
+    """Numbers ``[n, O]`` less their zeros, times their scales, each of which is that of so many rows."""
+    zeros: jax.Array | float = MIDDLE if form.codes == "int4" else 0
     if codes.zeros is not None:
-        numbers = numbers - _spread(codes.zeros, form.inputs or inputs, form.outputs, inputs, outputs)
-    return (numbers * _spread(codes.scales, form.inputs or inputs, form.outputs, inputs, outputs)).astype(dtype)
+        zeros = _of_each(codes.zeros, form, columns)[:, None]
+    scales = _of_each(codes.scales, form, columns)[:, None]
+    count = len(numbers)
+    if count % rows:  # the last block of inputs is smaller
+        numbers = jnp.pad(numbers, ((0, -count % rows), (0, 0)))
+    parts = (numbers.reshape(-1, rows, columns) - zeros) * scales
+    return parts.reshape(-1, columns)[:count]
 
 
-def of_outputs(codes: Codes, form: Format, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
+def of_outputs(codes: Codes, form: Format, first: jax.Array, size: int, dtype: Any) -> jax.Array:
     """The weights ``[I, size]`` of consecutive outputs."""
+    return dequantized(_sliced(_by_output(codes, form), first, size), replace(form, outputs=1), dtype)
 
-    def spread(grid: jax.Array) -> jax.Array:
-        by_output = jnp.repeat(grid, form.outputs, axis=1)[:, : codes.weight.shape[1]] if form.outputs > 1 else grid
-        return jax.lax.dynamic_slice_in_dim(by_output, first, size, 1)
 
-    weight = jax.lax.dynamic_slice_in_dim(codes.weight, first, size, 1)
-    by_output = Codes(weight, spread(codes.scales), None if codes.zeros is None else spread(codes.zeros))
-    return dequantized(by_output, Format(form.codes, form.inputs, zeros=form.zeros), dtype)
+def _by_output(codes: Codes, form: Format) -> Codes:
+    """The same with scales and zeros of every output, float32."""
+    outputs = codes.weight.shape[1]
+    zeros = None if codes.zeros is None else _of_each(codes.zeros, form, outputs)
+    return codes._replace(scales=_of_each(codes.scales, form, outputs), zeros=zeros)
+
+
+def _sliced(codes: Codes, first: jax.Array, size: int) -> Codes:
+    own: Codes = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, size, 1), codes)
+    return own
+
+
+def _of_each(grid: jax.Array, form: Format, columns: int) -> jax.Array:
+    """Scales or zeros ``[n, columns]`` float32 of every output."""
+    wide = grid.astype(jnp.float32)
+    return jnp.repeat(wide, form.outputs, axis=1)[:, :columns] if form.outputs > 1 else wide
 
 
 def _loops(inputs: int, form: Format) -> bool:
@@ -89,41 +128,29 @@ def _of_one_row(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     summed, inputs, outputs = _summed(form), x.shape[1], codes.weight.shape[1]
     factors = x.reshape(-1, summed)
     rows = codes.weight.reshape(len(factors), -1, outputs)
-    spread = (form.inputs or inputs) // summed, form.outputs, len(factors), outputs
-    zero: jax.Array | float = MIDDLE if form.codes == "int4" else 0
-    if codes.zeros is not None:
-        zero = _spread(codes.zeros, *spread)
-    sums = -zero * factors.sum(1, keepdims=True)
+    sums = jnp.zeros((len(factors), outputs), jnp.float32)
     for i in range(rows.shape[1]):
         if form.per_item == 1:
-            sums = sums + factors[:, i, None] * rows[:, i].astype(jnp.float32)
+            sums = sums + factors[:, i, None] * _values(rows[:, i], form)
         else:
             low, high = (_values(half, form) for half in (rows[:, i] & 15, rows[:, i] >> 4))
             sums = sums + factors[:, i, None] * low + factors[:, PACKED // 2 + i, None] * high
-    return jnp.ones((1, len(factors)), jnp.float32) @ (sums * _spread(codes.scales, *spread))
-
-
-def _spread(grid: jax.Array, inputs: int, outputs: int, rows: int, columns: int) -> jax.Array:
-    """Every number of ``grid`` for each of so many inputs and outputs: ``[rows, columns]`` float32."""
-    wide = grid.astype(jnp.float32)
-    for axis, (each, size) in enumerate(((inputs, rows), (outputs, columns))):
-        if wide.shape[axis] == 1:
-            wide = jnp.broadcast_to(wide, [size if a == axis else n for a, n in enumerate(wide.shape)])
-        elif each > 1:
-            wide = jax.lax.slice_in_dim(jnp.repeat(wide, each, axis=axis), 0, size, axis=axis)
-    return wide
-
-
-def decoded(codes: jax.Array, form: Format) -> jax.Array:
-    """What codes stand for before zeros and scales, in float32."""
-    values = _values(codes, form)
-    return values - MIDDLE if form.codes == "int4" and not form.zeros else values
+    shared = (form.inputs or inputs) // summed
+    zeros: jax.Array | float = MIDDLE if form.codes == "int4" else 0
+    if codes.zeros is not None:
+        zeros = _of_each(codes.zeros, form, outputs)[:, None]
+    parts = jnp.pad(sums, ((0, -len(factors) % shared), (0, 0))) if len(factors) % shared else sums
+    parts = parts.reshape(-1, shared, outputs)
+    totals = jnp.pad(factors.sum(1), (0, -len(factors) % shared)).reshape(-1, shared, 1)
+    parts = (parts - zeros * totals) * _of_each(codes.scales, form, outputs)[:, None]
+    parts = parts.reshape(-1, outputs)
+    return jnp.ones((1, len(parts)), jnp.float32) @ parts
 
 
 def _values(codes: jax.Array, form: Format) -> jax.Array:
-    """Codes as float32; those of ``fp4`` as the numbers that they stand for."""
-    if form.codes != "fp4":
-        return codes.astype(jnp.float32)
-    wide = codes.astype(jnp.int32)
-    doubled = jax.lax.shift_right_logical(jnp.int32(DOUBLED), 4 * (wide & 7)) & 15
-    return 0.5 * jnp.where(wide > 7, -doubled, doubled).astype(jnp.float32)
+    """What codes, one in each item, stand for before zeros and scales, in float32."""
+    if form.codes == "fp4":
+        return float8(codes, 9)
+    if codes.dtype == jnp.uint8 and form.codes == "fp8":
+        return float8(codes, 7)
+    return (codes.astype(jnp.int32) if form.codes == "int4" else codes).astype(jnp.float32)

@@ -47,7 +47,7 @@ class NarrowTensor(NamedTuple):
     form: Format
     read: Callable[[Index], Numbers]
     """``read(experts)``: its numbers, those of one expert if it has such an axis; last axes as those of ``shape``."""
-    taken: Index = ()
+    inside: Index = ()
     """Which part of it this is."""
     transposed: bool = False
     """Whether the part is then transposed, ``[in, out]`` to ``[out, in]``."""
@@ -67,8 +67,8 @@ class NarrowTensor(NamedTuple):
 
     def numbers(self) -> Numbers:
         """Its codes ``[out, in]``, scales and zeros (:meth:`.Format.grid`, transposed)."""
-        lead = tuple(i for i in self.taken if isinstance(i, int))
-        found, axes = self.read(lead), self.taken[len(lead) :]
+        lead = tuple(i for i in self.inside if isinstance(i, int))
+        found, axes = self.read(lead), self.inside[len(lead) :]
         axis = 1 if self.transposed else 0
         if len(axes) > axis and axes[axis] != slice(None):
             found = self._of_outputs(found, axes[axis], axis)

@@ -6,7 +6,8 @@ a block of the weight at a time is widened, small enough to stay in the processo
 that needs a compiler that runs things in order (``COMPILER_OPTIONS`` of :mod:`astraea_jax.engine.step`), or else all
 weights are widened first and the copies are read back from memory. Other devices widen inside of the product.
 
-Weights of bfloat16 are kept as integers of the same bits there, since XLA would widen a whole weight to slice it.
+Weights of bfloat16 are kept as integers of the same bits there, since XLA would widen a whole weight to slice it; and
+those of float8, since XLA converts them slowly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 
 BITS = jnp.dtype(jnp.uint16)
 """Dtype of weights that hold the bits of bfloat16 numbers."""
+BITS_OF = {jnp.dtype(jnp.bfloat16): BITS, jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
+"""Dtype of weights -> that of integers of the same bits, which a CPU widens faster."""
 WIDENED_AT_ONCE = 2**21
 """Numbers of a weight that are widened at once: 8 MiB in float32."""
 LANES = 8
@@ -68,34 +71,38 @@ def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _in_blocks(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
     """The product, with a block of the weight's outputs widened at a time."""
     axis = 0 if transposed else 1
-    take = lambda first, size: widened(jax.lax.dynamic_slice_in_dim(weight, first, size, axis))  # noqa: E731
-    return blockwise(x, weight.shape[axis], take, transposed)
+
+    def block(first: jax.Array, size: int) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(weight, first, size, axis)
+        return _multiplied(x, widened(own), transposed)
+
+    return blockwise(block, len(x), weight.shape[1 - axis], weight.shape[axis])
 
 
-def blockwise(
-    x: jax.Array, outputs: int, take: Callable[[jax.Array, int], jax.Array], transposed: bool = False
-) -> jax.Array:
-    """Multiply ``x [T, I]`` float32 by a matrix of which a block of outputs at a time is widened.
+def blockwise(block: Callable[[jax.Array, int], jax.Array], rows: int, inputs: int, outputs: int) -> jax.Array:
+    """A product ``[T, O]`` float32 by blocks of outputs, whose weights fit into the processor's cache when widened.
 
     Args:
-        x: activations.
-        outputs: of the matrix.
-        take: ``take(first, size)``: its weights of outputs from ``first``, float32 ``[I, size]``.
-        transposed: whether they are ``[size, I]`` instead.
+        block: ``block(first, size)``: the product ``[T, size]`` of outputs from ``first``.
+        rows: T.
+        inputs: of the weight.
+        outputs: of the weight.
     """
-    size = min(outputs, max(1, WIDENED_AT_ONCE // x.shape[1]))
+    size = min(outputs, max(1, WIDENED_AT_ONCE // inputs))
     if size == outputs:
-        return _multiplied(x, take(jnp.int32(0), size), transposed)
+        return block(jnp.int32(0), size)
 
     def put(i: jax.Array, result: jax.Array) -> jax.Array:
         first = jnp.minimum(i * size, outputs - size)  # the last block computes some outputs of the one before again
-        return jax.lax.dynamic_update_slice_in_dim(result, _multiplied(x, take(first, size), transposed), first, 1)
+        return jax.lax.dynamic_update_slice_in_dim(result, block(first, size), first, 1)
 
-    return jax.lax.fori_loop(0, -(-outputs // size), put, jnp.zeros((len(x), outputs), jnp.float32))
+    return jax.lax.fori_loop(0, -(-outputs // size), put, jnp.zeros((rows, outputs), jnp.float32))
 
 
 def widened(narrow: jax.Array) -> jax.Array:
-    """Numbers as float32; integers of :func:`bits` stand for the bfloat16 numbers of these bits."""
+    """Numbers as float32; unsigned integers stand for the numbers of these bits (:func:`bits`)."""
+    if narrow.dtype == jnp.uint8:
+        return float8(narrow, 7)
     if narrow.dtype == BITS:
         return jax.lax.bitcast_convert_type(narrow.astype(jnp.uint32) << 16, jnp.float32)
     return narrow.astype(jnp.float32)
@@ -103,5 +110,18 @@ def widened(narrow: jax.Array) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def bits(weight: jax.Array) -> jax.Array:
-    """Integers of the same bits in the place of the bfloat16 ``weight``, which is used up."""
-    return jax.lax.bitcast_convert_type(weight, BITS)
+    """Integers of the same bits in the place of ``weight``, of bfloat16 or float8, which is used up."""
+    return jax.lax.bitcast_convert_type(weight, BITS_OF[weight.dtype])
+
+
+def float8(codes: jax.Array, exponent: int) -> jax.Array:
+    """Floats of up to 8 bits as float32, exactly, by way of float16, whose conversion is fast.
+
+    Args:
+        codes: their bits: e4m3 in eight bits, or e2m1 in four.
+        exponent: how far their magnitudes are shifted so that exponents meet those of float16: 7 or 9.
+    """
+    sign, bias = (128, 8) if exponent == 7 else (8, 14)
+    wide = codes.astype(jnp.uint16)
+    moved = (wide & (sign - 1)) << exponent | (wide & sign) << (8 if sign == 128 else 12)
+    return jax.lax.bitcast_convert_type(moved, jnp.float16).astype(jnp.float32) * 2.0**bias

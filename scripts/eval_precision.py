@@ -1,6 +1,7 @@
-"""Measures what 8-bit weights and 8-bit KV change in a model's predictions, against full precision.
+"""Measures what weights and KV of fewer bits change in a model's predictions, against full precision.
 
 python scripts/eval_precision.py                                   astraea-tiny, on solved shop tasks it never saw
+python scripts/eval_precision.py --random_weights                  the same with random weights
 python scripts/eval_precision.py --model=Qwen3-4B --text=book.txt  another model, on a text
 
 Every token of a text (of the tasks: every token that the model has to write) is predicted from what comes before it,
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +28,22 @@ from rich.table import Table
 
 from astraea_jax.agents.tools import tool
 from astraea_jax.engine.config import DTYPES, KV_DTYPES, EngineConfig
-from astraea_jax.engine.mixtures import with_mixtures
+from astraea_jax.engine.mixtures import operations
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.lab.shop import make_tasks
 from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import load
+from astraea_jax.models.checkpoint import load, random_decoder
+from astraea_jax.models.config_file import read_json
 from astraea_jax.models.decoder import Decoder
-from astraea_jax.models.formats import EIGHT_BITS
-from astraea_jax.models.operations import Operations
+from astraea_jax.models.families import read_config
+from astraea_jax.models.formats import FORMATS, Format
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.models.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "astraea-tiny", "Checkpoint folder or bundled name.")
+flags.DEFINE_bool("random_weights", False, "Random weights in the shape of the model.")
 flags.DEFINE_string("text", None, "Text file; by default held-out shop tasks and their solutions.")
 flags.DEFINE_integer("tasks", 100, "Shop tasks.", lower_bound=1)
 flags.DEFINE_integer("seed", 100, "Seed of the tasks; training used 0 and its own evaluation 1.")
@@ -54,14 +57,22 @@ console = Console()
 @dataclass(frozen=True)
 class Option:
     name: str
-    quantize: str | None
+    form: str | None
+    """Key of :data:`FORMS`."""
     kv_dtype: str | None
 
 
+FORMS: dict[str, Format] = FORMATS | {
+    "fp8 128x128": Format("fp8", 128, 128),
+    "int4 by 32": Format("int4", 32, scales="float16"),
+    "mxfp4": Format("fp4", 32, scales="bfloat16"),
+}
+"""Form of the layers' matrices by name: those of ``--quantize``, and those of files."""
 OPTIONS = [
     Option(", ".join(filter(None, (w and f"{w} weights", kv and f"{kv} KV"))) or "full precision", w, kv)
     for kv in (None, *KV_DTYPES)
-    for w in (None, *EIGHT_BITS)
+    for w in (None, *FORMS)
+    if not kv or w in (None, *FORMATS)
 ]
 
 
@@ -113,7 +124,7 @@ def predictor(decoder: Decoder, kv_dtype: jnp.dtype) -> Predict:
         pages = (jnp.zeros(shape, backend.page_dtype(kv_dtype)),) * c.num_layers
         where = Batch(table, n[None], jnp.stack([0, n]), jnp.where(at < n, at + PAGE, 0))
         attend = lambda _, heads, p: backend.attend(heads, p, where, q_tile=16)  # noqa: E731
-        hidden, _ = decoder(tokens, at, pages, with_mixtures(Operations(attend), default_mesh()))
+        hidden, _ = decoder(tokens, at, pages, operations(attend, backend, default_mesh()))
         return jax.nn.log_softmax(decoder.logits(hidden))
 
     graph, state = nnx.split(decoder)
@@ -141,15 +152,20 @@ class Differences:
         return (*figures, f"{np.exp(loss.mean()):.4f}")
 
 
+def decoder_of(folder: Path, dtype: Any, form: Format | None) -> Decoder:
+    """The model with its weights or random ones, which are the same for every form."""
+    if FLAGS.random_weights:
+        return random_decoder(read_config(read_json(folder / "config.json")), dtype, 0, quantize=form)
+    return load(folder, dtype, quantize=form)
+
+
 def main(_: list[str]) -> None:
     folder = resolve(FLAGS.model)
-    configs = {o: EngineConfig(dtype=FLAGS.dtype, quantize=o.quantize, kv_dtype=o.kv_dtype) for o in OPTIONS}
+    configs = {o: EngineConfig(dtype=FLAGS.dtype, kv_dtype=o.kv_dtype) for o in OPTIONS}
     full_dtype = EngineConfig(dtype=FLAGS.dtype).weight_dtype()
-    decoders = {
-        c.quantize: load(folder, full_dtype, quantize=c.quantized()) for c in configs.values() if not c.kv_dtype
-    }
+    decoders = {form: decoder_of(folder, full_dtype, FORMS[form] if form else None) for form in (None, *FORMS)}
     sizes = {name: sum(x.nbytes for x in jax.tree.leaves(nnx.state(d))) for name, d in decoders.items()}
-    predictors = {o: predictor(decoders[o.quantize], c.page_dtype()) for o, c in configs.items()}
+    predictors = {o: predictor(decoders[o.form], c.page_dtype()) for o, c in configs.items()}
     differences = {option: Differences() for option in OPTIONS}
     for text in track(list(texts(Tokenizer.from_folder(folder))), "texts", console=console):
         length, asked = len(text.tokens), np.flatnonzero(text.asked)
@@ -164,7 +180,7 @@ def main(_: list[str]) -> None:
     for column in ("", "weights", "mean KL", "99 %", "same token", "perplexity"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for option in OPTIONS:
-        table.add_row(option.name, f"{sizes[option.quantize] / 2**20:.2f} MiB", *differences[option].row())
+        table.add_row(option.name, f"{sizes[option.form] / 2**20:.2f} MiB", *differences[option].row())
     console.print(table)
 
 

@@ -33,7 +33,7 @@ assert astraea_jax.__file__.startswith(sys.argv[1]), astraea_jax.__file__
 from absl import flags
 names = [module.name for module in pkgutil.walk_packages(astraea_jax.__path__, "astraea_jax.")]
 for name in names:
-    needs = {"astraea_jax.kernels.triton_kernels": "triton", "astraea_jax.lab.gguf_file": "gguf"}.get(name)
+    needs = "triton" if ".triton_" in name else {"astraea_jax.lab.gguf_file": "gguf"}.get(name)
     if needs and importlib.util.find_spec(needs) is None:
         continue  # in the [cuda] and [parity] extras
     known = set(flags.FLAGS)

@@ -30,14 +30,14 @@ def free_bytes(mesh: Mesh) -> int | None:
 
 
 def check_weights(
-    model: ModelConfig, itemsize: int, matrix_itemsize: int | None, *, shared: int, free: int, available: int
+    model: ModelConfig, itemsize: int, matrix_itemsize: float | None, *, shared: int, free: int, available: int
 ) -> None:
     """Refuse a model whose weights do not fit into the devices, before they are loaded.
 
     Args:
         model: its shape.
         itemsize: bytes of one weight.
-        matrix_itemsize: bytes of one weight of the layers' matrices, if that differs.
+        matrix_itemsize: bytes of one weight of the layers' matrices with its share of scales, if that differs.
         shared: devices that share the model.
         free: bytes that each of them has free.
         available: devices of this machine.
@@ -46,7 +46,7 @@ def check_weights(
         StartupError: the weights do not fit; the message says what is needed, what is free, and what would fit.
     """
 
-    def needed(devices: int, matrix_itemsize: int | None) -> float:
+    def needed(devices: int, matrix_itemsize: float | None) -> float:
         return (model.layer_weights * (matrix_itemsize or itemsize) + model.table_weights * itemsize) / devices
 
     room = WEIGHTS_SHARE * free

@@ -14,11 +14,12 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.devices import check_weights, free_bytes, overlooked
 from astraea_jax.errors import StartupError
 from astraea_jax.models import resolve
-from astraea_jax.models.checkpoint import ORBAX, Progress, load, random_decoder
+from astraea_jax.models.checkpoint import Progress, load, random_decoder
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.config_file import read_json
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.families import read_config
+from astraea_jax.models.orbax_files import ORBAX, stored_forms
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.rope import LongRope
 from astraea_jax.models.tokenizer import Tokenizer
@@ -43,8 +44,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     folder = resolve(model)
     shape = read_config(read_json(folder / "config.json"), config.max_context)
     _say_which_rope(shape, config.max_context)
-    # Orbax folders may hold 8-bit matrices, which take less memory.
-    meshes = _prepare(shape, config, matrix_itemsize=1 if (folder / ORBAX).is_dir() else None)
+    meshes = _prepare(shape, config, matrix_itemsize=_stored_itemsize(folder, shape))
     dtype, form = config.weight_dtype(), config.quantized()
     decoder = load(folder, dtype, meshes[0], quantize=form, max_context=config.max_context, progress=progress)
     return ModelOnDevices(decoder, Tokenizer.from_folder(folder), meshes)
@@ -73,7 +73,17 @@ def _say_which_rope(model: ModelConfig, max_context: int | None) -> None:
         )
 
 
-def _prepare(model: ModelConfig, config: EngineConfig, *, matrix_itemsize: int | None = None) -> list[Mesh]:
+def _stored_itemsize(folder: Path, model: ModelConfig) -> float | None:
+    """Bytes of a weight of the layers' matrices in a folder of fewer bits; None: in the configured dtype."""
+    if (folder / ORBAX).is_dir():
+        return max((form.bytes_per_weight for form in stored_forms(folder).values()), default=None)
+    if not read_json(folder / "config.json").get("quantization_config"):
+        return None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return max((size - 2 * model.table_weights) / model.layer_weights, 0.5)  # what is not quantized has 16 bits
+
+
+def _prepare(model: ModelConfig, config: EngineConfig, *, matrix_itemsize: float | None = None) -> list[Mesh]:
     """Find the devices of each replica, which have room for it.
 
     Its layers' matrices have ``matrix_itemsize`` bytes per weight if the configuration does not say how many.
@@ -83,6 +93,9 @@ def _prepare(model: ModelConfig, config: EngineConfig, *, matrix_itemsize: int |
         log.warning(unused)
     meshes, chosen = config.meshes(model), config.quantized()
     if (free := free_bytes(meshes[0])) is not None:
-        itemsize, matrix_itemsize = config.weight_dtype().itemsize, chosen.dtype.itemsize if chosen else matrix_itemsize
+        itemsize, matrix_itemsize = (
+            config.weight_dtype().itemsize,
+            chosen.bytes_per_weight if chosen else matrix_itemsize,
+        )
         check_weights(model, itemsize, matrix_itemsize, shared=meshes[0].size, free=free, available=len(jax.devices()))
     return meshes

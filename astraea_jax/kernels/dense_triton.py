@@ -36,7 +36,8 @@ def multiply_narrow(grouped: GroupedTriton, mesh: Mesh | None, x: jax.Array, mat
         return multiply(x, matrix)
     of_input, of_output = (TP, None) if matrix.summed else (None, TP)
     scales = PartitionSpec(None if form.inputs is None else of_input, of_output)
-    codes = Codes(PartitionSpec(of_input, of_output), scales, scales if form.zeros else None)
+    parts: tuple[Any, ...] = PartitionSpec(of_input, of_output), scales, scales if form.zeros else None
+    codes = Codes(*parts)
 
     def on_device(x: jax.Array, codes: Codes) -> jax.Array:
         out = grouped.multiplied(x, codes, form)

@@ -90,4 +90,4 @@ def _weights(matrix: Matrix, expert: jax.Array, first: jax.Array, size: int) -> 
         return widened(jax.lax.dynamic_slice(weight, (expert, 0, first), (1, weight.shape[1], size))[0])
     codes, scales, zeros = matrix.codes
     of_one = Codes(codes[expert], scales[expert], None if zeros is None else zeros[expert])
-    return of_outputs(of_one, matrix.form, first, size, jnp.dtype(jnp.float32))
+    return of_outputs(of_one, matrix.form, first, size, jnp.float32)

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from astraea_jax.models.formats import PACKED, Format
+from astraea_jax.models.formats import FP4, MIDDLE, PACKED, Format
 from astraea_jax.models.matrix import Matrix, multiply
-from astraea_jax.models.narrow import decoded
 
 from .grouped import Blocks, GroupedProduct
 from .pallas_tpu import LANES, VMEM_BYTES, Interpret, mxu_product
@@ -30,6 +29,8 @@ LEAST_ROWS, MOST_ROWS = 16, 128
 """Rows of a block: those of a tile of bfloat16 in memory, and what keeps the matrix unit busy with each weight."""
 TILE_NUMBERS = 2**21
 """Weights of a tile, at most, unless it has 128 outputs; two tiles of codes and a wide one lie in VMEM."""
+DOUBLED = sum(int(2 * value) << 4 * code for code, value in enumerate(FP4)) - 2**32
+"""The magnitudes of ``fp4``, doubled, in four bits each; as an int32."""
 WIDENED_AT_ONCE = 1024
 """Inputs of codes, at most, that are widened in one go, if their groups allow it."""
 
@@ -143,9 +144,10 @@ def _kernel(experts: Any, used: Any, x: Any, weight: Any, *rest: Any, form: Form
     """
     block = pl.program_id(1)
     in_use = block < used[0]
+    scale: Any = None
     if form is None:
         (out,) = rest
-        wide, scale = weight.at[0], None
+        wide = weight.at[0]
     else:
         scales, *zeros, out, wide = rest
         first = pl.program_id(0) * out.shape[1]
@@ -178,7 +180,7 @@ def _widen(wide: Any, codes: Any, form: Format, scale: Any, zero: Any) -> None:
     at_once = inputs_at_once(inputs, form)
     for start in range(0, inputs, at_once):
         part = codes[0, start // form.per_item : (start + at_once) // form.per_item]
-        values = decoded(_unpacked(part) if form.per_item == 2 else part, form)
+        values = _decoded(_unpacked(part) if form.per_item == 2 else part, form)
         groups = slice(start // group, -(-(start + at_once) // group))
 
         def each(of_groups: Any) -> jax.Array:
@@ -191,6 +193,16 @@ def _widen(wide: Any, codes: Any, form: Format, scale: Any, zero: Any) -> None:
         if scale is not None:
             values = values * each(scale)
         wide[start : start + at_once] = values.astype(wide.dtype)
+
+
+def _decoded(codes: jax.Array, form: Format) -> jax.Array:
+    """What codes, one in each item, stand for before zeros and scales, in float32."""
+    if form.codes != "fp4":
+        values = codes.astype(jnp.float32)
+        return values - MIDDLE if form.codes == "int4" and not form.zeros else values
+    wide = codes.astype(jnp.int32)
+    doubled = jax.lax.shift_right_logical(jnp.int32(DOUBLED), 4 * (wide & 7)) & 15
+    return 0.5 * jnp.where(wide > 7, -doubled, doubled).astype(jnp.float32)
 
 
 def inputs_at_once(inputs: int, form: Format) -> int:

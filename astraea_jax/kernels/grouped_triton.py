@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.models.config import Activation
 from astraea_jax.models.experts import Mixture
 from astraea_jax.models.formats import Format
 from astraea_jax.models.matrix import Matrix
-from astraea_jax.models.mlp import Activation
 from astraea_jax.models.narrow import Codes
 
 from .gpu import FP8, FP8_CAPABILITY, Operand, Triton, power_of_two

@@ -89,8 +89,8 @@ class PallasTPU:
         q, k, v = heads.rotated()
         check_page_table(batch)
         pages = write_kv(pages, k, v, batch, decode=q_tile == 1, interpret=self.interpret)
-        how = {"scale": heads.scale, "switches": heads.switches, "sinks": heads.sinks}
-        return attention(q, pages, batch, q_tile=q_tile, interpret=self.interpret, **how), pages
+        attend = partial(attention, scale=heads.scale, switches=heads.switches, sinks=heads.sinks)
+        return attend(q, pages, batch, q_tile=q_tile, interpret=self.interpret), pages
 
 
 class PallasInterpreted(PallasTPU):
@@ -221,9 +221,9 @@ def attention(
     each = pl.BlockSpec(block, lambda i, *_: (i, 0, 0, 0))
     sunk = jnp.full(n, NEVER, jnp.float32) if sinks is None else sinks
     sunk = jnp.broadcast_to(jnp.repeat(sunk.reshape(heads, -1), q_tile, axis=1)[..., None], (*block[1:3], LANES))
-    how = {"q_tile": q_tile, "scale": scale, "window": switches.window, "soft_cap": switches.soft_cap}
+    window, soft_cap = switches.window, switches.soft_cap
     out = pl.pallas_call(
-        partial(_attend_kernel, **how),
+        partial(_attend_kernel, q_tile=q_tile, scale=scale, window=window, soft_cap=soft_cap),
         out_shape=jax.ShapeDtypeStruct(tiled.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,

@@ -101,7 +101,7 @@ class Work:
     def of(cls, model: ModelConfig, config: EngineConfig, layout: Layout) -> Work:
         """The work of an engine; weights have the configured dtype, even if the checkpoint stores 8-bit ones."""
         itemsize, quantized = layout.dtype.itemsize, config.quantized()
-        layers = model.layer_weights * (quantized.dtype.itemsize if quantized else itemsize)
+        layers = model.layer_weights * (quantized.bytes_per_weight if quantized else itemsize)
         weights = layers + model.vocab_size * model.hidden_size * itemsize
         return cls(model, weights, layout.page_bytes / config.page_size, config.tensor_parallel)
 

@@ -67,6 +67,7 @@ def every_expert_on_every_token(made: Mixture, x: jax.Array) -> jax.Array:
     return out
 
 
+@pytest.mark.serves("reference", "tested", "experts", "MXFP4 weights")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 7, 150])
 def test_experts_see_the_tokens_that_chose_them(form, count):

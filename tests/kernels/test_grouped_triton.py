@@ -26,6 +26,7 @@ def grouped(request):
     return GroupedTriton(Interpreted(compute_capability=request.param))
 
 
+@pytest.mark.serves("triton", "interpreted", "experts")
 @settings(deadline=None, max_examples=25)
 @given(case=choices())
 def test_every_row_is_the_product_with_its_expert(grouped, case):
@@ -38,6 +39,7 @@ def test_in_half_precision(grouped, case):
     case.check_product(grouped, jnp.float16, 4e-3)
 
 
+@pytest.mark.serves("triton", "interpreted", "fp8 weights", "int4 weights", "MXFP4 weights")
 @pytest.mark.parametrize("form", [name for name, form in FORMATS.items() if form])
 @pytest.mark.parametrize("rows", [1, 37])
 def test_one_matrix_of_fewer_bits(grouped, form, rows):

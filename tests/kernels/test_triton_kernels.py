@@ -93,6 +93,7 @@ def test_float8_is_rounded_as_by_the_other_backends(interpreted, capability):
     np.testing.assert_array_equal(pages[slot // 16, :, :, slot % 16], expected)
 
 
+@pytest.mark.serves("triton", "interpreted", "norms of heads in float32")
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("norms", [None, "float16", "float32"])
 def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, decode, norms):
@@ -102,7 +103,7 @@ def test_queries_and_keys_are_rounded_as_by_the_other_backends(interpreted, deco
     case.check_alike(interpreted(), Reference(), jnp.float16)
 
 
-@pytest.mark.serves("triton", "interpreted", "windows", "score caps")
+@pytest.mark.serves("triton", "interpreted", "windows", "score caps", "sinks")
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("window", [1, 16, 100, 128, 400])
 def test_windows_and_sinks_over_several_blocks_and_pages(interpreted, decode, window):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,12 @@ def wide(tmp_path_factory):
     return folder
 
 
+def first_down(folder, mesh):
+    """A matrix whose inputs are divided over devices."""
+    decoder: Any = load(folder, jnp.float32, mesh)
+    return decoder.layers[0].mlp.down
+
+
 def matrices(decoder):
     """Every matrix by its path, in float32, and the forms that they have."""
     found, forms = {}, {}
@@ -62,6 +69,7 @@ def assert_reads(narrow, again):
     return forms
 
 
+@pytest.mark.serves("reference", "tested", "fp8 weights", "int4 weights")
 @pytest.mark.parametrize("name", WRITERS)
 def test_weights_are_those_of_the_file(name, wide, tmp_path):
     write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
@@ -122,7 +130,7 @@ def test_devices_get_their_parts(name, tmp_path):
     write_narrow(tmp_path / "wide", tmp_path / "narrow", tmp_path / "again", name)
     mesh = mesh_of(jax.devices()[:4])
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, WIDE.intermediate_size)), jnp.float32)
-    ours, alone = (load(tmp_path / "narrow", jnp.float32, where).layers[0].mlp.down for where in (mesh, None))
+    ours, alone = (first_down(tmp_path / "narrow", where) for where in (mesh, None))
     assert ours.weight[...].sharding.shard_shape(ours.weight.shape)[0] == ours.weight.shape[0] // 4
     np.testing.assert_array_equal(ours.weight[...], alone.weight[...])
     np.testing.assert_allclose(jax.jit(multiply)(x, ours), multiply(x, alone), rtol=1e-5, atol=1e-5)

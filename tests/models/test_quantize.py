@@ -156,7 +156,8 @@ def test_no_second_copy_while_loading(tmp_path):
     save_hf(made(None), tmp_path)
     size = {d: sum(x.nbytes for x in jax.tree.leaves(nnx.state(made(d)))) for d in (None, INT8)}
     largest = max(x.nbytes for x in jax.tree.leaves(nnx.state(made(None))))
-    before, seen = {id(x) for x in jax.live_arrays()}, []
+    there: list[jax.Array] = jax.live_arrays()  # kept, or else others would get their ids
+    before, seen = {id(x) for x in there}, []
 
     def watch(done, total):
         seen.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))

@@ -16,11 +16,10 @@ from tokenizers import models
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.mixtures import with_mixtures
+from astraea_jax.engine.mixtures import operations
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.models.checkpoint import load_hf
-from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import default_mesh
 from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.wait import Wait
@@ -48,9 +47,8 @@ def check_logits(folder: Path) -> None:
     def attend(_, heads, layer):
         return Reference().attend(heads, layer, where, q_tile=16)
 
-    hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, with_mixtures(Operations(attend), default_mesh())))(
-        text
-    )
+    ops = operations(attend, Reference(), default_mesh())
+    hidden, _ = jax.jit(lambda tokens: decoder(tokens, at, pages, ops))(text)
     logits = np.asarray(decoder.logits(hidden))
     error = np.abs(logits[: len(prompt)] - golden["logits"]).max() / np.abs(golden["logits"]).max()
     assert error < 1e-4, f"{folder.name}: relative error {error:.1e}"
