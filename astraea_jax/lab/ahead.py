@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from astraea_jax.engine.config import EngineConfig, default_sizes
 from astraea_jax.engine.layout import DEVICE_KV_SHARE
+from astraea_jax.engine.page_counts import PageCounts
 from astraea_jax.engine.step import Step, StepSizes
 from astraea_jax.kernels import choose
 from astraea_jax.kv_cache.arrays import page_bytes
@@ -215,21 +216,26 @@ def serving_step(case: Case, mesh: Mesh) -> Step:
     )
     weights = sum(map(_shard_bytes, jax.tree.leaves(nnx.state(decoder))))
     page = page_bytes(model, backend, config.page_size, kv_dtype, case.tp) // case.tp
-    count = int(DEVICE_KV_SHARE * (target.memory - weights)) // page
-    if count * config.page_size < MAX_CONTEXT:
+    budget = int(DEVICE_KV_SHARE * (target.memory - weights))
+    if budget // page * config.page_size < MAX_CONTEXT:
         raise Unfit(
             f"{weights / 1e9:.1f} GB of weights leave too little of {target.memory / 1e9:.1f} GB for the pages of "
             f"{MAX_CONTEXT} tokens"
         )
     width = MAX_CONTEXT // config.page_size
-    sizes = StepSizes(count, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype)
+    pages = PageCounts.within(budget, page, model, replace(config, max_context=MAX_CONTEXT))
+    window_pages = pages.window.num_pages if pages.window else 0
+    sizes = StepSizes(
+        pages.full, config.page_size, config.max_seqs, config.max_step_tokens, width, kv_dtype, window_pages
+    )
     return Step(decoder, backend, sizes, mesh)
 
 
 def _executables(step: Step, tp: int) -> Iterator[_Executable]:
     pages, in_text = step.pages, step.period if step.stacked else step.num_layers
-    pool, of_layer = sum(map(_shard_bytes, pages)), _shard_elements(pages[0]) * len(pages) // step.num_layers
-    paged = {of_layer, _shard_elements(pages[0])}
+    pool, layers_of = sum(map(_shard_bytes, pages)), step.groups.of.count if step.stacked else lambda group: 1
+    paged = {_shard_elements(array) // layers_of(group) for array, group in zip(pages, step.groups.arrays, strict=True)}
+    paged |= {_shard_elements(array) for array in pages}
     weights = {_shard_elements(leaf) for leaf in step.leaves if len(leaf.shape) > 1}
     if step.stacked:  # the layers' matrices have three axes
         turns = step.num_layers // step.period
