@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.engines import end_all_sessions
+from support.random_model import RANDOM
 from support.sizes import SMALL
 from support.wide import TIGHT, wide_decoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -27,7 +28,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.models.checkpoint import copy_beside, load_hf, save_hf
-from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.operations import Operations
 from astraea_jax.models.tokenizer import Tokenizer as Tokens
@@ -44,18 +44,6 @@ hypothesis.settings.load_profile("any machine")
 
 jax.config.update("jax_num_cpu_devices", 8)  # simulated; what does not ask for more runs on the first
 
-RANDOM = ModelConfig(
-    vocab_size=260,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=256,
-    tie_embeddings=False,
-    qk_norm=True,
-)
 EOS = "<|im_end|>"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -271,7 +271,7 @@ def expected(case: Case, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     ends = jnp.asarray(np.concatenate([[0], np.cumsum([case.q_lens[r] for r in rows])]), jnp.int32)
     pages = jax.jit(write_kv, donate_argnums=0)(make_pool("reference", case, 0), k, v, batch.slot_mapping)
     some = jnp.asarray(rows)
-    run = jax.jit(attention, static_argnames="q_tile")
+    run = jax.jit(partial(attention, scale=FLAGS.head_dim**-0.5), static_argnames="q_tile")
     out = run(
         q[tokens].astype(jnp.float32), pages, batch.page_table[some], batch.kv_lens[some], ends, q_tile=case.q_tile
     )

@@ -7,9 +7,9 @@ import dataclasses
 import random
 
 import pytest
-from conftest import RANDOM
 from support.disturbed import program
 from support.engines import settled
+from support.random_model import RANDOM
 from support.sizes import SMALL
 from support.windowed import greedy_of, windowed_decoder
 

@@ -188,7 +188,7 @@ def test_a_default_cache_that_cannot_be_used_is_done_without(serve_fails, monkey
         (["--model=/no/such/folder"], "'/no/such/folder' is neither a folder"),
         (["--model=no-such-shape", "--random_weights"], "llama-3.1-8b"),
         (["--compile_cache=/dev/null"], "the compile cache /dev/null cannot be used"),
-        (["--session_ttl_s=nan"], "session_ttl_s is nan; it must be a finite number of seconds above 0"),
+        (["--session_ttl_s=inf"], "session_ttl_s is inf; it must be a finite number of seconds above 0"),
         (["--tls_cert=cert.pem"], "TLS needs both --tls_cert and --tls_key"),
         (["--tls_cert=cert.pem", "--tls_key=key.pem"], "TLS cannot be served with cert.pem and key.pem"),
         (["--max_seqs=64", "--max_step_tokens=8"], "max_step_tokens 8 is below max_seqs 64"),

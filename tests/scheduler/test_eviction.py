@@ -10,7 +10,7 @@ from support.loop import Loop, make
 
 from astraea_jax.scheduler.eviction import EvictionOrder
 from astraea_jax.scheduler.program import Program
-from astraea_jax.scheduler.transfer import HostCopy, HostTier
+from astraea_jax.scheduler.transfer import HostCopy, HostPages, HostTier
 from astraea_jax.scheduler.wait import Wait
 
 SHELL, HUMAN, KEPT = Wait(("shell",)), Wait(), Wait(("shell",), keep_s=100.0)
@@ -147,7 +147,7 @@ def test_every_page_is_found_whatever_comes_and_goes(events):
         elif event == "front":
             order.put_first(program)
         elif event == "copy":
-            program.copies = [] if program.copies else [HostCopy(1, 2, 2)]
+            program.copies = [] if program.copies else [HostCopy(1, 2, HostPages(2))]
             order.recount(program)
         elif isinstance(event, int):
             order.move(program, event)

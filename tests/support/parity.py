@@ -17,6 +17,7 @@ from tokenizers import models
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.mixtures import operations
+from astraea_jax.engine.page_counts import PageCounts
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.kernels import Batch, Reference
 from astraea_jax.models.checkpoint import load_hf
@@ -93,9 +94,13 @@ def _engine(folder: Path, max_context: int | None) -> Engine:
     decoder = load_hf(folder, jnp.float32, max_context=max_context)
     model = decoder.config
     page = 2 * model.num_layers * model.num_kv_heads * CONFIG.page_size * model.head_dim * 4
-    sizes = {"kv_bytes": PAGES * page, "host_kv_bytes": 2 * PAGES * page, "max_context": max_context}
+    config = replace(CONFIG, residency="always-offload", max_context=max_context, host_kv_bytes=2 * PAGES * page)
+    room = PAGES * page
+    if any(kind.window is None for kind in model.layer_kinds):  # windows leave room for more pages
+        while PageCounts.within(room, page, model, config).full > PAGES:
+            room -= page
     blank = Tokenizer(tokenizers.Tokenizer(models.BPE()), bos_id=None, eos_ids=frozenset(), template=None, special={})
-    return Engine(decoder, blank, replace(CONFIG, residency="always-offload", **sizes))
+    return Engine(decoder, blank, replace(config, kv_bytes=room))
 
 
 def _max_context(golden: Mapping[str, np.ndarray]) -> int | None:
