@@ -120,7 +120,7 @@ def float8(strategy: str, block: tuple[int, int] = (128, 128), *, dtype: Any = n
                 here = np.s_[i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
                 scale[i, j] = np.abs(weight[here]).max() / 448
                 number = np.float32(scale[i, j])
-                codes[here] = (weight[here] / number).astype(jnp.float8_e4m3fn)
+                codes[here] = np.clip(weight[here] / number, -448, 448).astype(jnp.float8_e4m3fn)  # scales are rounded
                 wide[here] = codes[here].astype(np.float32) * number
         stored = scale.reshape(()) if strategy == "tensor" and name == ".weight_scale" else scale
         return Written({".weight": codes, name: stored}, wide)

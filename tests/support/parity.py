@@ -86,7 +86,9 @@ async def check_tokens(folder: Path) -> None:
         await asyncio.to_thread(engine.shutdown, 0)
     assert said[-2:] == [expected, expected]
     stats = engine.stats()
-    assert min(stats.preemptions, stats.restored_pages) > 0, "the pool was meant to be too small"
+    assert stats.restored_pages > 0, "the pool was meant to be too small"
+    all_slide = engine.layout.layers[0] == 0
+    assert stats.preemptions > 0 or all_slide, "the pool was meant to be too small"  # else pages only count
 
 
 def _engine(folder: Path, max_context: int | None) -> Engine:
