@@ -109,10 +109,10 @@ def _compressed_blocks(group: Json) -> list[tuple[int, int]]:
 def _scaled(
     module: str, tensors: Tensors, dtypes: tuple[str, ...], blocks: list[tuple[int, int]]
 ) -> NarrowTensor | None:
-    """A weight of 8-bit numbers; one without a scale is a weight by itself."""
+    """A weight of 8-bit numbers; None: it is in another dtype."""
     weight = tensors.get(f"{module}.weight")
     scale = tensors.get(f"{module}.weight_scale_inv", tensors.get(f"{module}.weight_scale"))
-    if weight is None or weight.dtype not in dtypes or (scale is None and weight.dtype != "I8"):
+    if weight is None or weight.dtype not in dtypes:
         return None
     if f"{module}.weight_zero_point" in tensors:
         raise CheckpointError(f"{module}.weight_zero_point is served for pack-quantized weights only")
@@ -138,6 +138,8 @@ def _gptq(fields: Json) -> tuple[tuple[str, ...], Make]:
     def make(module: str, tensors: Tensors) -> NarrowTensor:
         weight, scale = tensors[f"{module}.qweight"], _needed(tensors, module, ".scales")
         order = tensors.get(f"{module}.g_idx")
+        if fields.get("desc_act"):
+            order = _needed(tensors, module, ".g_idx")
         return gptq(f"{module}.weight", weight, scale, _needed(tensors, module, ".qzeros"), order, more)
 
     return (".qweight",), make

@@ -176,6 +176,27 @@ def test_inputs_ordered_by_activations_are_refused(wide, tmp_path):
         load(tmp_path / "narrow", jnp.float32)
 
 
+@pytest.mark.parametrize(
+    ("name", "end", "fields"),
+    [
+        *((name, ".weight_scale_inv", {}) for name in ("fp8-block", "fp8-block-ue8m0")),
+        *((name, ".weight_scale", {}) for name in ("fp8-tensor", "float-quantized-channel", "int-quantized")),
+        ("pack-quantized-4", ".weight_shape", {}),
+        ("awq", ".scales", {}),
+        ("gptq", ".qzeros", {}),
+        ("gptq", ".g_idx", {"desc_act": True}),
+    ],
+)
+def test_weights_that_lack_a_part_are_refused(name, end, fields, wide, tmp_path):
+    """Even where what is left would pass for a weight."""
+    config = WRITERS[name][0] | fields
+    write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
+    tensors = open_tensors(tmp_path / "narrow")
+    del tensors[f"model.layers.0.mlp.down_proj{end}"]
+    with pytest.raises(CheckpointError, match=r"lack model\.layers\.0\.mlp\.down_proj\.\w+, which the quantized"):
+        narrowed({"quantization_config": config}, tensors)
+
+
 ODD = st.sampled_from([None, True, 0, -1, 3, 4, 2**70, 0.5, "", "x", [], [1], [128, 128], {}, {"a": 1}, "\\ud800"])
 
 
