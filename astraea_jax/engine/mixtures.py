@@ -16,12 +16,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from astraea_jax.kernels import Backend
 from astraea_jax.kernels.choice import grouped_product
-from astraea_jax.kernels.dense_triton import multiply_narrow
+from astraea_jax.kernels.dense_triton import divisible, multiply_narrow
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.kernels.grouped_triton import GroupedTriton
 from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.experts import Mixture
-from astraea_jax.models.matrix import Matrix
 from astraea_jax.models.operations import Attend, Operations
 from astraea_jax.models.sharding import TP, spec
 
@@ -56,6 +55,7 @@ def _mixed(
         weights: ``[T, k]``, their weights.
         of: the experts.
     """
+    _check_shares(of, mesh)
     graph, state = nnx.split(of)
     paths = nnx.to_flat_state(state)
     specs = nnx.from_flat_state(
@@ -65,8 +65,6 @@ def _mixed(
     def on_each(x: jax.Array, index: jax.Array, weights: jax.Array, state: Any) -> jax.Array:
         mixture: Mixture = nnx.merge(graph, state)
         rank, held = jax.lax.axis_index(TP), mixture.gate_up.weight.shape[0]
-        _check(mixture.gate_up)
-        _check(mixture.down)
         if held < mixture.experts.count:
             index = index - rank * held
         elif mixture.down_bias is not None:  # all devices have all experts, and one adds their biases
@@ -89,13 +87,25 @@ def _mixed(
     return result
 
 
-def _check(matrix: Matrix) -> None:
-    """Refuse a share of a matrix that is not one of its scales too."""
-    if matrix.form is not None:
-        codes, scales = matrix.weight.shape, matrix.scales.shape
-        if scales[1:] != matrix.form.grid(codes[1] * matrix.form.per_item, codes[2]):
+def _check_shares(of: Mixture, mesh: Mesh) -> None:
+    """Refuse matrices of which devices would have shares that are no whole blocks of codes and scales.
+
+    Raises:
+        CheckpointError: that is so.
+    """
+    halves = [(of.gate_up, False, "experts'"), (of.down, True, "experts'")]
+    if of.experts.count % mesh.size == 0:
+        halves = []
+    if of.shared is not None:
+        halves += [(of.shared.gate_up, False, "shared experts'"), (of.shared.down, True, "shared experts'")]
+    for matrix, summed, whose in halves if mesh.size > 1 else ():
+        form = matrix.form
+        if form is None:
+            continue
+        inputs, outputs = matrix.weight.shape[-2] * form.per_item, matrix.weight.shape[-1]
+        if not divisible(form, (inputs, outputs), mesh.size, summed=summed):
             raise CheckpointError(
-                f"devices would share scales of experts' matrices, since {codes[1] * matrix.form.per_item} inputs and "
-                f"{codes[2]} outputs of each are no whole blocks; choose a smaller tensor_parallel, or one that "
-                "divides the number of experts"
+                f"{mesh.size} devices would share scales of {whose} matrices, since their parts of {inputs} inputs and "
+                f"{outputs} outputs are no whole blocks; choose a smaller tensor_parallel, another format, or for "
+                "experts a tensor_parallel that divides their number"
             )

@@ -13,6 +13,7 @@ import pytest
 from support.wide import MIXED, PAGE_BYTES, TIGHT, run_programs, wide_decoder
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.mixtures import operations
 from astraea_jax.engine.step import Step, StepShape, StepSizes
 from astraea_jax.kernels import Reference
 from astraea_jax.models.config import CheckpointError
@@ -73,11 +74,21 @@ def test_one_sum_moves_per_mixture(divided):
     assert max(size for _, size in moves) <= shape.rows * MIXED.vocab_size // mesh.size, moves
 
 
-def test_a_share_without_its_scales_is_refused():
-    mesh = mesh_of(jax.devices()[:4])
-    groups = everywhere(Format("int8", inputs=16))
-    step = Step(abstract_decoder(MODELS["features"], jnp.float32, mesh, forms=groups), Reference(), SIZES, mesh)
-    shape = StepShape(4, 4, 1)
-    jitted, arguments = step.jitted(shape), step.arguments(shape)
+SHARES = {
+    "groups of inputs": (Format("int8", inputs=16), {}),
+    "as many blocks as devices, but others": (Format("fp8", 64, 8), {"size": 96}),
+    "half a block of packed codes": (Format("int4"), {"size": 96}),
+    "shared experts": (Format("int4", 32), {"count": 8, "shared_size": 96}),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_a_share_without_its_scales_is_refused(case):
+    form, fields = SHARES[case]
+    mesh = mesh_of(jax.devices()[: 4 if case == "groups of inputs" else 2])
+    experts = dataclasses.replace(EXPERTS, **{"count": 7, "shared_size": 0, **fields})
+    decoder = abstract_decoder(dataclasses.replace(MIXED, experts=experts), jnp.float32, mesh, forms=everywhere(form))
+    x, index = jnp.zeros((1, MIXED.hidden_size)), jnp.zeros((1, experts.chosen), jnp.int32)
+    ops = operations(lambda *_: None, Reference(), mesh)
     with pytest.raises(CheckpointError, match="no whole blocks; choose a smaller tensor_parallel"):
-        jitted.lower(*arguments)
+        ops.mixed(x, index, index * 1.0, decoder.layers[0].mlp)
