@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,12 @@ SHARES = {
 def test_a_share_without_its_scales_is_refused(case):
     form, fields = SHARES[case]
     mesh = mesh_of(jax.devices()[: 4 if case == "groups of inputs" else 2])
-    experts = dataclasses.replace(EXPERTS, **{"count": 7, "shared_size": 0, **fields})
-    decoder = abstract_decoder(dataclasses.replace(MIXED, experts=experts), jnp.float32, mesh, forms=everywhere(form))
+    assert MIXED.experts is not None
+    experts = dataclasses.replace(MIXED.experts, **{"count": 7, "shared_size": 0, **fields})
+    decoder: Any = abstract_decoder(
+        dataclasses.replace(MIXED, experts=experts), jnp.float32, mesh, forms=everywhere(form)
+    )
     x, index = jnp.zeros((1, MIXED.hidden_size)), jnp.zeros((1, experts.chosen), jnp.int32)
-    ops = operations(lambda *_: None, Reference(), mesh)
+    ops: Any = operations(lambda *_: None, Reference(), mesh)
     with pytest.raises(CheckpointError, match="no whole blocks; choose a smaller tensor_parallel"):
         ops.mixed(x, index, index * 1.0, decoder.layers[0].mlp)
