@@ -7,6 +7,7 @@ copy of a matrix is stored.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,6 +65,17 @@ class Format:
     def grid(self, inputs: int, outputs: int) -> tuple[int, int]:
         """Shape of the scales of a matrix with these sizes; the last block along either axis may be smaller."""
         return -(-inputs // (self.inputs or inputs)), -(-outputs // self.outputs)
+
+    def divisible(self, shape: tuple[int, int], devices: int, *, summed: bool) -> bool:
+        """Whether each device's part of a matrix of this ``shape [I, O]`` consists of whole blocks that share a scale.
+
+        Devices divide its inputs if it is ``summed``, else its outputs.
+        """
+        inputs, outputs = shape
+        if summed:
+            together = math.lcm(self.inputs or 1, PACKED if self.per_item > 1 else 1)
+            return inputs % (devices * together) == 0
+        return outputs % (devices * self.outputs) == 0
 
     def fitted(self, inputs: int) -> Format | None:
         """The form for a matrix of so many inputs: with smaller groups if they do not divide it.

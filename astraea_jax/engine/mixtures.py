@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from astraea_jax.kernels import Backend
 from astraea_jax.kernels.choice import grouped_product
-from astraea_jax.kernels.dense_triton import divisible, multiply_narrow
+from astraea_jax.kernels.dense_triton import multiply_narrow
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.kernels.grouped_triton import GroupedTriton
 from astraea_jax.models.config import CheckpointError
@@ -103,7 +103,7 @@ def _check_shares(of: Mixture, mesh: Mesh) -> None:
         if form is None:
             continue
         inputs, outputs = matrix.weight.shape[-2] * form.per_item, matrix.weight.shape[-1]
-        if not divisible(form, (inputs, outputs), mesh.size, summed=summed):
+        if not form.divisible((inputs, outputs), mesh.size, summed=summed):
             raise CheckpointError(
                 f"{mesh.size} devices would share scales of {whose} matrices, since their parts of {inputs} inputs and "
                 f"{outputs} outputs are no whole blocks; choose a smaller tensor_parallel, another format, or for "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from astraea_jax.models.formats import PACKED, Format
 from astraea_jax.models.matrix import Matrix, multiply
 from astraea_jax.models.narrow import Codes
 from astraea_jax.models.sharding import TP
@@ -32,7 +30,7 @@ def multiply_narrow(grouped: GroupedTriton, mesh: Mesh | None, x: jax.Array, mat
     if mesh is None or mesh.size == 1:
         return grouped.multiplied(x, matrix.codes, form)
     shape = x.shape[1], matrix.weight.shape[1]
-    if not divisible(form, shape, mesh.size, summed=matrix.summed):
+    if not form.divisible(shape, mesh.size, summed=matrix.summed):
         return multiply(x, matrix)
     of_input, of_output = (TP, None) if matrix.summed else (None, TP)
     scales = PartitionSpec(None if form.inputs is None else of_input, of_output)
@@ -52,12 +50,3 @@ def multiply_narrow(grouped: GroupedTriton, mesh: Mesh | None, x: jax.Array, mat
     )
     out: jax.Array = product(x, matrix.codes)
     return out
-
-
-def divisible(form: Format, shape: tuple[int, int], devices: int, *, summed: bool) -> bool:
-    """Whether a part of a matrix of this ``shape [I, O]`` consists of whole blocks of what shares a scale."""
-    inputs, outputs = shape
-    if summed:
-        together = math.lcm(form.inputs or 1, PACKED if form.per_item > 1 else 1)
-        return inputs % (devices * together) == 0
-    return outputs % (devices * form.outputs) == 0

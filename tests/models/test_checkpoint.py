@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from support.decoders import assert_same, flat
 
 from astraea_jax.models import CheckpointError, resolve
 from astraea_jax.models.checkpoint import (
@@ -27,17 +28,6 @@ from astraea_jax.models.checkpoint import (
 from astraea_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig(64, 32, 48, 2, 4, 2, 16, 128, qkv_bias=True)
-
-
-def flat(decoder):
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
-
-
-def assert_same(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture

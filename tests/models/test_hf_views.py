@@ -9,24 +9,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
+from support.decoders import assert_same, flat
 
 from astraea_jax.models.checkpoint import copy_beside, load, load_hf, save_orbax
 from astraea_jax.models.config import CheckpointError
 
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
-
-
-def flat(decoder):
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
-
-
-def assert_same(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture
