@@ -158,8 +158,11 @@ def test_an_engine_that_fails_at_a_load_is_told(start, python, script, said):
 
 
 def test_the_end_waits_for_nothing_that_has_left_its_group(start, python, tmp_path):
-    process = start("vllm", python(f"setsid sleep 60 & echo $! > {tmp_path}/left; {READY}; sleep 60"))
+    written = tmp_path / "left"
+    leave = f"setsid sh -c 'echo $$ > {written}; exec sleep 60' &"  # it writes only when it has left
+    wait = f"while [ ! -s {written} ]; do sleep 0.01; done"
+    process = start("vllm", python(f"{leave}\n{wait}\n{READY}; sleep 60"))
     process.ready(10)
     process.end()
-    left = int((tmp_path / "left").read_text())
+    left = int(written.read_text())
     os.kill(left, signal.SIGKILL)  # it was still there
