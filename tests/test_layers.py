@@ -27,7 +27,7 @@ FLOORS = (
 SCHEDULER_FLOORS = (
     {"distribution", "hazards", "histogram", "prefix", "wait"},
     {"program", "transfer"},
-    {"eviction", "offer", "plan", "view", "windows"},
+    {"eviction", "kv_log", "offer", "plan", "view", "windows"},
     {"config", "decode_batch", "pages"},
     {"copies", "costs", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
