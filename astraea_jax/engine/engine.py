@@ -29,6 +29,7 @@ from astraea_jax.engine.events import (
     checked_prompt,
 )
 from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
+from astraea_jax.engine.kv_events import KVEvents
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loading import load_model
@@ -108,9 +109,13 @@ class Engine(Sessions):
                 session_ttl_s=c.session_ttl_s,
                 host=layout.host,
                 window=layout.window,
+                kv_events=c.kv_events,
             ),
             make_policy(c.policy, self._predictor, c.residency),
         )
+        log = self._scheduler.kv_log
+        self.kv_events = None if log is None else KVEvents(log)
+        """What is cached, as it changes, for one thread to take; None: ``config.kv_events`` is off."""
         self._runner = runner(decoder, c, layout, mesh)
         self._store: HostStore | None = None
         if layout.host.pages:
@@ -118,7 +123,9 @@ class Engine(Sessions):
         self._life = Lifecycle(c.max_queued)
         self._observers: list[Observer] = []
         vocab_size = decoder.config.vocab_size
-        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
+        self._loop = ServingLoop(
+            self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size, self.kv_events
+        )
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     @classmethod

@@ -23,6 +23,7 @@ from astraea_jax.engine.dispatch import InFlight, StepRunner
 from astraea_jax.engine.events import Cancel, Check, EndSession, Event, Question, ReplaceTail, Stop, Submit, Waits
 from astraea_jax.engine.extras import Collector, GrammarFault, Tracker, token_logprob
 from astraea_jax.engine.generation import Delta, Mailbox, Outbox, TokenLogprob, Usage
+from astraea_jax.engine.kv_events import KVEvents
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.live import Live, LiveRequests
 from astraea_jax.engine.output import Output
@@ -62,6 +63,7 @@ class ServingLoop:
         tokenizer: turns tokens into text.
         lifecycle: says whether to go on, and who still waits for an answer.
         vocab_size: tokens that the model tells apart.
+        kv_events: hears at every turn what is cached; None: nobody listens.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ServingLoop:
         tokenizer: Tokenizer,
         lifecycle: Lifecycle,
         vocab_size: int,
+        kv_events: KVEvents | None = None,
     ):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
@@ -80,7 +83,7 @@ class ServingLoop:
         self.turn_began: float | None = None
         """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
-        self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
+        self._tokenizer, self._life, self._vocab_size, self._kv_events = tokenizer, lifecycle, vocab_size, kv_events
         self._guard = CompileGuard()
         self._live = LiveRequests()
         self._outbox = Outbox()
@@ -133,6 +136,8 @@ class ServingLoop:
         except _DeviceError as error:
             self._start_over(error)
             launched = None
+        if self._kv_events is not None:
+            self._kv_events.collect()
         self._end_prepared()
         for mailbox in self._outbox.deliver(self._life.end):
             self._cancel(mailbox)

@@ -15,12 +15,16 @@ class Listener:
     """Keeps the blocks of both tiers, from the records alone."""
 
     def __init__(self) -> None:
-        self.tiers: dict[str, set[bytes]] = {DEVICE: set(), HOST: set()}
+        self.tiers: dict[str, set[bytes]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        self.tiers = {DEVICE: set(), HOST: set()}
 
     def hear(self, records) -> None:
         for record in records:
             if isinstance(record, Cleared):
-                self.__init__()
+                self.clear()
             elif isinstance(record, Stored):
                 new = [block.hash for block in record.blocks]
                 assert not self.tiers[record.tier] & {*new}, "a block is stored twice"

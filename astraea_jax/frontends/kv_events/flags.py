@@ -1,0 +1,90 @@
+"""Flags of KV events, and the publishers of an engine's replicas."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+
+from absl import flags
+
+from astraea_jax.engine.interface import Serving
+from astraea_jax.errors import StartupError
+
+NEEDED = "--kv_events needs pyzmq and msgpack: pip install 'astraea-jax[events]'"
+ENDPOINT = re.compile(r"tcp://[^\s/]+:\d{1,5}|(ipc|inproc)://\S{1,100}")
+
+
+def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[str]]]:
+    """Define the flags; return a context manager that publishes an engine's events as they say.
+
+    Inside it they are published; it yields the endpoints.
+    """
+    flags.DEFINE_string(
+        "kv_events",
+        None,
+        "Publish which prompts are cached, as vLLM's KV events, at this ZeroMQ endpoint: tcp://*:5557, or a router's "
+        "own tcp://host:port. Replica i adds i to the port. Events hold the tokens of prompts: keep them inside.",
+    )
+    flags.DEFINE_string("kv_events_replay", None, "Endpoint where missed KV events are asked for, as tcp://*:6557.")
+    flags.DEFINE_string("kv_events_topic", "", "Topic of KV events; llm-d reads kv@ADDRESS:PORT@MODEL.")
+    for name in ("kv_events", "kv_events_replay"):
+        flags.register_validator(
+            name,
+            lambda endpoint: endpoint is None or ENDPOINT.fullmatch(endpoint) is not None,
+            "it must be tcp://HOST:PORT or ipc://PATH",
+        )
+    for name in ("kv_events", "kv_events_replay", "kv_events_topic"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    @contextmanager
+    def publishing(engine: Serving) -> Iterator[list[str]]:
+        chosen = flags.FLAGS
+        if chosen.kv_events is None:
+            yield []
+            return
+        with published(engine, chosen.kv_events, chosen.kv_events_replay, chosen.kv_events_topic) as endpoints:
+            yield endpoints
+
+    return publishing
+
+
+@contextmanager
+def published(engine: Serving, endpoint: str, replay: str | None = None, topic: str = "") -> Iterator[list[str]]:
+    """Publish the events of every replica while the context lasts; yields the endpoints.
+
+    Args:
+        engine: its configuration has ``kv_events``.
+        endpoint: of the first replica; that of the i-th one has a port higher by i.
+        replay: endpoint where missed batches are asked for, counted in the same way.
+        topic: of all batches.
+
+    Raises:
+        StartupError: pyzmq is missing, or an endpoint cannot be used.
+    """
+    try:
+        from astraea_jax.frontends.kv_events.publisher import Publisher
+        from astraea_jax.frontends.kv_events.wire import pack
+    except ImportError:
+        raise StartupError(NEEDED) from None
+    with ExitStack() as stack:
+        endpoints = []
+        for rank, replica in enumerate(engine.replicas):
+            if replica.kv_events is None:
+                raise StartupError("this engine tells nothing of what it caches; EngineConfig(kv_events=True) does")
+            packing = partial(pack, page_size=engine.config.page_size, rank=rank)
+            own = [None if e is None else of_rank(e, rank) for e in (endpoint, replay)]
+            publisher = Publisher(replica.kv_events, packing, own[0] or endpoint, own[1], topic)
+            stack.callback(publisher.close)
+            endpoints.append(publisher.endpoint)
+        yield endpoints
+
+
+def of_rank(endpoint: str, rank: int) -> str:
+    """Return the endpoint of a replica, as vLLM has it: a port is higher by its rank, unless it is any free one."""
+    base, _, port = endpoint.rpartition(":")
+    if not endpoint.startswith("tcp://"):
+        return f"{endpoint}_dp{rank}" if rank else endpoint
+    return endpoint if int(port) == 0 else f"{base}:{int(port) + rank}"
