@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from support.kv_listener import Listener, Truth
 from support.loop import Loop, make
+from support.stub import STUB, stub_engine
 
 from astraea_jax.engine import kv_events
 from astraea_jax.engine.kv_events import KVEvents
@@ -73,10 +74,7 @@ def test_a_turn_larger_than_the_queue_is_told_when_nothing_waits(loop, monkeypat
     assert listener.tiers == truth.tiers()
 
 
-async def test_an_engine_tells_only_if_it_is_to(make_engine):
-    from support.sizes import SMALL
-
-    quiet, telling = make_engine(SMALL), make_engine(dataclasses.replace(SMALL, kv_events=True))
-    assert quiet.kv_events is None
-    assert quiet._scheduler.kv_log is None
-    assert telling.kv_events is not None
+@pytest.mark.parametrize("tells", [False, True])
+def test_an_engine_tells_only_if_it_is_to(tells):
+    engine, _ = stub_engine(dataclasses.replace(STUB, kv_events=tells))
+    assert (engine.kv_events is not None, engine._scheduler.kv_log is not None) == (tells, tells)

@@ -76,11 +76,11 @@ class Agents:
 
 
 @pytest.mark.parametrize("window", [None, Window(5, 24)])
-@settings(max_examples=15)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32))
 def test_who_listens_knows_what_both_tiers_hold(window, seed):
     agents = Agents(seed, window)
-    for _ in range(60):
+    for _ in range(80):
         agents.act()
         agents.compare()
     late = Listener()

@@ -14,7 +14,8 @@ from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import StartupError
 
 NEEDED = "--kv_events needs pyzmq and msgpack: pip install 'astraea-jax[events]'"
-ENDPOINT = re.compile(r"tcp://[^\s/]+:\d{1,5}|(ipc|inproc)://\S{1,100}")
+ENDPOINT = re.compile(r"tcp://[^\s/]+:\d{1,5}|ipc://\S{1,100}")
+FORM = "tcp://HOST:PORT or ipc://PATH"
 
 
 def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[str]]]:
@@ -34,7 +35,7 @@ def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[str]]]:
         flags.register_validator(
             name,
             lambda endpoint: endpoint is None or ENDPOINT.fullmatch(endpoint) is not None,
-            "it must be tcp://HOST:PORT or ipc://PATH",
+            f"it must be {FORM}",
         )
     for name in ("kv_events", "kv_events_replay", "kv_events_topic"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -83,8 +84,17 @@ def published(engine: Serving, endpoint: str, replay: str | None = None, topic: 
 
 
 def of_rank(endpoint: str, rank: int) -> str:
-    """Return the endpoint of a replica, as vLLM has it: a port is higher by its rank, unless it is any free one."""
-    base, _, port = endpoint.rpartition(":")
+    """Return the endpoint of a replica, as vLLM has it: a port is higher by its rank, unless it is any free one.
+
+    Raises:
+        StartupError: it is no endpoint, or there is no such port.
+    """
+    if ENDPOINT.fullmatch(endpoint) is None:
+        raise StartupError(f"KV events: {endpoint} is no endpoint; it must be {FORM}")
     if not endpoint.startswith("tcp://"):
         return f"{endpoint}_dp{rank}" if rank else endpoint
-    return endpoint if int(port) == 0 else f"{base}:{int(port) + rank}"
+    base, _, port = endpoint.rpartition(":")
+    number = int(port) + (rank if int(port) else 0)
+    if number >= 2**16:  # ZeroMQ would take another port
+        raise StartupError(f"KV events: there is no port {number}; choose a lower one")
+    return f"{base}:{number}"

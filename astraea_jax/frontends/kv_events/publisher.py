@@ -130,7 +130,7 @@ def open_socket(context: zmq.Context[Socket], kind: int, endpoint: str, unsent: 
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)  # listeners that have vanished cost no memory for long
-    here = any(part in endpoint for part in ("*", "::", "//127.", "//localhost", "ipc://", "inproc://"))
+    here = any(part in endpoint for part in ("*", "::", "//127.", "//localhost", "ipc://"))
     try:
         if kind == zmq.PUB and not here:
             socket.connect(endpoint)

@@ -26,14 +26,14 @@ MAX_BLOCKS = 512
 """Blocks of a batch at most, so that none is packed for long, while the serving loop would wait for Python."""
 
 
-def pack(records: Iterable[Record], page_size: int, rank: int, time_s: float) -> Iterator[bytes]:
+def pack(records: Iterable[Record], time_s: float, *, page_size: int, rank: int) -> Iterator[bytes]:
     """Pack records into batches.
 
     Args:
         records: what has happened, in order.
+        time_s: seconds since 1970.
         page_size: tokens of a block.
         rank: number of the replica, which vLLM calls its data-parallel rank.
-        time_s: seconds since 1970.
     """
     packer = msgpack.Packer(unicode_errors="replace")  # a name that is no Unicode must not spoil the others' batch
     for events in _batches(records, page_size):

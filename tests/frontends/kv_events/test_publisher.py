@@ -7,9 +7,11 @@ import dataclasses
 import random
 import socket
 import threading
+from functools import partial
 
 import pytest
 import zmq
+from support.device import complete
 from support.disturbed import program
 from support.engines import settled, until
 from support.kv_subscriber import WAIT_MS, Subscriber, ask_again
@@ -23,7 +25,7 @@ from astraea_jax.errors import StartupError
 from astraea_jax.frontends.kv_events import publisher
 from astraea_jax.frontends.kv_events.flags import of_rank, published
 from astraea_jax.frontends.kv_events.publisher import Publisher
-from astraea_jax.frontends.kv_events.wire import block_name
+from astraea_jax.frontends.kv_events.wire import block_name, pack
 from astraea_jax.scheduler.wait import HOST
 
 FREE = "tcp://127.0.0.1:0"
@@ -57,10 +59,6 @@ async def telling():
 
 
 def open_publisher(engine, **more) -> Publisher:
-    from functools import partial
-
-    from astraea_jax.frontends.kv_events.wire import pack
-
     packing = partial(pack, page_size=engine.config.page_size, rank=0)
     return Publisher(engine.kv_events, packing, **{"endpoint": FREE, "replay": FREE, **more})
 
@@ -92,7 +90,8 @@ async def test_a_real_engine_with_a_host_tier_is_followed(make_engine, greedy):
             assert early.media["GPU"]
             assert {event.get("session_id") for event in early.stored} >= {"stays"}
             salts = {key for event in early.stored for keys in event["extra_keys"] for key in keys or ()}
-            assert len(salts) == 1
+            assert salts
+            assert not any("secret" in salt for salt in salts)
             with Subscriber(opened.endpoint, opened.replay) as late:
                 late.replay()
                 await agree(late, engine)
@@ -122,7 +121,8 @@ async def test_what_is_stored_are_the_prompts_tokens(telling, opened):
         subscriber.replay()
         await agree(subscriber, telling)
         first = subscriber.stored[0]
-        assert first["token_ids"][:12] == prompt[:12]
+        told = [token for event in subscriber.stored for token in event["token_ids"]]
+        assert told == (prompt + complete(prompt, 4))[:16]
         assert (first["parent_block_hash"], first["block_size"], first["session_id"]) == (None, 4, "mine")
 
 
@@ -249,15 +249,18 @@ def test_ports_rise_with_the_rank(endpoint, second):
     assert [of_rank(endpoint, rank) for rank in (0, 1)] == [endpoint, second]
 
 
+@pytest.mark.parametrize("endpoint", ["tcp://*:65535", "tcp://*:99998", "tcp://*", "http://*:80", "", "inproc://x"])
+def test_what_is_no_endpoint_is_refused(endpoint):
+    with pytest.raises(StartupError, match=r"no (port|endpoint)"):
+        of_rank(endpoint, 1)
+
+
 async def test_it_connects_to_a_router_that_listens_for_all_workers(telling):
     context = zmq.Context()
     router = context.socket(zmq.SUB)
     router.subscribe(b"")
     port = router.bind_to_random_port("tcp://0.0.0.0")
-    own = socket.gethostbyname(socket.gethostname())
-    if own.startswith("127."):
-        pytest.skip("this machine has no address but its own")
-    opened = open_publisher(telling, endpoint=f"tcp://{own}:{port}", replay=None)
+    opened = open_publisher(telling, endpoint=f"tcp://0.0.0.0:{port}", replay=None)
     try:
         assert opened.replay is None
         number = 0
@@ -277,8 +280,6 @@ async def test_an_endpoint_that_cannot_be_used_is_told(telling, which):
         taken.listen()
         with pytest.raises(StartupError, match="another endpoint"):
             open_publisher(telling, **{which: f"tcp://127.0.0.1:{taken.getsockname()[1]}"})
-    with pytest.raises(StartupError, match="another endpoint"):
-        open_publisher(telling, **{which: "tcp://*:99999"})
 
 
 async def test_what_is_closed_leaves_nothing(telling):

@@ -36,7 +36,7 @@ def block(block_hash, parent, tokens, salt=SALT, session=None):
 
 
 def packed(records, page_size=2):
-    return [msgpack.unpackb(batch) for batch in pack(records, page_size, 0, 0.0)]
+    return [msgpack.unpackb(batch) for batch in pack(records, 0.0, page_size=page_size, rank=0)]
 
 
 def test_batches_are_those_of_vllm():
@@ -46,14 +46,14 @@ def test_batches_are_those_of_vllm():
         Stored(HOST, [block(H3, H2, [1, 2], salt=salted(""))]),
         Removed(DEVICE, [H1, H4]),
     ]
-    assert [batch.hex() for batch in pack(records, page_size=2, rank=3, time_s=1.5)] == [PACKED_BY_VLLM]
+    assert [batch.hex() for batch in pack(records, 1.5, page_size=2, rank=3)] == [PACKED_BY_VLLM]
 
 
 @pytest.mark.parametrize("salt", ["tenant", "key:0123456789abcdef", "a" * 64])
 def test_a_salt_is_told_apart_and_never_told(salt):
     start = salted(salt)
     first, second = block(H1, None, [1, 2], start), block(H2, H1, [3, 4], start)
-    [batch] = pack([Stored(DEVICE, [first, second])], 2, 0, 0.0)
+    [batch] = pack([Stored(DEVICE, [first, second])], 0.0, page_size=2, rank=0)
     [keys, none] = msgpack.unpackb(batch)[1][0]["extra_keys"]
     assert (keys, none) == ([salt_name(start)], None)
     assert salt.encode() not in batch
@@ -84,7 +84,7 @@ def test_long_records_become_several_batches(monkeypatch):
     batches = packed([Removed(HOST, hashes[:3]), Stored(DEVICE, chain), Cleared()])
     assert all(sum(len(e.get("block_hashes", "1")) for e in events) <= 4 for _, events, _ in batches)
     events = [event for _, events, _ in batches for event in events]
-    assert [event["type"][5:] for event in events] == ["Removed", "Stored", "Stored", "Stored", "locksCleared"]
+    assert [event["type"] for event in events] == ["BlockRemoved", *["BlockStored"] * 3, "AllBlocksCleared"]
     stored = events[1:4]
     assert [name for event in stored for name in event["block_hashes"]] == [*range(1, 12)]
     assert [event["parent_block_hash"] for event in stored] == [None, 4, 8]
