@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,10 +76,11 @@ class KVLog:
     def __init__(self, page_size: int):
         self._size = page_size
         self._records: list[Record] = []
-        self._blocks: dict[str, dict[bytes, Block]] = {DEVICE: {}, HOST: {}}
+        # Fields of blocks by hash. Plain tuples of bytes are no work for the garbage collector, however many they are.
+        self._blocks: dict[str, dict[bytes, tuple[Any, ...]]] = {DEVICE: {}, HOST: {}}
         self._copies: Counter[bytes] = Counter()  # on the host, by block
         self._arriving: dict[HostCopy, list[Block]] = {}
-        self._arrived: dict[HostCopy, list[Block]] = {}
+        self._arrived: dict[HostCopy, list[bytes]] = {}
 
     def take(self) -> list[Record]:
         """Return what has happened since the last call, in order."""
@@ -90,8 +91,7 @@ class KVLog:
         """Forget what has not been taken, and tell everything that there is anew."""
         self._records = [Cleared()]
         for tier, blocks in self._blocks.items():
-            for block in _parents_first(blocks):
-                self._store(tier, block)
+            self._tell(tier, _parents_first(blocks))
 
     def hashes(self, tier: str) -> Set[bytes]:
         """The blocks that a tier has."""
@@ -101,13 +101,11 @@ class KVLog:
 
     def cached(self, request: Request, indices: Sequence[int]) -> None:
         """The prefix cache has got pages of a request, by rising index."""
-        for block in self._read(request, indices, request.program.key):
-            self._blocks[DEVICE][block.hash] = block
-            self._store(DEVICE, block)
+        if indices:
+            self._add(DEVICE, self._read(request, indices, request.program.key))
 
     def uncached(self, block_hash: bytes) -> None:
         """The prefix cache has lost a page."""
-        del self._blocks[DEVICE][block_hash]
         self._remove(DEVICE, block_hash)
 
     # -- the host --------------------------------------------------------------------------------------------------
@@ -116,65 +114,72 @@ class KVLog:
         """A program's last request is being copied to the host."""
         assert program.last is not None
         full = min(copy.end, program.kept // self._size, len(program.last.block_hashes))
-        self._arriving[copy] = list(self._read(program.last, range(copy.first, full), program.key))
+        indices = range(copy.first, full)
+        self._arriving[copy] = self._read(program.last, indices, program.key) if indices else []
 
     def arrived(self, copy: HostCopy) -> None:
         """A copy can be used from now on, unless it was dropped on its way."""
         if copy in self._arriving:
-            self._hold(copy, self._arriving.pop(copy))
+            blocks = self._arriving.pop(copy)
+            self._add(HOST, [block for block in blocks if block.hash not in self._copies])
+            self._hold(copy, [block.hash for block in blocks])
 
     def shared(self, copy: HostCopy, other: HostCopy) -> None:
         """Another program holds what a copy has, too."""
-        self._hold(other, list(self._arrived[copy]))
+        self._hold(other, [*self._arrived[copy]])
 
     def cut(self, copy: HostCopy) -> None:
         """A copy has been dropped, or has fewer pages than before that count."""
         keep = 0 if copy.dropped else copy.used
-        self._drop(self._arrived.get(copy, [])[keep:])
-        for blocks in (self._arriving, self._arrived):
-            if copy in blocks:
-                del blocks[copy][keep:]
-                if copy.dropped:
-                    del blocks[copy]
+        if copy in self._arriving:
+            del self._arriving[copy][keep:]
+        for block_hash in self._arrived.get(copy, [])[keep:]:
+            self._copies[block_hash] -= 1
+            if not self._copies[block_hash]:
+                del self._copies[block_hash]
+                self._remove(HOST, block_hash)
+        if copy in self._arrived:
+            del self._arrived[copy][keep:]
+        if copy.dropped:
+            self._arriving.pop(copy, None)
+            self._arrived.pop(copy, None)
 
-    def _hold(self, copy: HostCopy, blocks: list[Block]) -> None:
-        self._arrived[copy] = blocks
-        for block in blocks:
-            self._copies[block.hash] += 1
-            if self._copies[block.hash] == 1:
-                self._blocks[HOST][block.hash] = block
-                self._store(HOST, block)
-
-    def _drop(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            self._copies[block.hash] -= 1
-            if not self._copies[block.hash]:
-                del self._copies[block.hash], self._blocks[HOST][block.hash]
-                self._remove(HOST, block.hash)
+    def _hold(self, copy: HostCopy, hashes: list[bytes]) -> None:
+        self._arrived[copy] = hashes
+        self._copies.update(hashes)
 
     # -- records ---------------------------------------------------------------------------------------------------
 
-    def _read(self, request: Request, indices: Sequence[int], session: Hashable | None) -> Iterator[Block]:
+    def _read(self, request: Request, indices: Sequence[int], session: Hashable | None) -> list[Block]:
         """Make blocks of full pages of a request."""
-        if not indices:
-            return
-        first, size, hashes, salt = indices[0], self._size, request.block_hashes, request.program.salt or b""
-        tokens = np.empty((indices[-1] + 1 - first) * size, np.int32)
-        request.copy_tokens(first * size, tokens)
+        first, size, hashes, salt = indices[0], 4 * self._size, request.block_hashes, request.program.salt or b""
+        tokens = np.empty((indices[-1] + 1 - first) * self._size, np.int32)
+        request.copy_tokens(first * self._size, tokens)
         content = tokens.tobytes()
-        for i in indices:
-            at = 4 * size * (i - first)
-            parent = hashes[i - 1] if i else None
-            yield Block(hashes[i], parent, content[at : at + 4 * size], salt, session)
+        return [
+            Block(hashes[i], hashes[i - 1] if i else None, content[at : at + size], salt, session)
+            for i in indices
+            for at in ((i - first) * size,)
+        ]
 
-    def _store(self, tier: str, block: Block) -> None:
+    def _add(self, tier: str, blocks: list[Block]) -> None:
+        held = self._blocks[tier]
+        for block in blocks:
+            held[block[0]] = (*block,)
+        self._tell(tier, blocks)
+
+    def _tell(self, tier: str, blocks: Iterable[Block]) -> None:
         last = self._records[-1] if self._records else None
-        if isinstance(last, Stored) and last.tier == tier and _continues(block, last.blocks[-1]):
-            last.blocks.append(block)
-        else:
-            self._records.append(Stored(tier, [block]))
+        run = last.blocks if isinstance(last, Stored) and last.tier == tier else None
+        for block in blocks:
+            if run and block.parent == run[-1].hash and block.session == run[-1].session:
+                run.append(block)
+            else:
+                run = [block]
+                self._records.append(Stored(tier, run))
 
     def _remove(self, tier: str, block_hash: bytes) -> None:
+        del self._blocks[tier][block_hash]
         last = self._records[-1] if self._records else None
         if isinstance(last, Removed) and last.tier == tier:
             last.hashes.append(block_hash)
@@ -185,18 +190,14 @@ class KVLog:
         """Raise AssertionError unless all that is noted of ``copies``, the live ones, adds up (for tests)."""
         assert self._arrived.keys() == {copy for copy in copies if copy.ready}
         assert self._arriving.keys() == {copy for copy in copies if not copy.ready}
-        assert self._copies == Counter(block.hash for blocks in self._arrived.values() for block in blocks)
+        assert self._copies == Counter(block_hash for hashes in self._arrived.values() for block_hash in hashes)
         assert self._blocks[HOST].keys() == self._copies.keys()
 
 
-def _continues(block: Block, last: Block) -> bool:
-    return block.parent == last.hash and block.session == last.session
-
-
-def _parents_first(blocks: dict[bytes, Block]) -> Iterator[Block]:
+def _parents_first(blocks: dict[bytes, tuple[Any, ...]]) -> Iterator[Block]:
     """Go through blocks so that each comes after its parent, if that is one of them, and chains stay together."""
     children = defaultdict(list)
-    for block in blocks.values():
+    for block in map(Block._make, blocks.values()):
         children[block.parent if block.parent in blocks else None].append(block)
     ahead = children[None]
     while ahead:

@@ -77,8 +77,8 @@ def identify(
     """Return what a request says about its session.
 
     Args:
-        headers: of HTTP, or metadata of gRPC; keys in small letters. Those with underscores count as if they had dashes,
-            as for Ray Serve, unless there is the same one with dashes, too.
+        headers: of HTTP, or metadata of gRPC; keys in small letters. Underscores count as dashes, as for Ray Serve; a
+            key that has dashes counts before.
         session_id: field of the body; counts before all headers, and leaves none of their parents.
         parent_session_id: field of the body; counts before all headers.
         prompt_cache_key: OpenAI's field; counts after all headers.

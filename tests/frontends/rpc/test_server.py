@@ -71,7 +71,9 @@ async def test_stop_by_metadata(decode, engine, greedy):
     assert trailing["x-finish-reason"] == "stop"
 
 
-@pytest.mark.parametrize("key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "session_id", "x_session_id"])
+@pytest.mark.parametrize(
+    "key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "session_id", "x_session_id"]
+)
 async def test_a_session_keeps_its_cache(decode, engine, key):
     session = (*NO_EOS, (key, f"by-{key}"))
     await decode(token_content={"token_ids": list(range(1, 31))}, max_tokens=3, metadata=session)
