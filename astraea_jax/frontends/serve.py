@@ -186,9 +186,9 @@ async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
         StartupError, ToolError: a flag cannot be followed, or an MCP server cannot be used.
     """
     async with connected(server_tools()) as tools:
-        with kv_events(engine) as endpoints:
-            for endpoint in endpoints:
-                say(f"KV events: {endpoint}")
+        with kv_events(engine) as publishers:
+            for publisher in publishers:
+                say(f"KV events: {publisher}")
             return await serve_with(tools, engine, display, began)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 import zmq
 
@@ -66,7 +68,7 @@ class Subscriber:
         for event in events:
             self.hear(event)
 
-    def hear(self, event: dict) -> None:
+    def hear(self, event: dict[str, Any]) -> None:
         if event["type"] == "AllBlocksCleared":
             self.media = {"GPU": set(), "CPU": set()}
             self.clears += 1

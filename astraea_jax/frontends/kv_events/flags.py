@@ -7,21 +7,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import StartupError
 
+if TYPE_CHECKING:
+    from astraea_jax.frontends.kv_events.publisher import Publisher
+
 NEEDED = "--kv_events needs pyzmq and msgpack: pip install 'astraea-jax[events]'"
 ENDPOINT = re.compile(r"tcp://[^\s/]+:\d{1,5}|ipc://\S{1,100}")
 FORM = "tcp://HOST:PORT or ipc://PATH"
 
 
-def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[str]]]:
+def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[Publisher]]]:
     """Define the flags; return a context manager that publishes an engine's events as they say.
 
-    Inside it they are published; it yields the endpoints.
+    It yields the publishers, one for each replica.
     """
     flags.DEFINE_string(
         "kv_events",
@@ -41,20 +45,20 @@ def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[str]]]:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     @contextmanager
-    def publishing(engine: Serving) -> Iterator[list[str]]:
+    def publishing(engine: Serving) -> Iterator[list[Publisher]]:
         chosen = flags.FLAGS
         if chosen.kv_events is None:
             yield []
             return
-        with published(engine, chosen.kv_events, chosen.kv_events_replay, chosen.kv_events_topic) as endpoints:
-            yield endpoints
+        with published(engine, chosen.kv_events, chosen.kv_events_replay, chosen.kv_events_topic) as found:
+            yield found
 
     return publishing
 
 
 @contextmanager
-def published(engine: Serving, endpoint: str, replay: str | None = None, topic: str = "") -> Iterator[list[str]]:
-    """Publish the events of every replica while the context lasts; yields the endpoints.
+def published(engine: Serving, endpoint: str, replay: str | None = None, topic: str = "") -> Iterator[list[Publisher]]:
+    """Publish the events of every replica while the context lasts; yields the publishers.
 
     Args:
         engine: its configuration has ``kv_events``.
@@ -71,7 +75,7 @@ def published(engine: Serving, endpoint: str, replay: str | None = None, topic: 
     except ImportError:
         raise StartupError(NEEDED) from None
     with ExitStack() as stack:
-        endpoints = []
+        publishers = []
         for rank, replica in enumerate(engine.replicas):
             if replica.kv_events is None:
                 raise StartupError("this engine tells nothing of what it caches; EngineConfig(kv_events=True) does")
@@ -79,8 +83,8 @@ def published(engine: Serving, endpoint: str, replay: str | None = None, topic: 
             own = [None if e is None else of_rank(e, rank) for e in (endpoint, replay)]
             publisher = Publisher(replica.kv_events, packing, own[0] or endpoint, own[1], topic)
             stack.callback(publisher.close)
-            endpoints.append(publisher.endpoint)
-        yield endpoints
+            publishers.append(publisher)
+        yield publishers
 
 
 def of_rank(endpoint: str, rank: int) -> str:

@@ -75,6 +75,9 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name="astraea-kv-events", daemon=True)
         self._thread.start()
 
+    def __str__(self) -> str:
+        return self.endpoint if self.replay is None else f"{self.endpoint}, missed ones at {self.replay}"
+
     def close(self) -> None:
         """End the thread and its sockets."""
         self._stopping.set()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import random
 import socket
+import sys
 import threading
 from functools import partial
 
@@ -222,9 +223,9 @@ async def test_replicas_have_ports_and_ranks_of_their_own():
     replicas = Replicas(engines)
     await asyncio.to_thread(replicas.start)
     try:
-        with published(replicas, FREE) as endpoints:
-            assert len({*endpoints}) == 2
-            with Subscriber(endpoints[1]) as subscriber:
+        with published(replicas, FREE) as publishers:
+            assert len({publisher.endpoint for publisher in publishers}) == 2
+            with Subscriber(publishers[1].endpoint) as subscriber:
                 await until(lambda: subscriber.read(10) or engines[1].kv_events._queued == 0)
                 for number in range(20):
                     await ask(engines[1], number)
@@ -291,6 +292,13 @@ async def test_what_is_closed_leaves_nothing(telling):
     assert threading.active_count() <= before
     again = open_publisher(telling, endpoint=endpoint)
     again.close()
+
+
+def test_the_extra_is_named_if_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zmq", None)
+    monkeypatch.delitem(sys.modules, "astraea_jax.frontends.kv_events.publisher")
+    with pytest.raises(StartupError, match=r"pip install 'astraea-jax\[events\]'"), published(stub_engine()[0], FREE):
+        pass
 
 
 def test_an_engine_that_tells_nothing_cannot_be_published():
