@@ -52,12 +52,12 @@ def engine(config, form, folder, **options):
 @pytest.mark.parametrize("case", CASES)
 def test_programs_say_the_same_alone_together_and_on_four_devices(case, random_folder):
     """Together they are prefilled in chunks, preempted, and their KV goes to the host and comes back."""
-    model = CASES[case]
-    one = engine(*model, random_folder)
+    model, form = CASES[case]
+    one = engine(model, form, random_folder)
     alone, together = run_programs(one, alone=True), run_programs(one)
     stats = one.stats()
     one.shutdown(grace_s=0)
-    four = engine(*model, random_folder, tensor_parallel=4, kv_bytes=10 * PAGE_BYTES, scan_layers=True)
+    four = engine(model, form, random_folder, tensor_parallel=4, kv_bytes=10 * PAGE_BYTES, scan_layers=True)
     shared = run_programs(four)
     four.shutdown(grace_s=0)
     assert alone == together == shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ SHARES = {
 @pytest.mark.parametrize("case", SHARES)
 def test_experts_without_their_scales_are_refused_before_anything_is_read(case):
     devices, form, fields, fit = SHARES[case]
-    experts = dataclasses.replace(MIXED.experts, **{"count": 7, "shared_size": 0, **fields})
+    experts = Experts(7, 3, **{"size": 32, **fields})
     config = dataclasses.replace(MIXED, experts=experts)
     said = rf"divide its 7 experts, .* blocks of {form.codes} codes.*tensor_parallel of {fit}, or weights in another"
     with pytest.raises(CheckpointError, match=said):
@@ -143,7 +144,7 @@ def test_shared_experts_that_cannot_be_divided_are_whole_everywhere(devices, cap
     caplog.set_level("INFO")
     config, mesh = dataclasses.replace(PUBLISHED["glm-4.5-air"], num_layers=2), mesh_of(jax.devices()[:devices])
     for forms, divided in ((everywhere(FORMATS["int4"]), False), (plain, True)):
-        decoder = abstract_decoder(config, jnp.bfloat16, mesh, forms=forms)
+        decoder: Any = abstract_decoder(config, jnp.bfloat16, mesh, forms=forms)
         mlp = nnx.state(decoder.layers[1].mlp)
         for path, leaf in nnx.to_flat_state(mlp):
             parts = leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
