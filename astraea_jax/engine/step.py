@@ -160,8 +160,8 @@ class Step:
     """
 
     def __init__(self, decoder: Decoder, backend: Backend, sizes: StepSizes, mesh: Mesh):
-        self._graph, state = nnx.split(decoder)
-        leaves, self._tree = jax.tree.flatten(placed(state, mesh))
+        self._graph = nnx.graphdef(decoder)
+        leaves, self._tree = jax.tree.flatten(placed(decoder, mesh))
         self.backend, self._mesh, self._sizes = backend, mesh, sizes
         self._packing = Packing.of(leaves)
         self.replicated = NamedSharding(mesh, PartitionSpec())
