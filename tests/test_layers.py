@@ -25,8 +25,8 @@ FLOORS = (
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
 SCHEDULER_FLOORS = (
-    {"distribution", "hazards", "histogram", "prefix", "wait"},
-    {"program", "transfer"},
+    {"distribution", "hazards", "histogram", "placement", "prefix", "wait"},
+    {"program", "rival_placements", "router", "transfer"},
     {"eviction", "offer", "plan", "view", "windows"},
     {"config", "decode_batch", "pages"},
     {"copies", "costs", "leases", "registry", "wait_times"},
