@@ -1,0 +1,150 @@
+"""A replica: one engine behind Serve's HTTP and gRPC proxies."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ray import serve
+
+from astraea_jax.agents import formats
+from astraea_jax.engine.grammar import GrammarCompiler
+from astraea_jax.engine.interface import Serving
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.frontends.http.app import make_app
+from astraea_jax.frontends.http.door import Door
+from astraea_jax.frontends.http.flags import sampling_defaults
+from astraea_jax.frontends.http.guard import Bounds, Guard
+from astraea_jax.frontends.http.hosts import AllowedHosts, host_name
+from astraea_jax.frontends.http.tenants import Keys
+from astraea_jax.frontends.http.waiting import Limits
+from astraea_jax.frontends.hub import find_model
+from astraea_jax.frontends.programs import Programs, conversations_of
+from astraea_jax.frontends.ray_serve.calls import Calls
+from astraea_jax.frontends.ray_serve.loading import start_engine
+from astraea_jax.frontends.ray_serve.options import Options
+from astraea_jax.frontends.rpc.servicer import Servicer
+from astraea_jax.frontends.rpc.wire import SESSION_METHODS
+from astraea_jax.scheduler.handover import HandOver
+
+log = logging.getLogger(__name__)
+
+TAKEN = 4096
+"""Sessions that a replica says it has taken over; the latest ones, since the others will have come back by now."""
+HAND_OVER_S = 10.0
+"""Seconds in which somebody must have taken over the programs of a replica that stops. Nobody does where a whole
+application is deleted; what is not handed over is computed again."""
+
+
+class Replica:
+    """The class of the deployment. Serve calls its methods in one event loop, in which the engine is used.
+
+    Args:
+        options: of the app.
+    """
+
+    async def __init__(self, options: Options):
+        self._engine = engine = await asyncio.to_thread(start_engine, options)
+        self._taken: deque[str] = deque(maxlen=TAKEN)
+        self._reports = 0
+        keys, grammars = Keys.of(options.api_keys, options.admin_keys), GrammarCompiler(engine.tokenizer)
+        with suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
+            grammars.prepare()
+        programs = Programs(engine, conversations_of(engine, options.turn_continuity))
+        self._guard = _make_guard(options, engine, keys, grammars, programs)
+        self._calls = Calls(Servicer(engine, grammars, programs), keys)
+        gc.collect()
+        gc.freeze()  # as in the server process: what is loaded by now stays
+
+    def __serve_build_asgi_app__(self) -> Guard:
+        """Return what answers HTTP; Serve asks once, after the constructor."""
+        return self._guard
+
+    async def Decode(self, request: bytes, grpc_context: Any) -> AsyncIterator[Any]:
+        """Answer JetStream's Decode."""
+        async for response in self._calls.stream("Decode", request, grpc_context):
+            yield response
+
+    def check_health(self) -> None:
+        """Have Serve start the replica anew if its engine has failed.
+
+        Raises:
+            EngineDead: it has.
+        """
+        if not self._engine.live:
+            raise EngineDead("the engine has failed; its log says why")
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Report to the routers; a number tells a new report from one that has been sent again."""
+        self._reports += 1
+        return {**self._engine.report().fields(), "number": self._reports, "taken": [*self._taken]}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Report to the autoscaler."""
+        return self._engine.report().fields()
+
+    async def take_over(self, programs: Sequence[HandOver]) -> None:
+        """Go on with programs of another replica; their tokens are computed when there is time."""
+        for program in programs:
+            with suppress(RequestError, Overloaded, EngineDead):  # it is computed again when it comes back
+                await asyncio.wrap_future(self._engine.take_over(program))
+                self._taken.append(program.session)
+
+    async def __del__(self) -> None:
+        """Hand the programs over and end; Serve calls it when the requests that ran have ended."""
+        engine: Serving | None = getattr(self, "_engine", None)
+        if engine is None:
+            return
+        try:
+            await asyncio.wait_for(_hand_over(engine), HAND_OVER_S)
+        except Exception as error:
+            log.warning("programs were not handed over (%r); they are computed again", error)
+        await asyncio.to_thread(engine.shutdown, 0)
+
+
+def _single(name: str) -> Any:
+    async def call(self: Replica, request: bytes, grpc_context: Any) -> Any:
+        return await self._calls.single(name, request, grpc_context)
+
+    call.__name__ = name
+    call.__doc__ = f"Answer {name}."
+    return call
+
+
+for _name in ("HealthCheck", *SESSION_METHODS):
+    setattr(Replica, _name, _single(_name))
+
+
+async def _hand_over(engine: Serving) -> None:
+    """Hand the programs that wait to the other replicas, each where a router places it."""
+    programs = await asyncio.wrap_future(engine.hand_over())
+    if not programs:
+        return
+    here = serve.get_replica_context()
+    others = serve.get_deployment_handle(here.deployment, here.app_name)
+    await asyncio.gather(
+        *(others.options(method_name="take_over", session_id=each.session).remote([each]) for each in programs)
+    )
+
+
+def _make_guard(options: Options, engine: Serving, keys: Keys, grammars: GrammarCompiler, programs: Programs) -> Guard:
+    """Make what answers HTTP, as the server process does of its flags."""
+    defaults = None if options.random_weights else sampling_defaults(find_model(options.model, options.revision))
+    door = Door(
+        engine,
+        formats.choose(engine.tokenizer, options.call_format),
+        [*options.served_model_names, options.model],
+        Limits(wait_s=options.max_wait_s),
+        defaults,
+        (),
+        grammars,
+        programs,
+    )
+    names = options.allowed_hosts
+    hosts = AllowedHosts(None if names is None else [host_name(name) for name in names])
+    return make_app(door, keys, Bounds(body_bytes=options.max_body_bytes), hosts=hosts)
