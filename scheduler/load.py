@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .config import SchedulerConfig, SchedulerStats
 from .contexts import Contexts
-from .placement import MOST, Report
+from .placement import MOST, Fleet, Report
 from .prediction import Predictor
 from .program import Program, Request
 from .start_waits import StartWaits
@@ -91,3 +94,17 @@ class Load:
         assert self._output == sum(len(request.output) for request in live.values())
         unstarted = {request for request in live.values() if request.slot < 0 and not request.preemptions}
         assert unstarted <= self._queued.keys() <= set(live.values())
+
+
+def together(reports: Sequence[Report]) -> Report:
+    """Return what several replicas, of which there is one at least, say as one: a new request goes to the best of them.
+
+    Times are means.
+    """
+    takers = [report for report in reports if not report.draining] or reports
+
+    names = (*Fleet.REPORTED, *Fleet.TIMES, "sessions")
+    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in names}
+    sums |= {name: sums[name] / len(reports) for name in Fleet.TIMES}
+    waits = tuple(map(min, *(report.wait_s for report in takers), takers[0].wait_s))
+    return Report(**sums, wait_s=waits, draining=all(report.draining for report in reports))

@@ -180,21 +180,21 @@ class ServingLoop:
                 assert_never(event)
 
     def _submit(self, event: Submit, now: float) -> None:
-        params, mailbox = event.params, event.mailbox
+        call, mailbox, params = event.call, event.mailbox, event.call.params
         eos = frozenset() if params.ignore_eos else self._tokenizer.eos_ids
         stops = eos.union(params.stop_token_ids)
         try:
-            tracker = None if params.plain else Tracker(params, event.prompt, stops, self._vocab_size)
+            tracker = None if params.plain else Tracker(params, call.prompt, stops, self._vocab_size)
             request = self._scheduler.submit(
-                event.prompt,
+                call.prompt,
                 params.max_tokens,
                 stops,
-                program=event.session,
-                owner=event.session[0] if event.session is not None else "",
-                final=event.final,
-                salt=salted(event.salt),
-                parent=event.parent,
-                priority=event.priority,
+                program=call.session,
+                owner=call.session[0] if call.session is not None else "",
+                final=call.final,
+                salt=salted(call.salt),
+                parent=call.parent,
+                priority=call.priority,
                 now=now,
             )
         except (Rejected, QueueFull) as error:
