@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -35,7 +36,9 @@ from astraea_jax.scheduler.handover import HandOver
 log = logging.getLogger(__name__)
 
 TAKEN = 4096
-"""Sessions that a replica says it has taken over; the latest ones, since the others will have come back by now."""
+"""Sessions at most that a replica says it has taken over, the latest ones."""
+TOLD_S = 30.0
+"""Seconds for which it says so: several reports, of which each router sees at least one."""
 HAND_OVER_S = 10.0
 """Seconds in which somebody must have taken over the programs of a replica that stops. Nobody does where a whole
 application is deleted; what is not handed over is computed again."""
@@ -50,7 +53,7 @@ class Replica:
 
     async def __init__(self, options: Options):
         self._engine = engine = await asyncio.to_thread(start_engine, options)
-        self._taken: deque[str] = deque(maxlen=TAKEN)
+        self._taken: deque[tuple[float, str]] = deque(maxlen=TAKEN)
         self._reports = 0
         keys, grammars = Keys.of(options.api_keys, options.admin_keys), GrammarCompiler(engine.tokenizer)
         with suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
@@ -82,18 +85,19 @@ class Replica:
     def record_routing_stats(self) -> dict[str, Any]:
         """Report to the routers; a number tells a new report from one that has been sent again."""
         self._reports += 1
-        return {**self._engine.report().fields(), "number": self._reports, "taken": [*self._taken]}
+        since = time.monotonic() - TOLD_S
+        taken = [name for taken, name in self._taken if taken > since]
+        return {**self._engine.report().fields(), "number": self._reports, "taken": taken}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Report to the autoscaler."""
         return self._engine.report().fields()
 
-    async def take_over(self, programs: Sequence[HandOver]) -> None:
-        """Go on with programs of another replica; their tokens are computed when there is time."""
-        for program in programs:
-            with suppress(RequestError, Overloaded, EngineDead):  # it is computed again when it comes back
-                await asyncio.wrap_future(self._engine.take_over(program))
-                self._taken.append(program.session)
+    async def take_over(self, program: HandOver) -> None:
+        """Go on with a program of another replica; its tokens are computed when there is time."""
+        with suppress(RequestError, Overloaded, EngineDead):  # it is computed again when it comes back
+            await asyncio.wrap_future(self._engine.take_over(program))
+            self._taken.append((time.monotonic(), _name(program)))
 
     async def __del__(self) -> None:
         """Hand the programs over and end; Serve calls it when the requests that ran have ended."""
@@ -122,14 +126,17 @@ for _name in ("HealthCheck", *SESSION_METHODS):
 
 async def _hand_over(engine: Serving) -> None:
     """Hand the programs that wait to the other replicas, each where a router places it."""
-    programs = await asyncio.wrap_future(engine.hand_over())
-    if not programs:
-        return
+    engine.drain()
     here = serve.get_replica_context()
-    others = serve.get_deployment_handle(here.deployment, here.app_name)
-    await asyncio.gather(
-        *(others.options(method_name="take_over", session_id=each.session).remote([each]) for each in programs)
-    )
+    while programs := await asyncio.wrap_future(engine.hand_over()):
+        others = serve.get_deployment_handle(here.deployment, here.app_name).options(method_name="take_over")
+        await asyncio.gather(*(others.options(session_id=_name(each)).remote(each) for each in programs))
+
+
+def _name(program: HandOver) -> str:
+    """Return the name by which routers know a program."""
+    assert isinstance(program.key, tuple)  # owner and session
+    return str(program.key[1])
 
 
 def _make_guard(options: Options, engine: Serving, keys: Keys, grammars: GrammarCompiler, programs: Programs) -> Guard:
