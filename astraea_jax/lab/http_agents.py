@@ -64,8 +64,8 @@ async def _answered(
         try:
             return await _request(client, body, session)
         except httpx.HTTPError as error:
-            refused = isinstance(error, httpx.HTTPStatusError)
-            if not left or (refused and error.response.status_code not in (429, *range(500, 600))):
+            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 503
+            if not left or status not in (429, *range(500, 600)):
                 raise
             await asyncio.sleep(AGAIN_S)
     raise AssertionError("the last attempt has returned or raised")

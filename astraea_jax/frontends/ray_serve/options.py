@@ -14,7 +14,7 @@ from astraea_jax.errors import StartupError, shown
 from astraea_jax.frontends.http.guard import Bounds
 from astraea_jax.frontends.http.waiting import Limits
 
-ENGINE_FIELDS = {each.name: each.default for each in dataclasses.fields(EngineConfig)}
+ENGINE_FIELDS: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(EngineConfig)}
 LARGEST_MAX_SEQS = 256
 """Requests that run at once on the largest kind of device, unless ``max_seqs`` says otherwise."""
 

@@ -51,7 +51,7 @@ class Replica:
         options: of the app.
     """
 
-    async def __init__(self, options: Options):
+    async def __init__(self, options: Options):  # type: ignore[misc] # Serve awaits it
         self._engine = engine = await asyncio.to_thread(start_engine, options)
         self._taken: deque[tuple[float, str]] = deque(maxlen=TAKEN)
         self._reports = 0
@@ -120,8 +120,8 @@ def _single(name: str) -> Any:
     return call
 
 
-for _name in ("HealthCheck", *SESSION_METHODS):
-    setattr(Replica, _name, _single(_name))
+for _method in ("HealthCheck", *SESSION_METHODS):
+    setattr(Replica, _method, _single(_method))
 
 
 async def _hand_over(engine: Serving) -> None:
