@@ -62,10 +62,11 @@ def _lead(options: Options) -> None:
         StartupError: they do not find each other.
     """
     group = ray.util.get_current_placement_group()
+    actor: Any = Follower  # which Ray has made of the class
     address = f"{ray.util.get_node_ip_address()}:{_free_port()}"
     for process in range(1, options.processes):
         wanted = dict(group.bundle_specs[process])
-        Follower.options(
+        actor.options(
             num_cpus=wanted.pop("CPU", 0),
             num_gpus=wanted.pop("GPU", 0),
             memory=wanted.pop("memory", None),

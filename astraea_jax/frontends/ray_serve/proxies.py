@@ -25,6 +25,7 @@ from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import REQUEST_ID
 from astraea_jax.frontends.http.messages import error_body
 from astraea_jax.frontends.identity import NAMINGS, Identity, identify
+from astraea_jax.frontends.ray_serve.split import SPLITS
 
 SESSION, PARENT = NAMINGS[0].session, NAMINGS[0].parent
 BYTES_PER_TOKEN = 4
@@ -90,14 +91,19 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _named(scope)
+        request_id, key = _named(scope)
+        path = scope["path"]
+        path = path[max(0, path.find("/v1/")) :]  # as the replica sees it, whatever prefix its application has
+        if not SPLITS.covers(scope["path"]) and not path.startswith("/-/") and (chosen := SPLITS.choose(key)):
+            scope["path"] = chosen[1] + scope["path"]
+            scope["raw_path"] = chosen[1].encode() + scope.get("raw_path", b"")
         answer = _Answer(send)
         await self._app(scope, receive, answer)
         if not answer.begun:
             failure = failure_of(EngineDead(GONE))
-            await shape_of(scope["path"])(failure, request_id)(scope, receive, send)
+            await shape_of(path)(failure, request_id)(scope, receive, send)
         elif not answer.ended:
-            event = _last_event(scope["path"], failure_of(EngineDead(GONE)), request_id) if answer.events else b""
+            event = _last_event(path, failure_of(EngineDead(GONE)), request_id) if answer.events else b""
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
@@ -117,8 +123,8 @@ class _Answer:
         await self._send(message)
 
 
-def _named(scope: Scope) -> str:
-    """Give a request an id and the header of its session, if it has none; returns the id."""
+def _named(scope: Scope) -> tuple[str, str]:
+    """Give a request an id and the header of its session, if it has none; returns the id and the session's name."""
     headers = Headers(scope=scope)
     added: list[tuple[str, str]] = []
     request_id = headers.get("x-request-id", "")
@@ -141,7 +147,7 @@ def _named(scope: Scope) -> str:
     length = headers.get("content-length", "")
     tokens = int(length[:18]) // BYTES_PER_TOKEN if length.isdecimal() else 0
     REQUESTS.put(request_id, Asked(tokens, parent))
-    return request_id
+    return request_id, headers.get(SESSION) or session or request_id
 
 
 def _last_event(path: str, failure: Failure, request_id: str) -> bytes:

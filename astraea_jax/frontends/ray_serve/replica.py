@@ -7,11 +7,13 @@ import gc
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astraea_jax.agents import formats
 from astraea_jax.engine.grammar import GrammarCompiler
@@ -29,6 +31,7 @@ from astraea_jax.frontends.programs import Programs, conversations_of
 from astraea_jax.frontends.ray_serve.calls import Calls
 from astraea_jax.frontends.ray_serve.loading import start_engine
 from astraea_jax.frontends.ray_serve.options import Options
+from astraea_jax.frontends.ray_serve.split import Split
 from astraea_jax.frontends.rpc.servicer import Servicer
 from astraea_jax.frontends.rpc.wire import SESSION_METHODS
 from astraea_jax.scheduler.handover import HandOver
@@ -55,6 +58,7 @@ class Replica:
         self._engine = engine = await asyncio.to_thread(start_engine, options)
         self._taken: deque[tuple[float, str]] = deque(maxlen=TAKEN)
         self._reports = 0
+        self._split: Split | None = None
         keys, grammars = Keys.of(options.api_keys, options.admin_keys), GrammarCompiler(engine.tokenizer)
         with suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
             grammars.prepare()
@@ -64,9 +68,23 @@ class Replica:
         gc.collect()
         gc.freeze()  # as in the server process: what is loaded by now stays
 
-    def __serve_build_asgi_app__(self) -> Guard:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return what answers HTTP; Serve asks once, after the constructor."""
-        return self._guard
+
+        async def at_root(scope: Scope, receive: Receive, send: Send) -> None:
+            if prefix := scope.get("root_path"):  # of the application; our routes know nothing of it
+                scope = {**scope, "path": scope["path"].removeprefix(prefix) or "/", "root_path": ""}
+            await self._guard(scope, receive, send)
+
+        return at_root
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Take in the part of the configuration that changes while the replica serves; see :class:`~.split.Split`.
+
+        Raises:
+            StartupError: it cannot be.
+        """
+        self._split = Split.of(user_config)
 
     async def Decode(self, request: bytes, grpc_context: Any) -> AsyncIterator[Any]:
         """Answer JetStream's Decode."""
@@ -87,7 +105,8 @@ class Replica:
         self._reports += 1
         since = time.monotonic() - TOLD_S
         taken = [name for taken, name in self._taken if taken > since]
-        return {**self._engine.report().fields(), "number": self._reports, "taken": taken}
+        split = None if self._split is None else asdict(self._split)
+        return {**self._engine.report().fields(), "number": self._reports, "taken": taken, "split": split}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Report to the autoscaler."""

@@ -16,6 +16,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from astraea_jax.frontends.ray_serve.proxies import REQUESTS, Asked
+from astraea_jax.frontends.ray_serve.split import SPLITS, Split
 from astraea_jax.scheduler.placement import Report, ReportError
 from astraea_jax.scheduler.router import NoReplica, Route, Router
 
@@ -63,6 +64,8 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
         for each in replicas:
             self._router.join(each.replica_id, now)
             self._take_in(each.replica_id, each.routing_stats, now)
+        split = next((found for each in replicas if (found := (each.routing_stats or {}).get("split"))), None)
+        SPLITS.put(self.app_name, None if split is None else Split(**split))
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
@@ -117,7 +120,7 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
             return None
         self._routed[request] = _Routed(route, session, asked.tokens, metadata.call_method == END)
         pending.future.add_done_callback(lambda future: self._given_up(request, future))
-        return route.replica  # type: ignore[return-value] # of whatever kind has joined
+        return route.replica
 
     def _given_up(self, request: str, future: asyncio.Future[Any]) -> None:
         """Release what a client has given up before it was sent anywhere."""

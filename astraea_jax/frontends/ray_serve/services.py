@@ -17,11 +17,12 @@ import grpc
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.identity import Identity
 from astraea_jax.frontends.ray_serve.proxies import BYTES_PER_TOKEN, GONE, REQUESTS, Asked
+from astraea_jax.frontends.ray_serve.split import SPLITS
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_identity, read_request_id
 from astraea_jax.frontends.rpc.status import FAULT, RETRY_AFTER_MS
 
-SESSION, REQUEST_ID = "session_id", "request_id"
+SESSION, REQUEST_ID, APPLICATION = "session_id", "request_id", "application"
 """Keys of metadata that Serve reads."""
 
 
@@ -87,7 +88,8 @@ class _Named:
         if request_id == "-":
             request_id = uuid.uuid4().hex
         identity = _identity(given, method, request)
-        more = {REQUEST_ID: request_id, SESSION: identity.session}
+        application = SPLITS.application_of(identity.session or str(request_id))
+        more = {REQUEST_ID: request_id, SESSION: identity.session, APPLICATION: application}
         self._metadata = (*given, *((key, value) for key, value in more.items() if value and key not in keys))
         REQUESTS.put(str(request_id), Asked(len(request) // BYTES_PER_TOKEN, identity.parent))
 

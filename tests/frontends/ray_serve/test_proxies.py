@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse
 
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
 
+from astraea_jax.frontends.ray_serve import proxies
 from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked, Front, Requests, middlewares
+from astraea_jax.frontends.ray_serve.split import Split, Splits
 
 
 async def echo(scope, receive, send):
@@ -113,6 +115,30 @@ async def test_an_answer_that_is_whole_is_not_touched():
     assert (answer.status_code, answer.json()) == (500, {"error": 1})
 
 
+async def where(scope, receive, send):
+    """An app that tells which path it has got."""
+    await JSONResponse([scope["path"], scope["raw_path"].decode()])(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("path", "got"),
+    [
+        ("/v1/models", "/next/v1/models"),
+        ("/next/v1/models", "/next/v1/models"),
+        ("/-/healthz", "/-/healthz"),
+    ],
+)
+async def test_a_version_takes_its_share(monkeypatch, path, got):
+    splits = Splits()
+    splits.put("next", Split(1.0, "/next"))
+    monkeypatch.setattr(proxies, "SPLITS", splits)
+    assert (await ask(where, path)).json() == [got, got]
+
+
+async def test_a_version_that_dies_is_told_of_in_the_words_of_its_api():
+    assert (await ask(silent, "/next/v1/messages")).status_code == 529
+
+
 async def test_what_is_no_request_passes():
     seen = []
 
@@ -131,5 +157,4 @@ def test_only_the_latest_requests_are_remembered():
 
 
 def test_serve_gets_the_middleware_by_this_name():
-    (front,) = middlewares()
-    assert front.cls is Front
+    assert [str(each.cls) for each in middlewares()] == [str(Front)]

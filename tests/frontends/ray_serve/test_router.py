@@ -20,7 +20,7 @@ DEPLOYMENT = DeploymentID("Engine", "default")
 BUSY = replace(QUIET, wait_s=tuple(float(i) for i in range(50, 60)))
 
 
-class Replica(RunningReplica):
+class Replica(RunningReplica):  # type: ignore[misc]
     """A replica as a router sees it."""
 
     def __init__(self, name, stats=None):

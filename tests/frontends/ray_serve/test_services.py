@@ -9,8 +9,10 @@ pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` insta
 
 from ray.serve._private.grpc_util import gRPCGenericServer
 
+from astraea_jax.frontends.ray_serve import services
 from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked
 from astraea_jax.frontends.ray_serve.services import add_orchestrator, add_sessions
+from astraea_jax.frontends.ray_serve.split import Split, Splits
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.status import FAULT
 
@@ -85,6 +87,15 @@ async def test_a_proxy_finds_the_session_of_a_call(proxy, metadata, session, par
     assert seen.get("session_id") == session
     asked = REQUESTS.get(seen["request_id"])
     assert asked == Asked(len(request) // 4, parent)
+
+
+async def test_a_version_takes_its_share(proxy, monkeypatch):
+    splits = Splits()
+    splits.put("next", Split(1.0, "/next"))
+    monkeypatch.setattr(services, "SPLITS", splits)
+    await proxy.end(wire.EndRequest(session="s"))
+    await proxy.end(wire.EndRequest(session="s"), metadata=(("application", "default"),))
+    assert [seen["application"] for _, _, seen in proxy.calls] == ["next", "default"]
 
 
 async def test_calls_about_a_session_go_where_it_is(proxy):
