@@ -53,7 +53,7 @@ def _deployment(options: Options, given: Mapping[str, Any]) -> Any:
         "request_router_config": {"request_router_class": ROUTER, "request_routing_stats_period_s": REPORT_S},
         **given,
     }
-    scaling = chosen.get("autoscaling_config")
+    scaling = chosen.get("autoscaling_config", {} if chosen.get("num_replicas") == "auto" else None)
     if isinstance(scaling, Mapping):
         chosen["autoscaling_config"] = {"policy": {"policy_function": POLICY}, **scaling}
     bundles = chosen.get("placement_group_bundles") or [{}]

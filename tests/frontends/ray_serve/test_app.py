@@ -29,10 +29,18 @@ def test_what_the_caller_says_of_the_deployment_counts():
     assert (made.name, made.num_replicas, made.ray_actor_options["num_gpus"]) == ("Mine", 3, 1)
 
 
-def test_autoscaling_goes_by_the_demand_for_kv():
-    made = deployment(ray_serve.app(deployment={"autoscaling_config": {"min_replicas": 2, "max_replicas": 9}}))
-    scaling = made._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas) == (2, 9)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"autoscaling_config": {"min_replicas": 2, "max_replicas": 9}},
+        {"num_replicas": "auto"},
+        {"num_replicas": "auto", "autoscaling_config": {"max_replicas": 9}},
+    ],
+)
+def test_autoscaling_goes_by_the_demand_for_kv(given):
+    scaling = deployment(ray_serve.app(deployment=given))._deployment_config.autoscaling_config
+    wanted = given.get("autoscaling_config", {})
+    assert wanted.items() <= scaling.model_dump().items()
     assert scaling.policy.policy_function == "astraea_jax.frontends.ray_serve.autoscaling:kv_demand"
 
 

@@ -142,6 +142,15 @@ async def test_a_session_that_was_handed_over_is_found(router):
     assert await chosen(router, request("2", "stranger")) == "b"
 
 
+async def test_of_two_replicas_that_claim_a_session_one_has_it(router):
+    present(router, "a", "b", a=report(1, taken=["s"]), b=report(1, taken=["s"]))
+    first = request("1", "s")
+    home = await chosen(router, first)
+    done(router, first, home)
+    present(router, "a", "b", a=report(2, taken=["s"]), b=report(2, taken=["s"]))
+    assert await chosen(router, request("2", "s")) == home
+
+
 async def test_a_child_begins_where_its_parent_is(router):
     present(router, "a", "b", "c", a=report(1), b=report(1), c=report(1))
     REQUESTS.put("1", Asked(20_000))
