@@ -63,6 +63,7 @@ class Load:
         size, host, contexts, costs = self._config.page_size, self._config.host, self.contexts, self._predict.costs
         active = contexts.active + self._output
         step, transfers = self._predict.steps.largest_step, self._predict.transfers
+        prefill_s = costs.prefill_s(step) / step
         return Report(
             pool=(self._config.num_pages - 1) * size,
             free=stats.free_pages * size,
@@ -74,9 +75,9 @@ class Load:
             waiting=stats.waiting,
             tool_waits=stats.in_tool_wait,
             wait_s=self._expected(stats),
-            prefill_s=costs.prefill_s(step) / step,
+            prefill_s=prefill_s,
             step_s=self._predict.steps.mean_step_s,
-            restore_s=transfers.per_page_s / size if host.pages else 0.0,
+            restore_s=transfers.per_page_s / size if host.pages else prefill_s,
             sessions=stats.sessions,
         )
 

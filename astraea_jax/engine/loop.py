@@ -44,6 +44,9 @@ POLL_S = 2e-4
 MAX_FAILURES = 3
 """Steps that may fail in a row, before the device is taken for broken."""
 
+GREEDY = SamplingParams()
+"""Of rows that sample nothing, which it costs least."""
+
 A = TypeVar("A")
 T = TypeVar("T")
 
@@ -212,8 +215,8 @@ class ServingLoop:
         except (Rejected, QueueFull) as error:
             self._outbox.put(mailbox, refusal(error))
         else:
-            params = SamplingParams()  # greedy, which costs a row that samples nothing least
-            self._live.add(Live(request, mailbox, params, Output(self._tokenizer.stream(), params, frozenset()), None))
+            output = Output(self._tokenizer.stream(), GREEDY, frozenset())
+            self._live.add(Live(request, mailbox, GREEDY, output, None))
 
     def _cancel(self, mailbox: Mailbox) -> None:
         live = self._live.of(mailbox)
@@ -242,9 +245,10 @@ class ServingLoop:
         if plan is None:
             return None
         for request in plan.admitted:
-            live = self._live[request]
-            self._runner.set_sampling(request.slot, live.params)
-            self._life.started(live.mailbox)
+            live = self._live.get(request)  # nobody waits for what computes a session that has been taken over
+            self._runner.set_sampling(request.slot, GREEDY if live is None else live.params)
+            if live is not None:
+                self._life.started(live.mailbox)
             if request.preemptions == 0 and not request.prepares:
                 self.work.prompt_tokens += len(request.prompt)
                 self.work.cached_tokens += request.cached_tokens
@@ -346,7 +350,8 @@ class ServingLoop:
             raise error.__cause__ or error
         log.error("a step failed; what was running ends with an error", exc_info=error.__cause__)
         for request in self._scheduler.lose_device(time.monotonic()):
-            self._end(self._live[request], StepFailed(Fault("the step failed, try again", error.__cause__)))
+            if (live := self._live.get(request)) is not None:
+                self._end(live, StepFailed(Fault("the step failed, try again", error.__cause__)))
         transfers, dropped = self._scheduler.take_transfers()
         if self._store is not None:
             self._store.abandon(dropped)
