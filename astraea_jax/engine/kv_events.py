@@ -27,10 +27,10 @@ class KVEvents:
     that is cached then is told anew, as it is at the beginning.
 
     Args:
-        log: of the scheduler; only the loop's thread touches it.
+        log: of the scheduler; only the loop's thread touches it. None: there is none, so nothing is ever told.
     """
 
-    def __init__(self, log: KVLog):
+    def __init__(self, log: KVLog | None):
         self.dropped = 0
         """Turns that nobody has heard of."""
         self._log = log
@@ -41,6 +41,8 @@ class KVEvents:
 
     def collect(self) -> None:
         """Take in what has happened in a turn; called by the loop's thread at its end."""
+        if self._log is None:
+            return
         if self._behind and not self._queued:
             self._log.retell()
             self._behind = False

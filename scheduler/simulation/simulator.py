@@ -16,7 +16,6 @@ from functools import partial
 from itertools import pairwise
 
 from ..config import SchedulerConfig, SchedulerStats
-from ..costs import prefilled_pairs
 from ..plan import Plan
 from ..policy import Policy
 from ..program import Rejected, Request
@@ -189,14 +188,14 @@ class Simulator:
 
     def _launch(self, plan: Plan, start: float) -> tuple[int, float, float]:
         """Start a step; returns how many equal ones it stands for, when the last of them starts, and when that ends."""
-        costs = self._machine.steps
-        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context, prefilled_pairs(plan))
+        machine = self._machine
+        step_s, growth = machine.step_s(plan), machine.step_s(plan, 1) - machine.step_s(plan)
         self.scheduler.observe(plan, step_s)
         quiet = (self._events[0][0] - start) / step_s if self._events else STRIDE
-        times = self.scheduler.extend(plan, min(STRIDE, 1 + int(quiet))) if quiet > 1 else 1
-        growth = costs.per_context_s * len(plan.requests)
+        most = min(STRIDE, 1 + int(quiet), machine.even_steps(plan))
+        times = self.scheduler.extend(plan, most) if quiet > 1 else 1
         last = step_s + growth * (times - 1)
-        end = start + times * step_s + growth * times * (times - 1) / 2
+        end = start + times * (step_s + last) / 2
         return times, end - last, end
 
     # -- events ------------------------------------------------------------------------------------------------

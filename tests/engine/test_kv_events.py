@@ -77,4 +77,5 @@ def test_a_turn_larger_than_the_queue_is_told_when_nothing_waits(loop, monkeypat
 @pytest.mark.parametrize("tells", [False, True])
 def test_an_engine_tells_only_if_it_is_to(tells):
     engine, _ = stub_engine(dataclasses.replace(STUB, kv_events=tells))
-    assert (engine.kv_events is not None, engine._scheduler.kv_log is not None) == (tells, tells)
+    engine.kv_events.collect()
+    assert (engine.kv_events.get(0) is not None, engine._scheduler.kv_log is not None) == (tells, tells)

@@ -74,11 +74,11 @@ def published(engine: Serving, endpoint: str, replay: str | None = None, topic: 
         from astraea_jax.frontends.kv_events.wire import pack
     except ImportError:
         raise StartupError(NEEDED) from None
+    if not engine.config.kv_events:
+        raise StartupError("this engine tells nothing of what it caches; EngineConfig(kv_events=True) does")
     with ExitStack() as stack:
         publishers = []
         for rank, replica in enumerate(engine.replicas):
-            if replica.kv_events is None:
-                raise StartupError("this engine tells nothing of what it caches; EngineConfig(kv_events=True) does")
             packing = partial(pack, page_size=engine.config.page_size, rank=rank)
             own = [None if e is None else of_rank(e, rank) for e in (endpoint, replay)]
             publisher = Publisher(replica.kv_events, packing, own[0] or endpoint, own[1], topic)
