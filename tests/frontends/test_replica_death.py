@@ -12,7 +12,7 @@ import anthropic
 import grpc
 import openai
 import pytest
-from support.engines import break_loop, held, settled, until
+from support.engines import break_loop, held, until
 from support.http_server import MODEL, serving
 from support.sizes import SMALL
 from support.stub import STUB, stub_engine
@@ -139,5 +139,6 @@ async def test_sdks_in_the_middle_of_a_stream():
             assert isinstance(error, anthropic.APIStatusError)
             assert "overloaded_error" in str(error), "by which its clients know that they may try again"
             assert (await claude.messages.create(**asked)).content == message.content
-    await settled(replicas)
+    await until(lambda: not replicas.in_progress)
+    replicas.check()
     replicas.shutdown(0)
