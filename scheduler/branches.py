@@ -1,10 +1,12 @@
-"""Branches of a program's history: forks, tails replaced in a wait, and what another request would find."""
+"""Branches of a program's history: forks, tails replaced in a wait, what another request would find, and moves."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import islice
 
 from .config import SchedulerConfig
+from .handover import HandOver
 from .planner import Planner
 from .preparation import SUPERSEDED
 from .program import Program, Request
@@ -85,9 +87,12 @@ class Branches:
         self._config.check_size(len(prompt), 1)
         found = self._programs.waiting(program, salt)
         self._preparations.end(found, SUPERSEDED)
+        return self._prepare(found, prompt, now)
+
+    def _prepare(self, program: Program, prompt: Sequence[int], now: float) -> Request:
         request = Request(
             number=next(self._numbers),
-            program=found,
+            program=program,
             prompt=prompt,
             max_tokens=0,
             stops=frozenset(),
@@ -96,7 +101,40 @@ class Branches:
             page_size=self._config.page_size,
         )
         self._match(request)
+        program.last = program.last or request
         self._preparations.add(request)
+        return request
+
+    def hand_over(self, limit: int) -> list[HandOver]:
+        """Let up to ``limit`` waiting programs go, the one first whose wait began last, so that others go on with them.
+
+        Programs without a key stay: nobody can go on with them. Nothing is learned from the jobs of those that go.
+        """
+        waiting = (program for program in self._programs.idle.latest(None) if program.key is not None)
+        leaving = [(program, program.preparing or program.last) for program in islice(waiting, limit)]
+        for program, _ in leaving:
+            program.job.ended |= program.leads
+            self._programs.leave(program)
+        return [
+            HandOver(program.key, program.owner, program.salt, (*last.prompt, *last.output), program.parent)
+            for program, last in leaving
+            if last is not None
+        ]
+
+    def take_over(self, handed: HandOver, now: float) -> Request:
+        """Open a program that another replica has handed over: it waits, and its tokens are computed in idle time.
+
+        Returns:
+            The request that computes them, as :meth:`replace_tail` does.
+
+        Raises:
+            Rejected: its tokens are too many or none, or its key is taken: it has come back already.
+            QueueFull: there are too many programs, and none that could make room.
+        """
+        self._config.check_size(len(handed.tokens), 1)
+        program = self._programs.add(handed.key, handed.owner, handed.salt, now, handed.parent)
+        request = self._prepare(program, handed.tokens, now)
+        self._waits.taken_over(program, now)
         return request
 
     def take_prepared(self) -> list[Request]:

@@ -57,7 +57,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Counts of requests, programs and pages. Programs conserve: created = programs + finished + failed + expired."""
+    """Counts of requests, programs and pages.
+
+    Programs conserve: created = programs + finished + failed + expired + moved.
+    """
 
     running: int
     """Requests with a slot."""
@@ -75,6 +78,8 @@ class SchedulerStats:
     finished: int
     failed: int
     expired: int
+    moved: int
+    """Programs that have been handed over to another replica."""
     preemptions: int
     free_pages: int
     retained_pages: int

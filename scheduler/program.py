@@ -110,6 +110,10 @@ class Program:
     """Whether its job's requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3);
     new programs count so. Written by Registry.classify."""
 
+    # Written by Planner.
+    shared: int = 0
+    """Tokens of its first request that another program held as well when it started."""
+
     # Written by Residency and its parts (RetainedKV, HostCopies).
     last: Request | None = None
     """The request whose KV is retained while none of its requests runs. Also written by Scheduler, for a request that

@@ -39,6 +39,12 @@ class Waits:
         self._programs.idle.add(program)
         self._residency.wait_begins(program, now)
 
+    def taken_over(self, program: Program, now: float) -> None:
+        """A program has come from another replica: it waits, and nobody knows for what."""
+        program.wait_began = now
+        self._programs.idle.add(program)
+        self._residency.wait_begins(program, now)
+
     def tell(self, program: Program, wait: Wait, now: float) -> None:
         """Say what an idle program waits for; what was said last counts."""
         self._programs.humans -= program.awaits_human
