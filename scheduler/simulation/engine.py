@@ -94,6 +94,7 @@ class SimulatedEngine:
         machine: that it pretends to run on.
         clock: that it shares with everything else in the run.
         ended: called with every request that has ended, and the time.
+        first_token: the same of every request that has got its first token.
         stride: steps taken at once at most. What other engines cause meanwhile is noticed only after them.
         record_plans: keep every plan.
     """
@@ -106,6 +107,7 @@ class SimulatedEngine:
         clock: Clock,
         ended: Callable[[Request, float], None],
         *,
+        first_token: Callable[[Request, float], None] | None = None,
         stride: int = STRIDE,
         record_plans: bool = False,
     ):
@@ -119,6 +121,7 @@ class SimulatedEngine:
         """Real seconds spent in ``plan`` and ``commit``."""
         self.plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = [] if record_plans else None
         self._machine, self._clock, self._ended, self._stride = machine, clock, ended, stride
+        self._first_token = first_token
         self._inbox: list[tuple[float, Event]] = []
         self._link = [0.0, 0.0]  # when each direction is free
         self._running: _Flight | None = None
@@ -169,6 +172,8 @@ class SimulatedEngine:
         tokens = [request.num_tokens for request in plan.requests[: plan.samples]]
         requests = self.scheduler.commit(plan, tokens, now)[0]
         for request in requests:
+            if self._first_token is not None and len(request.output) == 1:
+                self._first_token(request, now)
             if request.finish_reason is not None:
                 self._ended(request, now)
         self.scheduler_s += time.perf_counter() - began
