@@ -117,8 +117,8 @@ def test_the_application_of_ray_is_there():
     [application] = config["applications"]
     module, _, function = application["import_path"].partition(":")
     source = Path(__file__).parents[1] / Path(*module.split(".")) / "__init__.py"
-    named = {node.name for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.FunctionDef)}
-    assert function in named
+    imported = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert function in {name.name for node in imported for name in node.names}
     EngineConfig(**application["args"]["engine"])
     other = yaml.safe_load((DEPLOY / "ray_serve.yaml").read_text())
     assert config["grpc_options"] == other["grpc_options"]
