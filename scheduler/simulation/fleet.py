@@ -104,7 +104,7 @@ class Fleet:
         sizes: Sizes,
         replicas: int,
         *,
-        reporting: Reporting = Reporting(),  # noqa: B008
+        reporting: Reporting = Reporting(),
         changes: Sequence[Change] = (),
     ):
         self.router = Router(rule, max_programs=len(programs))

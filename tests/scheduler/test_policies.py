@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
 from astraea_jax.scheduler.contexts import HALF_LIFE_S
+from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
 from astraea_jax.scheduler.policies.astraea import PATIENCE, Astraea, Gate, Terms
 from astraea_jax.scheduler.policies.astraea_mlfq import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
