@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from .config import SchedulerConfig
@@ -105,21 +105,29 @@ class Branches:
         self._preparations.add(request)
         return request
 
-    def hand_over(self, limit: int) -> list[HandOver]:
-        """Let up to ``limit`` waiting programs go, the one first whose wait began last, so that others go on with them.
+    def hand_over(self, limit: int, programs: Iterable[Hashable] | None = None) -> list[HandOver]:
+        """Let up to ``limit`` waiting programs go, so that another replica goes on with them.
 
         Programs without a key stay: nobody can go on with them. Nothing is learned from the jobs of those that go.
+
+        Args:
+            limit: how many go at most.
+            programs: keys of those that go; None: whoever waits, and first whose wait began last.
         """
-        waiting = (program for program in self._programs.idle.latest(None) if program.key is not None)
-        leaving = [(program, program.preparing or program.last) for program in islice(waiting, limit)]
-        for program, _ in leaving:
+        idle = self._programs.idle
+        if programs is None:
+            leaving = [program for program in islice(idle.latest(None), limit) if program.key is not None]
+        else:
+            found = map(self._programs.find, islice(dict.fromkeys(programs), limit))
+            leaving = [program for program in found if program is not None and program in idle]
+        handed = []
+        for program in leaving:
+            last = program.preparing or program.last
+            tokens = () if last is None else (*last.prompt, *last.output)
+            handed.append(HandOver(program.key, program.owner, program.salt, tokens, program.parent))
             program.job.ended |= program.leads
             self._programs.leave(program)
-        return [
-            HandOver(program.key, program.owner, program.salt, (*last.prompt, *last.output), program.parent)
-            for program, last in leaving
-            if last is not None
-        ]
+        return handed
 
     def take_over(self, handed: HandOver, now: float) -> Request:
         """Open a program that another replica has handed over: it waits, and its tokens are computed in idle time.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .config import SchedulerConfig, SchedulerStats
 from .contexts import Contexts
-from .placement import MOST, Report
+from .placement import MOST, Fleet, Report
 from .prediction import Predictor
 from .program import Program, Request
 from .start_waits import StartWaits
@@ -60,6 +63,7 @@ class Load:
         size, host, contexts, costs = self._config.page_size, self._config.host, self.contexts, self._predict.costs
         active = contexts.active + self._output
         step, transfers = self._predict.steps.largest_step, self._predict.transfers
+        prefill_s = costs.prefill_s(step) / step
         return Report(
             pool=(self._config.num_pages - 1) * size,
             free=stats.free_pages * size,
@@ -70,15 +74,18 @@ class Load:
             running=stats.running,
             waiting=stats.waiting,
             tool_waits=stats.in_tool_wait,
-            wait_s=self._expected(stats),
-            prefill_s=costs.prefill_s(step) / step,
+            wait_s=self.expected(stats),
+            prefill_s=prefill_s,
             step_s=self._predict.steps.mean_step_s,
-            restore_s=transfers.per_page_s / size if host.pages else 0.0,
+            restore_s=transfers.per_page_s / size if host.pages else prefill_s,
             sessions=stats.sessions,
         )
 
-    def _expected(self, stats: SchedulerStats) -> tuple[float, ...]:
-        """Estimated waits; where nobody waits, and a typical context has room, there is none."""
+    def expected(self, stats: SchedulerStats) -> tuple[float, ...]:
+        """Seconds that a new request would wait, by decile of the model time that its program has left.
+
+        Where nobody waits, and a typical context has room, there is no wait.
+        """
         programs = max(1, len(self.contexts))
         typical = (self.contexts.active + self.contexts.waiting) / programs
         room = (stats.free_pages + stats.retained_pages) * self._config.page_size >= typical
@@ -91,3 +98,17 @@ class Load:
         assert self._output == sum(len(request.output) for request in live.values())
         unstarted = {request for request in live.values() if request.slot < 0 and not request.preemptions}
         assert unstarted <= self._queued.keys() <= set(live.values())
+
+
+def together(reports: Sequence[Report]) -> Report:
+    """Return what several replicas, of which there is one at least, say as one: a new request goes to the best of them.
+
+    Times are means.
+    """
+    takers = [report for report in reports if not report.draining] or reports
+
+    names = (*Fleet.REPORTED, *Fleet.TIMES, "sessions")
+    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in names}
+    sums |= {name: sums[name] / len(reports) for name in Fleet.TIMES}
+    waits = tuple(map(min, *(report.wait_s for report in takers), takers[0].wait_s))
+    return Report(**sums, wait_s=waits, draining=all(report.draining for report in reports))

@@ -166,11 +166,30 @@ class Router:
         assert replica is not None
         return Route(replica, number, moved)
 
-    def settle(self, program: Hashable, replica: Hashable) -> None:
-        """A program has turned out to be at a replica, as after a hand-over; ignored if that is gone."""
+    def settle(self, program: Hashable, replica: Hashable, *, context: int | None = None) -> None:
+        """A program has turned out to be at a replica, as after a hand-over; ignored if that is gone.
+
+        Args:
+            program: that has moved.
+            replica: where it is.
+            context: tokens that it has there; None: that is not known.
+        """
         index = self._index.get(replica)
         if index is not None:
-            self._move(program, index)
+            home = self._move(program, index)
+            if context is not None:
+                self.fleet.homes[index] += context - home.context
+                home.context = context
+
+    def busy(self, program: Hashable) -> bool:
+        """Whether a request of a program is in flight."""
+        home = self._homes.get(program)
+        return home is not None and home.requests > 0
+
+    def idle(self, replica: Hashable) -> list[Hashable]:
+        """Programs of a replica that have no request in flight, the longest idle first."""
+        index = self._index.get(replica)
+        return [program for program, home in self._homes.items() if home.index == index and not home.requests]
 
     def prefilled(self, route: Route) -> None:
         """The first token of a request has come. Callers that see it say so, for better estimates."""

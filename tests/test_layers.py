@@ -25,13 +25,13 @@ FLOORS = (
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
 SCHEDULER_FLOORS = (
-    {"distribution", "hazards", "histogram", "placement", "prefix", "wait"},
+    {"distribution", "hazards", "handover", "histogram", "placement", "prefix", "wait"},
     {"program", "rival_placements", "router", "transfer"},
-    {"eviction", "offer", "plan", "view", "windows"},
-    {"config", "decode_batch", "pages"},
+    {"contexts", "eviction", "offer", "plan", "view", "windows"},
+    {"config", "decode_batch", "pages", "start_waits"},
     {"copies", "costs", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
-    {"strategy", "rival_strategies", "strategies"},
+    {"load", "strategy", "rival_strategies", "strategies"},
     {"evictor", "policy"},
     {"residency"},
     {"admission", "policies", "waits"},

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.device import complete
 from support.loop import Loop, make
 
+from astraea_jax.scheduler.placement import Report
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected
@@ -53,7 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
-        self.programs, self.tails = set(), []
+        self.programs, self.tails, self.gone = set(), [], {}
 
     def submit(self, prompt, max_tokens, stops, name, final, salt, **more):
         try:
@@ -138,6 +139,36 @@ class Machine(RuleBasedStateMachine):
             if keep % 2:  # the next request may go on with it
                 self.history[name] = replace(tail, finish_reason="prepared")
 
+    @rule(limit=st.integers(0, 3))
+    def hand_over(self, limit):
+        before, waiting = self.scheduler.stats(), len(self.scheduler._programs.idle)
+        for handed in self.scheduler.branches.hand_over(limit):
+            assert not self.scheduler.knows(handed.key)
+            last = self.history[handed.key]
+            if last.finish_reason in ("stop", "length"):
+                assert handed.tokens == (*last.prompt, *last.output)
+            self.gone[handed.key] = handed
+        after = self.scheduler.stats()
+        assert after.moved - before.moved == waiting - len(self.scheduler._programs.idle) <= limit
+
+    @precondition(lambda self: self.gone)
+    @rule(data=st.data(), again=st.booleans())
+    def take_over(self, data, again):
+        key = data.draw(st.sampled_from(sorted(self.gone)))
+        handed = self.gone[key] if again else self.gone.pop(key)
+        known = self.scheduler.knows(key)
+        try:
+            request = self.scheduler.take_over(handed, self.loop.now)
+        except Rejected:
+            assert known or len(handed.tokens) + 1 > self.scheduler.config.max_context
+            return
+        except QueueFull:
+            return
+        assert not known
+        self.programs.add(request.program)
+        self.tails.append(request)
+        self.history[key] = replace(request, finish_reason="prepared")
+
     def unstarted(self):
         return sum(s.slot < 0 and not s.preemptions for s in self.live if s.finish_reason is None)
 
@@ -221,6 +252,20 @@ class Machine(RuleBasedStateMachine):
         predict = self.scheduler._policy.predict
         assert all(math.isfinite(predict.wait_s(p, 0.0)) and predict.wait_s(p, 7.0) >= 0 for p in self.programs)
         assert self.unstarted() <= 5
+        self.what_it_says_of_itself_is_true()
+
+    def what_it_says_of_itself_is_true(self):
+        report, size = self.scheduler.report(self.loop.now), self.scheduler.config.page_size
+        stats, programs = self.scheduler.stats(), self.scheduler._programs.programs()
+        assert Report.from_fields(report.fields()) == report
+        assert (report.free, report.retained) == (stats.free_pages * size, stats.retained_pages * size)
+        assert 0 <= report.demand <= report.live + 1e-3 <= 1e-2 + sum(map(self.context, programs))
+        assert report.live >= sum(map(self.context, programs)) - sum(p.shared for p in programs) - 1e-3
+
+    def context(self, program):
+        """Tokens of a program's present or last request; a fork has none of its own."""
+        request = self.scheduler._programs.live.get(program) or program.last
+        return request.num_tokens if request and request.program is program else 0
 
     def nothing_is_prepared_for_nobody(self):
         ended = [tail for tail in self.tails if tail.finish_reason is not None]
