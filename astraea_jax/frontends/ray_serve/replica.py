@@ -42,7 +42,7 @@ TAKEN = 4096
 """Sessions at most that a replica says it has taken over, the latest ones."""
 TOLD_S = 30.0
 """Seconds for which it says so: several reports, of which each router sees at least one."""
-HAND_OVER_S = 10.0
+HAND_OVER_S = 5.0
 """Seconds in which somebody must have taken over the programs of a replica that stops. Nobody does where a whole
 application is deleted; what is not handed over is computed again."""
 
