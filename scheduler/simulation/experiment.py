@@ -18,9 +18,10 @@ import numpy as np
 from ..policies import make_policy
 from ..prediction import Predictor
 from ..strategies import STRATEGIES
+from .engine import Sizes
 from .machines import MACHINES, Machine
 from .oracle import Oracle
-from .simulator import Outcome, ProgramRecord, Simulator, Sizes
+from .simulator import Outcome, ProgramRecord, Simulator
 from .trace import TraceProgram, load_trace
 from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
 
