@@ -128,6 +128,11 @@ class SimulatedEngine:
         self._behind: _Flight | None = None  # dispatched while that one runs
         self._committing = False  # whether the next thing to do is to commit it
 
+    @property
+    def due(self) -> int:
+        """Events that it will take at its next turn."""
+        return len(self._inbox)
+
     def deliver(self, when: float, event: Event) -> None:
         """Let ``event(when)`` happen at the loop's next turn."""
         self._inbox.append((when, event))
