@@ -36,6 +36,7 @@ from astraea_jax.scheduler.simulation.fleet_study import FLEET_RULES, POOLED, Fl
 from astraea_jax.scheduler.simulation.machines import MACHINES
 
 AGAINST = "sticky-until-saturated"
+"""llm-d's rule."""
 SIZES = ((8, 1_000), (64, 10_000), (256, 100_000), (1000, 100_000))
 """Replicas and programs whose placement is timed."""
 
@@ -132,7 +133,7 @@ def mean(runs: Sequence[Result], figure: str) -> float:
 
 def compared(runs: Sequence[Result], base: Sequence[Result] | None) -> str:
     """Ratio of mean completion times to those of a base, with its 95 % interval."""
-    if base is None:
+    if base is None or base is runs:
         return "-"
     ratio, low, high = ratio_interval([jct for _, jct in runs], [jct for _, jct in base])
     return f"{ratio:.3f} ({low:.2f}-{high:.2f})"
@@ -141,19 +142,18 @@ def compared(runs: Sequence[Result], base: Sequence[Result] | None) -> str:
 def tables(results: Sequence[Result]) -> list[Section]:
     """A table for each workload, size of the fleet, and oversubscription."""
     columns = (
-        *("rule", "mean JCT s", "95 %", f"vs {AGAINST}", f"vs {POOLED}", "P99", f"P99 vs {AGAINST}", "queue s", "hits"),
+        *("rule", "mean JCT s", "vs llm-d's", "vs lmetric", f"vs {POOLED}", "P99 s", "vs llm-d's", "queue s", "hits"),
         "moves",
     )
     found = []
     for (workload, replicas, factor), group in grouped(results).items():
         table, base = [], group.get(AGAINST)
         for rule, runs in group.items():
-            low, high = interval([row["mean_jct_s"] for row, _ in runs])
             p99 = "-" if base is None else f"{mean(runs, 'p99_jct_s') / mean(base, 'p99_jct_s'):.2f}"
             table.append(
                 (
-                    *(rule, f"{mean(runs, 'mean_jct_s'):.1f}", f"{low:.0f}-{high:.0f}"),
-                    *(compared(runs, base), compared(runs, group.get(POOLED))),
+                    *(rule, f"{mean(runs, 'mean_jct_s'):.1f}"),
+                    *(compared(runs, group.get(other)) for other in (AGAINST, "lmetric", POOLED)),
                     *(f"{mean(runs, 'p99_jct_s'):.0f}", p99, f"{mean(runs, 'mean_queue_s'):.1f}"),
                     *(f"{mean(runs, 'prefix_hit'):.1%}", f"{mean(runs, 'moves'):.1%}"),
                 )
