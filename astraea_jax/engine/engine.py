@@ -124,6 +124,11 @@ class Engine(Sessions):
         loaded = load_model(model, config or EngineConfig(), progress)
         return cls(loaded.decoder, loaded.tokenizer, config, loaded.meshes[0] if len(loaded.meshes) == 1 else None)
 
+    @property
+    def slots(self) -> int:
+        """Requests that run at once, at most: ``max_seqs``, or fewer if windows of fewer fit into the memory."""
+        return self._scheduler.config.max_running
+
     # -- life ------------------------------------------------------------------------------------------------
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:

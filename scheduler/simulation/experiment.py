@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ..costs import StepCosts
 from ..policies import make_policy
 from ..prediction import Predictor
 from ..strategies import STRATEGIES
@@ -167,14 +166,15 @@ def run_unlimited(programs: Sequence[TraceProgram], machine: Machine, ample: Siz
     return Simulator(programs, make_policy("fcfs"), machine, ample or Sizes(everything(programs))).run()
 
 
-def alone_s(program: TraceProgram, costs: StepCosts, max_step_tokens: int = 2048) -> float:
+def alone_s(program: TraceProgram, machine: Machine, max_step_tokens: int = 2048) -> float:
     """Seconds that a program takes on an idle machine, tool waits included."""
-    total = program.tool_s
+    total, costs, attended = program.tool_s, machine.steps, machine.attended
     for s in program.requests:
         steps = -(-s.new // max_step_tokens)
         fresh = s.new / steps
-        total += steps * costs.step_s(0, round(fresh), s.prompt, fresh * (s.cached + s.new / 2))
-        total += (s.output - 1) * costs.step_s(1, 1, s.prompt + s.output // 2)
+        pairs = machine.pairs(s.cached + (s.new - fresh) / 2, fresh)
+        total += steps * costs.step_s(0, round(fresh), attended(s.prompt, fresh), pairs)
+        total += (s.output - 1) * costs.step_s(1, 1, attended(s.prompt + s.output // 2))
     return total
 
 
@@ -183,7 +183,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
     machine = machine or MACHINES[cell.machine]
     records = [r for r in outcome.records if r.spans]
     jct = np.array([r.jct_s for r in records])
-    alone = np.array([alone_s(r.program, machine.steps) for r in records])
+    alone = np.array([alone_s(r.program, machine) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
     jobs = [s for r in records for s in r.job_times] or jct.tolist()  # a run that was cut off may have none that ended
     s = outcome.stats

@@ -46,6 +46,8 @@ def case(request, random_folder):
 async def test_greedy_tokens_do_not_depend_on_what_happens_to_pages(case):
     """Programs share a beginning, are preempted, offloaded, restored, cancelled, and replace earlier text."""
     engine, greedy = case
+    fitting = engine.layout.window.runnable(engine.config.page_size, engine.config.max_step_tokens)
+    assert engine.slots == min(engine.config.max_seqs, fitting)
     for cancels in (0.0, 0.3):
         cached = await asyncio.gather(
             *(program(engine, greedy, i, random.Random(i), cancels=cancels) for i in range(20))

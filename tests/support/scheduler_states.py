@@ -25,6 +25,8 @@ from astraea_jax.scheduler.windows import Window
 
 HINTS = st.none() | st.sampled_from([0.0, -1.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(0, 100)
 """Seconds that clients name."""
+PARENTS = st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format))
+"""Keys that clients name, of programs that are there, that will be, or that nobody opens."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -75,6 +77,7 @@ class Machine(RuleBasedStateMachine):
             return None
         self.programs.add(request.program)
         assert request.program.leads or request.program.job in [p.job for p in self.programs if p.leads]
+        assert not request.program.job.left
         self.live.append(request)
         return request
 
@@ -85,7 +88,7 @@ class Machine(RuleBasedStateMachine):
         stops=st.frozensets(st.integers(0, 49), max_size=4),
         owner=st.sampled_from([None, "a", "b", "b", "b"]),
         salt=st.sampled_from([None, salted(""), salted("a")]),
-        parent=st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format)),
+        parent=PARENTS,
         priority=st.integers(-1, 1),
     )
     def arrive(self, prompt, system, max_tokens, stops, owner, salt, parent, priority):
@@ -102,12 +105,13 @@ class Machine(RuleBasedStateMachine):
         keep=st.integers(0, 40),
         new=st.lists(st.integers(0, 9), min_size=1, max_size=6),
         final=st.booleans(),
+        parent=PARENTS,
     )
-    def come_back(self, data, keep, new, final):
+    def come_back(self, data, keep, new, final, parent):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
         prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
-        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt, parent=parent)
         if request:
             self.history[name] = request
 

@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 MAX_DETAILS = 1024
 """Characters of a status message; gRPC drops what does not fit into its trailers, status and all."""
+FAULT = "internal error; the server's log has more"
+"""What clients are told of a fault of ours."""
 RETRY_AFTER_MS = 1000
 """Milliseconds after which a client that was refused may come back, unless something better is known."""
 
@@ -59,5 +61,5 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     status, trailing = status_of(error)
     if status is grpc.StatusCode.INTERNAL:
         log.error("a request failed", exc_info=error)
-        error = RuntimeError("internal error; the server's log has more")
+        error = RuntimeError(FAULT)
     await context.abort(status, told(error)[:MAX_DETAILS], trailing)
