@@ -50,6 +50,9 @@ flags.DEFINE_integer("seeds", 1, "Runs of every cell.", 1, 1000)
 flags.DEFINE_float("load", 0.85, "Share of the machines' throughput that arrives.", 0.001, 1000)
 flags.DEFINE_enum("machine", "h200-8b", list(MACHINES), "Cost model of a replica.")
 flags.DEFINE_float("report_s", 1.0, "Seconds between two reports of a replica; 0: none.", 0.0, 3600.0)
+flags.DEFINE_float(
+    "steal_s", 0.0, "Seconds after which idle replicas look for requests to take over; 0: never.", 0.0, 60.0
+)
 flags.DEFINE_float("die_s", None, "Time at which the first replica dies.", 0.0)
 flags.DEFINE_float("back_s", None, "Time at which it is back, with nothing.", 0.0)
 flags.DEFINE_integer("jobs", 1, "Processes.", 1, 256)
@@ -94,6 +97,7 @@ def study() -> list[FleetCell]:
     return [
         FleetCell(
             *(workload, rule, replicas, factor, seed, FLAGS.programs, FLAGS.load, FLAGS.machine),
+            steal_s=FLAGS.steal_s,
             reporting=Reporting(FLAGS.report_s),
             changes=(*died, *back) if rule != POOLED else (),
         )

@@ -97,6 +97,7 @@ class Fleet:
         sizes: of each.
         replicas: how many there are at the beginning.
         held_back: requests wait in ThunderAgent's global queue, which says where they go on, instead of the rule.
+        steal_s: seconds after which an idle replica looks again for a waiting request to take over; 0: none does.
         reporting: how the router hears of them.
         changes: what happens to them.
     """
@@ -111,6 +112,7 @@ class Fleet:
         replicas: int,
         *,
         held_back: bool = False,
+        steal_s: float = 0.0,
         reporting: Reporting = EVERY_SECOND,
         changes: Sequence[Change] = (),
     ):
@@ -133,6 +135,8 @@ class Fleet:
         self._held: dict[str, tuple[ProgramRecord, int]] = {}  # requests that wait there
         if held_back:
             self._clock.at(INTERVAL_S, self._tick)
+        if steal_s:
+            self._clock.at(steal_s, partial(self._steal, steal_s))
         for replica in range(replicas):
             self._join(replica, 0.0)
         for change in changes:
@@ -248,6 +252,37 @@ class Fleet:
                 self._route(*self._held.pop(program), now)
         if self.history.open:
             self._clock.at(now + INTERVAL_S, self._tick)
+
+    def _steal(self, period_s: float, now: float) -> None:
+        """Let every replica with room, and nobody who waits, take over a request that has waited for long elsewhere.
+
+        It takes the one with the least prefill per second of wait saved. A request is taken to wait as long again as it
+        has waited.
+        """
+        for replica, engine in self._engines.items():
+            report = engine.scheduler.report(now)
+            if report.waiting or engine.due or replica in self._emptied:
+                continue
+            room, found = report.free + report.retained, []
+            for sent in self.sent.values():
+                request = sent.request
+                if request is not None and request.first_scheduled is None and request.slot < 0:
+                    waited_s, cost_s = now - request.submitted, report.prefill_s * request.num_tokens
+                    if request.num_tokens < room and cost_s < waited_s and sent.route.replica != replica:
+                        found.append((cost_s / waited_s, request.number, sent))
+            if found:
+                self._take_over(min(found)[-1], replica, now)
+        if self.history.open:
+            self._clock.at(now + period_s, partial(self._steal, period_s))
+
+    def _take_over(self, sent: _Sent, replica: int, now: float) -> None:
+        """Cancel a request that waits, and send it to another replica."""
+        program, trace = sent.record.program.id, sent.record.program.requests[sent.index]
+        assert sent.request is not None
+        del self._requests[sent.request]
+        self._over(sent, 0, now)
+        avoid = frozenset(self._engines.keys() - {replica})
+        self._send(_Sent(sent.record, sent.index, self.router.route(program, trace.prompt, now, avoid=avoid)), now)
 
     def _submit(self, engine: SimulatedEngine, sent: _Sent, now: float) -> None:
         sent.request = submit(engine.scheduler, sent.record.program, sent.index, now)

@@ -44,6 +44,7 @@ class FleetCell:
     load: float = 0.85
     machine: str = "h200-8b"
     policy: str = "astraea"
+    steal_s: float = 0.0
     reporting: Reporting = EVERY_SECOND
     changes: tuple[Change, ...] = ()
 
@@ -82,6 +83,7 @@ def simulate(cell: FleetCell, rule: Rule | None = None) -> FleetOutcome:
     return Fleet(
         *(programs, policy, rule or make_rule(named, cell.seed), machine, sizes, replicas),
         held_back=cell.rule == GLOBAL_QUEUE,
+        steal_s=cell.steal_s if cell.rule != POOLED else 0.0,
         reporting=cell.reporting,
         changes=cell.changes,
     ).run()

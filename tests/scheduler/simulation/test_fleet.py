@@ -46,11 +46,17 @@ changes = st.lists(
 
 
 @settings(max_examples=30, deadline=None)
-@given(changes, st.integers(0, 100), st.sampled_from(["astraea", "lmetric", "least-busy", "sticky"]), st.booleans())
-def test_programs_conserve_whatever_becomes_of_replicas(changes, seed, rule, held_back):
+@given(
+    changes,
+    st.integers(0, 100),
+    st.sampled_from(["astraea", "lmetric", "least-busy", "sticky"]),
+    st.sampled_from(["held", "stolen", ""]),
+)
+def test_programs_conserve_whatever_becomes_of_replicas(changes, seed, rule, more):
     programs = small_programs(10, seed)
     back = [Change(20.0, replica, what) for replica in range(4) for what in ("die", "join")]  # all are there again
-    fleet = fleet_of(programs, 4, rule, changes=(*changes, *back), held_back=held_back)
+    options = {"held_back": more == "held", "steal_s": 0.25 if more == "stolen" else 0.0}
+    fleet = fleet_of(programs, 4, rule, changes=(*changes, *back), **options)
     for when in range(0, 24, 2):
         fleet.at(float(when), lambda now: fleet.check())
     outcome = fleet.run()
@@ -98,6 +104,24 @@ def test_who_drains_keeps_what_it_has_until_it_is_emptied():
     emptied = fleet_of(programs, 2, changes=[Change(2.0, replica, "empty")]).run()
     assert emptied.placed == {replica: 1, 1 - replica: 5}
     assert emptied.moves == 1
+
+
+def test_an_idle_replica_takes_over_who_waits():
+    # All go to the first replica, which has no room for the second: the other one takes it over.
+    programs = [replace(one_program(), id=str(i), arrival_s=0.0) for i in range(2)]
+    options = {"rule": "consistent-hash", "pool": 352}
+    together = next(
+        fleet
+        for fleet in (fleet_of([replace(p, id=f"{p.id}{n}") for p in programs], 2, **options) for n in range(20))
+        if len(fleet.run().placed) == 1
+    )
+    ids = [record.program.id for record in together.history.records]
+    assert together.history.records[1].queue_s > 0
+    stolen = fleet_of([replace(p, id=i) for p, i in zip(programs, ids, strict=True)], 2, steal_s=0.01, **options)
+    outcome = stolen.run()
+    assert outcome.moves >= 1
+    assert len(outcome.placed) == 2
+    assert outcome.history.records[1].queue_s < together.history.records[1].queue_s
 
 
 def test_a_program_larger_than_the_pool_is_refused():
