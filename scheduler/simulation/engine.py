@@ -127,6 +127,11 @@ class SimulatedEngine:
         self._behind: _Flight | None = None  # dispatched while that one runs
         self._committing = False  # whether the next thing to do is to commit it
 
+    @property
+    def due(self) -> int:
+        """Events that it will take at its next turn."""
+        return len(self._inbox)
+
     def deliver(self, when: float, event: Event) -> None:
         """Let ``event(when)`` happen at the loop's next turn."""
         self._inbox.append((when, event))
@@ -193,7 +198,7 @@ class SimulatedEngine:
         step_s, growth = machine.step_s(plan), machine.step_s(plan, 1) - machine.step_s(plan)
         self.scheduler.observe(plan, step_s)
         quiet = (self._clock.next_s - start) / step_s
-        most = int(min(self._stride, 1 + quiet, machine.even_steps(plan)))
+        most = min(int(min(self._stride, 1 + quiet)), machine.even_steps(plan))
         times = self.scheduler.extend(plan, most) if quiet > 1 else 1
         last_s = step_s + growth * (times - 1)
         end = start + times * (step_s + last_s) / 2
