@@ -74,15 +74,18 @@ class Load:
             running=stats.running,
             waiting=stats.waiting,
             tool_waits=stats.in_tool_wait,
-            wait_s=self._expected(stats),
+            wait_s=self.expected(stats),
             prefill_s=prefill_s,
             step_s=self._predict.steps.mean_step_s,
             restore_s=transfers.per_page_s / size if host.pages else prefill_s,
             sessions=stats.sessions,
         )
 
-    def _expected(self, stats: SchedulerStats) -> tuple[float, ...]:
-        """Estimated waits; where nobody waits, and a typical context has room, there is none."""
+    def expected(self, stats: SchedulerStats) -> tuple[float, ...]:
+        """Seconds that a new request would wait, by decile of the model time that its program has left.
+
+        Where nobody waits, and a typical context has room, there is no wait.
+        """
         programs = max(1, len(self.contexts))
         typical = (self.contexts.active + self.contexts.waiting) / programs
         room = (stats.free_pages + stats.retained_pages) * self._config.page_size >= typical

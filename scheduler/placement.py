@@ -3,10 +3,13 @@
 Every replica says of itself how much it holds and how long a request would wait (:class:`Report`); a router adds what
 it has sent since then (:class:`Fleet`). The cost of a request on each replica is, in seconds,
 
-    wait + prefill of what is missing there + fetch from its host tier + pressure price of the memory it newly needs
+    wait + prefill of what is missing there + fetch from its host tier + price of the memory it newly needs
 
-and the cheapest one takes it. A program leaves its home, the replica that has its KV, only for a gain. Baselines from
-other systems are in ``rival_placements.py``.
+where a placement is charged for what it does to others as well (the lesson of FATE, arXiv 2605.07238): prefill delays
+every request in progress there (so the product of LMetric, arXiv 2603.15202, is a term of it), and the KV that is
+evicted to make room has to be brought back later. Both make a move dear, so a program leaves its home, the replica that
+has its KV, only if it waits much longer there. What the terms are worth is in benchmarks/RESULTS.md, "A fleet".
+Baselines from other systems are in ``rival_placements.py``.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ HALF_LIFE_S = 5.0
 """Seconds in which a report comes to count half: several times the second in which replicas report, and about as long
 as a request of an agent runs, so older ones describe requests that have ended."""
 GUESSED_PREFILL_S = 5e-5
-"""Seconds per prefilled token of a replica that has not reported, nor has any other: of the size that small models
-have. It only weighs what the router has sent against itself."""
+"""Seconds per prefilled token while no replica has reported: of the size that small models have. Then it is a factor of
+all costs."""
 
 
 class ReportError(ValueError):
@@ -116,8 +119,6 @@ class Segment:
     """Those of them that only the host tier has."""
     shared: Mapping[int, int] = field(default_factory=dict)
     """Tokens of it that other replicas have, as a parent's prefix or a common one."""
-    turns: float = 1.0
-    """Requests that its program will still run, this one included."""
     key: int = 0
     """A number that is the same for all requests of a program, for rules that hash."""
 
@@ -144,8 +145,10 @@ class Fleet:
         """Tokens of their prompts."""
         self.homes = np.zeros(size)
         """Contexts of all programs whose home it is."""
-        self.fresh_then = np.zeros(size)
-        """``fresh`` at the time of the last report."""
+        self.requests_then = np.zeros(size)
+        """``requests`` at the time of the last report."""
+        self.context_then = np.zeros(size)
+        """``context`` at that time."""
 
     def __len__(self) -> int:
         return len(self.takes)
@@ -163,8 +166,9 @@ class Fleet:
 
     def clear(self, index: int) -> None:
         """Forget everything about a replica."""
-        for column in (self.takes, self.requests, self.fresh, self.context, self.homes, self.fresh_then):
-            column[index] = 0
+        for column in (*vars(self).values(), *self.report.values()):
+            if isinstance(column, np.ndarray):
+                column[index] = 0
         self.reported_at[index] = -np.inf
 
     def learn(self, index: int, report: Report, now: float) -> None:
@@ -173,7 +177,7 @@ class Fleet:
             column[index] = getattr(report, name)
         self.wait_s[index] = report.wait_s
         self.reported_at[index] = now
-        self.fresh_then[index] = self.fresh[index]
+        self.requests_then[index], self.context_then[index] = self.requests[index], self.context[index]
 
     def trust(self) -> np.ndarray:
         """Weight ``[R]`` of each replica's report: 1 when it is new, 0 without any."""
@@ -205,29 +209,54 @@ def missing(segment: Segment, fleet: Fleet) -> np.ndarray:
     return np.maximum(tokens, 1.0)  # the last one is always computed
 
 
+def waits(fleet: Fleet) -> np.ndarray:
+    """Seconds ``[R]`` that a request waits for its start: what was reported, for as many as wait now.
+
+    A request that was sent since the report counts as waiting where others do. Without a report there is no wait, only
+    requests in progress that prefill delays.
+    """
+    reported = fleet.wait_s[:, DECILES // 2]
+    for_each = reported / np.maximum(1.0, fleet.report["waiting"])
+    now: np.ndarray = fleet.trust() * np.maximum(0.0, reported + for_each * (fleet.requests - fleet.requests_then))
+    return now
+
+
+def evictions(segment: Segment, fleet: Fleet) -> np.ndarray:
+    """Tokens ``[R]`` of KV that give way to a request: those of programs that do not run there."""
+    new = np.full(len(fleet), float(segment.tokens))
+    if segment.home is not None:
+        new[segment.home] -= segment.held - segment.on_host
+    free = fleet.report["free"] - (fleet.context - fleet.context_then)
+    there = fleet.trust() * fleet.report["retained"]
+    evicted: np.ndarray = np.minimum(np.maximum(0.0, new - np.maximum(0.0, free)), there)
+    return evicted
+
+
 def costs(segment: Segment, fleet: Fleet) -> np.ndarray:
     """Cost ``[R]`` of a request on each replica, in seconds."""
-    prefill_s, fresh = fleet.of_reports("prefill_s", GUESSED_PREFILL_S), missing(segment, fleet)
-    trust = fleet.trust()
-    sent_s = np.maximum(0.0, fleet.fresh - trust * fleet.fresh_then) * prefill_s
-    wait = trust * fleet.wait_s[:, DECILES // 2] + sent_s
-    pool = fleet.of_reports("pool", 1.0)
-    live = np.maximum(trust * fleet.report["live"], fleet.homes)
-    pressure = np.maximum(0.0, live / pool - 1.0)
-    found: np.ndarray = wait + fresh * prefill_s * (1.0 + pressure)
+    prefill_s = fleet.of_reports("prefill_s", GUESSED_PREFILL_S)
+    back_s = np.where(fleet.report["host_free"] > 0, fleet.report["restore_s"], prefill_s)
+    found: np.ndarray = waits(fleet) + evictions(segment, fleet) * back_s
+    found += missing(segment, fleet) * prefill_s * (1.0 + fleet.requests)
     if segment.home is not None:
-        found[segment.home] += segment.on_host * fleet.report["restore_s"][segment.home]
+        found[segment.home] += segment.on_host * back_s[segment.home]
     return found
 
 
 def place(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
-    """Choose the replica of least cost; a program's home unless another one gains more than ``MARGIN_S``."""
+    """Choose the replica of least cost; of almost equal ones that with the fewest requests, then with the least KV.
+
+    A program stays at home unless another replica gains more than ``MARGIN_S``.
+    """
     found = np.where(allowed, costs(segment, fleet), np.inf)
-    best, home = int(found.argmin()), segment.home
-    if home is not None and allowed[home] and found[home] - found[best] <= MARGIN_S:
+    home, least = segment.home, float(found.min())
+    if home is not None and found[home] - least <= MARGIN_S and allowed[home]:
         return home
-    return best
+    ties = np.flatnonzero(found <= (1 + EQUAL) * least)
+    return int(ties[np.lexsort((fleet.homes[ties], fleet.requests[ties]))[0]])
 
 
 MARGIN_S = 1.0
-"""Gain in seconds below which a program stays where it is: estimates of waits are no better than that."""
+"""Gain in seconds below which a program stays where it is: what is known of a replica is about a second old."""
+EQUAL = 0.05
+"""Difference of two costs, relative, below which they count as equal: about the error of a learned time."""

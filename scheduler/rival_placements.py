@@ -1,13 +1,14 @@
 """Rules of placement of other systems, to compare with: each with its source, and as near to it as a router can be.
 
-What a system learns from its cache index, we take from the program's home: the tokens that are computed there.
+What a system learns from its cache index, we take from the program's home: the tokens that are computed there. Ties
+are broken at random, as schedulers of Kubernetes do, or else the first replica would get all programs of a quiet fleet.
 """
 
 from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from zlib import crc32
 
 import numpy as np
@@ -15,36 +16,58 @@ import numpy as np
 from .placement import GUESSED_PREFILL_S, Fleet, Rule, Segment, missing, place
 
 
-def least_busy(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
-    """Send every request to the replica with the fewest in progress, wherever its program has been."""
-    return _least(fleet.requests, allowed)
+class Rival:
+    """A rule that breaks ties at random.
 
-
-def least_busy_home(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
-    """Join the shortest queue once, and stay there for ever."""
-    home = segment.home
-    return home if home is not None and allowed[home] else least_busy(segment, fleet, allowed)
-
-
-class PowerOfTwo:
-    """The shorter queue of two random replicas (Mitzenmacher 2001), the default of Ray Serve; blind to programs."""
+    Args:
+        seed: of that.
+    """
 
     def __init__(self, seed: int = 0):
         self._rng = random.Random(seed)
 
     def __call__(self, segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
+        raise NotImplementedError
+
+    def least(self, column: np.ndarray, allowed: np.ndarray) -> int:
+        """One of the replicas ``allowed [R]`` with the least of ``column [R]``."""
+        among = np.where(allowed, column, np.inf)
+        return int(self._rng.choice(np.flatnonzero(among == among.min()).tolist()))
+
+
+class LeastBusy(Rival):
+    """The replica with the fewest requests in progress, wherever the program has been."""
+
+    def __call__(self, segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
+        return self.least(fleet.requests, allowed)
+
+
+class Sticky(LeastBusy):
+    """The shortest queue for a new program, which then stays there for ever: what ``Replicas`` did before."""
+
+    def __call__(self, segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
+        home = segment.home
+        return home if home is not None and allowed[home] else super().__call__(segment, fleet, allowed)
+
+
+class PowerOfTwo(Rival):
+    """The shorter queue of two random replicas (Mitzenmacher 2001), the default of Ray Serve; blind to programs."""
+
+    def __call__(self, segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
         indices = np.flatnonzero(allowed).tolist()
-        two = self._rng.sample(indices, min(2, len(indices)))
-        return min(two, key=lambda index: (fleet.requests[index], index))
+        two = np.zeros_like(allowed)
+        two[self._rng.sample(indices, min(2, len(indices)))] = True
+        return self.least(fleet.requests, two)
 
 
-class ConsistentHash:
+class ConsistentHash(Rival):
     """A ring of hashes of programs (Karger et al. 1997), as Ray Serve's ConsistentHashRouter: affinity without load."""
 
     POINTS = 100
     """Points of a replica on the ring, as many as Ray Serve gives it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
         self._ring: list[tuple[int, int]] = []
         self._size = 0
 
@@ -58,7 +81,7 @@ class ConsistentHash:
         return next(index for index in around if allowed[index])
 
 
-class StickyUntilSaturated:
+class StickyUntilSaturated(Rival):
     """llm-d's default since August 2026: cache-warm replicas unless they are saturated, then the least token load.
 
     Replicas that have at least ``AFFINITY`` of the prompt are warm. Only they are considered, unless the prefill
@@ -74,28 +97,43 @@ class StickyUntilSaturated:
         fresh = missing(segment, fleet)
         warm = allowed & (fresh <= (1 - self.AFFINITY) * segment.tokens)
         cold = allowed & ~warm
-        if warm.any() and cold.any():
+        if warm.any():
             backlog = fleet.fresh * fleet.of_reports("prefill_s", GUESSED_PREFILL_S)
-            saturated = backlog[warm].min() - backlog[cold].min() > self.PENALTY_S
-            allowed = allowed if saturated else warm
-        return _least(fleet.fresh + fresh, allowed)
+            if not cold.any() or backlog[warm].min() - backlog[cold].min() <= self.PENALTY_S:
+                allowed = warm
+        return self.least(fleet.fresh + fresh, allowed)
 
 
-def lmetric(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
-    """Minimise the tokens to prefill times the batch with the request in it (LMetric, arXiv 2603.15202, OSDI 2026)."""
-    return _least(missing(segment, fleet) * (fleet.requests + 1), allowed)
+class LMetric(Rival):
+    """The least tokens to prefill times the batch with the request in it (LMetric, arXiv 2603.15202, OSDI 2026)."""
+
+    def __call__(self, segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
+        return self.least(missing(segment, fleet) * (fleet.requests + 1), allowed)
 
 
-def autellix(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
-    """Send prompts of up to 2,048 tokens to the least loaded engine, others home (Autellix, arXiv 2502.13965)."""
-    home = segment.home
-    if segment.tokens > 2048 and home is not None and allowed[home]:
-        return home
-    return _least(fleet.requests, allowed)
+class Autellix(Rival):
+    """Prompts of up to 2,048 tokens to the least loaded engine, others home (Autellix, arXiv 2502.13965)."""
+
+    SHORT = 2048
+
+    def __call__(self, segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
+        home = segment.home
+        if segment.tokens > self.SHORT and home is not None and allowed[home]:
+            return home
+        return self.least(fleet.requests, allowed)
 
 
-def _least(column: np.ndarray, allowed: np.ndarray) -> int:
-    return int(np.where(allowed, column, np.inf).argmin())
+RULES: Mapping[str, Callable[[int], Rule]] = {
+    "astraea": lambda seed: place,
+    "least-busy": LeastBusy,
+    "sticky": Sticky,
+    "power-of-two": PowerOfTwo,
+    "consistent-hash": ConsistentHash,
+    "sticky-until-saturated": StickyUntilSaturated,
+    "lmetric": LMetric,
+    "autellix": Autellix,
+}
+"""Rules by name, made from a seed."""
 
 
 def make_rule(name: str, seed: int = 0) -> Rule:
@@ -106,20 +144,4 @@ def make_rule(name: str, seed: int = 0) -> Rule:
     """
     if name not in RULES:
         raise ValueError(f"no rule of placement is called {name!r}; there are {', '.join(RULES)}")
-    rule = RULES[name]
-    if rule is PowerOfTwo:
-        return PowerOfTwo(seed)
-    return rule() if isinstance(rule, type) else rule
-
-
-RULES: Mapping[str, Rule | type] = {
-    "astraea": place,
-    "least-busy": least_busy,
-    "shortest-queue-once": least_busy_home,
-    "power-of-two": PowerOfTwo,
-    "consistent-hash": ConsistentHash,
-    "sticky-until-saturated": StickyUntilSaturated,
-    "lmetric": lmetric,
-    "autellix": autellix,
-}
-"""Rules by name."""
+    return RULES[name](seed)

@@ -12,7 +12,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from zlib import crc32
 
-from .hazards import TurnHazards
 from .placement import Fleet, Report, Rule, Segment, place
 
 
@@ -39,8 +38,6 @@ class _Home:
     """Replica; -1: it is gone."""
     context: int = 0
     """Tokens that its last request ended with."""
-    turns: int = 0
-    """Requests that have ended."""
     requests: int = 0
     """Requests in flight there."""
 
@@ -76,7 +73,6 @@ class Router:
         self._homes: OrderedDict[Hashable, _Home] = OrderedDict()  # the longest idle first
         self._sent: dict[int, _Sent] = {}
         self._prefixes: OrderedDict[Hashable, dict[int, int]] = OrderedDict()
-        self._hazards = TurnHazards()
         self._numbers = itertools.count(1)
 
     # -- replicas ----------------------------------------------------------------------------------------------
@@ -223,16 +219,12 @@ class Router:
         if context:
             self.fleet.homes[home.index] += context - home.context
             home.context = context
-            self._hazards.observe(home.turns, last=False)
-            home.turns += 1
 
     def forget(self, program: Hashable) -> None:
         """A program has ended; ignored if it is not known."""
         home = self._homes.pop(program, None)
         if home is None:
             return
-        if home.turns:
-            self._hazards.ended(home.turns - 1)
         if home.index >= 0:
             self.fleet.homes[home.index] -= home.context
 
@@ -287,7 +279,6 @@ class Router:
             held=held,
             on_host=self._cold(home, held) if at_home else 0,
             shared={index: min(found, tokens) for index, found in shared.items()},
-            turns=self._hazards.remaining(known.turns if known is not None else 0),
             key=crc32(repr(program).encode()),
         )
         return self._rule(segment, fleet, allowed)
@@ -307,7 +298,7 @@ class Router:
         elif home.index != index:
             if home.index >= 0:
                 self.fleet.homes[home.index] -= home.context
-            home = self._homes[program] = _Home(index, turns=home.turns)
+            home = self._homes[program] = _Home(index)
         self._homes.move_to_end(program)
         return home
 

@@ -35,7 +35,7 @@ class StartWaits:
             ahead: requests that were waiting when it came, itself included.
             remaining_s: model time that its program had left then.
         """
-        decile = self._decile(remaining_s)
+        decile = self.decile(remaining_s)
         self._remaining.add(remaining_s)
         for sums, new in ((self._waits, waited_s), (self._ahead, float(ahead))):
             sums[:] = [FORGET * old for old in sums]
@@ -53,6 +53,7 @@ class StartWaits:
         each = [(s + prior_s) / (n + prior) for s, n in zip(waits, counts, strict=True)]
         return tuple(ahead * longest for longest in accumulate(each, max))
 
-    def _decile(self, remaining_s: float) -> int:
+    def decile(self, remaining_s: float) -> int:
+        """The decile of a remaining model time among those of the requests that have started."""
         seen = self._remaining.values
         return min(DECILES - 1, DECILES * bisect.bisect_left(seen, remaining_s) // len(seen)) if seen else 0

@@ -18,9 +18,10 @@ import numpy as np
 from ..policies import make_policy
 from ..prediction import Predictor
 from ..strategies import STRATEGIES
+from .engine import Sizes
 from .machines import MACHINES, Machine
 from .oracle import Oracle
-from .simulator import Outcome, ProgramRecord, Simulator, Sizes
+from .simulator import Outcome, ProgramRecord, Simulator
 from .trace import TraceProgram, load_trace
 from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
 
@@ -113,11 +114,16 @@ def prepare(
 def let_arrive(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes, load: float, seed: int) -> Prepared:
     """Let programs arrive at ``load`` times what the machine works off, unless they say when they do."""
     if any(p.arrival_s is None for p in programs):
-        at_once = [replace(p, arrival_s=0.0) for p in programs]
-        ends = sorted(r.ended for r in _run(at_once, machine, ample).records)
-        done = max(1, int(0.8 * len(programs)))
-        programs = with_arrivals(programs, load * done / ends[done - 1], seed)
-    return Prepared(tuple(programs), _run(programs, machine, ample).mean_live_context)
+        programs = with_arrivals(programs, arrival_rate(programs, machine, load, ample), seed)
+    return Prepared(tuple(programs), run_unlimited(programs, machine, ample).mean_live_context)
+
+
+def arrival_rate(programs: Sequence[TraceProgram], machine: Machine, load: float, ample: Sizes | None = None) -> float:
+    """Programs per second that are ``load`` times what a machine works off, in unlimited memory, of all at once."""
+    at_once = [replace(p, arrival_s=0.0) for p in programs]
+    ends = sorted(r.ended for r in run_unlimited(at_once, machine, ample).records)
+    done = max(1, int(0.8 * len(programs)))
+    return load * done / ends[done - 1]
 
 
 def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
@@ -155,8 +161,9 @@ def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
     return Predictor() if noise is None else Oracle(programs, noise, cell.seed)
 
 
-def _run(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes) -> Outcome:
-    return Simulator(programs, make_policy("fcfs"), machine, ample).run()
+def run_unlimited(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes | None = None) -> Outcome:
+    """Run programs in the order of arrival, in sizes that all fit into at once, or in ``ample`` ones."""
+    return Simulator(programs, make_policy("fcfs"), machine, ample or Sizes(everything(programs))).run()
 
 
 def alone_s(program: TraceProgram, machine: Machine, max_step_tokens: int = 2048) -> float:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.reports import QUIET
 
-from astraea_jax.scheduler.placement import DECILES, MOST, Fleet, Report, ReportError, Segment, costs, place
+from astraea_jax.scheduler.placement import DECILES, MOST, Fleet, Report, ReportError, Segment, costs, place, waits
 from astraea_jax.scheduler.rival_placements import RULES, make_rule
 
 
@@ -70,10 +70,28 @@ def test_a_report_needs_a_pool_and_all_deciles():
 
 
 def test_costs_by_hand():
-    fleet = fleet_of(replace(QUIET, wait_s=(2.0,) * DECILES), QUIET)
+    # At home: a wait, 1,000 tokens that delay three others, and 4,000 from the host. They need 5,000 tokens of memory,
+    # 2,000 of which others have, that are not running. Elsewhere: all of it, but nobody is delayed, and all is free.
+    home = replace(QUIET, wait_s=(2.0,) * DECILES, free=3_000, retained=90_000, host_free=1)
+    fleet = fleet_of(home, QUIET)
+    fleet.requests[0] = fleet.requests_then[0] = 3
     found = costs(Segment(10_000, home=0, held=9_000, on_host=4_000), fleet)
-    assert found == pytest.approx([2.0 + 0.1 + 0.04, 1.0])
+    assert found == pytest.approx([2.0 + 0.1 * 4 + 0.04 + 0.02, 1.0])
     assert place(Segment(10_000), fleet, fleet.takes) == 1
+
+
+def test_what_is_evicted_costs_more_without_a_host_tier():
+    full = replace(QUIET, free=0, retained=100_000, restore_s=1e-6)
+    with_host, without = (fleet_of(replace(full, host_free=host)) for host in (1_000, 0))
+    prefill_s = 1000 * QUIET.prefill_s
+    assert costs(Segment(1000), with_host) == pytest.approx(prefill_s + 1000 * 1e-6)
+    assert costs(Segment(1000), without) == pytest.approx(2 * prefill_s)
+
+
+def test_who_was_sent_since_the_report_waits_where_others_do():
+    fleet = fleet_of(replace(QUIET, wait_s=(3.0,) * DECILES, waiting=6), QUIET)
+    fleet.requests[:] = 4
+    assert waits(fleet) == pytest.approx([5.0, 0.0])
 
 
 def test_a_program_leaves_its_home_only_for_a_gain():
@@ -81,6 +99,8 @@ def test_a_program_leaves_its_home_only_for_a_gain():
     segment = Segment(10_000, home=0, held=9_900)
     assert place(segment, stays, stays.takes) == 0
     assert place(segment, leaves, leaves.takes) == 1
+    leaves.requests[1] = leaves.requests_then[1] = 30  # whom its prefill would delay
+    assert place(segment, leaves, leaves.takes) == 0
 
 
 def test_old_reports_are_not_trusted():
@@ -93,8 +113,11 @@ def test_old_reports_are_not_trusted():
 def test_without_any_report_what_was_sent_counts():
     fleet = Fleet(3)
     fleet.takes[:] = True
-    fleet.fresh[:] = 5_000, 10, 2_000
+    fleet.requests[:] = 5, 1, 2
     assert place(Segment(100), fleet, fleet.takes) == 1
+    fleet.requests[:] = 1
+    fleet.homes[:] = 500, 200, 100
+    assert place(Segment(100), fleet, fleet.takes) == 2
 
 
 segments = st.integers(1, 10**6).flatmap(
@@ -105,7 +128,6 @@ segments = st.integers(1, 10**6).flatmap(
         held=st.integers(0, tokens),
         on_host=st.integers(0, tokens),
         shared=st.dictionaries(st.integers(0, 3), st.integers(0, tokens)),
-        turns=st.floats(1, 100),
         key=st.integers(0, 2**32 - 1),
     )
 )
@@ -141,7 +163,7 @@ def test_rules_by_hand():
     rules = {name: make_rule(name) for name in RULES}
     chosen = {name: (rule(at_home, fleet, fleet.takes), rule(new, fleet, fleet.takes)) for name, rule in rules.items()}
     assert chosen["least-busy"] == (2, 2)
-    assert chosen["shortest-queue-once"] == (0, 2)
+    assert chosen["sticky"] == (0, 2)
     assert chosen["sticky-until-saturated"] == (0, 1)  # (9000 - 500) / 10,000 tokens a second are below 18 s
     assert chosen["lmetric"] == (0, 2)  # 500 * 4, 10,000 * 2, 10,000 * 1; and 40,000, 20,000, 10,000
     assert chosen["autellix"] == (0, 2)

@@ -18,9 +18,10 @@ from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
+from astraea_jax.scheduler.simulation.engine import Sizes
 from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.oracle import Oracle
-from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
+from astraea_jax.scheduler.simulation.simulator import Simulator
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.transfer import HostCopy, HostPages
 from astraea_jax.scheduler.wait import WaitOutcome

@@ -18,6 +18,9 @@ RETRY_AFTER_MS = 1000
 """Milliseconds after which a client that was refused may come back, unless something better is known."""
 
 
+RETRY = (("grpc-retry-pushback-ms", str(RETRY_AFTER_MS)),)
+
+
 class UnknownAdapter(LookupError):
     """A LoRA adapter that is not served."""
 
@@ -47,9 +50,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, tuple[tuple[str, str],
             after_ms = round(1000 * getattr(error, "retry_after_s", RETRY_AFTER_MS / 1000))
             return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(after_ms)),)
         case StepFailed():
-            return grpc.StatusCode.ABORTED, ()
-        case EngineDead():
-            return grpc.StatusCode.UNAVAILABLE, ()
+            return grpc.StatusCode.ABORTED, RETRY
+        case EngineDead():  # another replica, or one that is started in its place, computes it again
+            return grpc.StatusCode.UNAVAILABLE, RETRY
     return grpc.StatusCode.INTERNAL, ()
 
 

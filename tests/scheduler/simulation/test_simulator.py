@@ -16,10 +16,11 @@ from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.simulation import simulator
+from astraea_jax.scheduler.simulation.engine import Sizes
 from astraea_jax.scheduler.simulation.experiment import Cell, alone_s, interval, ratio_interval, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
 from astraea_jax.scheduler.simulation.oracle import Oracle
-from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
+from astraea_jax.scheduler.simulation.simulator import Simulator, prompt_of
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
 
