@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.errors import SEND_AGAIN
 from astraea_jax.frontends.identity import Identity
 from astraea_jax.frontends.ray_serve.proxies import BYTES_PER_TOKEN, GONE, REQUESTS, Asked
 from astraea_jax.frontends.ray_serve.split import SPLITS
@@ -122,7 +123,7 @@ def _explain(context: Any) -> None:
     code = context.code()
     if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL.value[0]) and context.details() != FAULT:
         context.set_code(grpc.StatusCode.UNAVAILABLE)
-        context.set_details(GONE)
+        context.set_details(GONE + SEND_AGAIN)
     if context.code() in (
         code
         for status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
