@@ -244,7 +244,7 @@ def costs(segment: Segment, fleet: Fleet) -> np.ndarray:
 
 
 def place(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
-    """Choose the replica of least cost, of equal ones that with the least KV.
+    """Choose the replica of least cost; of almost equal ones that with the fewest requests, then with the least KV.
 
     A program stays at home unless another replica gains more than ``MARGIN_S``.
     """
@@ -252,9 +252,11 @@ def place(segment: Segment, fleet: Fleet, allowed: np.ndarray) -> int:
     home, least = segment.home, float(found.min())
     if home is not None and found[home] - least <= MARGIN_S and allowed[home]:
         return home
-    ties = np.flatnonzero(found == least)
-    return int(ties[fleet.homes[ties].argmin()])
+    ties = np.flatnonzero(found <= (1 + EQUAL) * least)
+    return int(ties[np.lexsort((fleet.homes[ties], fleet.requests[ties]))[0]])
 
 
 MARGIN_S = 1.0
 """Gain in seconds below which a program stays where it is: what is known of a replica is about a second old."""
+EQUAL = 0.05
+"""Difference of two costs, relative, below which they count as equal: about the error of a learned time."""

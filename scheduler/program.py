@@ -73,6 +73,8 @@ class Job:
     """Number and kind of its last turn as hazards have counted it. Written by the predictor."""
     ended: bool = False
     """Whether its end has been learned from."""
+    left: bool = False
+    """Whether the program that led it has ended, or works on another one. Others may take part in it no more."""
 
 
 @dataclass(slots=True, eq=False)

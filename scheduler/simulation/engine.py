@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..config import SchedulerConfig
-from ..costs import prefilled_pairs
 from ..plan import Plan
 from ..policy import Policy
 from ..program import Request
@@ -128,6 +127,11 @@ class SimulatedEngine:
         self._behind: _Flight | None = None  # dispatched while that one runs
         self._committing = False  # whether the next thing to do is to commit it
 
+    @property
+    def due(self) -> int:
+        """Events that it will take at its next turn."""
+        return len(self._inbox)
+
     def deliver(self, when: float, event: Event) -> None:
         """Let ``event(when)`` happen at the loop's next turn."""
         self._inbox.append((when, event))
@@ -190,14 +194,14 @@ class SimulatedEngine:
             rows = zip((s.number for s in plan.requests), plan.starts.tolist(), plan.counts.tolist())
             self.plans.append((now, tuple(rows)))
         start = now if self._running is None else max(now, self._running.end)
-        costs = self._machine.steps
-        step_s = costs.step_s(len(plan.requests), plan.tokens, plan.context, prefilled_pairs(plan))
+        machine = self._machine
+        step_s, growth = machine.step_s(plan), machine.step_s(plan, 1) - machine.step_s(plan)
         self.scheduler.observe(plan, step_s)
         quiet = (self._clock.next_s - start) / step_s
-        times = self.scheduler.extend(plan, int(min(self._stride, 1 + quiet))) if quiet > 1 else 1
-        growth = costs.per_context_s * len(plan.requests)
+        most = min(int(min(self._stride, 1 + quiet)), machine.even_steps(plan))
+        times = self.scheduler.extend(plan, most) if quiet > 1 else 1
         last_s = step_s + growth * (times - 1)
-        end = start + times * step_s + growth * times * (times - 1) / 2
+        end = start + times * (step_s + last_s) / 2
         self.steps += times
         return _Flight(plan, times, end - last_s, end)
 

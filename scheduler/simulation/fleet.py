@@ -8,16 +8,18 @@ those that come back for a while, and then its programs go on elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
-from ..config import SchedulerStats
 from ..placement import Rule
 from ..policy import Policy
 from ..program import Request
 from ..router import NoReplica, Route, Router
-from .engine import Clock, SimulatedEngine, Sizes
+from .engine import Clock, Event, SimulatedEngine, Sizes
+from .global_queue import INTERVAL_S, GlobalQueue
 from .machines import Machine
 from .simulator import History, Outcome, ProgramRecord, play, submit
 from .trace import TraceProgram
@@ -38,14 +40,17 @@ class Reporting:
     """Seconds that a report is under way."""
 
 
+EVERY_SECOND = Reporting()
+
+
 @dataclass(frozen=True)
 class Change:
     """Something that happens to a replica."""
 
     when: float
     replica: int
-    what: str
-    """``die``, ``drain`` or ``join``: back, with nothing."""
+    what: Literal["die", "drain", "empty", "join"]
+    """It dies; it takes no more programs; it gives those that it has to others; it is there, with nothing."""
 
 
 @dataclass
@@ -53,7 +58,7 @@ class FleetOutcome:
     """Result of a run of a fleet."""
 
     history: Outcome
-    """What has happened to every program; counts are sums over replicas."""
+    """What has happened to every program; the counts are those of one replica."""
     prompt_tokens: int
     """Tokens of all prompts that have been served."""
     cached_tokens: int
@@ -62,7 +67,7 @@ class FleetOutcome:
     """Times that a program has gone on elsewhere although its home was there."""
     resent: int
     """Requests sent again because their replica had died."""
-    placed: tuple[int, ...]
+    placed: Mapping[int, int]
     """Requests that each replica has ended."""
 
     @property
@@ -91,6 +96,8 @@ class Fleet:
         machine: that every replica pretends to run on.
         sizes: of each.
         replicas: how many there are at the beginning.
+        held_back: requests wait in ThunderAgent's global queue, which says where they go on, instead of the rule.
+        steal_s: seconds after which an idle replica looks again for a waiting request to take over; 0: none does.
         reporting: how the router hears of them.
         changes: what happens to them.
     """
@@ -104,7 +111,9 @@ class Fleet:
         sizes: Sizes,
         replicas: int,
         *,
-        reporting: Reporting = Reporting(),
+        held_back: bool = False,
+        steal_s: float = 0.0,
+        reporting: Reporting = EVERY_SECOND,
         changes: Sequence[Change] = (),
     ):
         self.router = Router(rule, max_programs=len(programs))
@@ -120,13 +129,24 @@ class Fleet:
         self._dead: list[SimulatedEngine] = []
         self._at: dict[str, int] = {}  # replica that has a program's KV
         self._counts = dict.fromkeys(("prompt", "cached", "moves", "resent"), 0)
-        self._placed = [0] * replicas
+        self._placed: Counter[int] = Counter()
+        self._emptied: set[int] = set()  # replicas whose programs go on elsewhere
+        self._queue = GlobalQueue(sizes.pool_tokens) if held_back else None
+        self._held: dict[str, tuple[ProgramRecord, int]] = {}  # requests that wait there
+        if held_back:
+            self._clock.at(INTERVAL_S, self._tick)
+        if steal_s:
+            self._clock.at(steal_s, partial(self._steal, steal_s))
         for replica in range(replicas):
             self._join(replica, 0.0)
         for change in changes:
             self._clock.at(change.when, partial(getattr(self, f"_{change.what}"), change.replica))
         for record in self.history.records:
             self._clock.at(record.arrival, partial(self._route, record, 0))
+
+    def at(self, when: float, event: Event) -> None:
+        """Let ``event(when)`` happen."""
+        self._clock.at(when, event)
 
     def run(self) -> FleetOutcome:
         """Run until every program has ended."""
@@ -138,7 +158,7 @@ class Fleet:
             cached_tokens=self._counts["cached"],
             moves=self._counts["moves"],
             resent=self._counts["resent"],
-            placed=tuple(self._placed),
+            placed=dict(self._placed),
         )
 
     # -- replicas ----------------------------------------------------------------------------------------------
@@ -187,27 +207,82 @@ class Fleet:
     def _drain(self, replica: int, now: float) -> None:
         self.router.drain(replica)
 
+    def _empty(self, replica: int, now: float) -> None:
+        self.router.drain(replica)
+        self._emptied.add(replica)
+
     # -- requests ----------------------------------------------------------------------------------------------
 
     def _route(self, record: ProgramRecord, index: int, now: float) -> None:
-        """Send a request to the replica that the router chooses; if there is none, later."""
+        """Send a request to a replica; if there is none, later."""
         program, trace = record.program.id, record.program.requests[index]
-        assert program not in self.sent, f"{program} is served twice at once"
+        if self._queue is not None:
+            chosen = self._queue.arrives(program, trace.prompt, self._engines, now)
+            if chosen is None:
+                self._held[program] = record, index
+                return
+            avoid = self._engines.keys() - {chosen}
+        else:
+            avoid = self._emptied
         try:
-            route = self.router.route(program, trace.prompt, now)
+            route = self.router.route(program, trace.prompt, now, avoid=frozenset(avoid))
         except NoReplica:
             self._clock.at(now + RETRY_S, partial(self._route, record, index))
             return
-        replica = route.replica
+        self._send(_Sent(record, index, route), now)
+
+    def _send(self, sent: _Sent, now: float) -> None:
+        """Hand a request to its replica; if that is not its program's home, the KV that is there is given up."""
+        program, replica = sent.record.program.id, sent.route.replica
+        assert program not in self.sent, f"{program} is served twice at once"
         assert isinstance(replica, int)
         before = self._at.get(program)
-        if before not in (None, replica):
+        if before is not None and before != replica:
             self._counts["moves"] += 1
-            old = self._engines[before].scheduler  # type: ignore[index]
-            self._engines[before].deliver(now, lambda when: old.end_program(program, when))  # type: ignore[index]
-        self._at[program] = replica
-        sent = self.sent[program] = _Sent(record, index, route)
+            old = self._engines[before]
+            old.deliver(now, partial(old.scheduler.end_program, program))
+        self._at[program], self.sent[program] = replica, sent
         self._engines[replica].deliver(now, partial(self._submit, self._engines[replica], sent))
+
+    def _tick(self, now: float) -> None:
+        """Let the global queue pause programs, and resume others."""
+        assert self._queue is not None
+        for program in self._queue.tick(self._engines, self.sent, now):
+            if program in self._held:
+                self._route(*self._held.pop(program), now)
+        if self.history.open:
+            self._clock.at(now + INTERVAL_S, self._tick)
+
+    def _steal(self, period_s: float, now: float) -> None:
+        """Let every replica with room, and nobody who waits, take over a request that has waited for long elsewhere.
+
+        It takes the one with the least prefill per second of wait saved. A request is taken to wait as long again as it
+        has waited.
+        """
+        for replica, engine in self._engines.items():
+            report = engine.scheduler.report(now)
+            if report.waiting or engine.due or replica in self._emptied:
+                continue
+            room, found = report.free + report.retained, []
+            for sent in self.sent.values():
+                request = sent.request
+                if request is not None and request.first_scheduled is None and request.slot < 0:
+                    waited_s, cost_s = now - request.submitted, report.prefill_s * request.num_tokens
+                    if request.num_tokens < room and cost_s < waited_s and sent.route.replica != replica:
+                        found.append((cost_s / waited_s, request.number, sent))
+            if found:
+                self._take_over(min(found)[-1], replica, now)
+        if self.history.open:
+            self._clock.at(now + period_s, partial(self._steal, period_s))
+
+    def _take_over(self, sent: _Sent, replica: int, now: float) -> None:
+        """Cancel a request that waits, and send it to another replica."""
+        program, trace = sent.record.program.id, sent.record.program.requests[sent.index]
+        assert sent.request is not None
+        del self._requests[sent.request]
+        self._over(sent, 0, now)
+        avoid = frozenset(self._engines.keys() - {replica})
+        self._send(_Sent(sent.record, sent.index, self.router.route(program, trace.prompt, now, avoid=avoid)), now)
 
     def _submit(self, engine: SimulatedEngine, sent: _Sent, now: float) -> None:
         sent.request = submit(engine.scheduler, sent.record.program, sent.index, now)
@@ -215,7 +290,7 @@ class Fleet:
             self._requests[sent.request] = sent
             return
         self._over(sent, 0, now)
-        self.router.forget(sent.record.program.id)
+        self._forget(sent.record.program.id)
         self.history.refuse(sent.record, now)
 
     def _first_token(self, request: Request, now: float) -> None:
@@ -230,9 +305,10 @@ class Fleet:
         self._counts["prompt"] += trace.prompt
         self._counts["cached"] += request.cached_tokens
         if trace.tool is None:
-            self.router.forget(record.program.id)
-            del self._at[record.program.id]
+            self._forget(record.program.id)
         else:
+            if self._queue is not None:
+                self._queue.ended(record.program.id, trace.context, now)
             self._engines[replica].scheduler.waits(record.program.id, trace.wait, now)
             self._clock.at(now + trace.tool_s, partial(self._route, record, sent.index + 1))
 
@@ -240,13 +316,21 @@ class Fleet:
         self.router.ended(sent.route, now, context=context)
         del self.sent[sent.record.program.id]
 
+    def _forget(self, program: str) -> None:
+        """A program has ended."""
+        self.router.forget(program)
+        del self._at[program]
+        if self._queue is not None:
+            self._queue.forget(program)
+
     def check(self) -> None:
-        """Raise AssertionError unless every replica, and the router, agree with what was sent (for tests)."""
-        for engine in self._playing:
+        """Raise AssertionError unless replicas, router and what is under way agree (for tests; O(everything))."""
+        at = Counter(self._at.values())
+        for replica, engine in self._engines.items():
             engine.scheduler.check()
-
-
-def summed(stats: Sequence[SchedulerStats]) -> SchedulerStats:
-    """Sum the counts of several schedulers."""
-    whole = {f.name: sum(getattr(s, f.name) for s in stats) for f in fields(SchedulerStats) if f.name != "decisions"}
-    return replace(stats[0], **whole)
+            assert self.router.fleet.requests[self.router.index(replica)] == sum(
+                sent.route.replica == replica for sent in self.sent.values()
+            )
+            if not engine.due:  # nothing that it has not noticed yet
+                assert engine.scheduler.stats().programs == at[replica], "programs do not add up"
+        assert len(self._at) <= len(self.router) <= self.history.open

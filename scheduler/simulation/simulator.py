@@ -183,8 +183,8 @@ def play(clock: Clock, engines: Sequence[SimulatedEngine]) -> None:
     Engines that join while it runs are noticed.
     """
     while True:
-        engine = min(engines, key=attrgetter("next_s"))
-        if clock.next_s > engine.next_s:
+        engine = min(engines, key=attrgetter("next_s"), default=None)
+        if engine is not None and engine.next_s < clock.next_s:
             engine.go_on()
         elif clock.next_s < math.inf:
             clock.happen()

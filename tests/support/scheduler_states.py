@@ -12,6 +12,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device import complete
+from support.kv_listener import Listener, Truth
 from support.loop import Loop, make
 
 from astraea_jax.scheduler.placement import Report
@@ -25,6 +26,8 @@ from astraea_jax.scheduler.windows import Window
 
 HINTS = st.none() | st.sampled_from([0.0, -1.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(0, 100)
 """Seconds that clients name."""
+PARENTS = st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format))
+"""Keys that clients name, of programs that are there, that will be, or that nobody opens."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -49,8 +52,9 @@ class Machine(RuleBasedStateMachine):
             window = Window(window, 1 + windows * least + -(-budget // page_size) + spare)
             host = replace(host, layers=(1, 2))
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
-        sizes |= {"max_programs": 12, "max_waiting": 5}
+        sizes |= {"max_programs": 12, "max_waiting": 5, "kv_events": True}
         self.scheduler = make(policy, strategy, **sizes, host=host, window=window)
+        self.listener, self.truth = Listener(), Truth(self.scheduler)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
@@ -75,6 +79,7 @@ class Machine(RuleBasedStateMachine):
             return None
         self.programs.add(request.program)
         assert request.program.leads or request.program.job in [p.job for p in self.programs if p.leads]
+        assert not request.program.job.left
         self.live.append(request)
         return request
 
@@ -85,7 +90,7 @@ class Machine(RuleBasedStateMachine):
         stops=st.frozensets(st.integers(0, 49), max_size=4),
         owner=st.sampled_from([None, "a", "b", "b", "b"]),
         salt=st.sampled_from([None, salted(""), salted("a")]),
-        parent=st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format)),
+        parent=PARENTS,
         priority=st.integers(-1, 1),
     )
     def arrive(self, prompt, system, max_tokens, stops, owner, salt, parent, priority):
@@ -102,12 +107,13 @@ class Machine(RuleBasedStateMachine):
         keep=st.integers(0, 40),
         new=st.lists(st.integers(0, 9), min_size=1, max_size=6),
         final=st.booleans(),
+        parent=PARENTS,
     )
-    def come_back(self, data, keep, new, final):
+    def come_back(self, data, keep, new, final, parent):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
         prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
-        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt, parent=parent)
         if request:
             self.history[name] = request
 
@@ -244,6 +250,7 @@ class Machine(RuleBasedStateMachine):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
         self.live = [s for s in self.live if s.finish_reason is None]
         self.nothing_is_prepared_for_nobody()
+        self.what_is_cached_is_told()
         running = sum(s.slot >= 0 for s in self.live)
         stats = self.scheduler.stats()
         assert stats.running == running + sum(s.slot >= 0 for s in self.tails)
@@ -266,6 +273,10 @@ class Machine(RuleBasedStateMachine):
         """Tokens of a program's present or last request; a fork has none of its own."""
         request = self.scheduler._programs.live.get(program) or program.last
         return request.num_tokens if request and request.program is program else 0
+
+    def what_is_cached_is_told(self):
+        self.listener.hear(self.scheduler.kv_log.take())
+        assert self.listener.tiers == self.truth.tiers()
 
     def nothing_is_prepared_for_nobody(self):
         ended = [tail for tail in self.tails if tail.finish_reason is not None]
