@@ -29,7 +29,7 @@ SCHEDULER_FLOORS = (
     {"program", "transfer"},
     {"eviction", "offer", "plan", "view", "windows"},
     {"config", "decode_batch", "pages"},
-    {"copies", "costs", "leases", "registry", "wait_times"},
+    {"copies", "costs", "fairness", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
     {"strategy", "rival_strategies", "strategies"},
     {"evictor", "policy"},
