@@ -39,7 +39,7 @@ class Admission:
         self.preempt: Callable[[Request, float], None] = lambda request, now: None
         """Takes a row off its slot; Planner sets it."""
         self.preemptible = 0
-        """Rows that may still be preempted in this step for requests of tenants within their share."""
+        """Rows that may still be preempted in this step for tenants within their part."""
         self._policy, self._pool, self._running, self._residency = policy, pool, running, residency
         self._size = config.page_size
         self._host_tier = config.host.pages > 0 and policy.strategy.uses_host
@@ -54,13 +54,13 @@ class Admission:
     def push(self, request: Request) -> None:
         """A request waits from now on."""
         self.unstarted += request.preemptions == 0
-        self._queue.push(request, self._policy.features(request), self._tenants.waits(request.program.owner))
+        self._queue.push(request, self._policy.features(request), self._tenants.waits(request))
 
     def remove(self, request: Request) -> None:
         """A request waits no more."""
         self.unstarted -= request.preemptions == 0
         self._queue.remove(request)
-        self._tenants.waits_no_more(request.program.owner)
+        self._tenants.waits_no_more(request)
         self._outdated.pop(request, None)
 
     def outdate(self, request: Request) -> None:
@@ -68,18 +68,18 @@ class Admission:
         if request in self._queue:
             self._outdated[request] = None
 
-    def next(self, now: float, *, within: bool = False) -> Offer | None:
+    def next(self, now: float, *, behind: bool = False) -> Offer | None:
         """The request to start next, with what it starts from.
 
         If the first in order does not fit, rows may be preempted for it (:mod:`~.fairness`), or else later ones that
-        do fit may start before it, but only so often. With ``within``
-        only requests of tenants within their share start.
+        do fit may start before it, but only so often. With ``behind``
+        only requests of tenants behind virtual time start.
         """
         self._refresh()
         policy, blocked, pressure = self._policy, None, self._pressure()
         classes = self._tenants.classes() if self._tenants.contend else None
         for request in self._queue.first(policy, now, pressure, policy.backfill + 1, classes):
-            if within and self._tenants.is_over(request):
+            if behind and not self._tenants.precedes(request):
                 return None
             if not policy.admits(request, now, pressure):
                 continue

@@ -19,7 +19,7 @@ from .residency import Residency
 from .running import Running
 
 SLOTS_PER_PREEMPTION = 16
-"""Batch slots per row that a step may preempt for tenants within their share, at least one: a guess."""
+"""Batch slots per row that a step may preempt for tenants within their part, at least one: a guess."""
 
 
 @dataclass
@@ -60,11 +60,12 @@ class Planner:
         self.running.grow_decodes()
         self.admission.preemptible = max(1, self._config.max_running // SLOTS_PER_PREEMPTION)
         budget = self._config.max_step_tokens - self.running.num_decodes
-        self._chosen = chosen = {}
+        chosen: dict[Request, int] = {}
+        self._chosen = chosen
         rows, yielding = self._in_turn()
         budget = self._go_on(rows, budget, now)
         if yielding:
-            budget = self._go_on(yielding, self._admit_waiting(budget, now, within=True), now)
+            budget = self._go_on(yielding, self._admit_waiting(budget, now, behind=True), now)
         self._admit_waiting(budget, now)
         self._residency.evictor.offload_ahead(now)
         if not chosen and not self.running.num_decodes:
@@ -86,14 +87,14 @@ class Planner:
         return times
 
     def _in_turn(self) -> tuple[Iterable[Request], list[Request]]:
-        """Rows outside the decode batch, and those that prefill after waiting requests of tenants within their share.
+        """Rows outside the decode batch, and after them those whose prompts yield to waiting requests.
 
-        The latter are rows of tenants over theirs.
+        These are of tenants that are not behind virtual time, if requests of others are.
         """
         rows, tenants = self.running.others(), self.tenants
         if not tenants.contend:
             return rows, []
-        yields = {row: row.num_to_compute > 1 and tenants.is_over(row) for row in rows}
+        yields = {row: row.num_to_compute > 1 and not tenants.precedes(row) for row in rows}
         return [row for row in yields if not yields[row]], [row for row in yields if yields[row]]
 
     def _go_on(self, rows: Iterable[Request], budget: int, now: float) -> int:
@@ -107,16 +108,16 @@ class Planner:
                 budget -= count
         return budget
 
-    def _admit_waiting(self, budget: int, now: float, *, within: bool = False) -> int:
+    def _admit_waiting(self, budget: int, now: float, *, behind: bool = False) -> int:
         """Give slots and pages to waiting requests, in the order of the policy, while both last.
 
         If none is left, go on with those that prepare the next prompt of their programs. What starts computes as much
-        as the budget allows. Returns what is left of it. With ``within`` only tenants within their share are asked.
+        as the budget allows. With ``behind`` only those of tenants behind virtual time start. Returns the budget left.
         """
         admitted: list[Request] = []
         left = budget
         while left > 0 and (self.running.slots or self.tenants.owed):
-            offer = self.admission.next(now, within=within) if len(self.admission) else self.preparations.next(now)
+            offer = self.admission.next(now, behind=behind) if len(self.admission) else self.preparations.next(now)
             if offer is None:
                 break
             request = offer.request

@@ -36,6 +36,7 @@ from astraea_jax.engine.loop import ServingLoop
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.sessions import Sessions
+from astraea_jax.engine.tenant_weights import parsed
 from astraea_jax.engine.times import StepTimes, Work
 from astraea_jax.errors import EngineDead, Fault, RequestError, StartupError, shown
 from astraea_jax.kv_cache.offload import HostStore
@@ -95,7 +96,7 @@ class Engine(Sessions):
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         self.layout = layout = Layout.plan(c, decoder.config, mesh)
-        self._predictor = Predictor()
+        self._predictor, weights = Predictor(), parsed(c.tenant_weights)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_pages=layout.num_pages,
@@ -108,6 +109,7 @@ class Engine(Sessions):
                 session_ttl_s=c.session_ttl_s,
                 host=layout.host,
                 window=layout.window,
+                tenant_weights=weights,
             ),
             make_policy(c.policy, self._predictor, c.residency),
         )
@@ -115,7 +117,7 @@ class Engine(Sessions):
         self._store: HostStore | None = None
         if layout.host.pages:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
-        self._life = Lifecycle(c.max_queued)
+        self._life = Lifecycle(c.max_queued, weights)
         self._observers: list[Observer] = []
         vocab_size = decoder.config.vocab_size
         self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
@@ -230,8 +232,8 @@ class Engine(Sessions):
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary, or another argument is
                 not what it should be.
-            Overloaded: ``max_queued`` requests are waiting already, or three quarters of that and some of this
-                owner. (That the session has a request in progress is raised by the iterator.)
+            Overloaded: ``max_queued`` requests are waiting already, or three quarters of that and this owner's share of
+                all of it. (That the session has a request in progress is raised by the iterator.)
             EngineDead: not serving.
         """
         params = SamplingParams() if params is None else params
@@ -248,7 +250,7 @@ class Engine(Sessions):
         later = checked_priority(priority)
         mailbox = Mailbox(asyncio.get_running_loop(), self._observers)
         self._life.accept(mailbox, owner)
-        self._post(Submit(mailbox, ids, params.seeded(), key, final, salt, of, later))
+        self._post(Submit(mailbox, ids, params.seeded(), key, final, salt, of, later, owner))
         return Generation(mailbox, self._cancel)
 
     # -- figures, from any thread: each is read at once, together they may be of different moments -------------

@@ -48,6 +48,7 @@ class Submit:
     salt: str
     parent: Key | None = None
     priority: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

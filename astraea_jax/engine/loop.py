@@ -190,7 +190,7 @@ class ServingLoop:
                 params.max_tokens,
                 stops,
                 program=event.session,
-                owner=event.session[0] if event.session is not None else "",
+                owner=event.owner,
                 final=event.final,
                 salt=salted(event.salt),
                 parent=event.parent,

@@ -212,6 +212,7 @@ class Simulator:
                 prompt_of(record.program, index),
                 trace.output,
                 program=record.program.id,
+                owner=record.program.owner,
                 final=trace.tool is None,
                 now=when,
             )
