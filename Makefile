@@ -10,7 +10,7 @@ PIP_INSTALL = python -m pip install --disable-pip-version-check --no-input --no-
 INSTALL = $(BIN)/$(PIP_INSTALL)
 SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 
-.PHONY: help demo test lint parity ahead bench-doors bench-continuity lock
+.PHONY: help demo test lint parity ahead ray bench-doors bench-continuity lock
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ demo: .venv/installed  ## 64 agents against a real server, and what scheduling g
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
-	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not parity and not gpu and not ahead"
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not parity and not gpu and not ahead and not ray"
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -28,6 +28,9 @@ lint: .venv/installed  ## ruff and mypy
 
 parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
 	$(BIN)/pytest -m parity
+
+ray: .venv/ray  ## A fleet on a Ray of this machine: right answers, a killed replica, a new version (installs Ray)
+	$(BIN)/pytest -m ray -n0
 
 ahead: .venv-ahead/installed  ## Compile the serving step for TPUs that are not here (installs libtpu)
 	.venv-ahead/bin/python -m pytest -m ahead tests/ahead
@@ -42,7 +45,7 @@ bench-continuity: .venv/installed  ## What turns reuse of earlier ones, what tha
 
 # The one file with exact versions; users get the ranges of pyproject.toml.
 lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in requirements/ci.lock
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report - -e '.[dev,demo,parity,tpu]' \
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report - -e '.[dev,demo,parity,ray,tpu]' \
 	  | $(BIN)/python scripts/lock.py > requirements/ci.lock.new
 	mv requirements/ci.lock.new requirements/ci.lock
 
@@ -55,6 +58,10 @@ lock: .venv/installed  ## Resolve all dependencies anew and pin them for CI in r
 
 .venv/parity: .venv/installed
 	$(INSTALL) '.[dev,demo,parity]' | $(SHOW)
+	@touch $@
+
+.venv/ray: .venv/installed
+	$(INSTALL) '.[dev,demo,ray]' | $(SHOW)
 	@touch $@
 
 # By itself, so that libtpu never lies beside what the other tests import; the rest it takes from .venv.

@@ -35,12 +35,17 @@ class Mixture(nnx.Module):
         self.block = joined_block(e.size, config.num_kv_heads)
         self.router = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, e.count), dtype))
         self.gate_up = Matrix((e.count, d, 2 * e.size), dtype, forms("mlp.gate_up"), rngs)
-        self.down = Matrix((e.count, e.size, d), dtype, forms("mlp.down"), rngs)
+        self.down = Matrix((e.count, e.size, d), dtype, forms("mlp.down"), rngs, summed=True)
         self.correction = nnx.Param(jnp.zeros(e.count, jnp.float32)) if e.corrected else None
         self.router_bias = nnx.Param(jnp.zeros(e.count, dtype)) if e.biases else None
         self.gate_up_bias = nnx.Param(jnp.zeros((e.count, 2 * e.size), dtype)) if e.biases else None
         self.down_bias = nnx.Param(jnp.zeros((e.count, d), dtype)) if e.biases else None
         self.shared = MLP(config, e.shared_size, dtype, forms, rngs, "mlp.shared") if e.shared_size else None
+
+    def divisible(self, devices: int) -> bool:
+        """Whether devices can have whole experts, or parts of all that consist of whole blocks that share a scale."""
+        whole = self.experts.count % devices == 0
+        return whole or (self.gate_up.divisible(devices) and self.down.divisible(devices))
 
     def routed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Experts ``[T, k]`` int32 of tokens ``x [T, D]``, and their weights ``[T, k]`` float32."""

@@ -167,11 +167,13 @@ def check_tensors(folder: Path, wanted: Sequence[HfTensor], tensors: Tensors) ->
     names, found = {part.name for part in wanted}, set(tensors)
     if missing := sorted(names - found):
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}{' …' * (len(missing) > 5)}"
+            f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}{' …' * (len(missing) > 5)}; fetch it "
+            "again, or take config.json and weights from the same checkpoint"
         )
     if extra := sorted(name for name in found - names if not _adds_nothing(tensors[name])):
         raise CheckpointError(
             f"{folder} holds {len(extra)} tensors that config.json does not account for: {', '.join(extra[:5])}"
+            f"{' …' * (len(extra) > 5)}; take config.json and weights from the same checkpoint"
         )
     for part in wanted:
         if (shape := tensors[part.name].shape) != part.shape:

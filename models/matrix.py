@@ -58,6 +58,13 @@ class Matrix(nnx.Module):
                 middle = MIDDLE if form.codes == "int4" else 0
                 self.zeros = nnx.Param(jnp.full(scale.shape, middle, jnp.int8))
 
+    def divisible(self, devices: int) -> bool:
+        """Whether each device's part of it consists of whole blocks that share a scale."""
+        if self.form is None:
+            return True
+        shape = self.weight.shape[-2] * self.form.per_item, self.weight.shape[-1]
+        return self.form.divisible(shape, devices, summed=self.summed)
+
     @property
     def codes(self) -> Codes:
         """Its arrays, if it has a form."""

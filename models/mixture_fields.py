@@ -66,11 +66,9 @@ def _checked(experts: Experts) -> Experts:
         raise CheckpointError(f"config.json: there are {e.count} experts; at most {MAX_EXPERTS} are served")
     if e.chosen > e.count:
         raise CheckpointError(f"config.json: num_experts_per_tok is {e.chosen}; there are {e.count} experts")
-    if e.groups > 1 and (
-        e.count % e.groups
-        or e.count // e.groups < 2
-        or e.chosen_groups > e.groups
-        or e.chosen > e.chosen_groups * (e.count // e.groups)
+    if e.chosen_groups > e.groups or (
+        e.groups > 1
+        and (e.count % e.groups or e.count // e.groups < 2 or e.chosen > e.chosen_groups * (e.count // e.groups))
     ):
         raise CheckpointError(
             f"config.json: {e.chosen} of {e.count} experts cannot be chosen from {e.chosen_groups} of {e.groups} groups"

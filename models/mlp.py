@@ -28,6 +28,10 @@ class MLP(nnx.Module):
         self.gate_up = Matrix((d, 2 * features), dtype, forms(f"{name}.gate_up"), rngs)
         self.down = Matrix((features, d), dtype, forms(f"{name}.down"), rngs, summed=True)
 
+    def divisible(self, devices: int) -> bool:
+        """Whether each device's part of its matrices consists of whole blocks that share a scale."""
+        return self.gate_up.divisible(devices) and self.down.divisible(devices)
+
     def __call__(self, x: jax.Array, ops: Operations) -> jax.Array:
         return ops.multiply(activated(ops.multiply(x, self.gate_up), self.block, self.activation), self.down)
 

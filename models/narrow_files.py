@@ -22,6 +22,7 @@ Index = tuple[int | slice, ...]
 
 SCALES: dict[str, ScaleType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E8M0": "bfloat16"}
 """Stored dtype of scales -> ours, which holds them exactly."""
+DAMAGED = "fetch or quantize the checkpoint again"
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in a word of AWQ, lowest bits first, of each of eight consecutive outputs."""
 
@@ -123,7 +124,10 @@ def float8(name: str, weight: StoredTensor, scale: StoredTensor, blocks: Sequenc
     def read(_: Index) -> Numbers:
         scales = _read_scales(scale)
         scales = np.broadcast_to(scales.reshape(1, 1), (outputs, 1)) if whole else scales.reshape(len(scales), -1)
-        return Numbers(weight.stored(), scales, None)
+        codes = weight.stored()
+        if form.codes == "fp8" and (codes.view(np.uint8) & 127 == 127).any():
+            raise CheckpointError(f"tensor {weight.name} holds numbers that are NaN; {DAMAGED}")
+        return Numbers(codes, scales, None)
 
     return NarrowTensor(name, weight.shape, form, read)
 
@@ -170,7 +174,7 @@ def awq(name: str, weight: StoredTensor, scale: StoredTensor, zero: StoredTensor
         return _from_words(words, 4).reshape(len(words), -1, 8)[:, :, AWQ_ORDER].reshape(len(words), -1)
 
     def zeros() -> np.ndarray | None:
-        return None if zero is None else in_order(zero.stored()).astype(np.int16).T
+        return None if zero is None else in_order(zero.stored()).T
 
     form = _integers(4, groups, zeros(), scale)
 
@@ -181,9 +185,27 @@ def awq(name: str, weight: StoredTensor, scale: StoredTensor, zero: StoredTensor
 
 
 def gptq(
-    name: str, weight: StoredTensor, scale: StoredTensor, zero: StoredTensor, order: StoredTensor | None, more: int
+    name: str,
+    weight: StoredTensor,
+    scale: StoredTensor,
+    zero: StoredTensor,
+    order: StoredTensor | None,
+    *,
+    lessened: bool,
+    symmetric: bool,
 ) -> NarrowTensor:
-    """GPTQ: words along inputs, those of zeros along outputs; ``more`` is what a file's zeros lack."""
+    """GPTQ: words along inputs, those of zeros along outputs.
+
+    Args:
+        name: of the weight.
+        weight: ``qweight``.
+        scale: ``scales``.
+        zero: ``qzeros``.
+        order: ``g_idx``, if there is one.
+        lessened: whether one has been taken from every zero, as version 1 does. GPTQModel takes it from whole words, so
+            that a zero of 0 borrows from the next one.
+        symmetric: whether zeros are in the middle. Some files that say version 1 hold these as version 2 does.
+    """
     check(weight, ("I32",), 2)
     check(scale, tuple(SCALES), 2)
     check(zero, ("I32",), 2)
@@ -203,8 +225,11 @@ def gptq(
             )
 
     def zeros() -> np.ndarray:
-        found = _from_words(zero.stored(), bits)[:, :outputs].astype(np.int16).T + more
-        return found - 128 if bits == 8 else found
+        words = zero.stored()
+        found = _from_words(words, bits)[:, :outputs]
+        if lessened and not (symmetric and (found == 1 << (bits - 1)).all()):
+            found = _from_words(words + np.int32(0x11111111 if bits == 4 else 0x01010101), bits)[:, :outputs]
+        return _signed(found.T, bits)
 
     form = _integers(bits, groups, zeros(), scale)
 
@@ -227,6 +252,8 @@ def mxfp4(name: str, blocks: StoredTensor, scale: StoredTensor) -> NarrowTensor:
     def read(index: Index) -> Numbers:
         halves, exponents = blocks.stored()[index], scale.stored()[index].astype(np.uint16)
         codes = np.stack([halves & 15, halves >> 4], axis=-1).reshape(*halves.shape[:-2], -1)
+        if (exponents == 255).any():
+            raise CheckpointError(f"tensor {scale.name} holds scales that are NaN; {DAMAGED}")
         powers = np.where(exponents == 0, 64, exponents << 7).astype(np.uint16).view(jnp.bfloat16)
         return Numbers(codes.swapaxes(-1, -2), powers.swapaxes(-1, -2), None)
 
@@ -261,8 +288,6 @@ def _groups(scale: StoredTensor, shape: tuple[int | None, int | None], inputs: i
 def _integers(bits: int, groups: int | None, zeros: np.ndarray | None, scale: StoredTensor) -> Format:
     """The form of integer codes; zeros in the middle of the codes are none."""
     middle = MIDDLE if bits == 4 else 0
-    if zeros is not None and not -128 <= int(zeros.min()) <= int(zeros.max()) <= 127:
-        raise CheckpointError(f"the zeros beside {scale.name} are beyond the codes")
     own = zeros is not None and bool((zeros != middle).any())
     return Format("int4" if bits == 4 else "int8", groups, zeros=own, scales=_scales(scale))
 
@@ -274,7 +299,10 @@ def _scales(scale: StoredTensor) -> ScaleType:
 
 
 def _read_scales(scale: StoredTensor) -> np.ndarray:
-    return scale.stored().astype(SCALES[scale.dtype])
+    scales = scale.stored().astype(SCALES[scale.dtype])
+    if not np.isfinite(scales.astype(np.float32)).all():
+        raise CheckpointError(f"tensor {scale.name} holds scales that are no numbers (NaN or infinite); {DAMAGED}")
+    return scales
 
 
 def _from_words(words: np.ndarray, bits: int) -> np.ndarray:

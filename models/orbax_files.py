@@ -19,7 +19,7 @@ from .families import read_config, to_hf
 from .formats import LARGEST, Format
 from .hf_layout import HEAD
 from .matrix import everywhere
-from .parameters import SCALES, Parameters, beside, fill_quantized, matrix_forms
+from .parameters import Parameters, fill_all, matrix_forms
 from .sharding import abstract_decoder, default_mesh
 
 ORBAX = "orbax"
@@ -72,12 +72,7 @@ def load_orbax(
     forms = matrix_forms(decoder)
     graph, shapes = nnx.split(decoder)
     params: Parameters = dict(nnx.to_flat_state(shapes))
-    for path in list(full):
-        leaf = full.pop(path)
-        if beside(path, SCALES) in params:
-            fill_quantized(params, path, leaf[...], forms[".".join(map(str, path[:-1]))])
-        else:
-            params[path] = leaf
+    fill_all(params, full, forms)
     return nnx.merge(graph, nnx.from_flat_state(params))
 
 

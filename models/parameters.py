@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,6 +58,16 @@ def fill_quantized(params: Parameters, path: Place, weight: jax.Array, form: For
     make = _quantizer(form, (leaf.sharding, scale.sharding))
     values, scales = jax.block_until_ready(make(weight))  # else many full weights could wait on the device
     params[path], params[beside(path, SCALES)] = leaf.replace(values), scale.replace(scales)
+
+
+def fill_all(params: Parameters, wide: Parameters, forms: Mapping[str, Format]) -> None:
+    """Put all weights of ``wide``, which is used up, into ``params``: matrices in their forms, others as they are."""
+    for path in list(wide):
+        leaf = wide.pop(path)
+        if beside(path, SCALES) in params:
+            fill_quantized(params, path, leaf[...], forms[".".join(map(str, path[:-1]))])
+        else:
+            params[path] = leaf
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .config import CheckpointError
@@ -20,12 +20,33 @@ Stored = dict[str, StoredTensor | NarrowTensor]
 Make = Callable[[str, Tensors], NarrowTensor | None]
 """``make(module, tensors)``: the weight of a module; None: it has none in fewer bits."""
 
+FIELDS = ("quantization_config", "compression_config")
+"""Names of the field that says so; the second is that of older files of compressed-tensors."""
+Said = tuple[Any, int | None]
+"""Bits of a weight, and inputs that share a scale (-1: all), as a configuration says them, or leaves them open."""
+
 BESIDE = ("input_scale", "input_zero_point", "activation_scale", "weight_shape", "g_idx", "weight_g_idx")
 """Tensors beside those that make up a weight: scales of activations, which are not quantized here, and the like."""
 SERVED = (
     "fp8 (blocks or tensors), compressed-tensors (float-quantized, int-quantized, pack-quantized of 4 and 8 bits), "
     "awq (gemm, 4 bits), gptq (4 and 8 bits) and mxfp4 are"
 )
+
+
+def quantization(config: Json) -> Json | None:
+    """What a ``config.json`` says about fewer bits; None: nothing.
+
+    Raises:
+        CheckpointError: it is no object.
+    """
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for field in FIELDS:
+            if (fields := part.get(field)) is not None:
+                if not isinstance(fields, dict):
+                    raise CheckpointError(f"config.json: {field} is {fields!r}; an object is needed")
+                return fields
+    return None
 
 
 def narrowed(config: Json, tensors: dict[str, StoredTensor]) -> Stored:
@@ -36,13 +57,9 @@ def narrowed(config: Json, tensors: dict[str, StoredTensor]) -> Stored:
     Raises:
         CheckpointError: a variant that is not served, or tensors that do not make up a weight.
     """
-    fields = config.get("quantization_config")
-    if fields is None and isinstance(text := config.get("text_config"), dict):
-        fields = text.get("quantization_config")
+    fields = quantization(config)
     if fields is None:
         return dict(tensors)
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"config.json: quantization_config is {fields!r}; an object is needed")
     method = fields.get("quant_method", "compressed-tensors" if "config_groups" in fields else None)
     reader = READERS.get(method) if isinstance(method, str) else None
     if reader is None:
@@ -80,30 +97,34 @@ def _compressed(fields: Json) -> tuple[tuple[str, ...], Make]:
     if fields.get("sparsity_config"):
         _only(_object(fields, "sparsity_config"), "format", ("dense", None))
     groups = _object(fields, "config_groups")
-    blocks = [block for name in groups for block in _compressed_blocks(_object(groups, name))]
+    of_groups = [weights for name in groups if (weights := _compressed_weights(_object(groups, name))) is not None]
+    blocks = [_pair(weights.get("block_structure")) for weights in of_groups if weights.get("strategy") == "block"]
+    said = [(weights["num_bits"], _group_size(weights.get("group_size"))) for weights in of_groups]
 
     def make(module: str, tensors: Tensors) -> NarrowTensor | None:
         if (packed := tensors.get(f"{module}.weight_packed")) is None:
-            return _scaled(module, tensors, ("F8_E4M3", "I8"), blocks)
+            weight = _scaled(module, tensors, ("F8_E4M3", "I8"), blocks)
+            return weight and _as_said(weight, [(bits, None) for bits, _ in said])
         if f"{module}.weight_g_idx" in tensors:
             raise CheckpointError(f"{module}.weight_g_idx (actorder) is not served, only consecutive groups")
         scale, shape = (_needed(tensors, module, end) for end in (".weight_scale", ".weight_shape"))
-        return packed_words(f"{module}.weight", packed, scale, tensors.get(f"{module}.weight_zero_point"), shape)
+        zero = tensors.get(f"{module}.weight_zero_point")
+        return _as_said(packed_words(f"{module}.weight", packed, scale, zero, shape), said)
 
     return (".weight_packed", ".weight"), make
 
 
-def _compressed_blocks(group: Json) -> list[tuple[int, int]]:
-    """Sizes of the blocks of weights in a group of modules that are quantized alike, none or one."""
+def _compressed_weights(group: Json) -> Json | None:
+    """How weights of a group of modules are quantized; None: they are not."""
     _only(group, "format", COMPRESSED)
     if group.get("weights") is None:
-        return []
+        return None
     weights = _object(group, "weights")
     _only(weights, "type", ("int", "float"))
     _only(weights, "num_bits", (8,) if weights.get("type") == "float" else (4, 8))
     _only(weights, "strategy", ("tensor", "channel", "group", "block", None))
     _only(weights, "dynamic", (False, None))
-    return [_pair(weights.get("block_structure"))] if weights.get("strategy") == "block" else []
+    return weights
 
 
 def _scaled(
@@ -122,10 +143,11 @@ def _scaled(
 def _awq(fields: Json) -> tuple[tuple[str, ...], Make]:
     _only(fields, "version", ("gemm", "GEMM", None))
     _only({"bits": fields.get("w_bit"), **fields}, "bits", (4, None))
+    said = [(4, _group_size(fields.get("group_size", fields.get("q_group_size"))))]
 
     def make(module: str, tensors: Tensors) -> NarrowTensor:
         weight, scale = tensors[f"{module}.qweight"], _needed(tensors, module, ".scales")
-        return awq(f"{module}.weight", weight, scale, tensors.get(f"{module}.qzeros"))
+        return _as_said(awq(f"{module}.weight", weight, scale, tensors.get(f"{module}.qzeros")), said)
 
     return (".qweight",), make
 
@@ -133,16 +155,28 @@ def _awq(fields: Json) -> tuple[tuple[str, ...], Make]:
 def _gptq(fields: Json) -> tuple[tuple[str, ...], Make]:
     _only(fields, "bits", (4, 8))
     _only(fields, "checkpoint_format", ("gptq", "gptq_v2", None))
-    more = 0 if fields.get("checkpoint_format") == "gptq_v2" else 1
+    lessened, symmetric = fields.get("checkpoint_format") != "gptq_v2", fields.get("sym") is True
+    said = _gptq_said(fields)
 
     def make(module: str, tensors: Tensors) -> NarrowTensor:
         weight, scale = tensors[f"{module}.qweight"], _needed(tensors, module, ".scales")
         order = tensors.get(f"{module}.g_idx")
         if fields.get("desc_act"):
             order = _needed(tensors, module, ".g_idx")
-        return gptq(f"{module}.weight", weight, scale, _needed(tensors, module, ".qzeros"), order, more)
+        zero = _needed(tensors, module, ".qzeros")
+        made = gptq(f"{module}.weight", weight, scale, zero, order, lessened=lessened, symmetric=symmetric)
+        return _as_said(made, said)
 
     return (".qweight",), make
+
+
+def _gptq_said(fields: Json) -> list[Said]:
+    """What holds for most weights, then what ``dynamic`` says for some."""
+    some = fields.get("dynamic") or {}
+    others = [one for one in some.values() if isinstance(one, dict)] if isinstance(some, dict) else []
+    return [
+        (one.get("bits"), _group_size(one.get("group_size"))) for one in (fields, *({**fields, **o} for o in others))
+    ]
 
 
 def _mxfp4(fields: Json) -> tuple[tuple[str, ...], Make]:
@@ -153,6 +187,30 @@ def _mxfp4(fields: Json) -> tuple[tuple[str, ...], Make]:
 
 READERS = {"fp8": _float8, "compressed-tensors": _compressed, "awq": _awq, "gptq": _gptq, "mxfp4": _mxfp4}
 """``quant_method`` -> ends of the names of main tensors, and what makes weights of them."""
+
+
+def _as_said(weight: NarrowTensor, said: Sequence[Said]) -> NarrowTensor:
+    """The same, if its tensors have the bits and groups that the configuration says of some weights.
+
+    Raises:
+        CheckpointError: they contradict it.
+    """
+    form, inputs = weight.form, weight.shape[-1]
+    found = 8 // form.per_item, form.inputs or inputs
+    sizes = [(bits, inputs if size == -1 else size and min(size, inputs)) for bits, size in said]
+    if said and not any(bits in (None, found[0]) and size in (None, found[1]) for bits, size in sizes):
+        wanted = " or ".join(f"bits = {bits}, group_size = {size}" for bits, size in said)
+        raise CheckpointError(
+            f"quantization_config says {wanted}, but the tensors of {weight.name} hold {found[0]} bits in groups of "
+            f"{found[1]} of {inputs} inputs; take config.json and weights from the same checkpoint"
+        )
+    return weight
+
+
+def _group_size(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or (value < 1 and value != -1)):
+        raise CheckpointError(f"quantization_config: group_size is {value!r}; a size is needed, or -1 for all inputs")
+    return value
 
 
 def _needed(tensors: Tensors, module: str, end: str) -> StoredTensor:

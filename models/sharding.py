@@ -6,6 +6,7 @@ head and feed-forward features with their gate, so a layer needs two all-reduces
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import CheckpointError, ModelConfig
 from .decoder import Decoder
+from .experts import Mixture
 from .matrix import Forms, plain
+from .mlp import MLP
+
+log = logging.getLogger(__name__)
 
 TP = "tp"
 """Name of the mesh's axis."""
@@ -74,34 +79,56 @@ def check_mesh(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> None:
     Raises:
         CheckpointError: a size is not divisible; the message names numbers of devices that would fit.
     """
-    divided = [
-        ("heads", "key/value heads", (config.num_kv_heads,)),
-        *(("ffn", *rest) for rest in _features(config)),
-    ]
-    for axis, name, sizes in divided:
+    for axis, name, sizes in _divided(config):
         if all(size % _divisor(axis, mesh, rules) for size in sizes):
-            fit = [
-                n
-                for n in range(1, config.num_kv_heads + 1)
-                if all(any(size % n == 0 for size in sizes) for _, _, sizes in divided)
-            ]
             raise CheckpointError(
                 f"{mesh.size} devices cannot divide this model: its {name} ({' or '.join(map(str, sizes))}) is no "
-                f"multiple of {mesh.size}; choose a tensor_parallel of {', '.join(map(str, fit))}"
+                f"multiple of {mesh.size}; choose a tensor_parallel of {', '.join(map(str, _dividing(config)))}"
             )
 
 
-def _features(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Names of what is divided of feed-forward networks, with the sizes of which one must be divisible."""
+def _divided(config: ModelConfig) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Logical axes and names of what devices divide, with the sizes of which one must be divisible."""
     experts = config.experts
-    found: list[tuple[str, tuple[int, ...]]] = []
+    found: list[tuple[str, str, tuple[int, ...]]] = [("heads", "key/value heads", (config.num_kv_heads,))]
     if not all(kind.has_experts for kind in config.layer_kinds):
-        found.append(("feed-forward size", (config.intermediate_size,)))
+        found.append(("ffn", "feed-forward size", (config.intermediate_size,)))
     if experts is not None:
-        found.append(("number of experts or their feed-forward size", (experts.count, experts.size)))
+        found.append(("ffn", "number of experts or their feed-forward size", (experts.count, experts.size)))
         if experts.shared_size:
-            found.append(("shared experts' feed-forward size", (experts.shared_size,)))
+            found.append(("ffn", "shared experts' feed-forward size", (experts.shared_size,)))
     return found
+
+
+def _dividing(config: ModelConfig) -> list[int]:
+    """Numbers of devices that divide the model."""
+    sizes = [sizes for _, _, sizes in _divided(config)]
+    most = config.num_kv_heads
+    return [n for n in range(1, most + 1) if all(any(size % n == 0 for size in one) for one in sizes)]
+
+
+def _check_blocks(decoder: Decoder, mesh: Mesh) -> None:
+    """Refuse a mesh whose devices would have parts of experts that are no whole blocks of codes and scales.
+
+    Raises:
+        CheckpointError: that is so; the message names numbers of devices that would fit.
+    """
+    mixtures = [module for _, module in nnx.iter_modules(decoder) if isinstance(module, Mixture)]
+    odd = next((one for one in mixtures if not one.divisible(mesh.size)), None)
+    if odd is not None:
+        fit = [n for n in _dividing(decoder.config) if all(one.divisible(n) for one in mixtures)]
+        count, form = odd.experts.count, odd.down.form or odd.gate_up.form
+        raise CheckpointError(
+            f"{mesh.size} devices cannot divide this model: they do not divide its {count} experts, and their parts of "
+            f"each would be no whole blocks of {form and form.codes} codes that share a scale; choose a "
+            f"tensor_parallel of {', '.join(map(str, fit))}, or weights in another format"
+        )
+
+
+def _undivided(decoder: Decoder, mesh: Mesh) -> list[tuple[Any, ...]]:
+    """Paths of shared experts whose parts would be no whole blocks of codes and scales: each device has all of them."""
+    shared = [(path, module) for path, module in nnx.iter_modules(decoder) if path[-1:] == ("shared",)]
+    return [path for path, module in shared if isinstance(module, MLP) and not module.divisible(mesh.size)]
 
 
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
@@ -135,14 +162,21 @@ def _divisor(axis: str, mesh: Mesh, rules: Rules) -> int:
     return 1 if divided_by is None else int(mesh.shape[divided_by])
 
 
-def placed(state: nnx.State[Any, Any], mesh: Mesh, rules: Rules = RULES) -> nnx.State[Any, Any]:
-    """A decoder's state as shapes with shardings, for loading and compiling; no array is made."""
+def placed(decoder: Decoder, mesh: Mesh, rules: Rules = RULES) -> nnx.State[Any, Any]:
+    """A decoder's state as shapes with shardings, for loading and compiling; no array is made.
 
-    def place(path: Sequence[Any], leaf: Any) -> Any:
-        sharding = NamedSharding(mesh, spec(path, leaf.shape, mesh, rules))
-        return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+    Raises:
+        CheckpointError: the mesh does not divide its experts.
+    """
+    _check_blocks(decoder, mesh)
+    undivided = _undivided(decoder, mesh)
 
-    return nnx.from_flat_state([(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        whole = any(path[: len(prefix)] == prefix for prefix in undivided)
+        partition = PartitionSpec() if whole else spec(path, leaf.shape, mesh, rules)
+        return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition)))
+
+    return nnx.from_flat_state([(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(nnx.state(decoder))])
 
 
 def abstract_decoder(
@@ -151,7 +185,7 @@ def abstract_decoder(
     """A decoder whose arrays are only shapes with shardings; its layers may be stacked.
 
     Raises:
-        CheckpointError: the mesh does not divide the model.
+        CheckpointError: the mesh does not divide the model, or its experts in these forms.
     """
     check_mesh(config, mesh)
 
@@ -161,6 +195,13 @@ def abstract_decoder(
             decoder.stack()
         return decoder
 
-    graph, state = nnx.split(nnx.eval_shape(make))
-    decoder: Decoder = nnx.merge(graph, placed(state, mesh))
+    shapes = nnx.eval_shape(make)
+    if undivided := _undivided(shapes, mesh):
+        log.info(
+            "%d devices do not divide the shared experts of %d layers into whole blocks that share a scale: "
+            "each holds all of these",
+            mesh.size,
+            len(undivided),
+        )
+    decoder: Decoder = nnx.merge(nnx.graphdef(shapes), placed(shapes, mesh))
     return decoder

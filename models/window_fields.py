@@ -33,7 +33,10 @@ def windows(fields: Json, slides: Slides, count: int, *, typed: bool) -> tuple[i
     if not any(expected):
         return None, ()
     if fields.get("use_sliding_window", True) in (False, None):
-        raise CheckpointError("config.json: layer_types name layers with a window, but use_sliding_window is not true")
+        named = "layer_types name layers with a window" if types else f"sliding_window is {fields['sliding_window']!r}"
+        raise CheckpointError(
+            f"config.json: {named}, but use_sliding_window is not true; remove the one or correct the other"
+        )
     return size(fields, "sliding_window"), tuple(i for i, one in enumerate(expected) if one)
 
 

@@ -1,10 +1,12 @@
-"""Branches of a program's history: forks, tails replaced in a wait, and what another request would find."""
+"""Branches of a program's history: forks, tails replaced in a wait, what another request would find, and moves."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from .config import SchedulerConfig
+from .handover import HandOver
 from .planner import Planner
 from .preparation import SUPERSEDED
 from .program import Program, Request
@@ -85,9 +87,12 @@ class Branches:
         self._config.check_size(len(prompt), 1)
         found = self._programs.waiting(program, salt)
         self._preparations.end(found, SUPERSEDED)
+        return self._prepare(found, prompt, now)
+
+    def _prepare(self, program: Program, prompt: Sequence[int], now: float) -> Request:
         request = Request(
             number=next(self._numbers),
-            program=found,
+            program=program,
             prompt=prompt,
             max_tokens=0,
             stops=frozenset(),
@@ -96,7 +101,48 @@ class Branches:
             page_size=self._config.page_size,
         )
         self._match(request)
+        program.last = program.last or request
         self._preparations.add(request)
+        return request
+
+    def hand_over(self, limit: int, programs: Iterable[Hashable] | None = None) -> list[HandOver]:
+        """Let up to ``limit`` waiting programs go, so that another replica goes on with them.
+
+        Programs without a key stay: nobody can go on with them. Nothing is learned from the jobs of those that go.
+
+        Args:
+            limit: how many go at most.
+            programs: keys of those that go; None: whoever waits, and first whose wait began last.
+        """
+        idle = self._programs.idle
+        if programs is None:
+            leaving = [program for program in islice(idle.latest(None), limit) if program.key is not None]
+        else:
+            found = map(self._programs.find, islice(dict.fromkeys(programs), limit))
+            leaving = [program for program in found if program is not None and program in idle]
+        handed = []
+        for program in leaving:
+            last = program.preparing or program.last
+            tokens = () if last is None else (*last.prompt, *last.output)
+            handed.append(HandOver(program.key, program.owner, program.salt, tokens, program.parent))
+            program.job.ended |= program.leads
+            self._programs.leave(program)
+        return handed
+
+    def take_over(self, handed: HandOver, now: float) -> Request:
+        """Open a program that another replica has handed over: it waits, and its tokens are computed in idle time.
+
+        Returns:
+            The request that computes them, as :meth:`replace_tail` does.
+
+        Raises:
+            Rejected: its tokens are too many or none, or its key is taken: it has come back already.
+            QueueFull: there are too many programs, and none that could make room.
+        """
+        self._config.check_size(len(handed.tokens), 1)
+        program = self._programs.add(handed.key, handed.owner, handed.salt, now, handed.parent)
+        request = self._prepare(program, handed.tokens, now)
+        self._waits.taken_over(program, now)
         return request
 
     def take_prepared(self) -> list[Request]:

@@ -30,6 +30,8 @@ class SchedulerConfig:
     host: HostTier = NO_HOST
     window: Window | None = None
     """What layers with a window have; None: no layer has one."""
+    kv_events: bool = False
+    """Whether a log tells which blocks are cached; see :mod:`~.kv_log`."""
     tenant_weights: Mapping[Hashable, float] = field(default_factory=dict)
     """Shares of the machine by owner, in proportion; who is not named has 1. See :mod:`~.fairness`."""
 
@@ -59,7 +61,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Counts of requests, programs and pages. Programs conserve: created = programs + finished + failed + expired."""
+    """Counts of requests, programs and pages.
+
+    Programs conserve: created = programs + finished + failed + expired + moved.
+    """
 
     running: int
     """Requests with a slot."""
@@ -77,6 +82,8 @@ class SchedulerStats:
     finished: int
     failed: int
     expired: int
+    moved: int
+    """Programs that have been handed over to another replica."""
     preemptions: int
     free_pages: int
     retained_pages: int

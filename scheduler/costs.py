@@ -23,7 +23,7 @@ class StepCosts:
     per_pair_s: float = 0.0
     """For each pair of a token that is prefilled and one that it attends to."""
 
-    def step_s(self, rows: int, tokens: int, context: int, pairs: float = 0.0) -> float:
+    def step_s(self, rows: int, tokens: int, context: float, pairs: float = 0.0) -> float:
         """Seconds of a step.
 
         Args:

@@ -140,10 +140,14 @@ class Planner:
             self.admission.remove(request)
             request.deferred = request.defers_until > now
             request.program.job.waited_s += now - request.queued
-        self.running.add(request, self._residency.take(offer, now))
+        pages = self._residency.take(offer, now)
+        self.running.add(request, pages)
         self.tenants.starts(request)
         if request.preemptions == 0:
             request.cached_tokens = request.reused
+            if not request.program.turns:
+                held = sum(map(self._pool.shared, pages[: request.reused // self._config.page_size]))
+                request.program.shared = held * self._config.page_size
         self.counts.reused_tokens += request.reused
         self.counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
         request.started = now

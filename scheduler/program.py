@@ -73,6 +73,8 @@ class Job:
     """Number and kind of its last turn as hazards have counted it. Written by the predictor."""
     ended: bool = False
     """Whether its end has been learned from."""
+    left: bool = False
+    """Whether the program that led it has ended, or works on another one. Others may take part in it no more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -109,6 +111,10 @@ class Program:
     io_intensive: bool = True
     """Whether its job's requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3);
     new programs count so. Written by Registry.classify."""
+
+    # Written by Planner.
+    shared: int = 0
+    """Tokens of its first request that another program held as well when it started."""
 
     # Written by Residency and its parts (RetainedKV, HostCopies).
     last: Request | None = None

@@ -10,7 +10,7 @@ from .program import Program, QueueFull, Rejected, Request
 from .view import ProgramView
 
 UNKNOWN_SESSION = "this session has expired, or has never begun; begin it with a request"
-NAME_TAKEN = "there is a session of the fork's name already; end it first, or choose another name"
+NAME_TAKEN = "there is a session of that name already; end it first, or choose another name"
 
 
 class IdlePrograms:
@@ -77,7 +77,7 @@ class IdlePrograms:
 
 
 class Registry:
-    """Live programs. They conserve: created = live + finished + failed + expired.
+    """Live programs. They conserve: created = live + finished + failed + expired + moved.
 
     A program with a key is found by it until it ends. A program without one is in no name table, so no key that a
     caller makes up can meet it.
@@ -92,7 +92,7 @@ class Registry:
         self.live: dict[Program, Request] = {}
         """Programs with a request that waits or runs."""
         self.idle = IdlePrograms()
-        self.created = self.finished = self.failed = self.expired = 0
+        self.created = self.finished = self.failed = self.expired = self.moved = 0
         self.io_intensive = 0
         self.humans = 0
         """Idle programs that wait for a human. Written by Waits, too."""
@@ -138,7 +138,7 @@ class Registry:
             self._check_free(found, salt)
             found.parent = found.parent if parent is None else parent
             return found
-        return self._add(key, owner, salt, now, parent)
+        return self.add(key, owner, salt, now, parent)
 
     def waiting(self, key: Hashable, salt: bytes | None) -> Program:
         """The program of that key, which waits.
@@ -159,9 +159,7 @@ class Registry:
             QueueFull: there are too many programs and none that could make room.
         """
         program = self._known(key)
-        if child in self._by_key:
-            raise Rejected(NAME_TAKEN)
-        return program, self._add(child, program.owner, program.salt, now, key, keep=program)
+        return program, self.add(child, program.owner, program.salt, now, key, keep=program)
 
     def _known(self, key: Hashable) -> Program:
         program = self._by_key.get(key)
@@ -175,7 +173,7 @@ class Registry:
         if program in self.live:
             raise QueueFull("this session has a request in progress; try again when it has ended")
 
-    def _add(
+    def add(
         self,
         key: Hashable | None,
         owner: Hashable,
@@ -184,6 +182,14 @@ class Registry:
         parent: Hashable | None,
         keep: Program | None = None,
     ) -> Program:
+        """A new program, which must wait or get a request before anything else happens; ``keep`` stays in any case.
+
+        Raises:
+            Rejected: its key is taken.
+            QueueFull: there are too many programs and none that could make room.
+        """
+        if key in self._by_key:
+            raise Rejected(NAME_TAKEN)
         if len(self) >= self._limit:
             longest = self.idle.of_largest_owner(keep)
             if longest is None:
@@ -203,6 +209,11 @@ class Registry:
         self.finished += not failed
         self._forget(program)
 
+    def leave(self, program: Program) -> None:
+        """An idle program has left for another replica."""
+        self.moved += 1
+        self._forget(program)
+
     def expire(self, before: float) -> None:
         """Forget programs whose wait began earlier."""
         while self.idle and (program := self.idle.longest()).wait_began <= before:
@@ -218,7 +229,7 @@ class Registry:
     def check(self) -> None:
         """Raise AssertionError unless programs conserve (for tests; O(everything))."""
         programs = self.programs()
-        gone = self.finished + self.failed + self.expired
+        gone = self.finished + self.failed + self.expired + self.moved
         assert self.created == len(programs) + gone, "programs do not add up"
         assert len(set(programs)) == len(programs), "a program is both live and idle"
         assert self._by_key == {p.key: p for p in programs if p.key is not None}, "keys and programs differ"

@@ -17,7 +17,11 @@ from collections.abc import Hashable, Sequence
 
 from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
+from .handover import HandOver
+from .kv_log import KVLog
+from .load import Load
 from .pages import PagePool
+from .placement import Report
 from .plan import Plan
 from .planner import Planner
 from .policy import Policy
@@ -41,17 +45,21 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: Policy):
         self.config = config
         self._policy = policy
-        self._pool = PagePool(config.num_pages, WindowPages(config.window, config.num_pages, config.page_size))
+        self.kv_log = KVLog(config.page_size) if config.kv_events else None
+        """Which blocks are cached, as it changes; None: nobody listens."""
+        windows = WindowPages(config.window, config.num_pages, config.page_size)
+        self._pool = PagePool(config.num_pages, windows, self.kv_log)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._planner = Planner(config, policy, self._pool, self._residency)
         self._running, self._admission = self._planner.running, self._planner.admission
         self._programs = Registry(config.max_programs, self._forget)
         self._waits = Waits(self._programs, self._residency, policy.predict)
+        self._load = Load(config, policy.predict)
         self._numbers = itertools.count(1)
         self._in_flight: deque[Plan] = deque()  # plans that are not committed
         self._stops = Counter([NO_TOKEN])  # tokens that end a row: the stops of all live requests, too
         self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
-        """Forks, and tails that are replaced."""
+        """Forks, tails that are replaced, and programs that move."""
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -112,6 +120,7 @@ class Scheduler:
         request.extend_block_hashes()
         self._programs.live[opened] = request
         self._stops.update(stops)
+        self._load.submitted(request, len(self._admission), now)
         self._planner.enqueue(request, now)
         return request
 
@@ -151,6 +160,7 @@ class Scheduler:
             self._planner.vacate(request, now)
         else:
             self._admission.remove(request)
+        self._load.ended(request, now)
         program.turns += 1
         job.turns += 1
         job.output_tokens += len(request.output)
@@ -164,6 +174,12 @@ class Scheduler:
             self._programs.finish(program, failed=reason == "error")
         else:
             self._waits.begin(program, request, now)
+
+    def take_over(self, handed: HandOver, now: float) -> Request:
+        """Open a program that another replica has handed over; see :meth:`.branches.Branches.take_over`."""
+        request = self.branches.take_over(handed, now)
+        self._load.waiting(request.program, len(handed.tokens), now)
+        return request
 
     def waits(self, program: Hashable, wait: Wait, now: float) -> None:
         """Say what the program of a key waits for. Unknown keys, and programs with a request, are ignored."""
@@ -220,6 +236,8 @@ class Scheduler:
             request.matched = min(request.matched, request.num_tokens)
         self._residency.lose_device(self._programs.programs())
         self._pool.uncache_all()
+        if self.kv_log is not None:
+            self.kv_log.retell()
         return failed
 
     def stats(self) -> SchedulerStats:
@@ -235,6 +253,7 @@ class Scheduler:
             finished=programs.finished,
             failed=programs.failed,
             expired=programs.expired,
+            moved=programs.moved,
             preemptions=counts.preemptions,
             free_pages=self._pool.free,
             retained_pages=self._pool.obtainable - self._pool.free,
@@ -256,6 +275,10 @@ class Scheduler:
             restored_windows=residency.moved_windows[1],
         )
 
+    def report(self, now: float) -> Report:
+        """Say how loaded it is. Any thread may ask; see :meth:`.load.Load.report`."""
+        return self._load.report(self.stats(), now)
+
     def knows(self, program: Hashable) -> bool:
         """Whether there is a program of that key. Any thread may ask."""
         return self._programs.find(program) is not None
@@ -271,6 +294,7 @@ class Scheduler:
         self._pool.windows.check((p, p.running.pages if p.running else p.pages) for p in programs)
         self._residency.check(self._programs.programs())
         self._programs.check()
+        self._load.check(self._programs.live)
         self._admission.check()
         self._planner.preparations.check(self._programs.programs())
         stops = (stop for request in self._programs.live.values() for stop in request.stops)
@@ -292,6 +316,8 @@ class Scheduler:
         plan = self._planner.plan(now)
         if plan is not None:
             self._in_flight.append(plan)
+            for request in plan.admitted:
+                self._load.admitted(request, now)
         return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:
@@ -337,6 +363,7 @@ class Scheduler:
             if not request.output and token != NO_TOKEN:
                 request.first_token = now
         deque(map(list.append, outputs, tokens), maxlen=0)
+        self._load.sampled(len(requests))
         for row in last:
             self._end_row(requests[row], tokens[row], now)
         return requests, tokens
@@ -345,6 +372,7 @@ class Scheduler:
         """End a request if the token just added to its output is its last."""
         if token == NO_TOKEN:
             request.output.pop()
+            self._load.sampled(-1)
             self.finish(request, "error", now)
         elif token in request.stops:
             self.finish(request, "stop", now)
@@ -361,3 +389,4 @@ class Scheduler:
         self._waits.forget(program)
         self._residency.forgotten(program)
         self._policy.forgotten(program)
+        self._load.contexts.forget(program)

@@ -39,6 +39,12 @@ class Waits:
         self._programs.idle.add(program)
         self._residency.wait_begins(program, now)
 
+    def taken_over(self, program: Program, now: float) -> None:
+        """A program has come from another replica: it waits, and nobody knows for what."""
+        program.wait_began = now
+        self._programs.idle.add(program)
+        self._residency.wait_begins(program, now)
+
     def tell(self, program: Program, wait: Wait, now: float) -> None:
         """Say what an idle program waits for; what was said last counts."""
         self._programs.humans -= program.awaits_human
@@ -67,15 +73,27 @@ class Waits:
         return WaitOutcome(predicted_s, took_s, kind, wait.hinted, wait.leased)
 
     def join_job(self, program: Program, now: float) -> None:
-        """Let a program whose next request has just come take part in the job that this belongs to."""
-        parent = self._programs.find(program.parent) if program.parent is not None else None
-        if parent is not None and parent is not program and parent.owner == program.owner and not parent.awaits_human:
+        """Let a program whose next request has just come take part in the job that this belongs to.
+
+        Parents may be children of their children, who name them: a job keeps the program that leads it.
+        """
+        parent = self._parent(program)
+        if parent is not None and not (program.leads and parent.job is program.job):
+            self.forget(program)
             program.job, program.leads = parent.job, False
         elif not program.leads or program.awaits_human:
+            self.forget(program)
             program.job, program.leads = Job(now), True
         if program.awaits_human:
             self._programs.humans -= 1
             program.wait = None
+
+    def _parent(self, program: Program) -> Program | None:
+        """The parent of a program, if it has a job that somebody leads."""
+        parent = self._programs.find(program.parent) if program.parent is not None else None
+        if parent is None or parent is program or parent.owner != program.owner:
+            return None
+        return None if parent.awaits_human or parent.job.left else parent
 
     def job_over(self, program: Program) -> None:
         """The job of an idle program has ended with its last request, if it is this program that leads it."""
@@ -85,7 +103,10 @@ class Waits:
             self._predict.answered(job, program.wait_began - job.arrival)
 
     def forget(self, program: Program) -> None:
-        """A program has ended, and its job with it."""
-        if program.leads and not program.job.ended:
+        """A program has ended, or takes part in another job from now on: the one that it has led is over."""
+        if not program.leads:
+            return
+        program.job.left = True
+        if not program.job.ended:
             program.job.ended = True
             self._predict.job_ended(program.job)

@@ -25,13 +25,13 @@ FLOORS = (
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
 SCHEDULER_FLOORS = (
-    {"distribution", "hazards", "histogram", "prefix", "wait"},
-    {"program", "transfer"},
-    {"eviction", "offer", "plan", "view", "windows"},
-    {"config", "decode_batch", "pages"},
+    {"distribution", "hazards", "handover", "histogram", "placement", "prefix", "wait"},
+    {"program", "rival_placements", "router", "transfer"},
+    {"contexts", "eviction", "kv_log", "offer", "plan", "view", "windows"},
+    {"config", "decode_batch", "pages", "start_waits"},
     {"copies", "costs", "fairness", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
-    {"strategy", "rival_strategies", "strategies"},
+    {"load", "strategy", "rival_strategies", "strategies"},
     {"evictor", "policy"},
     {"residency"},
     {"admission", "policies", "waits"},

@@ -7,11 +7,15 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from astraea_jax.engine.events import AskHeld, Fork, Look, Question
+from astraea_jax.engine.events import AskHeld, Fork, LetGo, Look, Question, TakeOver
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.scheduler.handover import HandOver
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected
 from astraea_jax.scheduler.scheduler import Scheduler
+
+MAX_HANDED = 64
+"""Sessions that are let go at once, since the loop copies all their tokens."""
 
 
 def answer(question: Question[Any], scheduler: Scheduler, now: float) -> None:
@@ -22,6 +26,10 @@ def answer(question: Question[Any], scheduler: Scheduler, now: float) -> None:
             find = partial(scheduler.branches.fork, session, child, now)
         case AskHeld(_, prompt, hashes, session, salt):
             find = partial(scheduler.branches.held, prompt, hashes, program=session, salt=salted(salt))
+        case LetGo(_, sessions):
+            find = partial(scheduler.branches.hand_over, MAX_HANDED, sessions)
+        case TakeOver(_, handed):
+            find = partial(_take_over, scheduler, handed, now)
         case Look(_, limit, owner):
             find = partial(scheduler.look, limit, owner, now)
         case _:
@@ -32,6 +40,10 @@ def answer(question: Question[Any], scheduler: Scheduler, now: float) -> None:
             asked.set_result(find())
         except (Rejected, QueueFull) as error:
             asked.set_exception(refusal(error))
+
+
+def _take_over(scheduler: Scheduler, handed: HandOver, now: float) -> None:
+    scheduler.take_over(handed, now)
 
 
 def refuse(question: Question[Any], reason: str) -> None:

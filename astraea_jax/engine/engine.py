@@ -5,30 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 from jax.sharding import Mesh
 
+from astraea_jax.engine.calls import Call, checked_call
 from astraea_jax.engine.compilation import use_cache
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.dispatch import StepRunner
-from astraea_jax.engine.events import (
-    Check,
-    Stop,
-    Submit,
-    check_tokens,
-    checked_key,
-    checked_name,
-    checked_priority,
-    checked_prompt,
-)
+from astraea_jax.engine.events import Check, Stop, Submit
 from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
+from astraea_jax.engine.kv_events import KVEvents
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loading import load_model
@@ -38,7 +30,8 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.sessions import Sessions
 from astraea_jax.engine.tenant_weights import parsed
 from astraea_jax.engine.times import StepTimes, Work
-from astraea_jax.errors import EngineDead, Fault, RequestError, StartupError, shown
+from astraea_jax.engine.watchdog import watch
+from astraea_jax.errors import EngineDead, Fault, StartupError
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.models.decoder import Decoder
@@ -46,6 +39,7 @@ from astraea_jax.models.tokenizer import Tokenizer
 from astraea_jax.scheduler.config import SchedulerConfig, SchedulerStats
 from astraea_jax.scheduler.costs import StepFit, TransferFit
 from astraea_jax.scheduler.histogram import Histogram
+from astraea_jax.scheduler.placement import Report
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.scheduler import Scheduler
@@ -109,18 +103,24 @@ class Engine(Sessions):
                 session_ttl_s=c.session_ttl_s,
                 host=layout.host,
                 window=layout.window,
+                kv_events=c.kv_events,
                 tenant_weights=weights,
             ),
             make_policy(c.policy, self._predictor, c.residency),
         )
+        self.kv_events = KVEvents(self._scheduler.kv_log)
+        """What is cached, as it changes, for one thread to take; nothing unless ``config.kv_events``."""
         self._runner = runner(decoder, c, layout, mesh)
         self._store: HostStore | None = None
         if layout.host.pages:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
         self._life = Lifecycle(c.max_queued, weights)
         self._observers: list[Observer] = []
+        self._leaving = False
         vocab_size = decoder.config.vocab_size
-        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
+        self._loop = ServingLoop(
+            self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size, self.kv_events.collect
+        )
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     @classmethod
@@ -130,6 +130,11 @@ class Engine(Sessions):
         """Load a checkpoint folder, or the bundled ``"astraea-tiny"``, without starting it."""
         loaded = load_model(model, config or EngineConfig(), progress)
         return cls(loaded.decoder, loaded.tokenizer, config, loaded.meshes[0] if len(loaded.meshes) == 1 else None)
+
+    @property
+    def slots(self) -> int:
+        """Requests that run at once, at most: ``max_seqs``, or fewer if windows of fewer fit into the memory."""
+        return self._scheduler.config.max_running
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -174,6 +179,18 @@ class Engine(Sessions):
                 log.error("the serving loop does not end; it is left behind")
         self._die("the engine was shut down")
         return self._life.cut
+
+    def drain(self) -> None:
+        """Say from now on, in :meth:`report`, that others are to take programs; what comes all the same is served.
+
+        What follows is :meth:`hand_over`, once the programs that come back soon have ended, and :meth:`shutdown`.
+        """
+        self._leaving = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether other replicas are to take new programs."""
+        return self._leaving or not self.live
 
     @property
     def state(self) -> State:
@@ -236,21 +253,28 @@ class Engine(Sessions):
                 all of it. (That the session has a request in progress is raised by the iterator.)
             EngineDead: not serving.
         """
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params are of type {type(params).__name__}; they must be SamplingParams")
-        if not isinstance(final, bool):
-            raise RequestError(f"final is {shown(final)}; it must be True or False")
-        check_tokens(params, self.model_config.vocab_size)
-        ids = checked_prompt(prompt, params.max_tokens, self.layout.max_context, self.model_config.vocab_size)
-        owner = checked_name("owner", owner, empty=True)
-        key = None if session is None else checked_key(session, owner)
-        salt = checked_name("cache salt", salt, empty=True)
-        of = None if parent is None else checked_key(parent, owner)
-        later = checked_priority(priority)
+        call = checked_call(
+            (self.layout.max_context, self.model_config.vocab_size),
+            prompt,
+            params,
+            session=session,
+            final=final,
+            salt=salt,
+            owner=owner,
+            parent=parent,
+            priority=priority,
+        )
+        return self.submit(call)
+
+    def submit(self, call: Call) -> Generation:
+        """Queue a call that has been checked; see :meth:`generate`.
+
+        Raises:
+            Overloaded, EngineDead: as :meth:`generate`.
+        """
         mailbox = Mailbox(asyncio.get_running_loop(), self._observers)
-        self._life.accept(mailbox, owner)
-        self._post(Submit(mailbox, ids, params.seeded(), key, final, salt, of, later, owner))
+        self._life.accept(mailbox, call.owner)
+        self._post(Submit(mailbox, call))
         return Generation(mailbox, self._cancel)
 
     # -- figures, from any thread: each is read at once, together they may be of different moments -------------
@@ -317,6 +341,13 @@ class Engine(Sessions):
         """
         return {**self.stats().flat(self.layout.bytes_of), "replicas": 1, "live_replicas": int(self.live)}
 
+    def report(self) -> Report:
+        """Say how loaded it is, for whoever places programs on replicas or changes their number.
+
+        One that does not serve, or that :meth:`drain` was called on, says that it drains.
+        """
+        return replace(self._scheduler.report(time.monotonic()), draining=self.draining)
+
     def check(self, timeout_s: float = 60.0) -> None:
         """Raise AssertionError unless pages, programs and requests are all accounted for (for tests and debugging).
 
@@ -355,20 +386,6 @@ class Engine(Sessions):
         self._refuse_questions(reason)
 
     def _watch_steps(self) -> None:
-        """End the engine if a turn of the loop takes longer than ``step_timeout_s``: the device hangs."""
         limit = self.config.step_timeout_s
-        while self._thread.is_alive():
-            self._thread.join(min(1.0, limit / 4))
-            began = self._loop.turn_began
-            if began is not None and time.monotonic() - began > limit:
-                log.critical("a step hangs; the stacks of all threads:\n%s", _stacks())
-                self._die(f"a step took longer than {limit:.0f} s (step_timeout_s), so the device is taken for hung")
-                return
-
-
-def _stacks() -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    )
+        reason = f"a step took longer than {limit:.0f} s (step_timeout_s), so the device is taken for hung"
+        watch(self._thread, lambda: self._loop.turn_began, limit, lambda: self._die(reason))

@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from astraea_jax.engine.generation import Mailbox
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import RequestError
+from astraea_jax.errors import RequestError, shown
+from astraea_jax.scheduler.handover import HandOver
 from astraea_jax.scheduler.view import Held, ProgramView
 from astraea_jax.scheduler.wait import Wait
+
+if TYPE_CHECKING:
+    from astraea_jax.engine.calls import Call
 
 MAX_NAME = 256
 """Characters of the name of a session, an owner, a cache salt or a tool."""
@@ -41,14 +45,7 @@ class Submit:
     """Queue a request."""
 
     mailbox: Mailbox
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    session: Key | None
-    final: bool
-    salt: str
-    parent: Key | None = None
-    priority: int = 0
-    owner: str = ""
+    call: Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +114,20 @@ class Look(Question[list[ProgramView]]):
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo(Question[list[HandOver]]):
+    """Answer with programs that wait, of these sessions or (None) of any, which other replicas have from now on."""
+
+    sessions: tuple[Key, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver(Question[None]):
+    """Open a program that another replica has let go, and answer."""
+
+    handed: HandOver
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the loop."""
 
@@ -175,6 +186,29 @@ def checked_name(what: str, name: str, *, empty: bool = False) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise RequestError(f"the {what} holds half of a surrogate pair, which is no character")
     return name
+
+
+def checked_hand_over(handed: HandOver, max_context: int, vocab_size: int) -> HandOver:
+    """``handed`` with plain values.
+
+    Raises:
+        RequestError: it is none, or cannot be one of this model.
+    """
+    if not isinstance(handed, HandOver) or not isinstance(handed.key, tuple) or len(handed.key) != 2:
+        raise RequestError(f"{shown(handed)} is no program that another replica has let go")
+    if not (handed.salt is None or isinstance(handed.salt, bytes)):
+        raise RequestError("the salt of a program is bytes, or None")
+    owner, session = handed.key
+    parent = handed.parent
+    if parent is not None and not (isinstance(parent, tuple) and len(parent) == 2):
+        raise RequestError(f"the parent of a program is {shown(parent)}; it must be an owner and a name")
+    return HandOver(
+        checked_key(session, owner),
+        checked_name("owner", owner, empty=True),
+        handed.salt,
+        checked_prompt(handed.tokens, 1, max_context, vocab_size),
+        None if parent is None else checked_key(parent[1], parent[0]),
+    )
 
 
 def checked_key(session: str, owner: str) -> Key:

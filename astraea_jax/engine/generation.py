@@ -223,6 +223,10 @@ class Generation:
             raise item
         return item
 
+    def observe(self, ended: Observer) -> None:
+        """Call ``ended`` when it has ended; to be called where it was made, before anything is awaited."""
+        self._mailbox.observers = (*self._mailbox.observers, ended)
+
     def paced(self, pace: Pace) -> Generation:
         """Return itself; from now on a Delta may be several in one, and comes in the turns of ``pace``."""
         self._mailbox.pace = pace

@@ -67,8 +67,12 @@ class Layout:
                 tier is not available; the message gives the numbers.
         """
         kv_dtype, backend = config.page_dtype(), config.backend(model)
-        budget = config.kv_bytes if config.kv_bytes is not None else _free_memory(mesh)
         one = page_bytes(model, backend, config.page_size, kv_dtype, mesh.size)
+        host = _host_bytes(config.host_kv_bytes)
+        budget = config.kv_bytes
+        if budget is None:
+            budget = _free_memory(mesh)
+            budget -= _staging_bytes(budget, one // mesh.size, config.page_size) if host else 0
         pages = PageCounts.within(budget, one // mesh.size, model, config)
         held = (pages.full - 1) * config.page_size
         wanted = config.max_context or min(model.max_position, held)
@@ -86,7 +90,7 @@ class Layout:
             page_bytes=one,
             host=replace(
                 _host_tier(
-                    config.host_kv_bytes,
+                    host,
                     one // jax.process_count(),
                     config.page_size,
                     pages.full - 1,
@@ -104,37 +108,52 @@ class Layout:
         return self.page_bytes // (full + window) * (pages * full + windows * window)
 
 
-def _host_tier(budget: int | None, page: int, page_size: int, pool: int, replicas: int) -> HostTier:
-    """Host tier of one of ``replicas`` replicas that split ``budget`` bytes.
+def _host_bytes(budget: int | None) -> int:
+    """Bytes of this machine's memory for the host tiers of all replicas; 0: there are none.
 
-    Args:
-        budget: bytes of this machine's memory; None: the default for this backend.
-        page: bytes of a page in this machine's memory.
-        page_size: tokens of a page.
-        pool: pages of a replica on the device.
-        replicas: how many split the budget.
+    Raises:
+        StartupError: ``budget`` (None: the default for this backend) cannot be had.
     """
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pinned = has_pinned_host()
     if budget is None:
         if jax.default_backend() == "cpu":
-            return HostTier()
+            return 0
         if not pinned:
             log.warning("this backend cannot pin host memory: KV under pressure is computed again, not moved")
-            return HostTier()
-        budget = min(int(HOST_SHARE * installed), GPU_PINNED_BYTES)
-    if budget == 0:
-        return HostTier()
+            return 0
+        return min(int(HOST_SHARE * installed), GPU_PINNED_BYTES)
     if budget > installed:
         raise StartupError(f"host_kv_bytes {budget} exceeds the {installed} bytes of this machine's memory")
-    if not pinned:
+    if budget and not pinned:
         raise StartupError("this backend cannot pin host memory; start with host_kv_bytes 0, without a host tier")
+    return budget
+
+
+def _host_tier(budget: int, page: int, page_size: int, pool: int, replicas: int) -> HostTier:
+    """Host tier of one of ``replicas`` replicas that split ``budget`` bytes.
+
+    Args:
+        budget: bytes of this machine's memory; 0: there is none.
+        page: bytes of a page in this machine's memory.
+        page_size: tokens of a page.
+        pool: pages of a replica on the device.
+        replicas: how many split the budget.
+    """
+    if budget == 0:
+        return HostTier()
     if budget < replicas * page:
         each = f" for each of {replicas} replicas" if replicas > 1 else ""
         raise StartupError(
             f"host_kv_bytes {budget} holds no page of {page} bytes{each}; raise it, or give 0 for no host tier"
         )
     return HostTier(budget // replicas // page, staging_pages(pool, page_size))
+
+
+def _staging_bytes(budget: int, page: int, page_size: int) -> int:
+    """Bytes of ``budget`` that staging takes beside the pool: pages each way, and where blocks are put together."""
+    staged = staging_pages(budget // page // 2, page_size)
+    return page * (2 * staged + min(staged, LARGEST_BLOCK))
 
 
 def staging_pages(pool: int, page_size: int) -> int:

@@ -21,6 +21,7 @@ from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.families import read_config
 from astraea_jax.models.orbax_files import ORBAX, stored_forms
 from astraea_jax.models.published import PUBLISHED
+from astraea_jax.models.quantization_config import quantization
 from astraea_jax.models.rope import LongRope
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def _stored_itemsize(folder: Path, model: ModelConfig) -> float | None:
     """Bytes of a weight of the layers' matrices in a folder of fewer bits; None: in the configured dtype."""
     if (folder / ORBAX).is_dir():
         return max((form.bytes_per_weight for form in stored_forms(folder).values()), default=None)
-    if not read_json(folder / "config.json").get("quantization_config"):
+    if quantization(read_json(folder / "config.json")) is None:
         return None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return max((size - 2 * model.table_weights) / model.layer_weights, 0.5)  # what is not quantized has 16 bits

@@ -44,6 +44,9 @@ POLL_S = 2e-4
 MAX_FAILURES = 3
 """Steps that may fail in a row, before the device is taken for broken."""
 
+GREEDY = SamplingParams()
+"""Of rows that sample nothing, which it costs least."""
+
 A = TypeVar("A")
 T = TypeVar("T")
 
@@ -62,6 +65,7 @@ class ServingLoop:
         tokenizer: turns tokens into text.
         lifecycle: says whether to go on, and who still waits for an answer.
         vocab_size: tokens that the model tells apart.
+        turned: called at the end of every turn.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class ServingLoop:
         tokenizer: Tokenizer,
         lifecycle: Lifecycle,
         vocab_size: int,
+        turned: Callable[[], object],
     ):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
@@ -80,7 +85,7 @@ class ServingLoop:
         self.turn_began: float | None = None
         """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
-        self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
+        self._tokenizer, self._life, self._vocab_size, self._turned = tokenizer, lifecycle, vocab_size, turned
         self._guard = CompileGuard()
         self._live = LiveRequests()
         self._outbox = Outbox()
@@ -133,6 +138,7 @@ class ServingLoop:
         except _DeviceError as error:
             self._start_over(error)
             launched = None
+        self._turned()
         self._end_prepared()
         for mailbox in self._outbox.deliver(self._life.end):
             self._cancel(mailbox)
@@ -180,21 +186,21 @@ class ServingLoop:
                 assert_never(event)
 
     def _submit(self, event: Submit, now: float) -> None:
-        params, mailbox = event.params, event.mailbox
+        call, mailbox, params = event.call, event.mailbox, event.call.params
         eos = frozenset() if params.ignore_eos else self._tokenizer.eos_ids
         stops = eos.union(params.stop_token_ids)
         try:
-            tracker = None if params.plain else Tracker(params, event.prompt, stops, self._vocab_size)
+            tracker = None if params.plain else Tracker(params, call.prompt, stops, self._vocab_size)
             request = self._scheduler.submit(
-                event.prompt,
+                call.prompt,
                 params.max_tokens,
                 stops,
-                program=event.session,
-                owner=event.owner,
-                final=event.final,
-                salt=salted(event.salt),
-                parent=event.parent,
-                priority=event.priority,
+                program=call.session,
+                owner=call.owner,
+                final=call.final,
+                salt=salted(call.salt),
+                parent=call.parent,
+                priority=call.priority,
                 now=now,
             )
         except (Rejected, QueueFull) as error:
@@ -212,8 +218,8 @@ class ServingLoop:
         except (Rejected, QueueFull) as error:
             self._outbox.put(mailbox, refusal(error))
         else:
-            params = SamplingParams()  # greedy, which costs a row that samples nothing least
-            self._live.add(Live(request, mailbox, params, Output(self._tokenizer.stream(), params, frozenset()), None))
+            output = Output(self._tokenizer.stream(), GREEDY, frozenset())
+            self._live.add(Live(request, mailbox, GREEDY, output, None))
 
     def _cancel(self, mailbox: Mailbox) -> None:
         live = self._live.of(mailbox)
@@ -242,9 +248,10 @@ class ServingLoop:
         if plan is None:
             return None
         for request in plan.admitted:
-            live = self._live[request]
-            self._runner.set_sampling(request.slot, live.params)
-            self._life.started(live.mailbox)
+            live = self._live.get(request)  # nobody waits for what computes a session that has been taken over
+            self._runner.set_sampling(request.slot, GREEDY if live is None else live.params)
+            if live is not None:
+                self._life.started(live.mailbox)
             if request.preemptions == 0 and not request.prepares:
                 self.work.prompt_tokens += len(request.prompt)
                 self.work.cached_tokens += request.cached_tokens
@@ -346,7 +353,8 @@ class ServingLoop:
             raise error.__cause__ or error
         log.error("a step failed; what was running ends with an error", exc_info=error.__cause__)
         for request in self._scheduler.lose_device(time.monotonic()):
-            self._end(self._live[request], StepFailed(Fault("the step failed, try again", error.__cause__)))
+            if (live := self._live.get(request)) is not None:
+                self._end(live, StepFailed(Fault("the step failed, try again", error.__cause__)))
         transfers, dropped = self._scheduler.take_transfers()
         if self._store is not None:
             self._store.abandon(dropped)

@@ -1,6 +1,7 @@
 """Mixtures of experts over several devices: each has its own experts, or its share of the features of all.
 
-Activations are the same on all devices, so nothing moves but one sum per mixture, of which the shared experts are part.
+Activations are the same on all devices, so nothing moves but one sum per mixture, of which the shared experts are part
+unless every device has all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from astraea_jax.kernels.choice import grouped_product
 from astraea_jax.kernels.dense_triton import multiply_narrow
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.kernels.grouped_triton import GroupedTriton
-from astraea_jax.models.config import CheckpointError
 from astraea_jax.models.experts import Mixture
 from astraea_jax.models.operations import Attend, Operations
 from astraea_jax.models.sharding import TP, spec
@@ -55,12 +55,16 @@ def _mixed(
         weights: ``[T, k]``, their weights.
         of: the experts.
     """
-    _check_shares(of, mesh)
     graph, state = nnx.split(of)
+    undivided = of.shared is not None and not of.shared.divisible(mesh.size)
+    everywhere = PartitionSpec()
+
+    def partition(path: Any, leaf: Any) -> PartitionSpec:
+        whole = undivided and path[0] == "shared"
+        return everywhere if whole else spec(("layers", 0, "mlp", *path), leaf.shape, mesh)
+
     paths = nnx.to_flat_state(state)
-    specs = nnx.from_flat_state(
-        [(path, leaf.replace(spec(("layers", 0, "mlp", *path), leaf.shape, mesh))) for path, leaf in paths]
-    )
+    specs = nnx.from_flat_state([(path, leaf.replace(partition(path, leaf))) for path, leaf in paths])
 
     def on_each(x: jax.Array, index: jax.Array, weights: jax.Array, state: Any) -> jax.Array:
         mixture: Mixture = nnx.merge(graph, state)
@@ -71,11 +75,11 @@ def _mixed(
             bias = mixture.down_bias[...]
             mixture.down_bias = nnx.Param(jnp.where(rank == 0, bias, jnp.zeros_like(bias)))
         out = mixed(grouped, x, index, weights, mixture)
-        if mixture.shared is not None:
-            out = out + mixture.shared(x, ops)
-        return jax.lax.psum(out, TP)
+        if mixture.shared is None:
+            return jax.lax.psum(out, TP)
+        beside = mixture.shared(x, ops)
+        return jax.lax.psum(out, TP) + beside if undivided else jax.lax.psum(out + beside, TP)
 
-    everywhere = PartitionSpec()
     compute: Any = jax.shard_map(
         on_each,
         mesh=mesh,
@@ -85,27 +89,3 @@ def _mixed(
     )
     result: jax.Array = compute(x, index, weights, state)
     return result
-
-
-def _check_shares(of: Mixture, mesh: Mesh) -> None:
-    """Refuse matrices of which devices would have shares that are no whole blocks of codes and scales.
-
-    Raises:
-        CheckpointError: that is so.
-    """
-    halves = [(of.gate_up, False, "experts'"), (of.down, True, "experts'")]
-    if of.experts.count % mesh.size == 0:
-        halves = []
-    if of.shared is not None:
-        halves += [(of.shared.gate_up, False, "shared experts'"), (of.shared.down, True, "shared experts'")]
-    for matrix, summed, whose in halves if mesh.size > 1 else ():
-        form = matrix.form
-        if form is None:
-            continue
-        inputs, outputs = matrix.weight.shape[-2] * form.per_item, matrix.weight.shape[-1]
-        if not form.divisible((inputs, outputs), mesh.size, summed=summed):
-            raise CheckpointError(
-                f"{mesh.size} devices would share scales of {whose} matrices, since their parts of {inputs} inputs and "
-                f"{outputs} outputs are no whole blocks; choose a smaller tensor_parallel, another format, or for "
-                "experts a tensor_parallel that divides their number"
-            )

@@ -1,32 +1,36 @@
 """Several replicas of a model in one process behind the face of one engine: data parallelism.
 
-Every replica is an :class:`Engine` with devices, KV and a thread of its own. A program stays with the replica that has
-its KV; a new one goes to the replica with the fewest requests in progress (join the shortest queue), and among equals
-to the one that has been given the fewest programs. When a replica dies, its programs go to the others, which compute
+Every replica is an :class:`Engine` with devices, KV and a thread of its own. A router places programs on them
+(:mod:`astraea_jax.scheduler.placement`): a program stays with the replica that has its KV unless another one would be
+so much faster that it pays to compute that again. When a replica dies, its programs go to the others, which compute
 their KV again, because every request comes with its whole prompt.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from astraea_jax.engine.calls import checked_call
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import Key, checked_key
 from astraea_jax.engine.generation import Generation, Observer
+from astraea_jax.engine.homes import Homes
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.loading import load_model, random_model
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import EngineDead, RequestError
+from astraea_jax.errors import RequestError
 from astraea_jax.models.checkpoint import Progress
 from astraea_jax.scheduler.config import SchedulerStats
+from astraea_jax.scheduler.handover import HandOver
+from astraea_jax.scheduler.load import together
+from astraea_jax.scheduler.placement import Report
 from astraea_jax.scheduler.registry import NAME_TAKEN, UNKNOWN_SESSION
 from astraea_jax.scheduler.view import Held
 from astraea_jax.scheduler.wait import Wait
@@ -41,11 +45,7 @@ class Replicas:
         self.config, self.model_config, self.tokenizer = first.config, first.model_config, first.tokenizer
         self.layout = first.layout
         """Layout of one replica."""
-        self._lock = threading.Lock()
-        self._homes: OrderedDict[Key, Engine] = OrderedDict()
-        """Session -> who has its KV, the longest idle first; as many as all replicas together remember."""
-        self._given = Counter(dict.fromkeys(self.replicas, 0))
-        """Sessions in ``_homes``."""
+        self._homes = Homes(self.replicas, self.config.max_programs * len(self.replicas))
 
     @property
     def live(self) -> bool:
@@ -81,7 +81,7 @@ class Replicas:
         seen = dict.fromkeys(self.replicas, (0, 0))
 
         def of_one(engine: Engine, done: int, total: int) -> None:
-            with self._lock:
+            with self._homes.lock:
                 seen[engine] = done, total
                 compiled, wanted = map(sum, zip(*seen.values(), strict=True))
                 if all(total for _, total in seen.values()):
@@ -114,48 +114,32 @@ class Replicas:
         parent: str | None = None,
         priority: int = 0,
     ) -> Generation:
-        """Queue one request on the replica that has the session's KV, or its parent's, or on the least busy one."""
-        key = None if session is None else checked_key(session, owner)
-        of = None if parent is None else checked_key(parent, owner)
-        with self._lock:
-            home = self._homes.get(key) if key is not None else None
-            if home is None and of is not None:
-                home = self._homes.get(of)
-            while True:
-                if home is None or not home.live:
-                    home = self._least_busy()
-                try:
-                    generation = home.generate(
-                        prompt,
-                        params,
-                        session=session,
-                        final=final,
-                        salt=salt,
-                        owner=owner,
-                        parent=parent,
-                        priority=priority,
-                    )
-                    break
-                except EngineDead:  # between the look at it and the call
-                    if not self.live:
-                        raise
-            if key is not None:
-                self._settle(key, home)
-        return generation
+        """Queue one request on the replica that the router chooses."""
+        call = checked_call(
+            (self.layout.max_context, self.model_config.vocab_size),
+            prompt,
+            params,
+            session=session,
+            final=final,
+            salt=salt,
+            owner=owner,
+            parent=parent,
+            priority=priority,
+        )
+        return self._homes.submit(call)
 
     def end_session(self, session: str, *, owner: str = "") -> None:
         """End a program, on the replica that has it."""
         key = checked_key(session, owner)
-        with self._lock:
-            home = self._forget(key)
+        with self._homes.lock:
+            home = self._homes.of(key)
+            self._homes.forget(key)
         if home is not None:
             home.end_session(session, owner=owner)
 
     def waits(self, session: str, wait: Wait, *, owner: str = "") -> None:
         """Say what a program waits for, to the replica that has it."""
-        key = checked_key(session, owner)
-        with self._lock:
-            home = self._homes.get(key)
+        home = self._homes.of(checked_key(session, owner))
         if home is not None:
             home.waits(session, wait, owner=owner)
 
@@ -166,30 +150,31 @@ class Replicas:
     def fork(self, session: str, child: str, *, owner: str = "") -> Future[None]:
         """Fork a session, on the replica that has it."""
         key = checked_key(child, owner)
-        with self._lock:
-            home = self._home_of(checked_key(session, owner))
-            other = self._homes.get(key)
-            if other not in (None, home) and other.knows(child, owner=owner):
+        with self._homes.lock:
+            home, other = self._home_of(checked_key(session, owner)), self._homes.of(key)
+            if other is not None and other is not home and other.knows(child, owner=owner):
                 raise RequestError(NAME_TAKEN)
             forked = home.fork(session, child, owner=owner)
-            self._settle(key, home)
+            self._homes.settle(key, home)
         return forked
 
     async def replace_tail(self, session: str, prompt: Sequence[int], *, owner: str = "", salt: str = "") -> bool:
         """Have the next prompt of a waiting session computed ahead, on the replica that has it."""
-        with self._lock:
-            home = self._home_of(checked_key(session, owner))
+        home = self._home_of(checked_key(session, owner))
         return await home.replace_tail(session, prompt, owner=owner, salt=salt)
 
     def held(
         self, prompt: Sequence[int], *, salt: str = "", session: str | None = None, owner: str = ""
     ) -> Future[Held]:
-        """Ask how much of a prompt would be found computed, on the replica where a request would go."""
-        with self._lock:
-            home = self._homes.get(checked_key(session, owner)) if session is not None else None
-            if home is None or not home.live:
-                home = self._least_busy()
-        return home.held(prompt, salt=salt, session=session, owner=owner)
+        """Ask how much of a prompt would be found computed, on the session's replica or else the least busy one."""
+        home = self._homes.of(checked_key(session, owner) if session is not None else None)
+        return (home or self._homes.least_busy()).held(prompt, salt=salt, session=session, owner=owner)
+
+    def _home_of(self, session: Key) -> Engine:
+        home = self._homes.of(session)
+        if home is None:
+            raise RequestError(UNKNOWN_SESSION)
+        return home
 
     def stats(self) -> SchedulerStats:
         """Sums over all replicas."""
@@ -200,6 +185,32 @@ class Replicas:
             decisions.update(of_one.pop("decisions"))
             fields.update(of_one)
         return SchedulerStats(**fields, decisions=dict(decisions))
+
+    def report(self) -> Report:
+        """Say how loaded the replicas that serve are together."""
+        return together([engine.report() for engine in self.replicas if engine.live] or [self.replicas[0].report()])
+
+    def drain(self) -> None:
+        """Say in the reports of all replicas that they drain."""
+        for engine in self.replicas:
+            engine.drain()
+
+    async def retire(self, number: int, grace_s: float = 30.0) -> int:
+        """Take one replica out of service, for good; see :meth:`.homes.Homes.retire`."""
+        return await self._homes.retire(self.replicas[number], grace_s)
+
+    def hand_over(self) -> Future[list[HandOver]]:
+        """Let waiting sessions go, those of the replica that has most programs."""
+        return max(self.replicas, key=lambda engine: (engine.live, engine.stats().programs)).hand_over()
+
+    def take_over(self, handed: HandOver) -> Future[None]:
+        """Take over a session that another server has let go, on the least busy replica."""
+        with self._homes.lock:
+            home = self._homes.least_busy()
+            taken = home.take_over(handed)
+            assert isinstance(handed.key, tuple)
+            self._homes.settle(handed.key, home)
+        return taken
 
     def counts(self) -> dict[str, int]:
         """Sums over all replicas."""
@@ -213,28 +224,6 @@ class Replicas:
         for engine in self.replicas:
             if engine.live:
                 engine.check()
-
-    def _least_busy(self) -> Engine:
-        return min(self.replicas, key=lambda e: (not e.live, e.in_progress, self._given[e]))
-
-    def _home_of(self, session: Key) -> Engine:
-        home = self._homes.get(session)
-        if home is None or not home.live:
-            raise RequestError(UNKNOWN_SESSION)
-        return home
-
-    def _settle(self, session: Key, home: Engine) -> None:
-        self._forget(session)
-        self._homes[session] = home
-        self._given[home] += 1
-        if len(self._homes) > self.config.max_programs * len(self.replicas):
-            self._forget(next(iter(self._homes)))
-
-    def _forget(self, session: Key) -> Engine | None:
-        home = self._homes.pop(session, None)
-        if home is not None:
-            self._given[home] -= 1
-        return home
 
 
 def load_engine(

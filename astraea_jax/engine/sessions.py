@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -18,10 +18,14 @@ from astraea_jax.engine.events import (
     EndSession,
     Event,
     Fork,
+    Key,
+    LetGo,
     Look,
     Question,
     ReplaceTail,
+    TakeOver,
     Waits,
+    checked_hand_over,
     checked_key,
     checked_name,
     checked_prompt,
@@ -33,6 +37,7 @@ from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loop import ServingLoop
 from astraea_jax.errors import EngineDead, Overloaded
 from astraea_jax.models.config import ModelConfig
+from astraea_jax.scheduler.handover import HandOver
 from astraea_jax.scheduler.prefix import hash_blocks, salted
 from astraea_jax.scheduler.preparation import PREPARED
 from astraea_jax.scheduler.scheduler import Scheduler
@@ -155,6 +160,33 @@ class Sessions:
     def knows(self, session: str, *, owner: str = "") -> bool:
         """Whether there is a session of that name, as of the last event that the loop has taken in."""
         return self._scheduler.knows(checked_key(session, owner))
+
+    def hand_over(self, sessions: Collection[Key] | None = None) -> Future[list[HandOver]]:
+        """Let waiting sessions go, up to :data:`~.answers.MAX_HANDED` at once, so that other replicas go on with them.
+
+        They are known here no longer, and nothing is learned from their jobs. Sessions with a request in progress stay.
+
+        Args:
+            sessions: those that go; None: whoever waits, and first whose wait began last.
+
+        Raises:
+            EngineDead, Overloaded: no loop runs; too many events wait.
+        """
+        answer: Future[list[HandOver]] = Future()
+        return self._ask(LetGo(answer, None if sessions is None else tuple(sessions)))
+
+    def take_over(self, handed: HandOver) -> Future[None]:
+        """Take over a session that another replica has let go: it waits, and its tokens are computed in idle time.
+
+        Returns:
+            A future that raises RequestError if the session is known here already, Overloaded if there are too many.
+
+        Raises:
+            RequestError, EngineDead, Overloaded: it cannot be one of this model; no loop runs; too many events wait.
+        """
+        handed = checked_hand_over(handed, self.layout.max_context, self.model_config.vocab_size)
+        answer: Future[None] = Future()
+        return self._ask(TakeOver(answer, handed))
 
     # -- posting ---------------------------------------------------------------------------------------------
 

@@ -124,6 +124,7 @@ class _Engines(Collector):
             _queue(page, replica, requests)
             _programs(page, replica)
             _pages(page, replica)
+            _load(page, replica)
             _steps(page, replica)
         page = _Page(families, self._prefix, {"model_name": self._model, "replica": ""})  # prompts are made before
         for why in WHYS:
@@ -186,7 +187,7 @@ def _programs(page: _Page, engine: Engine) -> None:
         page.gauge("programs", "Live programs by state; a program has one request at most.", count, state=state)
     page.gauge("sessions", "Live programs that their callers have named.", stats.sessions)
     page.gauge("programs_offloaded", "Programs of whose KV the host holds a copy.", stats.programs_on_host)
-    for event in ("created", "finished", "failed", "expired"):
+    for event in ("created", "finished", "failed", "expired", "moved"):
         page.counter("program_events", "Programs so far.", getattr(stats, event), event=event)
     waits = engine.tool_waits
     page.histogram("tool_wait_seconds", "Time that programs have waited for their tools.", waits.seconds)
@@ -235,6 +236,8 @@ def _pages(page: _Page, engine: Engine) -> None:
             source=source,
             reason=why,
         )
+    if engine.config.kv_events:
+        page.counter("kv_events_dropped", "Turns of the loop whose KV events nobody took.", engine.kv_events.dropped)
     page.gauge(
         "cache_config_info",
         "1; the sizes are its labels.",
@@ -243,6 +246,23 @@ def _pages(page: _Page, engine: Engine) -> None:
         num_gpu_blocks=str(total),
         cache_dtype=str(engine.config.kv_dtype or layout.dtype.name),
     )
+
+
+def _load(page: _Page, engine: Engine) -> None:
+    report = engine.report()
+    page.gauge("kv_live_tokens", "Contexts of all live programs, those that wait included.", report.live)
+    page.gauge("kv_demand_tokens", "The same, where those that wait fade with time.", report.demand)
+    for decile, wait_s in enumerate(report.wait_s):
+        page.gauge(
+            "expected_wait_seconds",
+            "Wait that a new request may expect, by decile of its program's remaining model time.",
+            wait_s,
+            decile=str(decile),
+        )
+    page.gauge("prefill_seconds_per_token", "What a token of a prompt costs, as fitted.", report.prefill_s)
+    page.gauge("restore_seconds_per_token", "What a token restored from the host costs.", report.restore_s)
+    page.gauge("mean_step_seconds", "Mean time of the last steps.", report.step_s)
+    page.gauge("draining", "1 if other replicas are to take new programs.", report.draining)
 
 
 def _steps(page: _Page, engine: Engine) -> None:

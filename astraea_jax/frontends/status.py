@@ -93,7 +93,7 @@ def _numbers(engine: Engine) -> dict[str, Any]:
         "waiting": stats.waiting,
         "tool_wait": stats.in_tool_wait,
         "human_wait": stats.in_human_wait,
-        "slots": engine.config.max_seqs,
+        "slots": engine.slots,
         "page_bytes": layout.page_bytes,
         "page_tokens": engine.config.page_size,
         "device_pages": {

@@ -16,9 +16,17 @@ from astraea_jax.agents.loop import Message, ProgramResult, RequestRecord, ToolR
 from astraea_jax.agents.tools import Tool
 from astraea_jax.engine.generation import Usage
 
+AGAIN_S = 0.5
+"""Seconds after which a request that has failed is sent again."""
+
 
 async def run_http_agent(
-    client: httpx.AsyncClient, messages: Sequence[Message], tools: Sequence[Tool], *, max_tokens: int = 256
+    client: httpx.AsyncClient,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    *,
+    max_tokens: int = 256,
+    attempts: int = 1,
 ) -> ProgramResult:
     """Run one agent until it answers without calling a tool.
 
@@ -27,6 +35,7 @@ async def run_http_agent(
         messages: the conversation so far.
         tools: what the agent may call.
         max_tokens: of every request.
+        attempts: times that a request is sent at most; again after a status of 429 or above 499, or a broken stream.
 
     Raises:
         httpx.HTTPError: the server cannot be reached, or has refused a request.
@@ -36,7 +45,7 @@ async def run_http_agent(
     conversation, records = list(messages), list[RequestRecord]()
     body: dict[str, Any] = {"tools": [tool.schema() for tool in tools], "temperature": 0, "max_tokens": max_tokens}
     while True:
-        said, record = await _request(client, {**body, "messages": conversation}, session)
+        said, record = await _answered(client, {**body, "messages": conversation}, session, attempts)
         conversation.append(said)
         calls = said.get("tool_calls") or []
         results = await asyncio.gather(*(_call(call, by_name) for call in calls))
@@ -45,6 +54,21 @@ async def run_http_agent(
         if not calls:
             text = said["content"] or ""
             return ProgramResult(session, text, conversation, record.finish_reason, tuple(records))
+
+
+async def _answered(
+    client: httpx.AsyncClient, body: Mapping[str, Any], session: str, attempts: int
+) -> tuple[Message, RequestRecord]:
+    """Send a request until it is answered, or too often."""
+    for left in reversed(range(attempts)):
+        try:
+            return await _request(client, body, session)
+        except httpx.HTTPError as error:
+            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 503
+            if not left or status not in (429, *range(500, 600)):
+                raise
+            await asyncio.sleep(AGAIN_S)
+    raise AssertionError("the last attempt has returned or raised")
 
 
 async def _request(client: httpx.AsyncClient, body: Mapping[str, Any], session: str) -> tuple[Message, RequestRecord]:
@@ -61,6 +85,8 @@ async def _request(client: httpx.AsyncClient, body: Mapping[str, Any], session: 
             await response.aread()
             response.raise_for_status()
         async for chunk in _events(response):
+            if "error" in chunk:
+                raise httpx.RemoteProtocolError(chunk["error"]["message"])
             first = first or time.monotonic()
             counts = chunk.get("usage") or counts
             for choice in chunk["choices"]:

@@ -104,15 +104,20 @@ def distributions(jct: Mapping[str, Sequence[float]], path: Path, title: str) ->
     plt.close(figure)
 
 
-def sweep(lines: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path, title: str) -> None:
-    """Draw mean completion times over oversubscription, with a band; points per policy are (x, mean, low, high)."""
+def sweep(
+    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    path: Path,
+    title: str,
+    over: str = "KV oversubscription",
+) -> None:
+    """Draw mean completion times over something, with a band; points per policy are (x, mean, low, high)."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, (name, points) in enumerate(lines.items()):
         x, mean, low, high = zip(*points, strict=True)
         style = _style(name, i)
         axes.plot(x, mean, marker="o", markersize=3, label=name, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axes.set(xlabel="KV oversubscription", ylabel="mean job completion time, s", title=title, yscale="log")
+    axes.set(xlabel=over, ylabel="mean job completion time, s", title=title, yscale="log")
     axes.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
     for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         of("{x:.0f}")

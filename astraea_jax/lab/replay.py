@@ -23,9 +23,10 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.scheduler.policies import make_policy
+from astraea_jax.scheduler.simulation.engine import Sizes
 from astraea_jax.scheduler.simulation.experiment import Prepared, everything, let_arrive
 from astraea_jax.scheduler.simulation.machines import Machine
-from astraea_jax.scheduler.simulation.simulator import Outcome, ProgramRecord, Simulator, Sizes
+from astraea_jax.scheduler.simulation.simulator import Outcome, ProgramRecord, Simulator
 from astraea_jax.scheduler.simulation.trace import TraceProgram
 from astraea_jax.scheduler.transfer import HostTier
 

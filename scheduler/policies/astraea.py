@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..contexts import Contexts
 from ..policy import CLASS, Policy, Pressure
 from ..prediction import Predictor
 from ..program import Program, Request
@@ -36,9 +37,6 @@ from ..program import Program, Request
 PATIENCE = 20.0
 """Typical running times that a program waits in all before it jumps the queue. Swept over 7, 11 and 20 when running
 counted as waiting: less patience buys P99 and costs the mean (benchmarks/RESULTS.md, "Scheduling")."""
-HALF_LIFE_S = 10.0
-"""Seconds in which the context of a program in a tool wait comes to count half as much for the gate: a guess, longer
-than most tools take."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,8 @@ class Gate:
     """Holds new programs back while the machine spends much of its time computing lost KV again.
 
     It shuts when that share of the time exceeds ``SHUT``, and opens below ``OPEN``. While shut, a new program starts
-    only if the contexts of those that have started fit into the pool with it. The context of a program in a tool wait
-    fades: it counts ``2 ** -(waited / HALF_LIFE_S)`` times (after ThunderAgent). Every operation is O(1), because all
-    contexts that fade do so at the same rate, as one sum.
+    only if the contexts of those that have started fit into the pool with it; those of programs in a tool wait fade.
+    Every operation is O(1).
     """
 
     SHUT, OPEN = 0.25, 0.05
@@ -134,11 +131,8 @@ class Gate:
 
     def __init__(self) -> None:
         self.shut = False
-        self._again_s = 0.0
-        self._active: dict[Program, float] = {}
-        self._running = 0.0
-        self._fading: dict[Program, tuple[float, float]] = {}  # context of programs in a tool wait, and since when
-        self._faded, self._at = 0.0, 0.0
+        self._again_s, self._at = 0.0, 0.0
+        self._contexts = Contexts()
 
     def recomputes(self, seconds: float, now: float) -> None:
         """A request starts that spends ``seconds`` on computing lost KV again."""
@@ -150,32 +144,23 @@ class Gate:
         self._fade(now)
         share = self._again_s / self.WINDOW_S
         self.shut = share > (self.OPEN if self.shut else self.SHUT)
-        if not self.shut or request.program in self._active or request.program in self._fading or not self._active:
+        contexts = self._contexts
+        if not self.shut or request.program in contexts or not contexts.any_active:
             return True
-        return self._running + self._faded + request.num_tokens <= pressure.pages * pressure.page_size
+        return contexts.active + contexts.faded(now) + request.num_tokens <= pressure.pages * pressure.page_size
 
     def runs(self, request: Request, now: float) -> None:
         """A request has started."""
-        self.forget(request.program, now)
-        self._active[request.program] = float(request.num_tokens)
-        self._running += request.num_tokens
+        self._contexts.works(request.program, request.num_tokens, now)
 
     def waits(self, request: Request, now: float) -> None:
         """A request has ended, and its program waits for a tool."""
-        self.forget(request.program, now)
-        self._fading[request.program] = float(request.num_tokens), now
-        self._faded += request.num_tokens
+        self._contexts.waits(request.program, request.num_tokens, now)
 
-    def forget(self, program: Program, now: float | None = None) -> None:
+    def forget(self, program: Program) -> None:
         """Count a program no more, neither as running nor as waiting for a tool."""
-        self._fade(self._at if now is None else now)
-        self._running -= self._active.pop(program, 0.0)
-        context, since = self._fading.pop(program, (0.0, self._at))
-        self._faded = max(0.0, self._faded - context * 2.0 ** -((self._at - since) / HALF_LIFE_S))
+        self._contexts.forget(program)
 
     def _fade(self, now: float) -> None:
-        if now == self._at:
-            return
-        self._faded *= 2.0 ** -((now - self._at) / HALF_LIFE_S)
         self._again_s *= math.exp(-(now - self._at) / self.WINDOW_S)
         self._at = now

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ..costs import StepCosts
 from ..policies import make_policy
 from ..prediction import Predictor
 from ..strategies import STRATEGIES
+from .engine import Sizes
 from .machines import MACHINES, Machine
 from .oracle import Oracle
-from .simulator import Outcome, ProgramRecord, Simulator, Sizes
+from .simulator import Outcome, ProgramRecord, Simulator
 from .trace import TraceProgram, load_trace
 from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
 
@@ -114,11 +114,16 @@ def prepare(
 def let_arrive(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes, load: float, seed: int) -> Prepared:
     """Let programs arrive at ``load`` times what the machine works off, unless they say when they do."""
     if any(p.arrival_s is None for p in programs):
-        at_once = [replace(p, arrival_s=0.0) for p in programs]
-        ends = sorted(r.ended for r in _run(at_once, machine, ample).records)
-        done = max(1, int(0.8 * len(programs)))
-        programs = with_arrivals(programs, load * done / ends[done - 1], seed)
-    return Prepared(tuple(programs), _run(programs, machine, ample).mean_live_context)
+        programs = with_arrivals(programs, arrival_rate(programs, machine, load, ample), seed)
+    return Prepared(tuple(programs), run_unlimited(programs, machine, ample).mean_live_context)
+
+
+def arrival_rate(programs: Sequence[TraceProgram], machine: Machine, load: float, ample: Sizes | None = None) -> float:
+    """Programs per second that are ``load`` times what a machine works off, in unlimited memory, of all at once."""
+    at_once = [replace(p, arrival_s=0.0) for p in programs]
+    ends = sorted(r.ended for r in run_unlimited(at_once, machine, ample).records)
+    done = max(1, int(0.8 * len(programs)))
+    return load * done / ends[done - 1]
 
 
 def simulate(cell: Cell, *, record_plans: bool = False) -> Outcome:
@@ -156,18 +161,20 @@ def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
     return Predictor() if noise is None else Oracle(programs, noise, cell.seed)
 
 
-def _run(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes) -> Outcome:
-    return Simulator(programs, make_policy("fcfs"), machine, ample).run()
+def run_unlimited(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes | None = None) -> Outcome:
+    """Run programs in the order of arrival, in sizes that all fit into at once, or in ``ample`` ones."""
+    return Simulator(programs, make_policy("fcfs"), machine, ample or Sizes(everything(programs))).run()
 
 
-def alone_s(program: TraceProgram, costs: StepCosts, max_step_tokens: int = 2048) -> float:
+def alone_s(program: TraceProgram, machine: Machine, max_step_tokens: int = 2048) -> float:
     """Seconds that a program takes on an idle machine, tool waits included."""
-    total = program.tool_s
+    total, costs, attended = program.tool_s, machine.steps, machine.attended
     for s in program.requests:
         steps = -(-s.new // max_step_tokens)
         fresh = s.new / steps
-        total += steps * costs.step_s(0, round(fresh), s.prompt, fresh * (s.cached + s.new / 2))
-        total += (s.output - 1) * costs.step_s(1, 1, s.prompt + s.output // 2)
+        pairs = machine.pairs(s.cached + (s.new - fresh) / 2, fresh)
+        total += steps * costs.step_s(0, round(fresh), attended(s.prompt, fresh), pairs)
+        total += (s.output - 1) * costs.step_s(1, 1, attended(s.prompt + s.output // 2))
     return total
 
 
@@ -176,7 +183,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
     machine = machine or MACHINES[cell.machine]
     records = [r for r in outcome.records if r.spans]
     jct = np.array([r.jct_s for r in records])
-    alone = np.array([alone_s(r.program, machine.steps) for r in records])
+    alone = np.array([alone_s(r.program, machine) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
     jobs = [s for r in records for s in r.job_times] or jct.tolist()  # a run that was cut off may have none that ended
     s = outcome.stats

@@ -8,9 +8,14 @@ of the peak, a context token its KV at 75 % of the bandwidth; transfers run at 8
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
-from ..costs import StepCosts
+import numpy as np
+
+from ..costs import StepCosts, prefilled_pairs
+from ..plan import Plan
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,49 @@ class Machine:
     layers: tuple[int, int] = (1, 0)
     """Layers without a window and with one, or numbers in their proportion."""
 
+    def mean(self, number: Any, in_windows: Any) -> Any:
+        """The mean over all layers of a number in those without a window, and of another in those with one."""
+        full, windowed = self.layers
+        return (number * full + in_windows * windowed) / (full + windowed)
+
+    def attended(self, context: Any, tokens: Any = 1) -> Any:
+        """Of the tokens of a context those that its last ``tokens`` attend to, in the mean over all layers."""
+        if self.window is None:
+            return context
+        return self.mean(context, np.minimum(context, self.window + tokens - 1))
+
+    def pairs(self, start: Any, count: Any) -> Any:
+        """Pairs of one of ``count`` tokens from ``start`` on and one that it attends to; the mean over layers."""
+        whole = count * (start + count / 2)
+        if self.window is None:
+            return whole
+        inside = np.clip(self.window - start, 0, count)  # of these tokens a window hides nothing
+        return self.mean(whole, inside * (start + inside / 2) + (count - inside) * self.window)
+
+    def step_s(self, plan: Plan, later: int = 0) -> float:
+        """Seconds of a step, or of a ``later`` one if all its rows decode one more token at each."""
+        rows = len(plan.requests)
+        if self.window is None:
+            return self.steps.step_s(rows, plan.tokens, plan.context + later * rows, prefilled_pairs(plan))
+        context = float(self.attended(plan.starts + plan.counts + later, plan.counts).sum())
+        counts, starts = plan.counts[plan.num_decodes :], plan.starts[plan.num_decodes :]
+        pairs = float(self.pairs(starts, counts).sum()) if plan.tokens > rows else 0.0
+        return self.steps.step_s(rows, plan.tokens, context, pairs)
+
+    def even_steps(self, plan: Plan) -> int:
+        """Steps of rows that decode, each of which takes as much longer than the one before, at most.
+
+        They end where the next token of a row no longer attends to all before it.
+        """
+        if self.window is None:
+            return sys.maxsize
+        ends = plan.starts + plan.counts
+        inside = ends[ends < self.window]
+        return 1 + int(self.window - inside.max()) if len(inside) else sys.maxsize
+
     def bytes_of(self, tokens: int, in_windows: int) -> float:
         """KV of so many tokens in layers without a window, and of others in those with one."""
-        full, windowed = self.layers
-        return (tokens * full + in_windows * windowed) / (full + windowed) * self.kv_bytes
+        return float(self.mean(tokens, in_windows)) * self.kv_bytes
 
     def transfer_s(self, tokens: int, in_windows: int = 0) -> float:
         """Seconds in which as much KV is copied between device and host."""

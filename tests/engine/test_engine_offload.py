@@ -179,3 +179,15 @@ def test_staging_never_exceeds_half_of_the_pool(engine):
     layout = Layout.plan(dataclasses.replace(TIGHT), engine.model_config, default_mesh())
     assert layout.host.pages == 200
     assert layout.host.staging == 23
+
+
+def test_staging_is_part_of_the_memory_that_pages_are_given_by_default(engine, monkeypatch):
+    """Pages on their way to the host and back, and one block."""
+    for budget, staged, least in ((2**29, 1024, 260_000), (2**20, 95, 192)):
+        monkeypatch.setattr("astraea_jax.engine.layout.CPU_KV_BYTES", budget)
+        config = dataclasses.replace(SMALL, kv_bytes=None, host_kv_bytes=2**20)
+        layout = Layout.plan(config, engine.model_config, default_mesh())
+        assert layout.host.staging == staged
+        assert least <= layout.num_pages <= budget // layout.page_bytes - 2 * staged - 64
+        without = Layout.plan(dataclasses.replace(config, host_kv_bytes=0), engine.model_config, default_mesh())
+        assert without.num_pages == budget // layout.page_bytes

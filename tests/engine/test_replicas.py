@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections import Counter
 from collections.abc import Iterator
 
 import jax
@@ -67,11 +66,11 @@ def test_programs_spread_and_stay(replicas):
             await tokens(generation)
         with pytest.raises(RequestError):
             replicas.generate([], PARAMS, session="never")
-        assert "never" not in replicas._homes
+        assert replicas._homes.of(("", "never")) is None
         for i in range(6):
             replicas.end_session(f"s{i}")
         await until(lambda: not replicas.stats().programs)
-        assert replicas._given == Counter()
+        assert not any(replicas._homes.of(("", f"s{i}")) for i in range(6))
 
     asyncio.run(work())
 
@@ -94,7 +93,7 @@ def test_a_compilation_elsewhere_is_no_fault(replicas):
 def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
     async def work() -> None:
         first = await tokens(replicas.generate(PROMPTS[0], PARAMS, session="s"))
-        home = replicas._homes["", "s"]
+        home = replicas._homes.of(("", "s"))
         lost = replicas.generate(PROMPTS[0] + first, PARAMS, session="s")
         break_loop(home, ZeroDivisionError())
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
@@ -102,8 +101,8 @@ def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
         assert replicas.live
         again = replicas.generate(PROMPTS[0], PARAMS, session="s")
         assert await tokens(again) == first
-        assert replicas._homes["", "s"] is not home
-        break_loop(replicas._homes["", "s"], ZeroDivisionError())
+        assert replicas._homes.of(("", "s")) is not home
+        break_loop(replicas._homes.of(("", "s")), ZeroDivisionError())
         await until(lambda: not replicas.live)
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
             replicas.generate(PROMPTS[0], PARAMS)
@@ -120,7 +119,7 @@ def test_they_share_the_memory_of_the_host(wide_folder):
 def test_branches_go_where_their_session_is(replicas):
     async def work() -> None:
         first = await tokens(replicas.generate(PROMPTS[0], PARAMS, session="parent"))
-        home = replicas._homes["", "parent"]
+        home = replicas._homes.of(("", "parent"))
         await asyncio.wrap_future(replicas.fork("parent", "child"))
         text = [*PROMPTS[0], *first, 5]
         found = await asyncio.wrap_future(replicas.held(text, session="child"))
@@ -128,18 +127,18 @@ def test_branches_go_where_their_session_is(replicas):
         child = replicas.generate(text, PARAMS, session="child")
         await tokens(child)
         assert child.usage.cached_tokens > 0
-        assert replicas._homes["", "child"] is home
+        assert replicas._homes.of(("", "child")) is home
         tail = [*PROMPTS[0][:10], *PROMPTS[1][:20]]
         assert await replicas.replace_tail("child", tail) is True
         assert (await asyncio.wrap_future(replicas.held([*tail, 1], session="child"))).device == len(tail) - 1
         assert (await asyncio.wrap_future(replicas.held(tail))).tokens == len(tail)
 
         await tokens(replicas.generate(PROMPTS[2], PARAMS, session="elsewhere"))
-        assert replicas._homes["", "elsewhere"] is not home
+        assert replicas._homes.of(("", "elsewhere")) is not home
         with pytest.raises(RequestError, match="name already"):
             replicas.fork("parent", "elsewhere")
-        replicas._homes["", "elsewhere"].end_session("elsewhere")
-        await until(lambda: not replicas._homes["", "elsewhere"].knows("elsewhere"))
+        replicas._homes.of(("", "elsewhere")).end_session("elsewhere")
+        await until(lambda: not replicas._homes.of(("", "elsewhere")).knows("elsewhere"))
         await asyncio.wrap_future(replicas.fork("parent", "elsewhere"))  # the name is free again
         for call in (lambda: replicas.fork("nobody", "x"), lambda: replicas.fork("parent", "x", owner="o")):
             with pytest.raises(RequestError, match="has expired"):

@@ -219,6 +219,11 @@ def published(name, *without, **change):
         ("mistral-7b-v0.1", {"sliding_window": 8, "layer_types": ["full_attention"] * 32}, "layer_types are not what"),
         (
             "mistral-7b-v0.1",
+            {"use_sliding_window": False},
+            "sliding_window is 4096, but use_sliding_window is not true",
+        ),
+        (
+            "mistral-7b-v0.1",
             {"rope_scaling": {"type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
             "Ministral3",
         ),
@@ -250,6 +255,8 @@ def published(name, *without, **change):
         ("qwen3-30b-a3b", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ("gpt-oss-20b", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5"),
         ("gpt-oss-20b", {"swiglu_limit": -1}, "swiglu_limit is -1"),
+        ("gpt-oss-20b", {"swiglu_limit": None}, "swiglu_limit is None; a positive number is needed"),
+        ("glm-4.5", {"n_group": 1, "topk_group": 2}, "cannot be chosen from 2 of 1 groups"),
         ("glm-4.5", {"n_group": 3, "topk_group": 1}, "cannot be chosen from 1 of 3 groups"),
         ("glm-4.5", {"n_group": 80, "topk_group": 2}, "cannot be chosen from 2 of 80 groups"),
         ("glm-4.5", {"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from support.damaged import damaged
-from support.narrow_writers import WRITERS, write_narrow
+from support.narrow_writers import WRITERS, words, write_narrow
 from support.reading import change
 from support.wide import WIDE, wide_decoder
 
@@ -26,6 +26,7 @@ from astraea_jax.models.config import CheckpointError, ModelConfig
 from astraea_jax.models.formats import FORMATS
 from astraea_jax.models.matrix import Matrix, multiply
 from astraea_jax.models.narrow import dequantized
+from astraea_jax.models.narrow_files import NarrowTensor
 from astraea_jax.models.quantization_config import narrowed
 from astraea_jax.models.safetensors_files import open_tensors
 from astraea_jax.models.sharding import mesh_of
@@ -164,6 +165,115 @@ def test_variants_that_are_not_served(message, wide, tmp_path):
     change(tmp_path / "narrow" / "config.json", quantization_config=CONFIGURATIONS[message])
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load(tmp_path / "narrow", jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("awq", {"group_size": 128}, "bits = 4, group_size = 128, but .* hold 4 bits in groups of 32 of \\d+ inputs"),
+        ("gptq", {"bits": 8}, "bits = 8, group_size = 32, but .* hold 4 bits in groups of 32"),
+        ("gptq-8", {"bits": 4, "group_size": -1}, "bits = 4, group_size = -1, but .* hold 8 bits in groups of 32"),
+        ("gptq", {"dynamic": {"-:.*": {}, "+:.*": {"group_size": 64}}, "group_size": 128}, "128 or .*group_size = 64"),
+        ("gptq", {"group_size": 0}, "group_size is 0"),
+        ("gptq", {"group_size": "32"}, "group_size is '32'"),
+        ("pack-quantized-4", {"num_bits": 8}, "bits = 8, group_size = 32, but .* hold 4 bits"),
+        ("pack-quantized-4", {"group_size": 16}, "bits = 4, group_size = 16, but .* in groups of 32"),
+        ("pack-quantized-4-channel", {"group_size": 32, "strategy": "group"}, r"in groups of (\d+) of \1 inputs"),
+        ("int-quantized", {"num_bits": 4}, "bits = 4, .* hold 8 bits"),
+    ],
+)
+def test_configurations_that_contradict_the_tensors_are_refused(name, change, said, wide, tmp_path):
+    """Both are named."""
+    write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
+    config = copy.deepcopy(WRITERS[name][0])
+    (config["config_groups"]["group_0"]["weights"] if "config_groups" in config else config).update(change)
+    with pytest.raises(CheckpointError, match=said):
+        narrowed({"quantization_config": config}, open_tensors(tmp_path / "narrow"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("awq", {"group_size": 32}),
+        ("gptq", {"group_size": 128, "dynamic": {"+:.*": {"group_size": 32}}}),
+        ("gptq-symmetric", {"group_size": -1}),
+        ("gptq-symmetric", {"group_size": 128}),  # more than there are inputs
+        ("pack-quantized-4-channel", {"group_size": -1}),
+    ],
+)
+def test_configurations_that_agree_are_read(name, change, wide, tmp_path):
+    write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
+    config = copy.deepcopy(WRITERS[name][0])
+    (config["config_groups"]["group_0"]["weights"] if "config_groups" in config else config).update(change)
+    weights = narrowed({"compression_config": config}, open_tensors(tmp_path / "narrow"))
+    assert isinstance(weights["model.layers.0.mlp.down_proj.weight"], NarrowTensor)
+
+
+def test_zeros_of_nothing_in_version_1(wide, tmp_path):
+    """One is taken from whole words, as GPTQModel does it: a zero of 0 borrows from the next one."""
+    write_narrow(wide, tmp_path / "narrow", tmp_path / "again", "gptq-v2")
+    zeros = np.array([[0, 5, 0, 0, 15, 1, 2, 0] * 8], np.int64).repeat(2, 0)
+    tensors = {n: t for n, t in open_tensors(tmp_path / "narrow").items() if n.startswith("model.layers.0.mlp.gate")}
+    name = "model.layers.0.mlp.gate_proj"
+    zeros = np.tile(zeros, 2)[:, : tensors[f"{name}.scales"].shape[1]]
+    for version, less in (("gptq_v2", 0), ("gptq", 0x11111111), (None, 0x11111111)):
+        stored = words(zeros, 4) - np.int32(less)
+        own = tensors[f"{name}.qzeros"]._replace(data=stored.view(np.uint8).reshape(-1))
+        fields = WRITERS["gptq"][0] | {"checkpoint_format": version}
+        weight = narrowed({"quantization_config": fields}, {**tensors, own.name: own})[f"{name}.weight"]
+        np.testing.assert_array_equal(weight.numbers().zeros, zeros.T)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_symmetric_zeros_are_in_the_middle_whatever_version_a_file_says(version, wide, tmp_path):
+    """GPTQModel 5 writes those of version 2 and says version 1."""
+    narrow = tmp_path / "narrow"
+    write_narrow(wide, narrow, tmp_path / "again", "gptq-symmetric-groups")
+    if version == 2:
+        tensors = load_file(narrow / FILE)
+        tensors |= {name: x + np.int32(0x11111111) for name, x in tensors.items() if name.endswith(".qzeros")}
+        save_file(tensors, narrow / FILE, metadata={"format": "pt"})
+    assert not assert_reads(narrow, tmp_path / "again")["layers.0.mlp.down"].zeros
+
+
+def damage(folder, name, change):
+    """The tensors of a folder, of which one is changed; its numbers are in their dtype."""
+    tensors = open_tensors(folder)
+    array = tensors[name].stored().copy()
+    change(array)
+    return tensors | {name: tensors[name]._replace(data=array.view(np.uint8).reshape(-1))}
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "bad"),
+    [
+        *(("fp8-block", ".weight_scale_inv", bad) for bad in (np.nan, np.inf)),
+        ("fp8-block-ue8m0", ".weight_scale_inv", np.nan),
+        ("float-quantized-channel", ".weight_scale", -np.inf),
+        ("pack-quantized-4", ".weight_scale", np.nan),
+        ("awq", ".scales", np.inf),
+        ("gptq", ".scales", np.nan),
+    ],
+)
+def test_scales_that_are_no_numbers_are_refused(name, end, bad, wide, tmp_path):
+    write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
+    module = "model.layers.1.mlp.down_proj"
+    tensors = damage(tmp_path / "narrow", module + end, lambda scales: scales.__setitem__((..., -1), bad))
+    weight = narrowed({"quantization_config": WRITERS[name][0]}, tensors)[f"{module}.weight"]
+    with pytest.raises(CheckpointError, match=rf"{re.escape(module + end)} holds scales that are no numbers.*again"):
+        weight.numbers()
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("name", ["fp8-tensor", "float-quantized-block"])
+def test_float8_numbers_that_are_none_are_refused(name, code, wide, tmp_path):
+    """Kernels that widen by way of float16 would read them as 480, others as NaN."""
+    write_narrow(wide, tmp_path / "narrow", tmp_path / "again", name)
+    odd = "model.layers.1.mlp.up_proj.weight"
+    tensors = damage(tmp_path / "narrow", odd, lambda codes: codes.view(np.uint8).__setitem__((3, 5), code))
+    weight = narrowed({"quantization_config": WRITERS[name][0]}, tensors)[odd]
+    with pytest.raises(CheckpointError, match=rf"{re.escape(odd)} holds numbers that are NaN"):
+        weight.numbers()
 
 
 def test_inputs_ordered_by_activations_are_refused(wide, tmp_path):

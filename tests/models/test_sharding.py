@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from support.wide import MIXED, WIDE, wide_decoder
 
 from astraea_jax.models.checkpoint import load, random_decoder, save_hf, save_orbax
 from astraea_jax.models.config import CheckpointError, Experts
+from astraea_jax.models.formats import FORMATS, Format
+from astraea_jax.models.matrix import everywhere, plain
 from astraea_jax.models.published import PUBLISHED
 from astraea_jax.models.sharding import AXES, abstract_decoder, check_mesh, mesh_of, spec
 
@@ -35,10 +38,10 @@ def mesh():
     return mesh_of(jax.devices()[2:6])
 
 
-def whole(path, shape=()) -> bool:
+def whole(path, shape=(), devices=4) -> bool:
     """Whether no axis of a parameter is divided: norms, routers, biases of outputs unless by whole experts."""
     return path[-1] in ("scale", "o_bias", "router", "router_bias", "correction") or (
-        path[-1] == "down_bias" and shape[:1] == (6,)
+        path[-1] == "down_bias" and shape[:1] == (6,) and 6 % devices
     )
 
 
@@ -95,7 +98,9 @@ def test_every_matrix_of_every_shape_is_divided(config, devices):
         return
     for path, leaf in nnx.to_flat_state(nnx.state(abstract_decoder(config, jnp.bfloat16, mesh))):
         part = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        undivided = whole(path, leaf.shape) or (config.vocab_size in leaf.shape and config.vocab_size % devices)
+        undivided = whole(path, leaf.shape, devices) or (
+            config.vocab_size in leaf.shape and config.vocab_size % devices
+        )
         assert part == math.prod(leaf.shape) // (1 if undivided else devices), path
 
 
@@ -114,6 +119,40 @@ def test_experts_divide_by_their_number_or_by_their_features(mesh):
     shared = dataclasses.replace(MIXED, experts=Experts(8, 2, 32, shared_size=50))
     with pytest.raises(CheckpointError, match=r"shared experts' feed-forward size \(50\).*of 1, 2$"):
         check_mesh(shared, mesh)
+
+
+SHARES = {
+    "groups of inputs": (4, Format("int8", inputs=16), {}, "1, 2"),
+    "as many blocks as devices, but others": (2, Format("fp8", 64, 8), {"size": 96}, "1"),
+    "half a block of packed codes": (2, Format("int4"), {"size": 96}, "1"),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_experts_without_their_scales_are_refused_before_anything_is_read(case):
+    devices, form, fields, fit = SHARES[case]
+    experts = Experts(7, 3, **{"size": 32, **fields})
+    config = dataclasses.replace(MIXED, experts=experts)
+    said = rf"divide its 7 experts, .* blocks of {form.codes} codes.*tensor_parallel of {fit}, or weights in another"
+    with pytest.raises(CheckpointError, match=said):
+        abstract_decoder(config, jnp.float32, mesh_of(jax.devices()[:devices]), forms=everywhere(form))
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_shared_experts_that_cannot_be_divided_are_whole_everywhere(devices, caplog):
+    """1,408 features of GLM-4.5-Air are 11 groups of 128 codes."""
+    caplog.set_level("INFO")
+    config, mesh = dataclasses.replace(PUBLISHED["glm-4.5-air"], num_layers=2), mesh_of(jax.devices()[:devices])
+    for forms, divided in ((everywhere(FORMATS["int4"]), False), (plain, True)):
+        decoder: Any = abstract_decoder(config, jnp.bfloat16, mesh, forms=forms)
+        mlp = nnx.state(decoder.layers[1].mlp)
+        for path, leaf in nnx.to_flat_state(mlp):
+            parts = leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
+            if path[0] in ("gate_up", "down"):
+                assert parts == devices, path
+            if path[0] == "shared":
+                assert leaf.sharding.is_fully_replicated is not divided, path
+    assert caplog.text.count("devices do not divide the shared experts of 1 layers") == 1
 
 
 def test_a_vocabulary_that_does_not_divide_is_whole_everywhere(mesh):

@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from astraea_jax.scheduler.contexts import HALF_LIFE_S
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
-from astraea_jax.scheduler.policies.astraea import HALF_LIFE_S, PATIENCE, Astraea, Gate, Terms
+from astraea_jax.scheduler.policies.astraea import PATIENCE, Astraea, Gate, Terms
 from astraea_jax.scheduler.policies.astraea_mlfq import ALPHA, THRESHOLDS
 from astraea_jax.scheduler.policies.plas import BETA, QUANTUM, QUEUES, queue_of
 from astraea_jax.scheduler.policy import Pressure, WaitingQueue
 from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
+from astraea_jax.scheduler.simulation.engine import Sizes
 from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.oracle import Oracle
-from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes
+from astraea_jax.scheduler.simulation.simulator import Simulator
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.transfer import HostCopy, HostPages
 from astraea_jax.scheduler.wait import WaitOutcome
@@ -251,10 +253,10 @@ def test_the_gate_counts_contexts_that_fade():
     assert not gate.admits(two, 0.0, room)
     assert gate.admits(request(4, one.program), 0.0, room)  # who has begun goes on
     assert gate.admits(two, HALF_LIFE_S * 1.01, room)  # 10 + 50 + 100 fit
-    gate.forget(one.program, HALF_LIFE_S * 2)
-    gate.forget(other.program, HALF_LIFE_S * 2)
-    assert gate._faded == pytest.approx(0.0, abs=1e-6)
-    assert gate._running == 0.0
+    gate.forget(one.program)
+    gate.forget(other.program)
+    assert gate._contexts.faded(0.0) == pytest.approx(0.0, abs=1e-6)
+    assert gate._contexts.active == 0.0
 
 
 def test_the_gate_shuts_above_one_share_and_opens_below_another():

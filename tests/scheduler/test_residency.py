@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support.device import complete
-from support.loop import Loop, make
+from support.loop import Loop, make, serve
 
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import Program
@@ -27,14 +27,6 @@ def known(loop, tool, seconds) -> None:
     program = Program(0, 0.0, wait=BoundedWait.of(Wait((tool,))))
     for _ in range(40):
         loop.scheduler._policy.predict.returned(program, seconds)
-
-
-def serve(loop, name, prompt, count=1, **more):
-    request = loop.scheduler.submit(prompt, count, program=name, now=loop.now, **more)
-    loop.drain()
-    loop.scheduler.check()
-    assert request.output == complete(list(prompt), count)
-    return request
 
 
 def test_no_pressure_moves_nothing():

@@ -120,6 +120,46 @@ def test_a_parent_that_is_none(parent):
     assert program.job is not loop.scheduler._programs.find("other's").job
 
 
+def test_a_job_keeps_its_leader_among_programs_that_are_each_others_parents():
+    loop = Loop(make(num_pages=60))
+    first = turn(loop, "a", Wait(("x",)), parent="b").program
+    loop.scheduler.branches.fork("a", "b", loop.now)  # whose parent is a, whose parent is b
+    back = turn(loop, "a", Wait(("x",))).program
+    assert back is first
+    assert back.leads
+    child = turn(loop, "b").program
+    assert child.job is first.job
+    assert not child.leads
+    loop.scheduler.end_program("a", loop.now)
+    assert first.job.ended
+
+
+def test_a_leader_that_joins_another_job_ends_its_own():
+    loop = Loop(make(num_pages=60))
+    a = turn(loop, "a", Wait(("x",))).program
+    child, own = turn(loop, "child", Wait(("x",)), parent="a").program, a.job
+    other = turn(loop, "other", Wait(("x",))).program
+    learned = len(loop.scheduler._policy.predict.turns)
+    assert turn(loop, "a", Wait(("x",)), parent="other").program.job is other.job
+    assert own.ended
+    assert len(loop.scheduler._policy.predict.turns) == learned + 1
+    grandchild = turn(loop, "grandchild", parent="child").program
+    assert child.job is own  # until its next request
+    assert grandchild.leads  # nobody is left who could end that job
+    assert turn(loop, "child").program.job is other.job
+
+
+def test_children_of_children_of_an_earlier_job():
+    loop = Loop(make(num_pages=60))
+    turn(loop, "parent", Wait(("x",)))
+    child = turn(loop, "child", Wait(("x",)), parent="parent").program
+    turn(loop, "parent", HUMAN)
+    first, second = child.job, turn(loop, "parent").program.job
+    assert first is not second
+    assert turn(loop, "grandchild", parent="child").program.leads  # until its parent takes part in the second
+    assert turn(loop, "child").program.job is turn(loop, "grandchild").program.job is second
+
+
 @pytest.mark.parametrize("absurd", [math.nan, math.inf, -math.inf, -1.0, 1e300])
 def test_absurd_hints_change_nothing_but_their_outcome(absurd):
     def served(**hints):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.device import complete
-from support.loop import Loop, make
+from support.loop import Loop, make, serve
 
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.prefix import salted
@@ -23,14 +23,6 @@ AMPLE = HostTier(pages=100, staging=100, layers=(1, 5))
 def loop_of(tokens=8, windows=40, pages=100, host=AMPLE, strategy="infercept", **more) -> Loop:
     window = Window(tokens, windows + 1)
     return Loop(make("program-fcfs", strategy, num_pages=pages + 1, host=host, window=window, **more))
-
-
-def serve(loop, name, prompt, count=1, **more):
-    request = loop.scheduler.submit(prompt, count, program=name, now=loop.now, **more)
-    loop.drain()
-    loop.scheduler.check()
-    assert request.output == complete(list(prompt), count)
-    return request
 
 
 def test_without_a_window_nobody_holds_anything():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from support.device import Device
+from collections.abc import Sequence
+from typing import Any
+
+from support.device import Device, complete
 
 from astraea_jax.scheduler.config import SchedulerConfig
 from astraea_jax.scheduler.plan import Plan
@@ -83,3 +86,12 @@ class Loop:
         while self.turn():
             limit -= 1
             assert limit > 0, "no end in sight"
+
+
+def serve(loop: Loop, name: str, prompt: Sequence[int], count: int = 1, **more: Any) -> Request:
+    """A request of a program, from its submission to its end; its output is checked."""
+    request = loop.scheduler.submit(prompt, count, program=name, now=loop.now, **more)
+    loop.drain()
+    loop.scheduler.check()
+    assert request.output == complete(list(prompt), count)
+    return request

@@ -216,7 +216,7 @@ WRITERS: dict[str, tuple[dict[str, Any], Writer]] = {
     ),
     "awq": (AWQ, awq(32)),
     "gptq": (GPTQ, gptq(4, 32, zeros=True, version=1)),
-    "gptq-symmetric": (GPTQ | {"sym": True}, gptq(4, None, zeros=False, version=1)),
+    "gptq-symmetric": (GPTQ | {"sym": True, "group_size": -1}, gptq(4, None, zeros=False, version=1)),
     "gptq-symmetric-groups": (GPTQ | {"sym": True}, gptq(4, 32, zeros=False, version=1)),
     "gptq-v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, gptq(4, 32, zeros=True, version=2)),
     "gptq-8": (GPTQ | {"bits": 8}, gptq(8, 32, zeros=False, version=1)),

@@ -12,8 +12,10 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device import complete
+from support.kv_listener import Listener, Truth
 from support.loop import Loop, make
 
+from astraea_jax.scheduler.placement import Report
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import QueueFull, Rejected
@@ -24,6 +26,8 @@ from astraea_jax.scheduler.windows import Window
 
 HINTS = st.none() | st.sampled_from([0.0, -1.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(0, 100)
 """Seconds that clients name."""
+PARENTS = st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format))
+"""Keys that clients name, of programs that are there, that will be, or that nobody opens."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -50,13 +54,14 @@ class Machine(RuleBasedStateMachine):
             window = Window(window, 1 + windows * least + -(-budget // page_size) + spare)
             host = replace(host, layers=(1, 2))
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
-        sizes |= {"max_programs": 12, "max_waiting": 5, "tenant_weights": weights}
+        sizes |= {"max_programs": 12, "max_waiting": 5, "kv_events": True, "tenant_weights": weights}
         self.scheduler = make(policy, strategy, **sizes, host=host, window=window)
         self.scheduler._planner.tenants.credit_s = credit_s
+        self.listener, self.truth = Listener(), Truth(self.scheduler)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
-        self.programs, self.tails = set(), []
+        self.programs, self.tails, self.gone = set(), [], {}
 
     def submit(self, prompt, max_tokens, stops, name, final, salt, **more):
         try:
@@ -77,6 +82,7 @@ class Machine(RuleBasedStateMachine):
             return None
         self.programs.add(request.program)
         assert request.program.leads or request.program.job in [p.job for p in self.programs if p.leads]
+        assert not request.program.job.left
         self.live.append(request)
         return request
 
@@ -87,7 +93,7 @@ class Machine(RuleBasedStateMachine):
         stops=st.frozensets(st.integers(0, 49), max_size=4),
         owner=st.sampled_from([None, "a", "b", "b", "b"]),
         salt=st.sampled_from([None, salted(""), salted("a")]),
-        parent=st.none() | st.tuples(st.sampled_from("ab"), st.integers(1, 9).map("p{}".format)),
+        parent=PARENTS,
         priority=st.integers(-1, 1),
     )
     def arrive(self, prompt, system, max_tokens, stops, owner, salt, parent, priority):
@@ -104,12 +110,13 @@ class Machine(RuleBasedStateMachine):
         keep=st.integers(0, 40),
         new=st.lists(st.integers(0, 9), min_size=1, max_size=6),
         final=st.booleans(),
+        parent=PARENTS,
     )
-    def come_back(self, data, keep, new, final):
+    def come_back(self, data, keep, new, final, parent):
         name = data.draw(st.sampled_from(self.idle()))
         before = self.history[name]
         prompt = [*before.prompt, *before.output][: min(keep, 34)] + new
-        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt)
+        request = self.submit(prompt, 6, frozenset(), name, final, before.program.salt, parent=parent)
         if request:
             self.history[name] = request
 
@@ -140,6 +147,36 @@ class Machine(RuleBasedStateMachine):
             self.tails.append(tail)
             if keep % 2:  # the next request may go on with it
                 self.history[name] = replace(tail, finish_reason="prepared")
+
+    @rule(limit=st.integers(0, 3))
+    def hand_over(self, limit):
+        before, waiting = self.scheduler.stats(), len(self.scheduler._programs.idle)
+        for handed in self.scheduler.branches.hand_over(limit):
+            assert not self.scheduler.knows(handed.key)
+            last = self.history[handed.key]
+            if last.finish_reason in ("stop", "length"):
+                assert handed.tokens == (*last.prompt, *last.output)
+            self.gone[handed.key] = handed
+        after = self.scheduler.stats()
+        assert after.moved - before.moved == waiting - len(self.scheduler._programs.idle) <= limit
+
+    @precondition(lambda self: self.gone)
+    @rule(data=st.data(), again=st.booleans())
+    def take_over(self, data, again):
+        key = data.draw(st.sampled_from(sorted(self.gone)))
+        handed = self.gone[key] if again else self.gone.pop(key)
+        known = self.scheduler.knows(key)
+        try:
+            request = self.scheduler.take_over(handed, self.loop.now)
+        except Rejected:
+            assert known or len(handed.tokens) + 1 > self.scheduler.config.max_context
+            return
+        except QueueFull:
+            return
+        assert not known
+        self.programs.add(request.program)
+        self.tails.append(request)
+        self.history[key] = replace(request, finish_reason="prepared")
 
     def unstarted(self):
         return sum(s.slot < 0 and not s.preemptions for s in self.live if s.finish_reason is None)
@@ -216,6 +253,7 @@ class Machine(RuleBasedStateMachine):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
         self.live = [s for s in self.live if s.finish_reason is None]
         self.nothing_is_prepared_for_nobody()
+        self.what_is_cached_is_told()
         running = sum(s.slot >= 0 for s in self.live)
         stats = self.scheduler.stats()
         assert stats.running == running + sum(s.slot >= 0 for s in self.tails)
@@ -224,6 +262,24 @@ class Machine(RuleBasedStateMachine):
         predict = self.scheduler._policy.predict
         assert all(math.isfinite(predict.wait_s(p, 0.0)) and predict.wait_s(p, 7.0) >= 0 for p in self.programs)
         assert self.unstarted() <= 5
+        self.what_it_says_of_itself_is_true()
+
+    def what_it_says_of_itself_is_true(self):
+        report, size = self.scheduler.report(self.loop.now), self.scheduler.config.page_size
+        stats, programs = self.scheduler.stats(), self.scheduler._programs.programs()
+        assert Report.from_fields(report.fields()) == report
+        assert (report.free, report.retained) == (stats.free_pages * size, stats.retained_pages * size)
+        assert 0 <= report.demand <= report.live + 1e-3 <= 1e-2 + sum(map(self.context, programs))
+        assert report.live >= sum(map(self.context, programs)) - sum(p.shared for p in programs) - 1e-3
+
+    def context(self, program):
+        """Tokens of a program's present or last request; a fork has none of its own."""
+        request = self.scheduler._programs.live.get(program) or program.last
+        return request.num_tokens if request and request.program is program else 0
+
+    def what_is_cached_is_told(self):
+        self.listener.hear(self.scheduler.kv_log.take())
+        assert self.listener.tiers == self.truth.tiers()
 
     def nothing_is_prepared_for_nobody(self):
         ended = [tail for tail in self.tails if tail.finish_reason is not None]

@@ -15,6 +15,9 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.models.config import Experts, ModelConfig
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.formats import Format
+from astraea_jax.models.matrix import everywhere
+from astraea_jax.models.parameters import fill_all, matrix_forms
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
 
 WIDE = ModelConfig(
@@ -39,14 +42,22 @@ TIGHT = EngineConfig(
 """Forty pages, on one device: less than four running requests want."""
 
 
-def wide_decoder(config: ModelConfig = WIDE) -> Decoder:
-    """Weights and biases large enough that greedy choices differ clearly. (NumPy draws them: nothing is compiled.)"""
+def wide_decoder(config: ModelConfig = WIDE, form: Format | None = None) -> Decoder:
+    """Weights and biases large enough that greedy choices differ clearly, in a form if there is one. (NumPy draws
+    them: nothing is compiled.)"""
     draw = np.random.default_rng(0).standard_normal
     graph, state = nnx.split(abstract_decoder(config, jnp.float32, default_mesh()))
     decoder: Decoder = nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.16 * draw(x.shape), x.dtype), state))
     for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
         if path[-1] == "scale":
             leaf[...] = jnp.ones(leaf.shape)
+    if form is None:
+        return decoder
+    narrow = abstract_decoder(config, jnp.float32, default_mesh(), forms=everywhere(form))
+    graph, state = nnx.split(narrow)
+    params = dict(nnx.to_flat_state(state))
+    fill_all(params, dict(nnx.to_flat_state(nnx.state(decoder))), matrix_forms(narrow))
+    decoder = nnx.merge(graph, nnx.from_flat_state(params))
     return decoder
 
 

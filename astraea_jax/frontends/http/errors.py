@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 """Seconds after which a client that was refused may come back, unless something better is known."""
 MAX_MESSAGE = 1024
+SEND_AGAIN = "; send the whole request again, which another replica may take"
+"""Said of an engine that has ended, since in the middle of a stream no header says it."""
 
 
 class NotFound(LookupError):
@@ -102,7 +104,7 @@ _ANSWERS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int, str, s
 
 def failure_of(error: BaseException) -> Failure:
     """Return what a client is told about an exception; what was not made for clients goes to the log only."""
-    text = told(error)[:MAX_MESSAGE]
+    text = told(error)[:MAX_MESSAGE] + (SEND_AGAIN if isinstance(error, EngineDead) else "")
     for kinds, status, kind, code in _ANSWERS:
         if isinstance(error, kinds):
             return Failure(status, kind, text, code, retry_after_s=RETRY_AFTER_S if status in (429, 503) else None)

@@ -81,6 +81,12 @@ async def metrics(request: Request) -> Response:
     return Response(operator_of(request).metrics.text(), headers={"content-type": CONTENT_TYPE, **NOT_KEPT})
 
 
+@router.get("/load")
+async def load(request: Request) -> JSONResponse:
+    """How loaded the server is, for routers and autoscalers: the report of all its replicas together."""
+    return JSONResponse(door_of(request).engine.report().fields(), headers=NOT_KEPT)
+
+
 @router.get("/status")
 async def status() -> HTMLResponse:
     """Show the status page, which asks for its numbers itself."""

@@ -170,15 +170,20 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no type
                 raise TooSlow(f"the call has sent no message within {self._limits.silent_s:g} s") from None
         if data is grpc.aio.EOF:
             raise RequestError("the call has ended without a message; send one")
-        return _parsed(handler.request_deserializer, data)
+        return parsed(handler.request_deserializer, data)
 
     async def _messages(self, first: Any, handler: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         yield first
         while (data := await context.read()) is not grpc.aio.EOF:
-            yield _parsed(handler.request_deserializer, data)
+            yield parsed(handler.request_deserializer, data)
 
 
-def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
+def parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """Return the message of a call.
+
+    Raises:
+        RequestError: it is malformed.
+    """
     try:
         return parse(data)
     except Exception:  # protobuf's classes of errors differ between its implementations

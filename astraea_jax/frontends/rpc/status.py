@@ -12,8 +12,13 @@ log = logging.getLogger(__name__)
 
 MAX_DETAILS = 1024
 """Characters of a status message; gRPC drops what does not fit into its trailers, status and all."""
+FAULT = "internal error; the server's log has more"
+"""What clients are told of a fault of ours."""
 RETRY_AFTER_MS = 1000
 """Milliseconds after which a client that was refused may come back, unless something better is known."""
+
+
+RETRY = (("grpc-retry-pushback-ms", str(RETRY_AFTER_MS)),)
 
 
 class UnknownAdapter(LookupError):
@@ -45,9 +50,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, tuple[tuple[str, str],
             after_ms = round(1000 * getattr(error, "retry_after_s", RETRY_AFTER_MS / 1000))
             return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(after_ms)),)
         case StepFailed():
-            return grpc.StatusCode.ABORTED, ()
-        case EngineDead():
-            return grpc.StatusCode.UNAVAILABLE, ()
+            return grpc.StatusCode.ABORTED, RETRY
+        case EngineDead():  # another replica, or one that is started in its place, computes it again
+            return grpc.StatusCode.UNAVAILABLE, RETRY
     return grpc.StatusCode.INTERNAL, ()
 
 
@@ -56,5 +61,5 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     status, trailing = status_of(error)
     if status is grpc.StatusCode.INTERNAL:
         log.error("a request failed", exc_info=error)
-        error = RuntimeError("internal error; the server's log has more")
+        error = RuntimeError(FAULT)
     await context.abort(status, told(error)[:MAX_DETAILS], trailing)

@@ -19,6 +19,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends import status
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.profiling import Profiler
+from astraea_jax.scheduler.placement import Report
 
 KEYS = Keys(["first-key", "second-key"], ["the-admin-key"])
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -57,6 +58,23 @@ async def test_metrics_come_as_prometheus_reads_them():
         assert f'astraea:num_requests_running{{model_name="{MODEL}",replica="0"}} 0.0' in answer.text
 
 
+async def test_routers_read_how_loaded_it_is():
+    async with server() as http:
+        engine = http.door.engine
+        idle = Report.from_fields((await http.client.get("/load")).json())
+        assert (idle.pool, idle.free, idle.live, idle.demand, idle.draining) == (48, 48, 0, 0, False)
+        await run_sessions(http, "a", "b")
+        waiting = Report.from_fields((await http.client.get("/load")).json())
+        assert waiting.live == 2 * (3 + PARAMS.max_tokens)
+        assert 0 < waiting.demand < waiting.live, "it fades"
+        assert (waiting.sessions, waiting.tool_waits, waiting.retained) == (2, 2, 48 - waiting.free)
+        engine.drain()
+        assert Report.from_fields((await http.client.get("/load")).json()).draining
+        text = (await http.client.get("/metrics")).text
+        assert f'astraea:draining{{model_name="{MODEL}",replica="0"}} 1.0' in text
+        assert f'astraea:kv_live_tokens{{model_name="{MODEL}",replica="0"}} {waiting.live}.0' in text
+
+
 @pytest.mark.parametrize("keys", [None, KEYS])
 async def test_who_opens_the_server_in_a_browser_is_led_to_the_status_page(keys):
     async with server(keys) as http:
@@ -65,7 +83,7 @@ async def test_who_opens_the_server_in_a_browser_is_led_to_the_status_page(keys)
         assert (await http.client.get("/", follow_redirects=True)).headers["content-type"].startswith("text/html")
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/status.json", "/start_profile", "/stop_profile"])
+@pytest.mark.parametrize("path", ["/metrics", "/load", "/status.json", "/start_profile", "/stop_profile"])
 async def test_what_says_something_needs_a_key(path):
     async with server(KEYS) as http:
         method = http.client.post if "profile" in path else http.client.get

@@ -178,7 +178,7 @@ async def test_a_client_that_stops_reading_is_given_up(engine):
         calls = [slow.unary_stream(DECODE)(long, metadata=wordy) for _ in range(3)]
         for call in calls:
             assert await call.read() is not grpc.aio.EOF
-        await until(lambda: not server._decoding)
+        await until(lambda: not server._servicer.decoding)
         await settled(engine)
         assert await answered(other)
         for call in calls:

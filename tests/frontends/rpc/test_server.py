@@ -32,7 +32,7 @@ NO_EOS = (("x-ignore-eos", "true"),)
 
 async def deserted(server: Server) -> None:
     """Until it knows that no caller is left."""
-    while server._decoding:
+    while server._servicer.decoding:
         await asyncio.sleep(0.002)
 
 
@@ -71,7 +71,9 @@ async def test_stop_by_metadata(decode, engine, greedy):
     assert trailing["x-finish-reason"] == "stop"
 
 
-@pytest.mark.parametrize("key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id"])
+@pytest.mark.parametrize(
+    "key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "session_id", "x_session_id"]
+)
 async def test_a_session_keeps_its_cache(decode, engine, key):
     session = (*NO_EOS, (key, f"by-{key}"))
     await decode(token_content={"token_ids": list(range(1, 31))}, max_tokens=3, metadata=session)
@@ -102,6 +104,7 @@ async def test_a_session_keeps_its_cache(decode, engine, key):
         ({}, (("x-ignore-eos", "maybe"),), "INVALID_ARGUMENT", "x-ignore-eos"),
         ({}, (("x-session-id", "s" * 300),), "INVALID_ARGUMENT", "300 characters"),
         ({}, (("x-session-id", "a"), ("x-session-id", "b")), "INVALID_ARGUMENT", "x-session-id is given twice"),
+        ({}, (("x-session-id", "a"), ("x_session_id", "b")), "INVALID_ARGUMENT", "x-session-id is given twice"),
         ({}, (("x-session-final", "yes"),), "INVALID_ARGUMENT", "x-session-final"),
         ({}, (("x-session-final", ""),), "INVALID_ARGUMENT", "x-session-final"),
         ({}, (("x-cache-salt", "a"), ("x-cache-salt", "b")), "INVALID_ARGUMENT", "x-cache-salt is given twice"),
@@ -244,7 +247,7 @@ async def test_what_the_grace_cuts_off_is_told(engine):
     async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
         with held(engine, 2):
             running = [asyncio.create_task(tokens_of(client.generate([1, 2], HUNDRED))) for _ in range(2)]
-            while len(server._decoding) < 2:
+            while len(server._servicer.decoding) < 2:
                 await asyncio.sleep(0.002)
             assert await server.stop(0.01) == 2
             for task in running:
@@ -262,7 +265,7 @@ async def test_what_dies_within_the_grace_is_cut_off_too():
         running = asyncio.create_task(tokens_of(client.generate([1, 2], THIRTY)))
         await until(lambda: engine.in_progress)
         stopping = asyncio.create_task(server.stop(3600))
-        await until(lambda: server._draining)
+        await until(lambda: server._servicer.draining)
         with pytest.raises(EngineDead, match="shutting down"):  # refused, which cuts nothing
             await tokens_of(client.generate([1], SamplingParams(max_tokens=1)))
         break_loop(engine, ZeroDivisionError("a secret"))

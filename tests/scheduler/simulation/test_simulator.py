@@ -16,10 +16,11 @@ from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.program import Program
 from astraea_jax.scheduler.simulation import simulator
-from astraea_jax.scheduler.simulation.experiment import Cell, interval, ratio_interval, simulate, summary
+from astraea_jax.scheduler.simulation.engine import Sizes
+from astraea_jax.scheduler.simulation.experiment import Cell, alone_s, interval, ratio_interval, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
 from astraea_jax.scheduler.simulation.oracle import Oracle
-from astraea_jax.scheduler.simulation.simulator import Simulator, Sizes, prompt_of
+from astraea_jax.scheduler.simulation.simulator import Simulator, prompt_of
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
 
@@ -171,6 +172,28 @@ def test_windows_are_moved_and_take_their_part_of_the_time():
     assert machine.bytes_of(16 * 38, 16 * 6) == 16 * (38 + 5 * 6) / 6 * 1e6
     submitted, scheduled, *_ = outcome.records[0].spans[1]
     assert scheduled - submitted == pytest.approx(16 * (18 + 15) / 6 / 64, abs=0.1)
+
+
+def test_layers_with_a_window_attend_to_what_it_shows():
+    # A second for each token of context, and one for each pair; two of three layers see 100 tokens.
+    costs = StepCosts(base_s=0.0, per_prefill_s=0.0, per_token_s=0.0, per_context_s=1.0, per_pair_s=1.0)
+    plain = Machine(costs, kv_bytes=1.0, link_bytes_s=1.0, measured=False)
+    machine = replace(plain, window=100, layers=(1, 2))
+    program = TraceProgram("p", (TraceRequest(0, 300, 2),), 0.0)
+    assert alone_s(program, plain) == pytest.approx(300 + 300 * 150 + 301)
+    pairs = (300 * 150 + 2 * (100 * 50 + 200 * 100)) / 3
+    assert alone_s(program, machine) == pytest.approx(300 + pairs + (301 + 200) / 3)
+    for one, tokens in ((plain, 300 + 300 * 150 + 301), (machine, 300 + pairs + (301 + 200) / 3)):
+        record = run([program], machine=one, pool_tokens=1000, window_tokens=1000, max_step_tokens=512).records[0]
+        assert record.jct_s == pytest.approx(tokens)
+
+
+def test_steps_at_once_end_where_a_window_begins_to_hide():
+    costs = StepCosts(base_s=1.0, per_prefill_s=0.0, per_token_s=0.0, per_context_s=1.0)
+    machine = Machine(costs, kv_bytes=1.0, link_bytes_s=1.0, measured=False, window=50, layers=(0, 1))
+    program = TraceProgram("p", (TraceRequest(0, 40, 30),), 0.0)
+    record = run([program], machine=machine, pool_tokens=1000, window_tokens=4000).records[0]
+    assert record.jct_s == pytest.approx(41 + sum(1 + min(n, 50) for n in range(41, 70)))
 
 
 def test_summaries_hold_together():

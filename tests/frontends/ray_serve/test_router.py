@@ -1,0 +1,204 @@
+"""The request router, with Serve's own class around it and replicas that are played."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from support.reports import QUIET
+
+pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
+
+from ray import cloudpickle
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+from astraea_jax.frontends.ray_serve.app import ROUTER
+from astraea_jax.frontends.ray_serve.proxies import REQUESTS, Asked
+from astraea_jax.frontends.ray_serve.split import SPLITS
+
+CARRIED = RequestRouterConfig(request_router_class=ROUTER).get_serialized_request_router_cls()
+"""The class as Serve brings it to its processes."""
+DEPLOYMENT = DeploymentID("Engine", "default")
+BUSY = replace(QUIET, wait_s=tuple(float(i) for i in range(50, 60)))
+
+
+class Replica(RunningReplica):  # type: ignore[misc]
+    """A replica as a router sees it."""
+
+    def __init__(self, name, stats=None):
+        self._name, self.stats, self.queue = name, stats or {}, 0
+
+    replica_id = property(lambda self: ReplicaID(self._name, DEPLOYMENT))
+    routing_stats = property(lambda self: self.stats)
+    max_ongoing_requests = property(lambda self: 4)
+
+    async def get_queue_len(self, *, deadline_s):
+        return self.queue
+
+
+def report(number, of=QUIET, taken=()):
+    return {**of.fields(), "number": number, "taken": [*taken]}
+
+
+def request(id, session=None, method="__call__"):
+    return PendingRequest([b""], {}, RequestMetadata(id, id, call_method=method, session_id=session or ""))
+
+
+@pytest.fixture
+async def router():
+    router = cloudpickle.loads(CARRIED)(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    router.initialize_state()
+    return router
+
+
+def present(router, *names, **stats):
+    replicas = [Replica(name, stats.get(name)) for name in names]
+    router.update_replicas(replicas)
+    return replicas
+
+
+async def chosen(router, pending):
+    """Name of the replica that a request goes to, by the loop of Serve's own class."""
+    replica = await asyncio.wait_for(router._choose_replica_for_request(pending), 5)
+    router.on_request_routed(pending, replica.replica_id, None)
+    return replica._name
+
+
+def done(router, pending, name):
+    router.on_request_completed(ReplicaID(name, DEPLOYMENT), pending.metadata.internal_request_id)
+
+
+async def test_a_session_stays_where_it_is(router):
+    present(router, "a", "b", "c")
+    homes = {}
+    for turn in range(4):
+        for session in "stuvw":
+            pending = request(f"{session}{turn}", session)
+            name = await chosen(router, pending)
+            assert homes.setdefault(session, name) == name
+            done(router, pending, name)
+    assert len(set(homes.values())) == 3
+
+
+async def test_a_new_session_goes_where_it_need_not_wait(router):
+    present(router, "a", "b", a=report(1, BUSY), b=report(1))
+    assert [await chosen(router, request(str(i), str(i))) for i in range(3)] == ["b"] * 3
+
+
+async def test_a_report_that_is_sent_again_is_not_new(router, monkeypatch):
+    heard = []
+    present(router, "a", a=report(1))
+    monkeypatch.setattr(router._router, "report", lambda replica, report, now: heard.append(report))
+    present(router, "a", a=report(1))
+    assert not heard
+    present(router, "a", a=report(2))
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize(
+    "stats", [{"pool": 5}, {**QUIET.fields(), "free": float("nan")}, {**QUIET.fields(), "live": "many"}]
+)
+async def test_a_report_that_cannot_be_is_ignored(router, stats):
+    present(router, "a", a={**stats, "number": 1})
+    assert await chosen(router, request("1")) == "a"
+
+
+async def test_a_session_of_a_replica_that_dies_goes_on_elsewhere(router):
+    present(router, "a", "b")
+    first = request("1", "s")
+    home = await chosen(router, first)
+    router.on_replica_actor_died(ReplicaID(home, DEPLOYMENT))
+    done(router, first, home)
+    again = request("2", "s")
+    assert await chosen(router, again) == {"a": "b", "b": "a"}[home]
+
+
+async def test_a_replica_that_stops_gets_nothing_any_more(router):
+    present(router, "a", "b")
+    home = await chosen(router, request("1", "s"))
+    other = {"a": "b", "b": "a"}[home]
+    present(router, other)
+    assert {await chosen(router, request(str(i), f"s{i}")) for i in range(2, 5)} == {other}
+
+
+async def test_a_full_replica_is_passed_over_and_the_session_lives_elsewhere_then(router):
+    replicas = {each._name: each for each in present(router, "a", "b")}
+    first = request("1", "s")
+    home = await chosen(router, first)
+    done(router, first, home)
+    replicas[home].queue = 4
+    router.replica_queue_len_cache.update(replicas[home].replica_id, 4)
+    second = request("2", "s")
+    other = await chosen(router, second)
+    assert other != home
+    done(router, second, other)
+    replicas[home].queue = 0
+    router.replica_queue_len_cache.update(replicas[home].replica_id, 0)
+    assert await chosen(router, request("3", "s")) == other
+
+
+async def test_a_session_that_was_handed_over_is_found(router):
+    slower = replace(QUIET, wait_s=(0.5,) * len(QUIET.wait_s))  # a stranger would go to the other one
+    present(router, "a", "b", a=report(1, slower, taken=["s"]), b=report(1))
+    assert await chosen(router, request("1", "s")) == "a"
+    assert await chosen(router, request("2", "stranger")) == "b"
+
+
+async def test_of_two_replicas_that_claim_a_session_one_has_it(router):
+    present(router, "a", "b", a=report(1, taken=["s"]), b=report(1, taken=["s"]))
+    first = request("1", "s")
+    home = await chosen(router, first)
+    done(router, first, home)
+    present(router, "a", "b", a=report(2, taken=["s"]), b=report(2, taken=["s"]))
+    assert await chosen(router, request("2", "s")) == home
+
+
+async def test_a_child_begins_where_its_parent_is(router):
+    present(router, "a", "b", "c", a=report(1), b=report(1), c=report(1))
+    REQUESTS.put("1", Asked(20_000))
+    first = request("1", "parent")
+    home = await chosen(router, first)
+    done(router, first, home)
+    REQUESTS.put("2", Asked(20_100, parent="parent"))
+    assert await chosen(router, request("2", "child")) == home
+
+
+async def test_the_proxy_around_it_learns_of_a_split(router):
+    present(router, "a", a={**report(1), "split": {"share": 1.0, "route_prefix": "/next"}})
+    assert SPLITS.choose("s") == ("default", "/next")
+    present(router, "a", a={**report(2), "split": None})
+    assert SPLITS.choose("s") is None
+
+
+async def test_an_ended_session_is_forgotten(router):
+    present(router, "a", "b")
+    first = request("1", "s")
+    done(router, first, await chosen(router, first))
+    end = request("2", "s", "End")
+    done(router, end, await chosen(router, end))
+    assert len(router._router) == 0
+
+
+async def test_whatever_ends_or_is_given_up_leaves_nothing_behind(router):
+    present(router, "a")
+    running = request("1", "s")
+    name = await chosen(router, running)
+    given_up = request("2", "t")
+    assert await router.choose_replicas(router._replicas_list, given_up)
+    given_up.future.cancel()
+    await asyncio.sleep(0)
+    rejected = request("3", "u")
+    assert await router.choose_replicas(router._replicas_list, rejected)
+    done(router, rejected, name)
+    done(router, running, name)
+    assert not router._routed
+    assert router._router.fleet.requests.tolist() == [0]
+    done(router, running, name)  # nobody minds
+
+
+async def test_without_any_replica_that_takes_it_serve_waits(router):
+    present(router, "a", a=report(1, replace(QUIET, draining=True)))
+    assert await chosen(router, request("1", "s")) == "a"  # Serve has the last word

@@ -1,0 +1,219 @@
+"""The router as a state machine: what it counts, where programs are, and that they are on one replica at a time."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from support.reports import QUIET
+
+from astraea_jax.scheduler.placement import place
+from astraea_jax.scheduler.rival_placements import RULES, make_rule
+from astraea_jax.scheduler.router import NoReplica, Router
+
+PROGRAMS = st.integers(0, 7)
+REPLICAS = st.sampled_from("abcd")
+
+
+class Routing(RuleBasedStateMachine):
+    """Random events; ``sent`` is what a caller knows to be in flight."""
+
+    routes = Bundle("routes")
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.router = Router(self.rule_of(), max_programs=5)
+        self.sent = {}
+        self.there, self.draining = set(), set()
+
+    def rule_of(self):
+        return place
+
+    @rule(replica=REPLICAS)
+    def join(self, replica):
+        self.router.join(replica, self.now)
+        self.there.add(replica)
+
+    @rule(replica=REPLICAS)
+    def leave(self, replica):
+        self.router.leave(replica, self.now)
+        self.there.discard(replica)
+        self.draining.discard(replica)
+        self.sent = {n: entry for n, entry in self.sent.items() if entry[0].replica != replica}
+
+    @rule(replica=REPLICAS)
+    def drain(self, replica):
+        self.router.drain(replica)
+        if replica in self.there:
+            self.draining.add(replica)
+
+    @rule(replica=REPLICAS, later=st.floats(0, 20))
+    def report(self, replica, later):
+        self.now += later
+        self.router.report(replica, QUIET, self.now)
+
+    @rule(
+        target=routes,
+        program=st.none() | PROGRAMS,
+        tokens=st.integers(1, 10_000),
+        parent=st.none() | PROGRAMS,
+        avoid=st.frozensets(REPLICAS, max_size=2),
+        prefix=st.none() | st.tuples(st.integers(0, 3), st.integers(1, 500)),
+    )
+    def route(self, program, tokens, parent, avoid, prefix):
+        home = self.router.home(program) if program is not None else None
+        running = program is not None and any(p == program for _, p, _ in self.sent.values())
+        try:
+            route = self.router.route(program, tokens, self.now, parent=parent, avoid=avoid, prefix=prefix)
+        except NoReplica:
+            assert not self.there - self.draining - avoid
+            assert home is None or home in avoid
+            return None
+        assert route.replica in self.there - avoid
+        if home is not None and home not in avoid and (running or home in self.draining):
+            assert route.replica == home
+        elif home is None:
+            assert route.replica not in self.draining
+        assert route.moved == (home is not None and route.replica != home)
+        if program is not None:
+            assert self.router.home(program) == route.replica
+        self.sent[route.number] = route, program, tokens
+        return route
+
+    @rule(route=routes)
+    def prefilled(self, route):
+        if route is not None:
+            self.router.prefilled(route)
+
+    @rule(route=consumes(routes), context=st.integers(0, 20_000), twice=st.booleans())
+    def ended(self, route, context, twice):
+        for _ in range(1 + twice):
+            if route is not None:
+                self.router.ended(route, self.now, context=context)
+                self.sent.pop(route.number, None)
+
+    @rule(program=PROGRAMS)
+    def forget(self, program):
+        self.router.forget(program)
+        assert self.router.home(program) is None
+
+    @rule(program=PROGRAMS, replica=REPLICAS)
+    def settle(self, program, replica):
+        before = self.router.home(program)
+        self.router.settle(program, replica)
+        assert self.router.home(program) == (replica if replica in self.there else before)
+
+    @invariant()
+    def counts_add_up(self):
+        fleet, names = self.router.fleet, self.router.replicas
+        assert len(self.router) <= 5
+        assert set(names) == self.there
+        requests = Counter(route.replica for route, _, _ in self.sent.values())
+        contexts = Counter()
+        for route, _, tokens in self.sent.values():
+            contexts[route.replica] += tokens
+        for name in names:
+            index = self.router.index(name)
+            assert fleet.requests[index] == requests[name]
+            assert fleet.context[index] == contexts[name]
+            assert fleet.fresh[index] >= 0
+            assert fleet.homes[index] >= 0
+            assert fleet.takes[index] == (name not in self.draining)
+        assert fleet.requests.sum() == len(self.sent)
+
+
+class RoutingByHash(Routing):
+    def rule_of(self):
+        return make_rule("consistent-hash")
+
+
+class RoutingByBusiness(Routing):
+    def rule_of(self):
+        return make_rule("least-busy")
+
+
+TestRouting = Routing.TestCase
+TestRoutingByHash = RoutingByHash.TestCase
+TestRoutingByBusiness = RoutingByBusiness.TestCase
+for case in (TestRouting, TestRoutingByHash, TestRoutingByBusiness):
+    case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def router_of(count, **options):
+    router = Router(max_programs=100, **options)
+    for i in range(count):
+        router.join(i, 0.0)
+        router.report(i, QUIET, 0.0)
+    return router
+
+
+def test_nobody_herds_between_reports():
+    router = router_of(4)
+    sent = Counter(router.route(i, 1000, 0.0).replica for i in range(40))
+    assert set(sent.values()) == {10}
+
+
+def test_children_go_where_their_parents_prefix_is():
+    router = router_of(4)
+    for i in range(8):
+        route = router.route(i, 20_000, 0.0)
+        router.ended(route, 1.0, context=20_000)
+    for i in range(8):
+        child = router.route(("child", i), 20_100, 2.0, parent=i)
+        assert child.replica == router.home(i)
+        router.ended(child, 3.0, context=20_200)
+
+
+def test_programs_of_one_beginning_go_where_it_is():
+    router = router_of(4)
+    first = router.route("a", 30_000, 0.0, prefix=("system prompt", 25_000))
+    router.ended(first, 1.0, context=30_000)
+    second = router.route("b", 30_000, 2.0, prefix=("system prompt", 25_000))
+    assert second.replica == first.replica
+
+
+def test_programs_of_a_replica_that_died_are_placed_anew():
+    router = router_of(2)
+    route = router.route("p", 5_000, 0.0)
+    router.ended(route, 1.0, context=6_000)
+    router.leave(route.replica, 2.0)
+    again = router.route("p", 6_100, 3.0)
+    assert again.replica != route.replica
+    assert not again.moved
+    router.leave(again.replica, 4.0)
+    with pytest.raises(NoReplica, match="0 replicas"):
+        router.route("p", 6_100, 5.0)
+
+
+def test_a_session_that_two_replicas_claim_is_where_it_was_said_last():
+    router = router_of(2)
+    router.settle("p", 0)
+    router.settle("p", 1)
+    assert router.home("p") == 1
+    assert router.route("p", 10, 0.0).replica == 1
+
+
+def test_the_place_of_a_replica_that_left_is_used_again():
+    router = router_of(3)
+    router.leave(1, 0.0)
+    router.join("new", 0.0)
+    assert len(router.fleet) == 3
+    assert np.isneginf(router.fleet.reported_at).sum() == 1
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_equal_events_are_placed_alike(name):
+    def run():
+        router = router_of(4, rule=make_rule(name, seed=3))
+        chosen = []
+        for i in range(60):
+            route = router.route(i % 13, 500 + 37 * i, float(i))
+            chosen.append(route.replica)
+            if i % 3:
+                router.ended(route, i + 0.5, context=600 + 37 * i)
+        return chosen
+
+    assert run() == run()
