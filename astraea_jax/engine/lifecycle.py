@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
 
 from astraea_jax.engine.generation import Mailbox
@@ -35,7 +35,7 @@ class Lifecycle:
         weights: of owners' shares of the queue.
     """
 
-    def __init__(self, max_queued: int, weights: Mapping[str, float] | None = None):
+    def __init__(self, max_queued: int, weights: Mapping[Hashable, float] | None = None):
         self._changed = threading.Condition()
         self._state = State.NEW
         self._reason = "the engine has not been started"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 RESERVE = 4
 """A fourth of what may wait is kept for clients who have nothing there, or less than their share of all of it."""
@@ -17,7 +17,7 @@ class SharedBound:
         weights: of clients' shares; who is not named has 1.
     """
 
-    def __init__(self, most: int, weights: Mapping[str, float] | None = None):
+    def __init__(self, most: int, weights: Mapping[Hashable, float] | None = None):
         self._most, self._weights = most, weights or {}
         self._of: Counter[str] = Counter()
         self.total = 0

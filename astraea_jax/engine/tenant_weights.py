@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 
 MOST = 1e6
@@ -24,7 +25,7 @@ class Weights:
         )
 
 
-def parsed(text: str | None) -> dict[str, float]:
+def parsed(text: str | None) -> dict[Hashable, float]:
     """Return weights by tenant.
 
     Args:
@@ -43,7 +44,7 @@ def parsed(text: str | None) -> dict[str, float]:
             lines = [line for line in Path(text[1:]).read_text("utf-8").splitlines() if not line.startswith("#")]
         except OSError as error:
             raise ValueError(f"{text[1:]} cannot be read: {error}") from None
-    weights: dict[str, float] = {}
+    weights: dict[Hashable, float] = {}
     for line in filter(None, map(str.strip, lines)):
         owner, _, number = line.rpartition("=")
         if "=" not in line or owner in weights or not 0 <= (weight := float(number)) <= MOST:
