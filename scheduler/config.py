@@ -30,6 +30,8 @@ class SchedulerConfig:
     host: HostTier = NO_HOST
     window: Window | None = None
     """What layers with a window have; None: no layer has one."""
+    kv_events: bool = False
+    """Whether a log tells which blocks are cached; see :mod:`~.kv_log`."""
 
     def __post_init__(self) -> None:
         if self.max_running < 1:

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
 
+from .kv_log import KVLog
 from .pages import PagePool
 from .program import Program, Request
 from .transfer import HostCopy, HostPages, HostTier, Part, Transfer
@@ -20,11 +21,12 @@ class HostCopies:
     Args:
         host: sizes of the tier.
         idle_s: seconds from a time on that a program is expected not to run.
+        log: is told what the host holds; None: nobody listens.
     """
 
-    def __init__(self, host: HostTier, idle_s: Callable[[Program, float], float]):
+    def __init__(self, host: HostTier, idle_s: Callable[[Program, float], float], log: KVLog | None = None):
         self.host = host
-        self._idle_s = idle_s
+        self._idle_s, self._log = idle_s, log
         self._used = 0  # memory, in pages of one layer
         self._staged = 0  # pages on their way to the host
         self._holders: OrderedDict[Program, None] = OrderedDict()  # least recently used first
@@ -68,6 +70,8 @@ class HostCopies:
         pages, parts = tuple(program.pages[first : first + count]), (Part(copy, 0, count),)
         window_parts = (Part(copy, 0, len(windows)),)
         self._begin(Transfer(program, pages, parts, True, now, tuple(windows), window_parts))
+        if self._log is not None:
+            self._log.copying(program, copy)
 
     def restore(
         self, request: Request, pages: list[int], parts: list[Part], windows: list[int], first: int, now: float
@@ -138,6 +142,8 @@ class HostCopies:
             if copy.ready:
                 copy.memory.holders += 1
                 other.copies.append(HostCopy(copy.first, copy.used, copy.memory))
+                if self._log is not None:
+                    self._log.shared(copy, other.copies[-1])
                 self._holders[other] = None
                 pages = max(pages, copy.end)
         return pages
@@ -145,11 +151,7 @@ class HostCopies:
     def cut(self, program: Program, keep: int) -> None:
         """Drop the copies of all but a program's first ``keep`` pages."""
         while program.copies and program.copies[-1].end > keep:
-            copy = program.copies[-1]
-            if copy.first < keep:
-                copy.used = keep - copy.first
-            else:
-                self.remove(program, copy)
+            self._cut(program, program.copies[-1], keep)
 
     def cut_windowless(self, program: Program, first: int, held: int) -> None:
         """Cut copies where they have pages of a program from index ``first`` on, but not the window pages of these.
@@ -159,15 +161,23 @@ class HostCopies:
         for copy in list(program.copies):
             keep = max(first, copy.first)
             if keep < min(copy.end, copy.window_first) and copy.end <= held:
-                if keep > copy.first:
-                    copy.used = keep - copy.first
-                else:
-                    self.remove(program, copy)
+                self._cut(program, copy, keep)
+
+    def _cut(self, program: Program, copy: HostCopy, keep: int) -> None:
+        """Drop what a copy has after the first ``keep`` pages of its program."""
+        if keep <= copy.first:
+            self.remove(program, copy)
+            return
+        copy.used = keep - copy.first
+        if self._log is not None:
+            self._log.cut(copy)
 
     def remove(self, program: Program, copy: HostCopy) -> None:
         """Drop one copy."""
         program.copies.remove(copy)
         copy.dropped = True
+        if self._log is not None:
+            self._log.cut(copy)
         copy.memory.holders -= 1
         if not copy.memory.holders:
             self._dropped.append(copy.memory)
@@ -207,6 +217,8 @@ class HostCopies:
         assert self._used == sum(map(self._size, {*holders, *arriving})) <= self.host.size
         assert 0 <= self._staged <= max(self.host.staging, 0)
         assert not any(transfer.cancelled for transfer in self._under_way)
+        if self._log is not None:
+            self._log.check(copies)
 
 
 def copyable(program: Program, pool: PagePool) -> tuple[int, int]:

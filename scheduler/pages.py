@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from .kv_log import KVLog
+from .wait import DEVICE
 from .windows import WindowPages
 
 
@@ -20,13 +22,15 @@ class PagePool:
     Args:
         num_pages: the null page included.
         windows: the window pages that hang on these pages; None: there are none.
+        log: is told what the prefix cache loses; None: nobody listens.
     """
 
-    def __init__(self, num_pages: int, windows: WindowPages | None = None):
+    def __init__(self, num_pages: int, windows: WindowPages | None = None, log: KVLog | None = None):
         if num_pages < 2:
             raise ValueError(f"a pool of {num_pages} pages has none to give: page 0 is the null page")
         self.size = num_pages - 1
         self.windows = windows or WindowPages(None, num_pages, 1)
+        self.log = log
         self._free = list(range(num_pages - 1, 0, -1))
         self._cached: dict[int, None] = {}  # free, but with a hash; oldest first
         self._references = [0] * num_pages
@@ -127,17 +131,24 @@ class PagePool:
 
     # -- the prefix cache ------------------------------------------------------------------------------------------
 
-    def cache(self, page: int, block_hash: bytes) -> None:
-        """Add a held page to the prefix cache; of several pages with equal hashes the first one stays in it."""
-        if page not in self._hash_of and block_hash not in self._page_of:
-            self._page_of[block_hash] = page
-            self._hash_of[page] = block_hash
+    def cache(self, page: int, block_hash: bytes) -> bool:
+        """Add a held page to the prefix cache; of several pages with equal hashes the first one stays in it.
+
+        Returns whether it was added now.
+        """
+        if page in self._hash_of or block_hash in self._page_of:
+            return False
+        self._page_of[block_hash] = page
+        self._hash_of[page] = block_hash
+        return True
 
     def uncache(self, page: int) -> None:
         """Remove a page from the prefix cache, because something else will be written there."""
         block_hash = self._hash_of.pop(page, None)
         if block_hash is not None:
             del self._page_of[block_hash]
+            if self.log is not None:
+                self.log.uncached(block_hash)
         if page in self._cached:
             del self._cached[page]
             self.windows.forget(page)
@@ -172,3 +183,4 @@ class PagePool:
         assert self._pinned == len(pins)
         assert self._page_of == {block_hash: page for page, block_hash in self._hash_of.items()}, "hashes differ"
         assert self._cached.keys() <= self._hash_of.keys()
+        assert self.log is None or self.log.hashes(DEVICE) == self._page_of.keys(), "the log knows other blocks"

@@ -49,7 +49,7 @@ class Residency:
         """Window pages offloaded and restored so far."""
         self.failed = 0
         """Transfers that failed so far."""
-        self._copies = HostCopies(host, self._idle_s)
+        self._copies = HostCopies(host, self._idle_s, pool.log)
         self.kv = RetainedKV(pool, page_size, self._copies, lost)
         self._order = self.kv.order
         self._leases = Leases(pool.size)
@@ -249,6 +249,8 @@ class Residency:
         if transfer.cancelled:
             return
         self._copies.end(transfer)
+        if transfer.to_host and self._pool.log is not None:
+            self._pool.log.arrived(transfer.parts[0].copy)
         self._strategy.predict.transfers.observe(len(transfer.pages), now - transfer.began)
         self.moved[not transfer.to_host] += len(transfer.pages)
         self.moved_windows[not transfer.to_host] += len(transfer.windows)

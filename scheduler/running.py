@@ -178,8 +178,10 @@ class Running:
     def cache_pages(self, request: Request, start: int) -> None:
         """Add to the prefix cache the full pages from token ``start`` on that are computed by all dispatched steps."""
         full = min(request.num_computed // self._size, len(request.block_hashes))
-        for i in range(start // self._size, full):
-            self._pool.cache(request.pages[i], request.block_hashes[i])
+        cache, pages, hashes = self._pool.cache, request.pages, request.block_hashes
+        new = [i for i in range(start // self._size, full) if cache(pages[i], hashes[i])]
+        if self._pool.log is not None:
+            self._pool.log.cached(request, new)
 
     def _take_changes(self) -> list[tuple[int, int, list[int]]]:
         """Updates of the page table since the last call; window pages have columns after those of pages."""

@@ -18,6 +18,7 @@ from collections.abc import Hashable, Sequence
 from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
 from .handover import HandOver
+from .kv_log import KVLog
 from .load import Load
 from .pages import PagePool
 from .placement import Report
@@ -44,7 +45,10 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: Policy):
         self.config = config
         self._policy = policy
-        self._pool = PagePool(config.num_pages, WindowPages(config.window, config.num_pages, config.page_size))
+        self.kv_log = KVLog(config.page_size) if config.kv_events else None
+        """Which blocks are cached, as it changes; None: nobody listens."""
+        windows = WindowPages(config.window, config.num_pages, config.page_size)
+        self._pool = PagePool(config.num_pages, windows, self.kv_log)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._planner = Planner(config, policy, self._pool, self._residency)
         self._running, self._admission = self._planner.running, self._planner.admission
@@ -232,6 +236,8 @@ class Scheduler:
             request.matched = min(request.matched, request.num_tokens)
         self._residency.lose_device(self._programs.programs())
         self._pool.uncache_all()
+        if self.kv_log is not None:
+            self.kv_log.retell()
         return failed
 
     def stats(self) -> SchedulerStats:

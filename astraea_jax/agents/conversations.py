@@ -19,6 +19,7 @@ from typing import Any
 
 from astraea_jax.agents import meaning
 from astraea_jax.agents.continuity import Chat, Continuity, Mode, Prompt, Why
+from astraea_jax.agents.moves import History, add_history, history_of
 from astraea_jax.agents.opened import Continuation, Opened, Running
 from astraea_jax.agents.plain_texts import beginnings, text_hash, text_prompt
 from astraea_jax.agents.recognition import Match, best, program_of, recognise, waiting
@@ -238,6 +239,31 @@ class Conversations:
             state.forget(programs)
             self.owners.settle(state)
         return [program.name for program in programs]
+
+    def let_go(self, scope: str, name: str) -> History | None:
+        """Forget a program that moves to another process; returns what that goes on with, None if it is not known.
+
+        Args:
+            scope: the beginning of its owner's name.
+            name: of the program.
+        """
+        with self._lock:
+            for state in self.owners.all(scope):
+                program = state.programs.get(name)
+                if program is not None and not program.busy and (history := history_of(state, program)) is not None:
+                    state.forget([program])
+                    self.owners.settle(state)
+                    return history
+        return None
+
+    def take_over(self, history: History) -> None:
+        """Go on with a program of another process, unless it has come back already and is known here."""
+        with self._lock:
+            state = self._owner(history.owner)
+            if history.program not in state.programs and history.turns:
+                self.owners.keep(state)
+                add_history(state, history, self._jobs, self._clock())
+                self.owners.bound(state)
 
     def replace(self, owner: str, session: str, keep_messages: int, messages: Sequence[Any]) -> list[int]:
         """Replace the end of a session's history, for example by a summary.

@@ -279,6 +279,10 @@ class Owners:
                 self._owners.move_to_end(other.name)
         return self._owners.get(name) or Owner(name, self._resized)
 
+    def all(self, scope: str) -> list[Owner]:
+        """Owners whose names begin so."""
+        return [owner for name, owner in self._owners.items() if name.startswith(scope)]
+
     def keep(self, owner: Owner) -> None:
         """Remember an owner, who begins a request."""
         self._owners[owner.name] = owner

@@ -171,6 +171,8 @@ class EngineConfig:
     """Seconds after which an idle session is forgotten."""
     step_timeout_s: float = _option(120.0, Seconds())
     """Seconds after which a step counts as hung; the engine then ends."""
+    kv_events: bool = _option(False, SWITCH)
+    """Tell which blocks of prompts are cached (``Engine.kv_events``), for routers."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

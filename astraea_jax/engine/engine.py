@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -22,6 +20,7 @@ from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.dispatch import StepRunner
 from astraea_jax.engine.events import Check, Stop, Submit
 from astraea_jax.engine.generation import Generation, Mailbox, Observer, Outbox
+from astraea_jax.engine.kv_events import KVEvents
 from astraea_jax.engine.layout import Layout
 from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.loading import load_model
@@ -30,6 +29,7 @@ from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.sessions import Sessions
 from astraea_jax.engine.times import StepTimes, Work
+from astraea_jax.engine.watchdog import watch
 from astraea_jax.errors import EngineDead, Fault, StartupError
 from astraea_jax.kv_cache.offload import HostStore
 from astraea_jax.models.checkpoint import Progress
@@ -102,9 +102,12 @@ class Engine(Sessions):
                 session_ttl_s=c.session_ttl_s,
                 host=layout.host,
                 window=layout.window,
+                kv_events=c.kv_events,
             ),
             make_policy(c.policy, self._predictor, c.residency),
         )
+        self.kv_events = KVEvents(self._scheduler.kv_log)
+        """What is cached, as it changes, for one thread to take; nothing unless ``config.kv_events``."""
         self._runner = runner(decoder, c, layout, mesh)
         self._store: HostStore | None = None
         if layout.host.pages:
@@ -113,7 +116,9 @@ class Engine(Sessions):
         self._observers: list[Observer] = []
         self._leaving = False
         vocab_size = decoder.config.vocab_size
-        self._loop = ServingLoop(self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size)
+        self._loop = ServingLoop(
+            self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size, self.kv_events.collect
+        )
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     @classmethod
@@ -379,20 +384,6 @@ class Engine(Sessions):
         self._refuse_questions(reason)
 
     def _watch_steps(self) -> None:
-        """End the engine if a turn of the loop takes longer than ``step_timeout_s``: the device hangs."""
         limit = self.config.step_timeout_s
-        while self._thread.is_alive():
-            self._thread.join(min(1.0, limit / 4))
-            began = self._loop.turn_began
-            if began is not None and time.monotonic() - began > limit:
-                log.critical("a step hangs; the stacks of all threads:\n%s", _stacks())
-                self._die(f"a step took longer than {limit:.0f} s (step_timeout_s), so the device is taken for hung")
-                return
-
-
-def _stacks() -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    )
+        reason = f"a step took longer than {limit:.0f} s (step_timeout_s), so the device is taken for hung"
+        watch(self._thread, lambda: self._loop.turn_began, limit, lambda: self._die(reason))

@@ -65,6 +65,7 @@ class ServingLoop:
         tokenizer: turns tokens into text.
         lifecycle: says whether to go on, and who still waits for an answer.
         vocab_size: tokens that the model tells apart.
+        turned: called at the end of every turn.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ServingLoop:
         tokenizer: Tokenizer,
         lifecycle: Lifecycle,
         vocab_size: int,
+        turned: Callable[[], object],
     ):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         """Events posted by any thread. A SimpleQueue, because a destructor may post while another post is under way."""
@@ -83,7 +85,7 @@ class ServingLoop:
         self.turn_began: float | None = None
         """Time at which the present turn began, by ``time.monotonic``; None while the loop waits for events."""
         self._scheduler, self._runner, self._store = scheduler, runner, store
-        self._tokenizer, self._life, self._vocab_size = tokenizer, lifecycle, vocab_size
+        self._tokenizer, self._life, self._vocab_size, self._turned = tokenizer, lifecycle, vocab_size, turned
         self._guard = CompileGuard()
         self._live = LiveRequests()
         self._outbox = Outbox()
@@ -136,6 +138,7 @@ class ServingLoop:
         except _DeviceError as error:
             self._start_over(error)
             launched = None
+        self._turned()
         self._end_prepared()
         for mailbox in self._outbox.deliver(self._life.end):
             self._cancel(mailbox)

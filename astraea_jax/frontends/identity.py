@@ -42,7 +42,7 @@ NAMINGS = (
     Naming("x-opencode-session", "x-opencode-parent-session"),
     # OpenCode and Pi elsewhere; router-for-me/CLIProxyAPI#5694
     Naming("x-session-affinity", "x-parent-session-affinity"),
-    # older Codex; KarpelesLab/teamclaude#352
+    # older Codex; KarpelesLab/teamclaude#352. Ray Serve's key in gRPC metadata is session_id
     Naming("session-id"),
 )
 """What clients send, the first one that is there counts. The sources are where it is described or was seen."""
@@ -51,7 +51,7 @@ FINAL = ("x-session-final", "x-dynamo-session-final")
 KEYS = frozenset(
     {*FINAL, *(key for naming in NAMINGS for key in (naming.session, naming.parent, naming.child) if key is not None)}
 )
-"""All headers that are read here."""
+"""All headers that are read here, in their form with dashes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def identify(
     """Return what a request says about its session.
 
     Args:
-        headers: of HTTP, or metadata of gRPC; keys in small letters.
+        headers: of HTTP, or metadata of gRPC; keys in small letters. Underscores count as dashes, as for Ray Serve; a
+            key that has dashes counts before.
         session_id: field of the body; counts before all headers, and leaves none of their parents.
         parent_session_id: field of the body; counts before all headers.
         prompt_cache_key: OpenAI's field; counts after all headers.
@@ -86,12 +87,25 @@ def identify(
     Raises:
         RequestError: a name is too long, or a flag is neither true nor false.
     """
+    headers = with_dashes(headers)
     session, parent = _checked(session_id, "session_id"), _checked(parent_session_id, "parent_session_id")
     if session is None:
         session, above = next((found for naming in NAMINGS if (found := _named(naming, headers))[0]), (None, None))
         parent = parent or above
     session = session or _checked(prompt_cache_key, "prompt_cache_key") or _session_of_user(user_id)
     return Identity(session, parent if parent != session else None, any(_flag(headers, key) for key in FINAL))
+
+
+def with_dashes(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that are read here, by their names with dashes."""
+    found: dict[str, str] = {}
+    for key, value in headers.items():
+        if key in KEYS:
+            found.setdefault(key, value)
+    for key, value in headers.items():
+        if "_" in key and (name := key.replace("_", "-")) in KEYS:
+            found.setdefault(name, value)
+    return found
 
 
 def _named(naming: Naming, headers: Mapping[str, str]) -> tuple[str | None, str | None]:

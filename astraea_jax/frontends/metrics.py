@@ -236,6 +236,8 @@ def _pages(page: _Page, engine: Engine) -> None:
             source=source,
             reason=why,
         )
+    if engine.config.kv_events:
+        page.counter("kv_events_dropped", "Turns of the loop whose KV events nobody took.", engine.kv_events.dropped)
     page.gauge(
         "cache_config_info",
         "1; the sizes are its labels.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from astraea_jax.agents.continuity import Mode
 from astraea_jax.agents.conversations import Conversations
 from astraea_jax.agents.loop import called_tools
+from astraea_jax.agents.moves import History
 from astraea_jax.agents.opened import Continuation, Opened
 from astraea_jax.agents.tool_calls import ToolCall
 from astraea_jax.engine.encoding import DOORS, check_length, checked_ids
@@ -23,6 +25,7 @@ from astraea_jax.frontends.hints import NO_HINTS, Hints
 from astraea_jax.frontends.http.tenants import Tenant
 from astraea_jax.frontends.waits import Waiting, Waits
 from astraea_jax.models.config import CheckpointError
+from astraea_jax.scheduler.handover import HandOver
 from astraea_jax.scheduler.wait import Wait
 
 T = TypeVar("T")
@@ -65,6 +68,15 @@ class End:
     """Calls that somebody runs now; none: the job has ended; None: nobody knows what the text means."""
     final: bool = False
     """Whether the program has ended with this turn."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A program that moves to another process: its tokens, and what they mean, so that its turns continue there."""
+
+    program: HandOver
+    history: History | None
+    """None: its client has sent tokens, or nobody knows what they mean any more."""
 
 
 class Programs:
@@ -196,6 +208,31 @@ class Programs:
         for program in {session, *self.conversations.forget(scope_of(tenant), session)}:
             self.waits.end(tenant.owner, program)
             self.engine.end_session(program, owner=tenant.owner)
+
+    async def hand_over(self) -> list[Moving]:
+        """Let programs that wait go, so that another process goes on with them; call it again until there are none.
+
+        Raises:
+            EngineDead, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.hand_over`.
+        """
+        moving = []
+        for handed in await asyncio.wrap_future(self.engine.hand_over()):
+            assert isinstance(handed.key, tuple)
+            owner, name = handed.key
+            self.waits.end(owner, name)
+            moving.append(Moving(handed, self.conversations.let_go(f"{owner}\n", name)))
+        return moving
+
+    async def take_over(self, moving: Moving) -> None:
+        """Go on with a program of another process; its tokens are computed when there is time.
+
+        Raises:
+            RequestError, EngineDead, Overloaded: see :meth:`astraea_jax.engine.engine.Engine.take_over`; its next
+                request is computed anew then, from the true tokens all the same.
+        """
+        if moving.history is not None:
+            self.conversations.take_over(moving.history)
+        await asyncio.wrap_future(self.engine.take_over(moving.program))
 
     def tell(self, owner: str, program: str, wait: Wait) -> None:
         """Say what a program waits for, unless the engine has too much to do to learn from it."""

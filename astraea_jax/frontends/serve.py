@@ -50,6 +50,7 @@ from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
 from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
+from astraea_jax.frontends.kv_events.flags import kv_event_flags
 from astraea_jax.frontends.logs import log_flags
 from astraea_jax.frontends.operating import check_profiles, operator_flags
 from astraea_jax.frontends.program_flags import program_flags
@@ -69,7 +70,7 @@ flags.DEFINE_bool("grpc", True, "Serve gRPC.")
 flags.DEFINE_bool("http", True, "Serve HTTP.")
 http_server, door_keys, door_tls = http_flags(), key_flags(), tls_flags()
 server_tools, make_operator, make_programs = tool_flags(), operator_flags(), program_flags()
-options = engine_flags(*OPTIONS)
+options, kv_events = engine_flags(*OPTIONS), kv_event_flags()
 set_up_logs = log_flags()
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes serve one model together.")
 flags.DEFINE_integer(
@@ -98,7 +99,7 @@ LEAST_GRACE_S = 1.0
 
 def engine_config() -> EngineConfig:
     """Make the configuration that the flags describe."""
-    return options(compile_cache=compile_cache())
+    return options(compile_cache=compile_cache(), kv_events=FLAGS.kv_events is not None)
 
 
 def compile_cache() -> str | None:
@@ -185,7 +186,10 @@ async def serve(engine: Serving, display: StartupDisplay, began: float) -> int:
         StartupError, ToolError: a flag cannot be followed, or an MCP server cannot be used.
     """
     async with connected(server_tools()) as tools:
-        return await serve_with(tools, engine, display, began)
+        with kv_events(engine) as publishers:
+            for publisher in publishers:
+                say(f"KV events: {publisher}")
+            return await serve_with(tools, engine, display, began)
 
 
 async def serve_with(tools: Sequence[Tool], engine: Serving, display: StartupDisplay, began: float) -> int:

@@ -9,10 +9,12 @@ ends.
 
   python scripts/bench_scheduler.py
   python scripts/bench_scheduler.py --policies=astraea,plas,hrrn --waiting=1000,100000
+  python scripts/bench_scheduler.py --policies=astraea --caching=told     what KV events cost, beside --caching=cached
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from functools import partial
 import numpy as np
 from absl import flags
 
+from astraea_jax.engine.kv_events import KVEvents
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.config import SchedulerConfig
@@ -28,6 +31,7 @@ from astraea_jax.scheduler.evictor import Need
 from astraea_jax.scheduler.pages import PagePool
 from astraea_jax.scheduler.policies import SERVING, make_policy
 from astraea_jax.scheduler.prediction import Predictor
+from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.residency import Residency
 from astraea_jax.scheduler.scheduler import Scheduler
@@ -42,6 +46,12 @@ flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Requests that wait.")
 flags.DEFINE_integer("running", 256, "Requests that run.", lower_bound=1)
 flags.DEFINE_integer(
     "window", 0, "Tokens that a query sees in layers with a window; 0: no layer has one.", lower_bound=0
+)
+flags.DEFINE_enum(
+    "caching",
+    "off",
+    ["off", "cached", "told"],
+    "Whether full pages are put into the prefix cache, every prompt another one, and told as KV events as well.",
 )
 flags.DEFINE_integer("steps", 400, "Steps to measure.", lower_bound=10)
 define_flags("bench_scheduler")
@@ -62,12 +72,16 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
         max_waiting=10**7,
         max_programs=10**7,
         window=window,
+        kv_events=FLAGS.caching == "told",
     )
     scheduler = Scheduler(config, make_policy(name))
-    now = 0.0
+    now, salt = 0.0, None if FLAGS.caching == "off" else salted("")
+    events = None if scheduler.kv_log is None else KVEvents(scheduler.kv_log)
+    starts = itertools.count() if salt else itertools.repeat(0)
 
     def arrive() -> None:
-        scheduler.submit(range(rng.randint(100, 500)), rng.randint(2, 400), now=now)
+        start = next(starts)
+        scheduler.submit(range(start, start + rng.randint(100, 500)), rng.randint(2, 400), salt=salt, now=now)
 
     for _ in range(running + waiting):
         arrive()
@@ -81,9 +95,13 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
         planned = time.perf_counter()
         if before is not None:
             scheduler.commit(before, [1] * before.samples, now)
+        if events is not None:
+            events.collect()
         if step >= 200:
             plans.append(1e6 * (planned - began))
             commits.append(1e6 * (time.perf_counter() - planned))
+        if events is not None:
+            events.get(0)
         before = plan
     both = np.array(plans) + np.array(commits)
     return float(np.median(plans)), float(np.median(commits)), float(np.percentile(both, 99))

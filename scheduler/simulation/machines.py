@@ -68,9 +68,11 @@ class Machine:
 
         They end where the next token of a row no longer attends to all before it.
         """
+        if self.window is None:
+            return sys.maxsize
         ends = plan.starts + plan.counts
-        inside = ends[ends < (self.window or 0)]
-        return 1 + int(self.window - inside.max()) if self.window and len(inside) else sys.maxsize
+        inside = ends[ends < self.window]
+        return 1 + int(self.window - inside.max()) if len(inside) else sys.maxsize
 
     def bytes_of(self, tokens: int, in_windows: int) -> float:
         """KV of so many tokens in layers without a window, and of others in those with one."""

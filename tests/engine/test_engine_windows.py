@@ -14,26 +14,29 @@ from support.sizes import SMALL
 from support.windowed import greedy_of, windowed_decoder
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.models.config import Experts
 from astraea_jax.models.tokenizer import Tokenizer
 
 PAGE = 2 * 1024
 """Bytes of a page of four tokens and its window page, two layers."""
+MIXTURE = dataclasses.replace(RANDOM, experts=Experts(6, 2, 32, shared_size=32))
 CASES = [
-    (1, (0,), 48, {}),
-    (3, (1,), 48, {"tensor_parallel": 2}),
-    (4, (0, 1), 24, {"scan_layers": True}),
-    (13, (0,), 48, {}),
-    (5, (0, 2), 48, {"scan_layers": True}),
+    (RANDOM, 1, (0,), 48, {}),
+    (MIXTURE, 3, (1,), 48, {"tensor_parallel": 2}),
+    (RANDOM, 4, (0, 1), 24, {"scan_layers": True}),
+    (RANDOM, 13, (0,), 48, {}),
+    (MIXTURE, 5, (0, 2), 48, {"scan_layers": True}),
 ]
-"""Windows around the four tokens of a page, layers of two or four that have them, pages of memory, configuration."""
+"""Models, windows around the four tokens of a page, layers of two or four that have them, pages of memory, and the
+configuration. (Whether layers have experts matters to no page: their tokens must be right whatever is cancelled.)"""
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=CASES, ids=lambda case: " ".join(map(str, case[1:])))
 def case(request, random_folder):
     """An engine whose pools are too small, and what it must say."""
-    window, sliding, pages, more = request.param
+    model, window, sliding, pages, more = request.param
     layers = 4 if max(sliding) > 1 else 2
-    decoder, page = windowed_decoder(RANDOM, window, sliding, layers), layers // 2 * PAGE
+    decoder, page = windowed_decoder(model, window, sliding, layers), layers // 2 * PAGE
     greedy, memory = greedy_of(decoder), {"kv_bytes": pages * page, "host_kv_bytes": 60 * page}
     sizes = {"max_seqs": 4, "max_step_tokens": 16, "max_context": 96}
     config = dataclasses.replace(SMALL, **sizes, **memory, **more, residency="infercept")

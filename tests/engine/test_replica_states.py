@@ -89,7 +89,9 @@ def test_a_replica_that_dies_under_load_loses_no_program(dies):
                 await asyncio.sleep(0)
             break_loop(engines[dies], RuntimeError("the test"))
 
-        *texts, _ = await asyncio.gather(*[_agent(replicas, name, 6) for name in names], kill())
+        killing = asyncio.create_task(kill())
+        texts = await asyncio.gather(*[_agent(replicas, name, 6) for name in names])
+        await killing
         return texts
 
     texts = asyncio.run(work())

@@ -15,7 +15,7 @@ from astraea_jax.frontends.flags import MODEL, OPTIONS
 def test_every_field_that_an_operator_chooses_is_a_flag():
     """The compile cache has a default of serve.py's own."""
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    assert fields - {*OPTIONS} == {"compile_cache"}
+    assert fields - {*OPTIONS} == {"compile_cache", "kv_events"}
     assert {*MODEL} <= {*OPTIONS} <= fields
 
 

@@ -26,6 +26,21 @@ def test_every_header_names_the_session_and_its_parent(naming):
         assert identify({naming.parent: "p"}) == Identity(), "a parent alone names no session"
 
 
+@pytest.mark.parametrize("naming", NAMINGS, ids=lambda naming: naming.session)
+def test_underscores_are_dashes(naming):
+    """As Ray Serve has it, whose key in gRPC metadata is ``session_id``."""
+    headers = {key.replace("-", "_"): "s" for key in (naming.session, naming.child) if key}
+    assert identify(headers) == identify({naming.session: "s"} | ({naming.child: "s"} if naming.child else {}))
+    assert identify(headers).session
+    assert identify({"x_session_final": "true"}).final
+
+
+def test_what_has_dashes_counts_before_what_has_underscores():
+    """A gateway may have set it, and what passes beside it must not replace it."""
+    assert identify({"x_session_id": "a", "x-session-id": "b"}) == Identity("b")
+    assert identify({"x-session-id": "b", "x_session_id": "a", "session_id": "c"}) == Identity("b")
+
+
 def test_sub_agents_of_claude_code_are_children_of_their_session_or_of_each_other():
     headers = {"x-claude-code-session-id": "s", "x-claude-code-agent-id": "a"}
     assert identify(headers) == Identity("s/a", "s")

@@ -126,8 +126,8 @@ async def test_sdks_in_the_middle_of_a_stream():
     async with serving(replicas) as server:
         chat = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         claude = anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0)
-        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 60}
-        asked = {**body, "extra_body": {"temperature": 0.0, "ignore_eos": True, "session_id": "s"}}
+        greedy = {"temperature": 0.0, "ignore_eos": True, "session_id": "s"}
+        asked: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 60, "extra_body": greedy}
         async with chat, claude:
             whole, message = await chat.chat.completions.create(**asked), await claude.messages.create(**asked)
             error = await _dies_while_read(replicas, chat.chat.completions.create(**asked, stream=True))

@@ -191,6 +191,7 @@ def test_a_default_cache_that_cannot_be_used_is_done_without(serve_fails, monkey
         (["--session_ttl_s=inf"], "session_ttl_s is inf; it must be a finite number of seconds above 0"),
         (["--tls_cert=cert.pem"], "TLS needs both --tls_cert and --tls_key"),
         (["--tls_cert=cert.pem", "--tls_key=key.pem"], "TLS cannot be served with cert.pem and key.pem"),
+        (["--kv_events=tcp://*:65536", "--nohttp"], "KV events: there is no port 65536"),
         (["--max_seqs=64", "--max_step_tokens=8"], "max_step_tokens 8 is below max_seqs 64"),
     ],
 )

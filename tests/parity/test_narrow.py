@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.gpt_oss_files import write_gpt_oss
 from support.narrow_writers import WRITERS, write_narrow
 from support.parity import check_logits, check_tokens
 
@@ -62,6 +63,16 @@ async def test_logits_and_tokens(name, tmp_path):
         torch.manual_seed(seed)
         transformers.Qwen2ForCausalLM(config).save_pretrained(wide)
         write_narrow(wide, narrow, again, name)
+        if ask(again, narrow):
+            break
+    check_logits(narrow)
+    await check_tokens(narrow)
+
+
+async def test_gpt_oss_as_it_is_published(tmp_path):
+    for seed in range(20):
+        narrow, again = (tmp_path / f"{kind} {seed}" for kind in ("narrow", "again"))
+        write_gpt_oss(narrow, again, seed)
         if ask(again, narrow):
             break
     check_logits(narrow)

@@ -1,10 +1,13 @@
-"""Names and types of the fields that our manifests may set, from the custom resource definitions of those who read them.
+"""Names and types of the fields that our manifests may set, from the custom resource definitions of who reads them.
 
-``python tests/support/crd_schemas.py LWS.yaml RAYSERVICE.yaml`` writes ``crd_schemas.json`` anew: of every object that a
-manifest of ``deploy/`` sets, all fields by name, and of those that it sets their types, what they must have and their
-permitted values. Nothing else of the definitions is kept. They were leaderworkerset.x-k8s.io_leaderworkersets.yaml of
-LeaderWorkerSet v0.10.0 (commit 060ab4d) and ray.io_rayservices.yaml of KubeRay v1.7.0-rc.0 (commit feeaf72), both under the
-Apache License 2.0.
+``python tests/support/crd_schemas.py LWS.yaml RAYSERVICE.yaml`` writes ``crd_schemas.json`` anew: of every object that
+a manifest of ``deploy/`` sets, all fields by name, and of those that it sets their types, what they must have and their
+permitted values. Nothing else of the definitions is kept. They were
+
+* leaderworkerset.x-k8s.io_leaderworkersets.yaml of LeaderWorkerSet v0.10.0 (commit 060ab4d),
+* ray.io_rayservices.yaml of KubeRay v1.7.0-rc.0 (commit feeaf72),
+
+both under the Apache License 2.0.
 """
 
 from __future__ import annotations

@@ -172,6 +172,7 @@ class Machine(RuleBasedStateMachine):
         match asked.ends[0]:
             case "length":
                 assert asked.tokens == expected
+                assert asked.key is not None
                 self.texts[asked.key[1]] = [*asked.prompt, *asked.tokens]
             case "cancelled" | "dropped":
                 assert asked.may_be_cancelled

@@ -12,6 +12,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device import complete
+from support.kv_listener import Listener, Truth
 from support.loop import Loop, make
 
 from astraea_jax.scheduler.placement import Report
@@ -51,8 +52,9 @@ class Machine(RuleBasedStateMachine):
             window = Window(window, 1 + windows * least + -(-budget // page_size) + spare)
             host = replace(host, layers=(1, 2))
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
-        sizes |= {"max_programs": 12, "max_waiting": 5}
+        sizes |= {"max_programs": 12, "max_waiting": 5, "kv_events": True}
         self.scheduler = make(policy, strategy, **sizes, host=host, window=window)
+        self.listener, self.truth = Listener(), Truth(self.scheduler)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
@@ -248,6 +250,7 @@ class Machine(RuleBasedStateMachine):
                 assert request.output == complete(list(request.prompt), request.max_tokens, request.stops)
         self.live = [s for s in self.live if s.finish_reason is None]
         self.nothing_is_prepared_for_nobody()
+        self.what_is_cached_is_told()
         running = sum(s.slot >= 0 for s in self.live)
         stats = self.scheduler.stats()
         assert stats.running == running + sum(s.slot >= 0 for s in self.tails)
@@ -270,6 +273,10 @@ class Machine(RuleBasedStateMachine):
         """Tokens of a program's present or last request; a fork has none of its own."""
         request = self.scheduler._programs.live.get(program) or program.last
         return request.num_tokens if request and request.program is program else 0
+
+    def what_is_cached_is_told(self):
+        self.listener.hear(self.scheduler.kv_log.take())
+        assert self.listener.tiers == self.truth.tiers()
 
     def nothing_is_prepared_for_nobody(self):
         ended = [tail for tail in self.tails if tail.finish_reason is not None]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from astraea_jax.engine.mixtures import operations
+from astraea_jax.kernels import Reference
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
-from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import abstract_decoder, default_mesh
 
 
@@ -27,7 +28,7 @@ def windowed_decoder(model: ModelConfig, window: int, sliding: tuple[int, ...], 
 
 
 def greedy_of(decoder: Decoder, length: int = 128) -> Callable[..., list[int]]:
-    """Like the fixture ``greedy``, for texts up to ``length`` tokens of a model with windows."""
+    """Like the fixture ``greedy``, for texts up to ``length`` tokens of a model with windows or experts."""
     graph, state = nnx.split(decoder)
     layers = decoder.config.num_layers
 
@@ -37,10 +38,12 @@ def greedy_of(decoder: Decoder, length: int = 128) -> Callable[..., list[int]]:
         seen = (at <= at[:, None]) & (at > at[:, None] - window)
         return jax.nn.dot_product_attention(q[None], k[None], v[None], mask=seen[None, None])[0], cache
 
+    ops = operations(attend, Reference(), default_mesh())
+
     @jax.jit
     def likeliest(state, tokens):
         model = nnx.merge(graph, state)
-        hidden, _ = model(tokens, jnp.arange(length), (None,) * layers, Operations(attend))
+        hidden, _ = model(tokens, jnp.arange(length), (None,) * layers, ops)
         return model.logits(hidden).argmax(-1)
 
     def generate(prompt: list[int], n: int, guess: list[int] | tuple[int, ...] = ()) -> list[int]:

@@ -72,6 +72,11 @@ REQUESTS = Requests()
 """Those of this process."""
 
 
+def asked_of(request_id: str) -> Asked | None:
+    """Look up a request that a proxy in this process has taken."""
+    return REQUESTS.get(request_id)
+
+
 def middlewares() -> list[Middleware]:
     """Return the middleware, as Serve's callback must."""
     return [Middleware(Front)]

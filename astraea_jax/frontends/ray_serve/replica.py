@@ -27,14 +27,13 @@ from astraea_jax.frontends.http.hosts import AllowedHosts, host_name
 from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.http.waiting import Limits
 from astraea_jax.frontends.hub import find_model
-from astraea_jax.frontends.programs import Programs, conversations_of
+from astraea_jax.frontends.programs import Moving, Programs, conversations_of
 from astraea_jax.frontends.ray_serve.calls import Calls
 from astraea_jax.frontends.ray_serve.loading import start_engine
 from astraea_jax.frontends.ray_serve.options import Options
 from astraea_jax.frontends.ray_serve.split import Split
 from astraea_jax.frontends.rpc.servicer import Servicer
 from astraea_jax.frontends.rpc.wire import SESSION_METHODS
-from astraea_jax.scheduler.handover import HandOver
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ TAKEN = 4096
 """Sessions at most that a replica says it has taken over, the latest ones."""
 TOLD_S = 30.0
 """Seconds for which it says so: several reports, of which each router sees at least one."""
-HAND_OVER_S = 10.0
+HAND_OVER_S = 5.0
 """Seconds in which somebody must have taken over the programs of a replica that stops. Nobody does where a whole
 application is deleted; what is not handed over is computed again."""
 
@@ -62,7 +61,7 @@ class Replica:
         keys, grammars = Keys.of(options.api_keys, options.admin_keys), GrammarCompiler(engine.tokenizer)
         with suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
             grammars.prepare()
-        programs = Programs(engine, conversations_of(engine, options.turn_continuity))
+        self._programs = programs = Programs(engine, conversations_of(engine, options.turn_continuity))
         self._guard = _make_guard(options, engine, keys, grammars, programs)
         self._calls = Calls(Servicer(engine, grammars, programs), keys)
         gc.collect()
@@ -112,11 +111,11 @@ class Replica:
         """Report to the autoscaler."""
         return self._engine.report().fields()
 
-    async def take_over(self, program: HandOver) -> None:
+    async def take_over(self, moving: Moving) -> None:
         """Go on with a program of another replica; its tokens are computed when there is time."""
         with suppress(RequestError, Overloaded, EngineDead):  # it is computed again when it comes back
-            await asyncio.wrap_future(self._engine.take_over(program))
-            self._taken.append((time.monotonic(), _name(program)))
+            await self._programs.take_over(moving)
+            self._taken.append((time.monotonic(), _name(moving)))
 
     async def __del__(self) -> None:
         """Hand the programs over and end; Serve calls it when the requests that ran have ended."""
@@ -124,7 +123,7 @@ class Replica:
         if engine is None:
             return
         try:
-            await asyncio.wait_for(_hand_over(engine), HAND_OVER_S)
+            await asyncio.wait_for(_hand_over(self._programs), HAND_OVER_S)
         except Exception as error:
             log.warning("programs were not handed over (%r); they are computed again", error)
         await asyncio.to_thread(engine.shutdown, 0)
@@ -143,19 +142,20 @@ for _method in ("HealthCheck", *SESSION_METHODS):
     setattr(Replica, _method, _single(_method))
 
 
-async def _hand_over(engine: Serving) -> None:
+async def _hand_over(programs: Programs) -> None:
     """Hand the programs that wait to the other replicas, each where a router places it."""
-    engine.drain()
+    programs.engine.drain()
     here = serve.get_replica_context()
-    while programs := await asyncio.wrap_future(engine.hand_over()):
+    while moving := await programs.hand_over():
         others = serve.get_deployment_handle(here.deployment, here.app_name).options(method_name="take_over")
-        await asyncio.gather(*(others.options(session_id=_name(each)).remote(each) for each in programs))
+        await asyncio.gather(*(others.options(session_id=_name(each)).remote(each) for each in moving))
 
 
-def _name(program: HandOver) -> str:
+def _name(moving: Moving) -> str:
     """Return the name by which routers know a program."""
-    assert isinstance(program.key, tuple)  # owner and session
-    return str(program.key[1])
+    key = moving.program.key
+    assert isinstance(key, tuple)  # owner and session
+    return str(key[1])
 
 
 def _make_guard(options: Options, engine: Serving, keys: Keys, grammars: GrammarCompiler, programs: Programs) -> Guard:

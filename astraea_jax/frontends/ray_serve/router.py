@@ -2,6 +2,9 @@
 
 A process sees its own requests only. Of what other proxies send to a replica it learns from the replica's reports, and
 a session that comes by two proxies has a home in each; it is answered right in both, and computed twice at first.
+
+Serve carries this module to its processes by value, with copies of all that it names but functions and classes of other
+modules. What it shares with the proxy around it is therefore behind functions.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from astraea_jax.frontends.ray_serve.proxies import REQUESTS, Asked
-from astraea_jax.frontends.ray_serve.split import SPLITS, Split
+from astraea_jax.frontends.ray_serve.proxies import Asked, asked_of
+from astraea_jax.frontends.ray_serve.split import learn
 from astraea_jax.scheduler.placement import Report, ReportError
 from astraea_jax.scheduler.router import NoReplica, Route, Router
 
@@ -65,7 +68,7 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
             self._router.join(each.replica_id, now)
             self._take_in(each.replica_id, each.routing_stats, now)
         split = next((found for each in replicas if (found := (each.routing_stats or {}).get("split"))), None)
-        SPLITS.put(self.app_name, None if split is None else Split(**split))
+        learn(self.app_name, split)
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
@@ -111,7 +114,7 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
         before = self._routed.get(request)
         avoid = frozenset() if before is None else frozenset({before.route.replica})
         self._release(request)
-        asked = REQUESTS.get(metadata.request_id) or UNKNOWN
+        asked = asked_of(metadata.request_id) or UNKNOWN
         try:
             route = self._router.route(
                 session, max(1, asked.tokens), time.monotonic(), parent=asked.parent, avoid=avoid

@@ -100,3 +100,8 @@ class Splits:
 
 SPLITS = Splits()
 """Those of this process."""
+
+
+def learn(application: str, split: Mapping[str, Any] | None) -> None:
+    """Learn in this process what an application takes, of what its replicas report."""
+    SPLITS.put(application, None if split is None else Split(**split))

@@ -16,6 +16,7 @@ from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed,
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_usage, write_sampling, write_session
 from astraea_jax.models.tokenizer import Tokenizer
+from astraea_jax.scheduler.placement import Report
 from astraea_jax.scheduler.wait import Wait
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,15 @@ class Client:
         """Ask for the server's :meth:`astraea_jax.engine.engine.Engine.counts`."""
         stats = await self._stats(wire.StatsRequest(), metadata=self._key)
         return {count.name: count.value for count in stats.counts}
+
+    async def report(self) -> Report:
+        """Ask for the server's :meth:`astraea_jax.engine.engine.Engine.report`.
+
+        Raises:
+            ReportError: it is not one.
+        """
+        stats = await self._stats(wire.StatsRequest(), metadata=self._key)
+        return Report.from_fields({figure.name: figure.value for figure in stats.report})
 
     async def _ask(self, method: Any, request: Any, salt: str) -> Any:
         try:

@@ -125,7 +125,7 @@ def read_identity(metadata: Metadata) -> Identity:
     Raises:
         RequestError: a key comes twice, a name is too long, or the flag is neither true nor false.
     """
-    return identify(_single_values(metadata, KEYS_OF_SESSIONS))
+    return identify(_single_values([(key.replace("_", "-"), value) for key, value in metadata], KEYS_OF_SESSIONS))
 
 
 def write_session(session: str | None, final: bool, salt: str) -> list[tuple[str, str | bytes]]:

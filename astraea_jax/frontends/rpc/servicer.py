@@ -183,10 +183,12 @@ class Servicer:
         return wire.ReplaceTailResponse(computed=computed)
 
     def stats(self, request: Any, owner: str) -> Any:
-        """The engine's counts; they name no session and no tenant."""
+        """The engine's counts, and the report of its load; they name no session and no tenant."""
         response = wire.StatsResponse()
         for name, value in self._engine.counts().items():
             response.counts.add(name=name, value=value)
+        for name, figure in self._engine.report().fields().items():
+            response.report.add(name=name, value=figure)
         return response
 
 

@@ -20,6 +20,7 @@ _KINDS = {
     "int64": _Field.TYPE_INT64,
     "string": _Field.TYPE_STRING,
     "float": _Field.TYPE_FLOAT,
+    "double": _Field.TYPE_DOUBLE,
     "bool": _Field.TYPE_BOOL,
 }
 
@@ -77,8 +78,12 @@ _ASTRAEA: dict[str, list[tuple[int, str, str]]] = {
     "ReplaceTailRequest": [(1, "string", "session"), (2, "repeated int32", "token_ids")],
     "ReplaceTailResponse": [(1, "bool", "computed")],
     "StatsRequest": [],
-    "StatsResponse": [(1, "repeated StatsResponse.Count", "counts")],
+    "StatsResponse": [
+        (1, "repeated StatsResponse.Count", "counts"),
+        (2, "repeated StatsResponse.Figure", "report"),  # of its load, for routers
+    ],
     "StatsResponse.Count": [(1, "string", "name"), (2, "int64", "value")],
+    "StatsResponse.Figure": [(1, "string", "name"), (2, "double", "value")],
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 
 import pytest
@@ -55,10 +54,13 @@ async def test_a_replica_that_is_killed_loses_nobody(fleet, http):
 
 async def test_a_new_version_takes_over_without_a_failed_request(fleet):
     update = threading.Thread(target=deploy, args=(2, ENGINE), kwargs={"served_model_names": ["newer"]})
+    old = set(fleet.replicas())
     update.start()
-    rounds = 0
-    while update.is_alive() or rounds == 0:
-        assert all(each.right for each in await run_agents(fleet, TASKS[:6], http=rounds % 2 == 0))
-        rounds += 1
-        await asyncio.sleep(0)
-    update.join()
+    try:
+        http = True
+        while update.is_alive():
+            assert all(each.right for each in await run_agents(fleet, TASKS[:6], http=http))
+            http = not http
+    finally:
+        update.join()
+    assert not old & set(fleet.replicas())

@@ -35,7 +35,7 @@ async def make_replica(random_folder):
 
     async def make(**options):
         replica = Kept.__new__(Kept)
-        await replica.__init__(Options(str(random_folder), engine=SIZES, **options))
+        await Kept.__init__(replica, Options(str(random_folder), engine=SIZES, **options))
         made.append(replica)
         return replica
 

@@ -10,12 +10,17 @@ from support.reports import QUIET
 
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
 
+from ray import cloudpickle
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
+from astraea_jax.frontends.ray_serve.app import ROUTER
 from astraea_jax.frontends.ray_serve.proxies import REQUESTS, Asked
-from astraea_jax.frontends.ray_serve.router import ProgramRouter
+from astraea_jax.frontends.ray_serve.split import SPLITS
 
+CARRIED = RequestRouterConfig(request_router_class=ROUTER).get_serialized_request_router_cls()
+"""The class as Serve brings it to its processes."""
 DEPLOYMENT = DeploymentID("Engine", "default")
 BUSY = replace(QUIET, wait_s=tuple(float(i) for i in range(50, 60)))
 
@@ -44,7 +49,7 @@ def request(id, session=None, method="__call__"):
 
 @pytest.fixture
 async def router():
-    router = ProgramRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    router = cloudpickle.loads(CARRIED)(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
     router.initialize_state()
     return router
 
@@ -159,6 +164,13 @@ async def test_a_child_begins_where_its_parent_is(router):
     done(router, first, home)
     REQUESTS.put("2", Asked(20_100, parent="parent"))
     assert await chosen(router, request("2", "child")) == home
+
+
+async def test_the_proxy_around_it_learns_of_a_split(router):
+    present(router, "a", a={**report(1), "split": {"share": 1.0, "route_prefix": "/next"}})
+    assert SPLITS.choose("s") == ("default", "/next")
+    present(router, "a", a={**report(2), "split": None})
+    assert SPLITS.choose("s") is None
 
 
 async def test_an_ended_session_is_forgotten(router):

@@ -72,6 +72,8 @@ async def test_counts_and_tools_travel(client, engine):
     client.tool_called("tooled", "price")
     while engine.stats().in_tool_wait == 0 or client._telling:
         await asyncio.sleep(0.005)
+    report = await client.report()
+    assert (report.pool, report.running, report.draining) == (engine.report().pool, 0, False)
     counts = await client.counts()
     assert counts["in_tool_wait"] >= 1
     assert counts["offloaded_bytes"] == counts["failed_transfers"] == 0

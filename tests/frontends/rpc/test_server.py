@@ -71,7 +71,9 @@ async def test_stop_by_metadata(decode, engine, greedy):
     assert trailing["x-finish-reason"] == "stop"
 
 
-@pytest.mark.parametrize("key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id"])
+@pytest.mark.parametrize(
+    "key", ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id", "session_id", "x_session_id"]
+)
 async def test_a_session_keeps_its_cache(decode, engine, key):
     session = (*NO_EOS, (key, f"by-{key}"))
     await decode(token_content={"token_ids": list(range(1, 31))}, max_tokens=3, metadata=session)
@@ -102,6 +104,7 @@ async def test_a_session_keeps_its_cache(decode, engine, key):
         ({}, (("x-ignore-eos", "maybe"),), "INVALID_ARGUMENT", "x-ignore-eos"),
         ({}, (("x-session-id", "s" * 300),), "INVALID_ARGUMENT", "300 characters"),
         ({}, (("x-session-id", "a"), ("x-session-id", "b")), "INVALID_ARGUMENT", "x-session-id is given twice"),
+        ({}, (("x-session-id", "a"), ("x_session_id", "b")), "INVALID_ARGUMENT", "x-session-id is given twice"),
         ({}, (("x-session-final", "yes"),), "INVALID_ARGUMENT", "x-session-final"),
         ({}, (("x-session-final", ""),), "INVALID_ARGUMENT", "x-session-final"),
         ({}, (("x-cache-salt", "a"), ("x-cache-salt", "b")), "INVALID_ARGUMENT", "x-cache-salt is given twice"),
