@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from astraea_jax.engine.shared_bound import SharedBound
@@ -33,7 +33,7 @@ class Waiting:
         weights: of tenants' shares.
     """
 
-    def __init__(self, choices: int, tokens: int, weights: Mapping[str, float] | None = None):
+    def __init__(self, choices: int, tokens: int, weights: Mapping[Hashable, float] | None = None):
         self._choices, self._tokens = SharedBound(choices, weights), SharedBound(tokens, weights)
 
     @property
