@@ -1,4 +1,6 @@
-"""The table of models in README.md, made from the tests: `PYTHONPATH=tests python tests/support/model_table.py` writes it.
+"""The table of models in README.md, made from the tests.
+
+`PYTHONPATH=tests python tests/support/model_table.py` writes it.
 
 A backend serves a family in a form if tests mark it with every feature that published models of the family, and the
 form, need (:mod:`support.table`). What is compared with transformers is in :mod:`support.variants`.
