@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -111,11 +112,15 @@ def step_shapes(max_seqs: int, max_step_tokens: int, fewest: int) -> tuple[StepS
     """The shapes to compile.
 
     They double: the rows of decode, from ``fewest`` up, and the tokens of steps with prefill. Of these, a CPU has none
-    with fewer tokens than twice the rows: each is another executable to compile.
+    with fewer tokens than twice the rows, since each is another executable to compile, but one halfway between any two,
+    since its time grows with every token of padding.
     """
+    slow = fewest == 1
     decode = [StepShape(n, n, 1) for n in _doubling(min(fewest, max_seqs), max_seqs)]
-    lowest = min(FEWEST_TOKENS if fewest > 1 else max(FEWEST_TOKENS, 2 * max_seqs), max_step_tokens)
-    return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in _doubling(lowest, max_step_tokens)))
+    lowest = min(max(FEWEST_TOKENS, 2 * max_seqs) if slow else FEWEST_TOKENS, max_step_tokens)
+    tokens = _doubling(lowest, max_step_tokens)
+    between = [(a + b) // 2 for a, b in pairwise(tokens)] if slow else []
+    return (*decode, *(StepShape(n, max_seqs, PREFILL_TILE) for n in sorted({*tokens, *between})))
 
 
 def _doubling(low: int, high: int) -> list[int]:

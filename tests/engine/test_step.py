@@ -27,7 +27,7 @@ COLLECTIVE = re.compile(r"= (.*) (all-reduce|all-gather|all-to-all|collective-pe
 def test_shapes_are_few_and_reach_the_largest_step():
     assert step_shapes(4, 16, 8) == (StepShape(4, 4, 1), StepShape(16, 4, 16))
     assert [s.tokens for s in step_shapes(64, 512, 8)] == [8, 16, 32, 64, 64, 128, 256, 512]
-    assert [s.tokens for s in step_shapes(64, 512, 1)] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert [s.tokens for s in step_shapes(64, 512, 1)] == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512]
     assert [s.tokens for s in step_shapes(12, 64, 1) if s.q_tile == 1] == [1, 2, 4, 8, 12]
 
 
