@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.loop import Loop, make
 
 from astraea_jax.scheduler.policies import SERVING
+from astraea_jax.scheduler.program import Request
 from astraea_jax.scheduler.transfer import HostTier
 
 LARGE = {"num_pages": 4001, "max_waiting": 2000, "max_context": 400}
@@ -24,7 +25,7 @@ def shared(policy: str = "fcfs", **sizes) -> Loop:
     return Loop(scheduler)
 
 
-def flood(loop: Loop, requests: int = 1300, prompt: int = 8, output: int = 300, owner: str = "flood") -> list:
+def flood(loop: Loop, requests: int = 1300, prompt: int = 8, output: int = 300, owner: str = "flood") -> list[Request]:
     return [loop.scheduler.submit([i % 50] * prompt, output, owner=owner, now=loop.now) for i in range(requests)]
 
 
