@@ -26,6 +26,7 @@ never idles on account of this: requests are reordered, never held back.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from .program import Request
 
 CREDIT_S = 5.0
 """Seconds of the whole machine, for a weight of 1, that a tenant of few requests may use beyond its share before others
-come first. Swept over 0, 0.2, 1, 5 and 20: less costs mean completion time where many tenants share (RESULTS.md)."""
+come first. Swept over 0.2, 1, 5 and 20: less costs mean completion time where many tenants share (RESULTS.md)."""
 LEAST_STEP_S = 1e-6
 """Seconds that a step takes at least, should the learned costs all be 0."""
 LAST = 4
@@ -53,7 +54,7 @@ class Tenants:
         steps: learned costs of steps.
     """
 
-    def __init__(self, slots: int, pages: int, page_size: int, weights: Mapping[Hashable, float], steps: StepFit):
+    def __init__(self, slots: int, pages: int, page_size: int, weights: Mapping[Any, float], steps: StepFit):
         self._slots, self._pages, self._pool_tokens = slots, pages, pages * page_size
         self._weights, self._steps = weights, steps
         self._at: dict[Hashable, int] = {}

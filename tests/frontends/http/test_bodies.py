@@ -132,7 +132,7 @@ async def test_clients_that_vanish_leave_the_pool_free(chatty, held_reader, monk
             task.cancel()
         await until(lambda: pool._waiting.total == len(LONG))  # the one that a thread has begun with
         may.set()
-        await until(lambda: not pool._waiting)
+        await until(lambda: not pool._waiting.total)
         assert len(threads) == 1
     await settled(chatty)
 
