@@ -7,15 +7,17 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
+from astraea_jax.engine.answers import MAX_HANDED
 from astraea_jax.engine.calls import Call
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import Key
 from astraea_jax.engine.generation import Ended, Generation
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
+from astraea_jax.scheduler.handover import HandOver
 from astraea_jax.scheduler.router import NoReplica, Route, Router
 
 REPORT_S = 0.05
@@ -53,7 +55,14 @@ class Homes:
     def settle(self, session: Key, replica: Engine) -> None:
         """A session is at a replica from now on."""
         with self.lock:
+            self._look()  # it may have begun to serve since, and nobody has sent it anything
             self._router.settle(session, replica)
+
+    def busy(self, session: Key) -> bool:
+        """Whether a request of a session is in progress, or on its way to its replica."""
+        with self.lock:
+            self._look()
+            return self._router.busy(session)
 
     def forget(self, session: Key) -> None:
         """A session has ended."""
@@ -93,12 +102,13 @@ class Homes:
             assert isinstance(chosen, Engine)
             try:
                 generation = chosen.submit(call)
-            except (Overloaded, EngineDead):
+            except Exception as error:  # also that the caller runs no event loop
                 self._router.ended(route, now, context=0)
                 refused |= {chosen}
                 if call.session is not None and not known:
                     self._router.forget(call.session)
-                elif chosen.live and self._router.busy(call.session):  # its request runs there, so nobody else may
+                runs_there = chosen.live and self._router.busy(call.session)  # so nobody else may
+                if runs_there or not isinstance(error, Overloaded | EngineDead):
                     raise
             else:
                 generation.observe(partial(self._ended, route))
@@ -133,7 +143,12 @@ class Homes:
 
         Returns:
             How many requests were cut off.
+
+        Raises:
+            ValueError: the grace is no time; nothing has changed then.
         """
+        if not grace_s >= 0:
+            raise ValueError(f"grace_s is {grace_s}; it must be a number of seconds, or 0")
         replica.drain()
         with self.lock:
             self._router.drain(replica)
@@ -149,21 +164,26 @@ class Homes:
         """Let other replicas go on with the sessions of one that have no request in progress."""
         with self.lock:
             self._look()
-            others = [other for other in self._replicas if not other.draining]
-            if not (others and replica.live):
+            room = {other: other.stats().programs for other in self._replicas if not other.draining}
+            if not (room and replica.live):
                 return
             moving: dict[Key, Engine] = {}
             for session in self._router.idle(replica):
                 assert isinstance(session, tuple)
-                target = min(others, key=lambda other: other.stats().programs + [*moving.values()].count(other))
+                target = moving[session] = min(room, key=room.__getitem__)
+                room[target] += 1
                 self._router.settle(session, target)
-                moving[session] = target
-        with suppress(EngineDead, Overloaded):  # they are computed again when they come back
-            while handed := await asyncio.wrap_future(replica.hand_over(moving.keys())):
-                for one in handed:
-                    assert isinstance(one.key, tuple)
-                    target = moving.pop(one.key)
-                    with suppress(RequestError):  # it has come back meanwhile
-                        await asyncio.wrap_future(target.take_over(one))
-                        with self.lock:
-                            self._router.settle(one.key, target, context=len(one.tokens))
+        names = list(moving)  # of many of them nothing may be left, so each is asked for once
+        for first in range(0, len(names), MAX_HANDED):
+            with suppress(EngineDead, Overloaded):  # they are computed again when they come back
+                for one in await asyncio.wrap_future(replica.hand_over(names[first : first + MAX_HANDED])):
+                    await self._give(one, moving)
+
+    async def _give(self, handed: HandOver, moving: Mapping[Key, Engine]) -> None:
+        """Let a session go on at its new replica, unless it has come back meanwhile or finds no room there."""
+        assert isinstance(handed.key, tuple)
+        target = moving[handed.key]
+        with suppress(RequestError, EngineDead, Overloaded):
+            await asyncio.wrap_future(target.take_over(handed))
+            with self.lock:
+                self._router.settle(handed.key, target, context=len(handed.tokens))

@@ -18,7 +18,7 @@ from pathlib import Path
 from astraea_jax.engine.calls import checked_call
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.engine import Engine
-from astraea_jax.engine.events import Key, checked_key
+from astraea_jax.engine.events import Key, checked_hand_over, checked_key
 from astraea_jax.engine.generation import Generation, Observer
 from astraea_jax.engine.homes import Homes
 from astraea_jax.engine.interface import Serving
@@ -152,7 +152,7 @@ class Replicas:
         key = checked_key(child, owner)
         with self._homes.lock:
             home, other = self._home_of(checked_key(session, owner)), self._homes.of(key)
-            if other is not None and other is not home and other.knows(child, owner=owner):
+            if other is not None and other is not home and (self._homes.busy(key) or other.knows(child, owner=owner)):
                 raise RequestError(NAME_TAKEN)
             forked = home.fork(session, child, owner=owner)
             self._homes.settle(key, home)
@@ -196,19 +196,34 @@ class Replicas:
             engine.drain()
 
     async def retire(self, number: int, grace_s: float = 30.0) -> int:
-        """Take one replica out of service, for good; see :meth:`.homes.Homes.retire`."""
+        """Take one replica out of service, for good; see :meth:`.homes.Homes.retire`.
+
+        Raises:
+            ValueError: there is no such replica, or the grace is no time.
+        """
+        if type(number) is not int or not 0 <= number < len(self.replicas):
+            raise ValueError(f"there is no replica {number!r}; they are 0 to {len(self.replicas) - 1}")
         return await self._homes.retire(self.replicas[number], grace_s)
 
     def hand_over(self) -> Future[list[HandOver]]:
-        """Let waiting sessions go, those of the replica that has most programs."""
-        return max(self.replicas, key=lambda engine: (engine.live, engine.stats().programs)).hand_over()
+        """Let waiting sessions go, those of the replica that has most of them."""
+
+        def most(engine: Engine) -> tuple[bool, int]:
+            stats = engine.stats()
+            return engine.live, stats.in_tool_wait + stats.in_human_wait
+
+        return max(self.replicas, key=most).hand_over()
 
     def take_over(self, handed: HandOver) -> Future[None]:
-        """Take over a session that another server has let go, on the least busy replica."""
+        """Take over a session that another server has let go, on the least busy replica.
+
+        One that has come back before is refused by the replica where it is now.
+        """
+        handed = checked_hand_over(handed, self.layout.max_context, self.model_config.vocab_size)
+        assert isinstance(handed.key, tuple)
         with self._homes.lock:
-            home = self._homes.least_busy()
+            home = self._homes.of(handed.key) or self._homes.least_busy()
             taken = home.take_over(handed)
-            assert isinstance(handed.key, tuple)
             self._homes.settle(handed.key, home)
         return taken
 
