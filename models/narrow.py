@@ -8,6 +8,7 @@ multiplied. Other devices have kernels; here the compiler dequantizes the matrix
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -61,16 +62,22 @@ def dequantized(codes: Codes, form: Format, dtype: Any) -> jax.Array:
 
 def _of_block(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     """The product of several rows ``[T, I]`` with a block of outputs; scales are by output."""
+    return functools.reduce(jnp.add, (part @ weights for part, weights in _parts(x, codes, form)))
+
+
+def _parts(x: jax.Array, codes: Codes, form: Format) -> list[tuple[jax.Array, jax.Array]]:
+    """Rows and weights whose products add up to that of rows ``[T, I]`` with a matrix; scales are by output.
+
+    Each half of packed bytes is a part by itself: codes are never put into the order of inputs.
+    """
     size, inputs = PACKED // 2, form.inputs or x.shape[1]
     if form.per_item == 1 or inputs % PACKED:
-        return x @ dequantized(codes, form, x.dtype)
-    # Each half of the bytes by itself: codes are never put into the order of inputs.
+        return [(x, dequantized(codes, form, x.dtype))]
     halves = x.reshape(len(x), -1, 2, size)
-    low, high = (
-        halves[:, :, i].reshape(len(x), -1) @ _scaled(_values(part, form), codes, form, inputs // 2, part.shape[1])
+    return [
+        (halves[:, :, i].reshape(len(x), -1), _scaled(_values(part, form), codes, form, inputs // 2, part.shape[1]))
         for i, part in enumerate((codes.weight & 15, codes.weight >> 4))
-    )
-    return low + high
+    ]
 
 
 def _scaled(numbers: jax.Array, codes: Codes, form: Format, rows: int, columns: int) -> jax.Array:
@@ -86,9 +93,11 @@ def _scaled(numbers: jax.Array, codes: Codes, form: Format, rows: int, columns: 
     return parts.reshape(-1, columns)[:count]
 
 
-def of_outputs(codes: Codes, form: Format, first: jax.Array, size: int, dtype: Any) -> jax.Array:
-    """The weights ``[I, size]`` of consecutive outputs."""
-    return dequantized(_sliced(_by_output(codes, form), first, size), replace(form, outputs=1), dtype)
+def parts_of_outputs(
+    x: jax.Array, codes: Codes, form: Format, first: jax.Array, size: int
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Rows and weights, both float32, whose products add up to that of rows ``[T, I]`` with consecutive outputs."""
+    return _parts(x, _sliced(_by_output(codes, form), first, size), replace(form, outputs=1))
 
 
 def _by_output(codes: Codes, form: Format) -> Codes:

@@ -126,8 +126,8 @@ class Segment:
 class Fleet:
     """What is known of every replica, as columns ``[R]``: its last report, and what the router has sent there."""
 
-    REPORTED = ("pool", "free", "retained", "host_free", "live", "demand", "running", "waiting", "tool_waits")
-    TIMES = ("prefill_s", "step_s", "restore_s")
+    REPORTED = ("pool", "free", "retained", "host_free", "live", "waiting", "prefill_s", "restore_s")
+    """Fields of reports that rules of placement read."""
 
     def __init__(self, size: int = 0):
         self.now = 0.0
@@ -135,7 +135,7 @@ class Fleet:
         self.takes = np.zeros(size, bool)
         """Whether it takes programs that it does not have yet."""
         self.reported_at = np.full(size, -np.inf)
-        self.report = {name: np.zeros(size) for name in (*self.REPORTED, *self.TIMES)}
+        self.report = {name: np.zeros(size) for name in self.REPORTED}
         self.wait_s = np.zeros((size, DECILES))
         self.requests = np.zeros(size)
         """Requests that the router has sent and that have not ended."""

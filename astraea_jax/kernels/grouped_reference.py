@@ -6,14 +6,14 @@ experts that are used are read, and a row's result does not depend on others (:m
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 
 from astraea_jax.models.experts import Mixture
 from astraea_jax.models.matrix import Matrix
-from astraea_jax.models.narrow import Codes, of_outputs
+from astraea_jax.models.narrow import Codes, parts_of_outputs
 from astraea_jax.models.product import widened
 from astraea_jax.models.rowwise import TILE, WIDTH, first_rows
 
@@ -76,18 +76,21 @@ def _of_expert(rows: jax.Array, matrix: Matrix, expert: jax.Array, used: jax.Arr
 
     def put(i: jax.Array | int, out: jax.Array) -> jax.Array:
         first = jnp.minimum(i * size, outputs - size)  # the last ones compute some outputs of those before again
-        part = first_rows(rows.astype(jnp.float32), _weights(matrix, expert, first, size), used)
+        parts = _parts(rows.astype(jnp.float32), matrix, expert, first, size)
+        part = reduce(jnp.add, (first_rows(x, weights, used) for x, weights in parts))
         return jax.lax.dynamic_update_slice_in_dim(out, part.astype(rows.dtype), first, 1)
 
     out = jnp.zeros((len(rows), outputs), rows.dtype)
     return put(0, out) if size == outputs else jax.lax.fori_loop(0, -(-outputs // size), put, out)
 
 
-def _weights(matrix: Matrix, expert: jax.Array, first: jax.Array, size: int) -> jax.Array:
-    """Weights ``[I, size]`` float32 of an expert, for ``size`` outputs from ``first``."""
+def _parts(
+    rows: jax.Array, matrix: Matrix, expert: jax.Array, first: jax.Array, size: int
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Rows and weights, both float32, whose products add up to that of rows with ``size`` outputs of an expert."""
     if matrix.form is None:
         weight = matrix.weight[...]
-        return widened(jax.lax.dynamic_slice(weight, (expert, 0, first), (1, weight.shape[1], size))[0])
+        return [(rows, widened(jax.lax.dynamic_slice(weight, (expert, 0, first), (1, weight.shape[1], size))[0]))]
     codes, scales, zeros = matrix.codes
     of_one = Codes(codes[expert], scales[expert], None if zeros is None else zeros[expert])
-    return of_outputs(of_one, matrix.form, first, size, jnp.float32)
+    return parts_of_outputs(rows, of_one, matrix.form, first, size)

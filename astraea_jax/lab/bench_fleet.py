@@ -60,22 +60,23 @@ flags.DEFINE_bool("cost", False, "Measure what a placement costs, instead.")
 flags.DEFINE_string("plots", None, "Draw a picture into this folder.")
 define_flags("bench_fleet")
 
-console = Console(width=max(140, Console().width))
+console = Console(width=max(160, Console().width))
 Result = tuple[dict[str, Any], np.ndarray]
 
 
 def some_of(flag: str, allowed: Sequence[str]) -> list[str]:
     """The values of a flag, each of which must be one of ``allowed``."""
-    for value in FLAGS[flag].value:
+    values: list[str] = FLAGS[flag].value or []
+    for value in values:
         if value not in allowed:
             raise app.UsageError(f"--{flag}: {value!r} is none of {', '.join(allowed)}")
-    return list(dict.fromkeys(FLAGS[flag].value))
+    return list(dict.fromkeys(values))
 
 
 def numbers(flag: str, kind: type, least: float) -> list[Any]:
     """The values of a flag as numbers that are at least ``least``."""
     try:
-        found = [kind(x) for x in FLAGS[flag].value]
+        found = [kind(x) for x in FLAGS[flag].value or []]
     except ValueError:
         raise app.UsageError(f"--{flag}: {FLAGS[flag].value} are not all numbers") from None
     if not found or not all(least <= x < 1e6 for x in found):

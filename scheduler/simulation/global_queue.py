@@ -71,7 +71,7 @@ class GlobalQueue:
         for program, known in sorted(paused, key=lambda item: (item[1].since is not None, item[1].context)):
             if not self._resume(known, room):
                 break
-            room[known.replica] -= known.weight(now)  # type: ignore[index]
+            room[known.replica] -= known.weight(now)
             resumed[program] = known.replica
         return resumed  # type: ignore[return-value]
 

@@ -77,11 +77,18 @@ def test_experts_see_the_tokens_that_chose_them(form, count):
 
 
 @pytest.mark.parametrize(
-    ("experts", "hidden"), [(Experts(8, 3, 32), 64), (Experts(3, 2, 600), 640), (Experts(4, 1, 40), 80)], ids=str
+    ("experts", "hidden", "form"),
+    [
+        (Experts(8, 3, 32), 64, "numbers"),
+        (Experts(3, 2, 600), 640, "numbers"),
+        (Experts(4, 1, 40), 80, "numbers"),
+        (Experts(3, 2, 608), 640, "int4"),
+    ],
+    ids=str,
 )
-def test_a_token_is_the_same_among_any_others(experts, hidden):
+def test_a_token_is_the_same_among_any_others(experts, hidden, form):
     """Bit for bit, router included: one row at a time, in blocks of few and of many, wherever it stands."""
-    step, x = run(mixture(experts, hidden)), tokens(700, hidden)
+    step, x = run(mixture(experts, hidden, FORMS[form])), tokens(700, hidden)
     among_all = np.asarray(step(x))
     for count in (1, 24, 130):
         for first in (0, 5):
