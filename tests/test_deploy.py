@@ -126,7 +126,7 @@ def test_the_application_of_ray_is_there() -> None:
 
 
 def test_probes_of_kuberay_can_be_answered() -> None:
-    """Workers are asked with wget, and everybody is whose version of Ray is not said; who cannot answer is restarted."""
+    """Workers are asked with wget, and so is everybody if Ray's version is not said; who cannot answer is restarted."""
     assert "install -y --no-install-recommends wget" in (DEPLOY / "Dockerfile").read_text()
     major, minor, _ = map(int, of_kind("RayService")["spec"]["rayClusterConfig"]["rayVersion"].split("."))
     assert (major, minor) >= (2, 60), "the extra wants it"
