@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from support.device import complete
 from support.engines import settled
-from support.stub import PAGE_BYTES, STUB, stub_engine
+from support.stub import PAGE_BYTES, STUB, StubRunner, stub_engine
 from support.wide import tokens
 
 from astraea_jax.engine.answers import MAX_HANDED
@@ -26,7 +26,7 @@ ONE = replace(ROOMY, max_programs=1)
 
 
 @pytest.fixture
-def made(request) -> Iterator[tuple[Replicas, list]]:
+def made(request) -> Iterator[tuple[Replicas, list[StubRunner]]]:
     """Two replicas on stub devices, and what runs their steps."""
     pairs = [stub_engine(config) for config in getattr(request, "param", (ROOMY, ROOMY))]
     replicas = Replicas([engine for engine, _ in pairs])
