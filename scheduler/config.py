@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, dataclass, field
 
 from .program import Rejected
 from .transfer import HostTier
@@ -32,6 +32,8 @@ class SchedulerConfig:
     """What layers with a window have; None: no layer has one."""
     kv_events: bool = False
     """Whether a log tells which blocks are cached; see :mod:`~.kv_log`."""
+    tenant_weights: Mapping[Hashable, float] = field(default_factory=dict)
+    """Shares of the machine by owner, in proportion; who is not named has 1. See :mod:`~.fairness`."""
 
     def __post_init__(self) -> None:
         if self.max_running < 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .admission import Admission
 from .config import SchedulerConfig
 from .evictor import Need
+from .fairness import Tenants
 from .offer import Offer
 from .pages import PagePool
 from .plan import Plan
@@ -15,6 +17,9 @@ from .preparation import Preparations
 from .program import Request
 from .residency import Residency
 from .running import Running
+
+SLOTS_PER_PREEMPTION = 16
+"""Batch slots per row that a step may preempt for tenants within their part, at least one: a guess."""
 
 
 @dataclass
@@ -39,53 +44,93 @@ class Planner:
 
     def __init__(self, config: SchedulerConfig, policy: Policy, pool: PagePool, residency: Residency):
         self.running = Running(config, pool, self._rank)
-        self.admission = Admission(config, policy, pool, self.running, residency)
+        size = config.page_size
+        self.tenants = Tenants(config.max_seqs, pool.size, size, config.tenant_weights, policy.predict.steps)
+        self.admission = Admission(config, policy, pool, self.running, residency, self.tenants)
+        self.admission.preempt = self._preempt
         self.preparations = Preparations(self.admission, self.vacate)
         self.counts = Counts()
         self._config, self._policy, self._pool, self._residency = config, policy, pool, residency
-        self._fresh: list[Request] = []  # admitted since the last plan with rows; some may have ended since
+        self._fresh: dict[Request, None] = {}  # admitted since the last plan with rows; some may have ended since
+        self._chosen: dict[Request, int] = {}  # tokens of this step by request, the decode batch left out
 
     def plan(self, now: float) -> Plan | None:
         """Plan the next step; None: nothing can run."""
         self.preparations.settle(crowded=len(self.admission) > 0)
         self.running.grow_decodes()
+        self.admission.preemptible = max(1, self._config.max_running // SLOTS_PER_PREEMPTION)
         budget = self._config.max_step_tokens - self.running.num_decodes
         chosen: dict[Request, int] = {}
-        for request in self.running.others():
-            count = self._hold(request, min(request.num_to_compute, budget), chosen, now)
-            if count > 0:
-                chosen[request] = count
-                budget -= count
-        admitted = self._admit_waiting(budget, now)
-        for request in admitted:
-            if request.loading is None and budget > 0:
-                chosen[request] = min(request.num_to_compute, budget)
-                budget -= chosen[request]
-                self._open_window(request, chosen[request], now)
+        self._chosen = chosen
+        rows, yielding = self._in_turn()
+        budget = self._go_on(rows, budget, now)
+        if yielding:
+            budget = self._go_on(yielding, self._admit_waiting(budget, now, behind=True), now)
+        self._admit_waiting(budget, now)
         self._residency.evictor.offload_ahead(now)
-        self._fresh += admitted
         if not chosen and not self.running.num_decodes:
             return None
-        fresh, self._fresh = [request for request in self._fresh if request.slot >= 0], []
+        fresh, self._fresh = [request for request in self._fresh if request.slot >= 0], {}
         plan = self.running.step(chosen, fresh, now)
         self.counts.computed_tokens += plan.tokens
+        self.tenants.charge(plan)
         return plan
 
-    def _admit_waiting(self, budget: int, now: float) -> list[Request]:
+    def extend(self, plan: Plan, times: int) -> int:
+        """Repeat a plan for up to ``times`` equal steps, as far as it can; see :meth:`.running.Running.extend`.
+
+        Returns how many steps it stands for now.
+        """
+        times = self.running.extend(plan, times)
+        self.counts.computed_tokens += plan.tokens * (times - 1)
+        self.tenants.charge(plan, times - 1)
+        return times
+
+    def _in_turn(self) -> tuple[Iterable[Request], list[Request]]:
+        """Rows outside the decode batch, and after them those whose prompts yield to waiting requests.
+
+        These are of tenants that are not behind virtual time, if requests of others are.
+        """
+        rows, tenants = self.running.others(), self.tenants
+        if not tenants.contend:
+            return rows, []
+        yields = {row: row.num_to_compute > 1 and not tenants.precedes(row) for row in rows}
+        return [row for row in yields if not yields[row]], [row for row in yields if yields[row]]
+
+    def _go_on(self, rows: Iterable[Request], budget: int, now: float) -> int:
+        """Choose the next tokens of running requests; returns what is left of the budget."""
+        for request in rows:
+            if request.slot < 0 or request.loading is not None:  # preempted meanwhile, and on its way back
+                continue
+            count = self._hold(request, min(request.num_to_compute, budget), now)
+            if count > 0:
+                self._chosen[request] = count
+                budget -= count
+        return budget
+
+    def _admit_waiting(self, budget: int, now: float, *, behind: bool = False) -> int:
         """Give slots and pages to waiting requests, in the order of the policy, while both last.
 
-        If none is left, go on with those that prepare the next prompt of their programs.
+        If none is left, go on with those that prepare the next prompt of their programs. What starts computes as much
+        as the budget allows. With ``behind`` only those of tenants behind virtual time start. Returns the budget left.
         """
         admitted: list[Request] = []
-        while budget > 0 and self.running.slots:
-            offer = (self.admission if len(self.admission) else self.preparations).next(now)
+        left = budget
+        while left > 0 and (self.running.slots or self.tenants.owed):
+            offer = self.admission.next(now, behind=behind) if len(self.admission) else self.preparations.next(now)
             if offer is None:
                 break
             request = offer.request
             self._admit(offer, now)
             admitted.append(request)
-            budget -= 0 if request.loading else request.num_to_compute
-        return admitted
+            left -= 0 if request.loading else request.num_to_compute
+        for request in admitted:
+            if request.loading is None and budget > 0:
+                count = self._chosen[request] = min(request.num_to_compute, budget)
+                budget -= count
+                self._open_window(request, count, now)
+            self._fresh[request] = None
+        return budget
 
     def _admit(self, offer: Offer, now: float) -> None:
         request = offer.request
@@ -97,6 +142,7 @@ class Planner:
             request.program.job.waited_s += now - request.queued
         pages = self._residency.take(offer, now)
         self.running.add(request, pages)
+        self.tenants.starts(request)
         if request.preemptions == 0:
             request.cached_tokens = request.reused
             if not request.program.turns:
@@ -114,20 +160,22 @@ class Planner:
         self._policy.queued(request, now)
         self.admission.push(request)
 
-    def _hold(self, request: Request, count: int, chosen: dict[Request, int], now: float) -> int:
+    def _hold(self, request: Request, count: int, now: float) -> int:
         """Give ``request`` pages for ``count`` more tokens; returns how many tokens it has pages for, at most that.
 
         Pages come from the free ones, then from programs that do not run, then from running requests after it in the
-        order of the policy. So the first in order always gets on, and nothing waits for ever.
+        order of the policy, those of tenants over their share before all. So the first in order always gets on, and
+        nothing waits for ever.
         """
         if request.num_computed + count <= request.capacity:
             self._open_window(request, count, now)
             return count
         need = self._pages_for(request.num_computed + count) - len(request.pages)
         evict = self._residency.evictor.evict
-        while not evict(Need(need, 0, wait=False), now) and self.running.requests[-1] is not request:
-            victim = self.running.requests[-1]
-            chosen.pop(victim, None)
+        while not evict(Need(need, 0, wait=False), now):
+            victim = self.tenants.last(self.running.requests)
+            if victim is request:
+                break
             self._preempt(victim, now)
         self.running.grow(request, min(need, self._pool.free))
         count = min(count, request.capacity - request.num_computed)
@@ -144,6 +192,7 @@ class Planner:
 
     def _preempt(self, victim: Request, now: float) -> None:
         """Take a running request off its slot; its KV is kept like that of a waiting program, for as long as it can."""
+        self._chosen.pop(victim, None)
         if victim.prepares:
             self.preparations.step_aside(victim)
             return
@@ -166,6 +215,7 @@ class Planner:
         else:
             request.extend_block_hashes()
             self.running.cache_pages(request, 0)
+        self.tenants.stops(request)
         pages = self.running.remove(request)
         windows = self._pool.windows
         windows.hold(request.program, pages, windows.first(request.num_computed), keep)

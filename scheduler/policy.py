@@ -101,6 +101,7 @@ class WaitingQueue:
         self._features = np.zeros((64, columns), order="F")  # scores are computed by columns
         self._numbers = np.zeros(64, np.int64)
         self._defers_until = np.zeros(64)
+        self._tenants = np.zeros(64, np.int64)
         self._num_deferred = 0
 
     def __len__(self) -> int:
@@ -112,17 +113,19 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 
-    def push(self, request: Request, features: Sequence[float]) -> None:
+    def push(self, request: Request, features: Sequence[float], tenant: int = 0) -> None:
         at = len(self._requests)
         if at == len(self._features):
             self._features = np.asfortranarray(np.concatenate([self._features, np.zeros_like(self._features)]))
-            self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
-            self._defers_until = np.concatenate([self._defers_until, np.zeros_like(self._defers_until)])
+            for name in ("_numbers", "_defers_until", "_tenants"):
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
         self._requests.append(request)
         self._at[request] = at
         self._features[at] = features
         self._numbers[at] = request.number
         self._defers_until[at] = request.defers_until
+        self._tenants[at] = tenant
         self._num_deferred += request.priority > 0
 
     def update(self, request: Request, features: Sequence[float]) -> None:
@@ -135,24 +138,29 @@ class WaitingQueue:
             n = len(self._requests)
             self._requests[at], self._at[last] = last, at
             self._features[at], self._numbers[at] = self._features[n], self._numbers[n]
-            self._defers_until[at] = self._defers_until[n]
+            self._defers_until[at], self._tenants[at] = self._defers_until[n], self._tenants[n]
         self._num_deferred -= request.priority > 0
 
-    def first(self, policy: Policy, now: float, pressure: Pressure, count: int) -> Iterator[Request]:
+    def first(
+        self, policy: Policy, now: float, pressure: Pressure, count: int, classes: np.ndarray | None = None
+    ) -> Iterator[Request]:
         """Yield the first ``count`` requests in the order of the policy, each found when it is asked for.
 
-        Those of priorities above 0 come after the others, until each has waited long enough.
+        Those of priorities above 0 come after the others, until each has waited long enough. Among either, tenants of
+        lower ``classes``, by the place of the tenant, come before the others; None: all are equal.
         """
         n = len(self._requests)
         if n == 0:
             return
         scores, numbers = policy.scores(self._features[:n], now, pressure), self._numbers[:n]
-        if not self._num_deferred:
+        if not self._num_deferred and classes is None:
             for at in _lowest(scores, numbers, count):
                 yield self._requests[at]
             return
-        later = self._defers_until[:n] > now
-        for rows in (np.flatnonzero(~later), np.flatnonzero(later)):
+        groups = np.zeros(n, np.int64) if classes is None else classes[self._tenants[:n]]
+        groups += (self._defers_until[:n] > now) * (1 + int(groups.max()))
+        for group in np.flatnonzero(np.bincount(groups)):
+            rows = np.flatnonzero(groups == group)
             for at in _lowest(scores[rows], numbers[rows], count):
                 yield self._requests[rows[at]]
             count -= len(rows)

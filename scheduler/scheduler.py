@@ -329,9 +329,7 @@ class Scheduler:
 
         Returns how many steps it stands for now.
         """
-        times = self._running.extend(plan, times)
-        self._planner.counts.computed_tokens += plan.tokens * (times - 1)
-        return times
+        return self._planner.extend(plan, times)
 
     def take_transfers(self) -> tuple[list[Transfer], list[HostPages]]:
         """Return transfers begun since the last call, in order, and host memory that may be freed after them.

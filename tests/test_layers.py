@@ -29,7 +29,7 @@ SCHEDULER_FLOORS = (
     {"program", "rival_placements", "router", "transfer"},
     {"contexts", "eviction", "kv_log", "offer", "plan", "view", "windows"},
     {"config", "decode_batch", "pages", "start_waits"},
-    {"copies", "costs", "leases", "registry", "wait_times"},
+    {"copies", "costs", "fairness", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
     {"load", "strategy", "rival_strategies", "strategies"},
     {"evictor", "policy"},

@@ -16,7 +16,7 @@ def test_the_readme_says_what_the_tests_cover():
 
 def test_the_models_of_the_readme_are_those_of_the_tests():
     inside = model_table.DOCUMENT.read_text().partition(model_table.BEGIN)[2].partition(model_table.END)[0]
-    assert inside == model_table.model_table(), "run `python tests/support/model_table.py`"
+    assert inside == model_table.model_table(), "run `PYTHONPATH=tests python tests/support/model_table.py`"
 
 
 def test_every_family_is_compared_with_transformers():

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from astraea_jax.engine.tenant_weights import Weights
 from astraea_jax.errors import StartupError, shown
 from astraea_jax.kernels import BACKENDS, Backend, choose
 from astraea_jax.models.config import CheckpointError, ModelConfig
@@ -113,7 +114,7 @@ SWITCH = Kind(bool, "True or False")
 FOLDER = Kind(str, "the name of a folder")
 
 
-def _option(default: Any, allowed: Whole | Seconds | Choice | Kind) -> Any:
+def _option(default: Any, allowed: Whole | Seconds | Choice | Kind | Weights) -> Any:
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
@@ -163,6 +164,9 @@ class EngineConfig:
     """Order in which requests run."""
     compile_cache: str | None = _option(None, FOLDER)
     """Folder where compiled steps are kept for later starts. None: as JAX is configured, by default nowhere."""
+    tenant_weights: str | None = _option(None, Weights())
+    """Shares of the machine where several owners' requests wait, as text (:func:`.tenant_weights.parsed`). Who is not
+    named has 1; who has 0 is served while nobody else waits. None: all are equal."""
     max_queued: int = _option(1024, Whole())
     """Requests that may wait; beyond that they are refused."""
     max_programs: int = _option(8192, Whole())

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from astraea_jax.engine.shared_bound import SharedBound
 from astraea_jax.errors import Overloaded, RequestError
 from astraea_jax.models.tokenizer import Tokenizer
 
@@ -48,8 +48,7 @@ class TextPool:
     def __init__(self, threads: int = max(1, (os.cpu_count() or 1) // 2), max_waiting: int = MAX_WAITING):
         self._ordinary = ThreadPoolExecutor(threads, thread_name_prefix="astraea-door-text")
         self._very_long = ThreadPoolExecutor(1, thread_name_prefix="astraea-door-long-text")
-        self._max_waiting = max_waiting
-        self._waiting: Counter[str] = Counter()
+        self._waiting = SharedBound(max_waiting)
         self._lock = threading.Lock()
 
     async def run(self, owner: str, characters: int, work: Callable[[], T]) -> T:
@@ -73,16 +72,13 @@ class TextPool:
 
     def _reserve(self, owner: str, characters: int) -> None:
         with self._lock:
-            limit = self._max_waiting - (self._max_waiting // 4 if self._waiting[owner] else 0)
-            if self._waiting.total() + characters > limit:
+            if not self._waiting.has_room(owner, characters):
                 raise Overloaded("too much text waits to be tokenised; try again later")
-            self._waiting[owner] += characters
+            self._waiting.add(owner, characters)
 
     def _release(self, owner: str, characters: int, _: Future[Any]) -> None:
         with self._lock:
-            self._waiting[owner] -= characters
-            if not self._waiting[owner]:
-                del self._waiting[owner]
+            self._waiting.add(owner, -characters)
 
 
 DOORS = TextPool()

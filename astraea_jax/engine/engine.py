@@ -28,6 +28,7 @@ from astraea_jax.engine.loop import ServingLoop
 from astraea_jax.engine.multiprocess import make_runner
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.engine.sessions import Sessions
+from astraea_jax.engine.tenant_weights import parsed
 from astraea_jax.engine.times import StepTimes, Work
 from astraea_jax.engine.watchdog import watch
 from astraea_jax.errors import EngineDead, Fault, StartupError
@@ -89,7 +90,7 @@ class Engine(Sessions):
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         self.layout = layout = Layout.plan(c, decoder.config, mesh)
-        self._predictor = Predictor()
+        self._predictor, weights = Predictor(), parsed(c.tenant_weights)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_pages=layout.num_pages,
@@ -103,6 +104,7 @@ class Engine(Sessions):
                 host=layout.host,
                 window=layout.window,
                 kv_events=c.kv_events,
+                tenant_weights=weights,
             ),
             make_policy(c.policy, self._predictor, c.residency),
         )
@@ -112,7 +114,7 @@ class Engine(Sessions):
         self._store: HostStore | None = None
         if layout.host.pages:
             self._store = HostStore(self._runner, self._runner.block_sharding, layout.host.staging, self._runner.put)
-        self._life = Lifecycle(c.max_queued)
+        self._life = Lifecycle(c.max_queued, weights)
         self._observers: list[Observer] = []
         self._leaving = False
         vocab_size = decoder.config.vocab_size
@@ -247,8 +249,8 @@ class Engine(Sessions):
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary, or another argument is
                 not what it should be.
-            Overloaded: ``max_queued`` requests are waiting already, or three quarters of that and some of this
-                owner. (That the session has a request in progress is raised by the iterator.)
+            Overloaded: ``max_queued`` requests are waiting already, or three quarters of that and this owner's share of
+                all of it. (That the session has a request in progress is raised by the iterator.)
             EngineDead: not serving.
         """
         call = checked_call(

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 from astraea_jax.engine.generation import Mailbox
+from astraea_jax.engine.shared_bound import SharedBound
 from astraea_jax.errors import EngineDead, Overloaded
 
 log = logging.getLogger(__name__)
-
-
-RESERVE = 4
-"""A fourth of the queue takes only requests of clients who have nothing in it, so that one client cannot fill it."""
 
 
 class State(Enum):
@@ -36,14 +32,15 @@ class Lifecycle:
 
     Args:
         max_queued: requests that may wait for their first step; beyond that they are refused.
+        weights: of owners' shares of the queue.
     """
 
-    def __init__(self, max_queued: int):
+    def __init__(self, max_queued: int, weights: Mapping[str, float] | None = None):
         self._changed = threading.Condition()
         self._state = State.NEW
         self._reason = "the engine has not been started"
         self._open: dict[Mailbox, str | None] = {}  # accepted and not ended; the owner, until it has started
-        self._queued: Counter[str] = Counter()  # owner -> requests that have not started
+        self._queued = SharedBound(max_queued, weights)  # requests that have not started
         self.cut = 0
         """Requests that were still open when the engine died while it was draining."""
         self._max_queued = max_queued
@@ -148,24 +145,22 @@ class Lifecycle:
         with self._changed:
             if self._state is not State.SERVING:
                 raise EngineDead(self._reason)
-            queued = self._queued.total()
+            queued, own = self._queued.total, self._queued[owner]
             if queued >= self._max_queued:
                 self.refused += 1
                 raise Overloaded(f"{queued} requests are waiting; try again later")
-            if owner and self._queued[owner] and queued >= self._max_queued - self._max_queued // RESERVE:
+            if owner and not self._queued.has_room(owner, 1):
                 self.refused += 1
-                raise Overloaded(
-                    f"{queued} requests are waiting, {self._queued[owner]} of them of this client; try again later"
-                )
+                raise Overloaded(f"{queued} requests are waiting, {own} of them of this client; try again later")
             self._open[mailbox] = owner
-            self._queued[owner] += 1
+            self._queued.add(owner, 1)
 
     def started(self, mailbox: Mailbox) -> None:
         """Count a request as waiting no more, because its first step is planned; later calls do nothing."""
         with self._changed:
             if (owner := self._open.get(mailbox)) is not None:
                 self._open[mailbox] = None
-                self._leave(owner)
+                self._queued.add(owner, -1)
 
     def end(self, mailbox: Mailbox) -> bool:
         """Remove a request that is answered; False if it was removed before, so that nobody is answered twice."""
@@ -173,12 +168,7 @@ class Lifecycle:
             if mailbox not in self._open:
                 return False
             if (owner := self._open.pop(mailbox)) is not None:
-                self._leave(owner)
+                self._queued.add(owner, -1)
             if not self._open:
                 self._changed.notify_all()
             return True
-
-    def _leave(self, owner: str) -> None:
-        self._queued[owner] -= 1
-        if not self._queued[owner]:
-            del self._queued[owner]

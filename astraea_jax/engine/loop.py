@@ -196,7 +196,7 @@ class ServingLoop:
                 params.max_tokens,
                 stops,
                 program=call.session,
-                owner=call.session[0] if call.session is not None else "",
+                owner=call.owner,
                 final=call.final,
                 salt=salted(call.salt),
                 parent=call.parent,

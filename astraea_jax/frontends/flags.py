@@ -12,6 +12,7 @@ from absl import app, flags
 
 from astraea_jax.engine.config import SWITCH, Choice, EngineConfig, Seconds, Whole
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.tenant_weights import Weights
 
 OPTIONS = {
     "max_seqs": "Requests that run at once; by default 256, on a CPU 64.",
@@ -30,7 +31,10 @@ OPTIONS = {
     "data_parallel": "Replicas of the model, each on devices of its own.",
     "scan_layers": "Run the layers as one loop, compiled once for all of them; by default on a TPU.",
     "policy": "Order in which requests run; see scheduler/policies.",
-    "max_queued": "Requests that may wait; others are refused. A client gets at most one of the last quarter.",
+    "tenant_weights": "Shares of tenants while they compete, as tenant=weight,… or @FILE with one on each line; "
+    "others have 1.",
+    "max_queued": "Requests that may wait; others are refused. Of the last quarter a client gets what it lacks of its "
+    "share of all.",
     "max_programs": "Sessions remembered at once; beyond that the owner of most idle ones loses the longest idle.",
     "session_ttl_s": "Seconds after which an idle session is forgotten.",
     "step_timeout_s": "Seconds after which a step counts as hung; the engine then ends.",
@@ -73,6 +77,8 @@ def _define(name: str, default: Any, text: str) -> None:
             flags.DEFINE_integer(name, default, text, least, most)
         case Seconds():
             flags.DEFINE_float(name, default, text)  # the range has an open end: EngineConfig checks it
+        case Weights():
+            flags.DEFINE_string(name, default, text)  # EngineConfig checks it
         case Choice(names):
             flags.DEFINE_enum(name, default, list(names), text)
         case allowed:

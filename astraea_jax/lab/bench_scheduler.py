@@ -44,6 +44,7 @@ flags.DEFINE_list("policies", SERVING, "Policies to time.")
 flags.DEFINE_list("strategies", ["adaptive"], f"Residency strategies to time, of {', '.join(STRATEGIES)}.")
 flags.DEFINE_list("waiting", ["1000", "3000", "10000"], "Requests that wait.")
 flags.DEFINE_integer("running", 256, "Requests that run.", lower_bound=1)
+flags.DEFINE_integer("tenants", 1, "Tenants of these requests.", lower_bound=1)
 flags.DEFINE_integer(
     "window", 0, "Tokens that a query sees in layers with a window; 0: no layer has one.", lower_bound=0
 )
@@ -81,7 +82,9 @@ def measure(name: str, waiting: int) -> tuple[float, float, float]:
 
     def arrive() -> None:
         start = next(starts)
-        scheduler.submit(range(start, start + rng.randint(100, 500)), rng.randint(2, 400), salt=salt, now=now)
+        prompt, output = range(start, start + rng.randint(100, 500)), rng.randint(2, 400)
+        owner = rng.randrange(FLAGS.tenants) if FLAGS.tenants > 1 else 0
+        scheduler.submit(prompt, output, owner=owner, salt=salt, now=now)
 
     for _ in range(running + waiting):
         arrive()

@@ -68,7 +68,7 @@ def local_fleet(replicas: int, engine: Mapping[str, Any], **options: Any) -> Ite
     """
     os.environ[CALLBACK] = "astraea_jax.frontends.ray_serve.proxies.middlewares"
     http, grpc = _free_ports(2)
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
     try:
         serve.start(
             http_options={"host": "127.0.0.1", "port": http},

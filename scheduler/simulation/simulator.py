@@ -197,7 +197,12 @@ def submit(scheduler: Scheduler, program: TraceProgram, index: int, now: float) 
     trace = program.requests[index]
     try:
         return scheduler.submit(
-            prompt_of(program, index), trace.output, program=program.id, final=trace.tool is None, now=now
+            prompt_of(program, index),
+            trace.output,
+            program=program.id,
+            owner=program.owner,
+            final=trace.tool is None,
+            now=now,
         )
     except Rejected:
         scheduler.end_program(program.id, now)

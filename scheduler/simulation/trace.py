@@ -62,6 +62,8 @@ class TraceProgram:
     requests: tuple[TraceRequest, ...]
     arrival_s: float | None = None
     """None: the experiment chooses."""
+    owner: str = ""
+    """Tenant whose it is."""
 
     def __post_init__(self) -> None:
         if not self.requests:

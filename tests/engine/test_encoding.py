@@ -87,7 +87,7 @@ async def test_a_fault_of_the_work_is_its_callers():
     for _ in range(3):
         with pytest.raises(ValueError, match="no text"):
             await pool.run("a", LONG_TEXT, broken)
-    assert not pool._waiting
+    assert not pool._waiting.total
 
 
 def test_texts_that_cannot_fit_are_refused_by_their_length():

@@ -214,6 +214,19 @@ async def test_overload_is_refused_and_passes(make_engine):
     assert len(await tokens(engine.generate([1], no_eos(1)))) == 1
 
 
+async def test_long_requests_of_one_owner_do_not_hold_two_tokens_of_another(make_engine):
+    """The last of them would have been served when hardly any of the others was left."""
+    engine = make_engine(dataclasses.replace(SMALL, max_queued=600))
+    flood = [engine.generate([i % 256] * 20, no_eos(200), owner="flood") for i in range(400)]
+    await until(lambda: engine.stats().running == 8)
+    for _ in range(3):
+        assert len(await tokens(engine.generate([1, 2], no_eos(2), owner="small"))) == 2
+        assert engine.in_progress > 350
+    for generation in flood:
+        generation.cancel()
+    await settled(engine)
+
+
 async def test_a_failing_loop_tells_everybody_and_stays_dead(random_folder):
     engine = Engine.from_folder(random_folder, SMALL)
     with pytest.raises(EngineDead, match="not been started"):

@@ -13,7 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from support import engine_states
 from support.engine_states import Machine
 
-from astraea_jax.engine import engine as engine_module
+from astraea_jax.engine import calls as calls_module
 from astraea_jax.engine import sessions as sessions_module
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import checked_name
@@ -62,13 +62,14 @@ def _anonymous_programs_with_names(patch) -> None:
 
     def named(self, event, now):
         name = ("", f"#{1 + self._scheduler.stats().created % 3}")
-        return submit(self, event if event.session else replace(event, session=name), now)
+        call = event.call if event.call.session else replace(event.call, session=name)
+        return submit(self, replace(event, call=call), now)
 
     patch.setattr(ServingLoop, "_submit", named)
 
 
 def _sessions_without_owners(patch) -> None:
-    patch.setattr(engine_module, "checked_key", lambda session, owner: ("", checked_name("name", session)))
+    patch.setattr(calls_module, "checked_key", lambda session, owner: ("", checked_name("name", session)))
 
 
 def _ends_that_ask_the_scheduler(patch) -> None:
@@ -93,13 +94,13 @@ def _a_start_that_forgets_the_end(patch) -> None:
 
 
 def _names_that_nobody_checks(patch) -> None:
-    for module in (engine_module, sessions_module):
+    for module in (calls_module, sessions_module):
         patch.setattr(module, "checked_name", lambda what, name, empty=False: name)
         patch.setattr(module, "checked_key", lambda session, owner: (owner, session))
 
 
 def _prompts_that_nobody_checks(patch) -> None:
-    patch.setattr(engine_module, "checked_prompt", lambda prompt, *_: tuple(prompt))
+    patch.setattr(calls_module, "checked_prompt", lambda prompt, *_: tuple(prompt))
 
 
 def _answers_that_come_twice(patch) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astraea_jax.engine.lifecycle import RESERVE, Lifecycle
+from astraea_jax.engine.lifecycle import Lifecycle
+from astraea_jax.engine.shared_bound import RESERVE
 from astraea_jax.errors import Overloaded
 
 
@@ -35,13 +36,23 @@ def test_one_client_cannot_fill_the_queue():
     life = serving(16)
     flood = accepted(life, "one", 100)
     assert len(flood) == 12
-    assert [len(accepted(life, owner, 9)) for owner in ("two", "three")] == [1, 1]
+    assert [len(accepted(life, owner, n)) for owner, n in (("two", 1), ("three", 9))] == [1, 3]
     life.started(flood[0])
     life.end(flood[1])
-    assert not accepted(life, "one", 9)  # twelve wait, with those of others
-    assert len(accepted(life, "four", 9)) == 1
-    with pytest.raises(Overloaded, match="13 requests are waiting, 10 of them of this client"):
+    assert not accepted(life, "one", 9)  # fourteen wait, with those of others
+    assert len(accepted(life, "four", 1)) == 1
+    with pytest.raises(Overloaded, match="15 requests are waiting, 10 of them of this client"):
         life.accept(object(), "one")
+
+
+@pytest.mark.parametrize(("weights", "room"), [({}, 8), ({"two": 2.0}, 9), ({"two": 0.0}, 3), ({"one": 8.0}, 3)])
+def test_a_client_has_its_share_of_the_queue_beside_a_flood(weights, room):
+    """Of 24 places a flood has taken 15: three quarters are anybody's, and of all a client may have its share."""
+    life = Lifecycle(24, weights)
+    life.compile()
+    life.serve()
+    assert len(accepted(life, "one", 15)) == 15
+    assert len(accepted(life, "two", 24)) == room
 
 
 def test_the_engines_own_process_may_fill_it():
@@ -60,8 +71,9 @@ def test_the_books_agree_with_a_list(max_queued, calls):
         waiting = [of for of, started in open_.values() if not started]
         if call == "accept":
             boxes = accepted(life, owner, 1)
-            reserve = max_queued // RESERVE if owner in waiting else 0
-            assert bool(boxes) == (len(waiting) < max_queued - reserve)
+            own, share = waiting.count(owner) + 1, max_queued / (len({*waiting}) + 1)
+            may = own == 1 or own <= share or len(waiting) < max_queued - max_queued // RESERVE
+            assert bool(boxes) == (may and len(waiting) < max_queued)
             open_.update(dict.fromkeys(boxes, (owner, False)))
         elif open_:
             box = list(open_)[which % len(open_)]

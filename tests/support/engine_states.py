@@ -27,9 +27,10 @@ from support.session_states import LIMIT_S, NAMES, OWNERS, SessionRules
 from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.generation import Generation, Mailbox
-from astraea_jax.engine.lifecycle import RESERVE, State
+from astraea_jax.engine.lifecycle import State
 from astraea_jax.engine.loop import MAX_FAILURES
 from astraea_jax.engine.sampling import SamplingParams
+from astraea_jax.engine.shared_bound import RESERVE
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.scheduler.wait import Wait
 

@@ -1,7 +1,7 @@
-"""The table of models in README.md, made from the tests: `python tests/support/model_table.py` writes it.
+"""The table of models in README.md, made from the tests: `PYTHONPATH=tests python tests/support/model_table.py` writes it.
 
-A backend serves a family if tests mark it with every feature that published models of the family need
-(:mod:`support.table`). What is compared with transformers is in :mod:`support.variants`.
+A backend serves a family in a form if tests mark it with every feature that published models of the family, and the
+form, need (:mod:`support.table`). What is compared with transformers is in :mod:`support.variants`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ NAMES = {
     "Gemma3ForConditionalGeneration": "Gemma 3",
 }
 """Class in transformers -> row. Classes that see pictures, too, are served for text."""
+ONLY_EXPERTS = {"MXFP4 weights"}
+FORMS: dict[str, set[str]] = {
+    "16 and 32 bits": set(),
+    "int8": {"int8 and fp8 weights"},
+    "fp8": {"fp8 weights"},
+    "int4": {"int4 weights"},
+    "MXFP4": ONLY_EXPERTS,
+}
+"""Forms of weights -> features that a backend must have to serve them; only experts are published in MXFP4."""
 BASE = "prefill and decode in one step"
 
 
@@ -52,7 +61,7 @@ def needs(model: ModelConfig) -> set[str]:
 
 
 def model_table() -> str:
-    """In Markdown: families by backend, then forms of weights by backend."""
+    """In Markdown: families by form of their weights, and in every cell what is shown for each backend."""
     marked = cells()
     wanted: defaultdict[str, set[str]] = defaultdict(lambda: {BASE})
     for name, fields in FIELDS.items():
@@ -61,22 +70,22 @@ def model_table() -> str:
     for variant in VARIANTS:
         compared[NAMES[variant.family]].append(variant.dtype)
     lines = [
-        f"| | compared with transformers | {' | '.join(BACKENDS.values())} |",
-        f"|---|---|{'---|' * len(BACKENDS)}",
+        f"| | compared with transformers | {' | '.join(FORMS)} |",
+        f"|---|---|{'---|' * len(FORMS)}",
     ]
     for row in dict.fromkeys(NAMES.values()):
         dtypes = ", ".join(sorted(set(compared[row])))
-        lines.append(f"| {row} | {len(compared[row])}: {dtypes} | {_shown(marked, wanted[row])} |")
-    for feature in marked:
-        if feature.endswith(" weights"):
-            lines.append(f"| *{feature}* | | {_shown(marked, {feature})} |")
+        forms = [_shown(marked, wanted[row], form) for form in FORMS.values()]
+        lines.append(f"| {row} | {len(compared[row])}: {dtypes} | {' | '.join(forms)} |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(marked: dict[str, dict[str, set[str]]], features: set[str]) -> str:
-    """How each backend has all ``features``."""
-    hows = [set.intersection(*(marked[feature][backend] for feature in features)) for backend in BACKENDS]
-    return " | ".join(", ".join(how for how in HOWS if how in found) for found in hows)
+def _shown(marked: dict[str, dict[str, set[str]]], family: set[str], form: set[str]) -> str:
+    """For each backend the first letter of the best that shows all features of a family and a form of weights."""
+    if form == ONLY_EXPERTS and "experts" not in family:
+        return ""
+    hows = [set.intersection(*(marked[feature][backend] for feature in family | form)) for backend in BACKENDS]
+    return " · ".join(next((how[0] for how in reversed(HOWS) if how in found), "–") for found in hows)
 
 
 if __name__ == "__main__":

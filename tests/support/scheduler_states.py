@@ -44,16 +44,19 @@ class Machine(RuleBasedStateMachine):
         window=st.none() | st.sampled_from([1, 3, 4, 5, 13]),
         spare=st.integers(0, 12),
         windows=st.integers(1, 4),
+        weights=st.sampled_from([{}, {"a": 0.0}, {"b": 4.0, None: 0.5}]),
+        credit_s=st.sampled_from([0.0, 0.02, 5.0]),
     )
-    def start(self, policy, strategy, page_size, pages, budget, host, delay, window, spare, windows):
+    def start(self, policy, strategy, page_size, pages, budget, host, delay, window, spare, windows, weights, credit_s):
         pages = pages * 4 // page_size
         if window:
             least = Window(window, 0).span(page_size) + 2
             window = Window(window, 1 + windows * least + -(-budget // page_size) + spare)
             host = replace(host, layers=(1, 2))
         sizes = {"page_size": page_size, "num_pages": pages + 1, "max_step_tokens": budget, "session_ttl_s": 60}
-        sizes |= {"max_programs": 12, "max_waiting": 5, "kv_events": True}
+        sizes |= {"max_programs": 12, "max_waiting": 5, "kv_events": True, "tenant_weights": weights}
         self.scheduler = make(policy, strategy, **sizes, host=host, window=window)
+        self.scheduler._planner.tenants.credit_s = credit_s
         self.listener, self.truth = Listener(), Truth(self.scheduler)
         self.loop = Loop(self.scheduler)
         self.loop.delay = delay

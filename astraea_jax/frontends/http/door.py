@@ -21,6 +21,7 @@ from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.engine.pacing import Pace
 from astraea_jax.engine.sampling import Grammar, SamplingParams
+from astraea_jax.engine.tenant_weights import parsed
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.frontends import logs
 from astraea_jax.frontends.http.constraints import Constraints
@@ -83,6 +84,7 @@ class Door:
         self.waiting = Waiting(
             limits.choices or config.data_parallel * (config.max_queued + config.max_seqs),
             limits.tokens or 64 * engine.layout.max_context,
+            parsed(config.tenant_weights),
         )
         self._wait_s = limits.wait_s
         self._tools = {tool.name: tool for tool in tools}
@@ -150,8 +152,8 @@ class Door:
 
     async def _begin(self, request: ChatRequest | TextRequest) -> list[Turn]:
         self.check(request)
-        waiting = request.n
-        self.waiting.enter(waiting)
+        waiting, owner = request.n, request.tenant.owner
+        self.waiting.enter(owner, waiting)
         turns: list[Turn] = []
         opening = None
         try:
@@ -159,14 +161,14 @@ class Door:
             prompt = opening.prompt
             tail = self.engine.tokenizer.decode(prompt[-TAIL:])
             params = self._params(request, prompt, await self._constraints.of(request, tail))
-            self.waiting.weigh(len(prompt) * waiting)
+            self.waiting.weigh(owner, len(prompt) * waiting)
             try:
                 while waiting:
                     reader = self._reader(request, tail)
                     turns.append(self._turn(request, opening, params, len(turns), reader))
                     waiting -= 1
             finally:
-                self.waiting.leave(0, len(prompt) * waiting)
+                self.waiting.leave(owner, 0, len(prompt) * waiting)
         except BaseException:
             for turn in turns:
                 turn.cancel()
@@ -174,7 +176,7 @@ class Door:
                 self.programs.end(opening, None, End("error"))
             raise
         finally:
-            self.waiting.leave(waiting, 0)
+            self.waiting.leave(owner, waiting, 0)
         return turns
 
     async def open(self, request: ChatRequest | TextRequest) -> Opening:
@@ -200,11 +202,12 @@ class Door:
         Raises:
             RequestError, Overloaded: as :meth:`begin`.
         """
-        self.waiting.enter(1)
+        owner = request.tenant.owner
+        self.waiting.enter(owner, 1)
         try:
             return await self._make_prompt(request)
         finally:
-            self.waiting.leave(1, 0)
+            self.waiting.leave(owner, 1, 0)
 
     def check(self, request: Request) -> None:
         """Check what needs no prompt.
@@ -277,7 +280,7 @@ class Door:
             prompt_tokens=len(opening.prompt),
             parallel_calls=not isinstance(request, ChatRequest) or request.parallel_calls,
             wait_s=self._wait_s,
-            on_begin=partial(self.waiting.leave, 1, len(opening.prompt)),
+            on_begin=partial(self.waiting.leave, request.tenant.owner, 1, len(opening.prompt)),
             on_end=_nothing if index else ended,
             about=About(program, opening.report, request.hints.outcomes, request.report),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from astraea_jax.engine.shared_bound import SharedBound
 from astraea_jax.errors import Overloaded
 
 
@@ -20,42 +22,51 @@ class Limits:
 
 
 class Waiting:
-    """Counts turns that have not begun, and the tokens of their prompts.
+    """Counts turns that have not begun, and the tokens of their prompts, by tenant.
 
     A request is counted before its prompt is made, which may take longer than to serve it: whoever is refused has cost
-    nothing.
+    nothing. No tenant can fill either bound alone.
 
     Args:
         choices: turns that may wait.
         tokens: prompt tokens that may wait.
+        weights: of tenants' shares.
     """
 
-    def __init__(self, choices: int, tokens: int):
-        self._most_choices, self._most_tokens = choices, tokens
-        self.choices = 0
-        self.tokens = 0
+    def __init__(self, choices: int, tokens: int, weights: Mapping[str, float] | None = None):
+        self._choices, self._tokens = SharedBound(choices, weights), SharedBound(tokens, weights)
 
-    def enter(self, choices: int) -> None:
+    @property
+    def choices(self) -> int:
+        """Turns that have not begun."""
+        return self._choices.total
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of these."""
+        return self._tokens.total
+
+    def enter(self, owner: str, choices: int) -> None:
         """Count the turns of a request whose prompt is going to be made.
 
         Raises:
             Overloaded: too many wait; a request that is alone is always taken.
         """
-        if self.choices and self.choices + choices > self._most_choices:
+        if self.choices and not self._choices.has_room(owner, choices):
             raise Overloaded("too many requests are waiting; try again later")
-        self.choices += choices
+        self._choices.add(owner, choices)
 
-    def weigh(self, tokens: int) -> None:
+    def weigh(self, owner: str, tokens: int) -> None:
         """Count the tokens of a request's prompts, now that they are known.
 
         Raises:
             Overloaded: too many wait; a request that is alone is always taken.
         """
-        if self.tokens and self.tokens + tokens > self._most_tokens:
+        if self.tokens and not self._tokens.has_room(owner, tokens):
             raise Overloaded("too many prompt tokens are waiting; try again later")
-        self.tokens += tokens
+        self._tokens.add(owner, tokens)
 
-    def leave(self, choices: int, tokens: int) -> None:
+    def leave(self, owner: str, choices: int, tokens: int) -> None:
         """Count turns that have begun or ended no longer."""
-        self.choices -= choices
-        self.tokens -= tokens
+        self._choices.add(owner, -choices)
+        self._tokens.add(owner, -tokens)

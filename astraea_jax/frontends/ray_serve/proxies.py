@@ -30,7 +30,7 @@ from astraea_jax.frontends.ray_serve.split import SPLITS
 SESSION, PARENT = NAMINGS[0].session, NAMINGS[0].parent
 BYTES_PER_TOKEN = 4
 """Of a request, roughly, whatever its form. Placement weighs prompts against each other; nothing depends on it."""
-GONE = "the replica that answered has gone; send the request again, another one goes on with its session"
+GONE = "the replica that answered has gone"
 
 _SESSION_PATH = re.compile(r".*/v1/sessions/(.+?)(?:/fork|/replace_tail)?")
 

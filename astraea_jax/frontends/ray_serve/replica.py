@@ -42,8 +42,8 @@ TAKEN = 4096
 TOLD_S = 30.0
 """Seconds for which it says so: several reports, of which each router sees at least one."""
 HAND_OVER_S = 5.0
-"""Seconds in which somebody must have taken over the programs of a replica that stops. Nobody does where a whole
-application is deleted; what is not handed over is computed again."""
+"""Seconds in which somebody must take over some programs of a replica that stops. Nobody does where a whole application
+is deleted; what is not handed over is computed again."""
 
 
 class Replica:
@@ -123,7 +123,7 @@ class Replica:
         if engine is None:
             return
         try:
-            await asyncio.wait_for(_hand_over(self._programs), HAND_OVER_S)
+            await _hand_over(self._programs)
         except Exception as error:
             log.warning("programs were not handed over (%r); they are computed again", error)
         await asyncio.to_thread(engine.shutdown, 0)
@@ -148,7 +148,8 @@ async def _hand_over(programs: Programs) -> None:
     here = serve.get_replica_context()
     while moving := await programs.hand_over():
         others = serve.get_deployment_handle(here.deployment, here.app_name).options(method_name="take_over")
-        await asyncio.gather(*(others.options(session_id=_name(each)).remote(each) for each in moving))
+        async with asyncio.timeout(HAND_OVER_S):
+            await asyncio.gather(*(others.options(session_id=_name(each)).remote(each) for each in moving))
 
 
 def _name(moving: Moving) -> str:

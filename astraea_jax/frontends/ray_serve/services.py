@@ -15,15 +15,17 @@ from typing import Any
 import grpc
 
 from astraea_jax.errors import RequestError
+from astraea_jax.frontends.http.errors import SEND_AGAIN
 from astraea_jax.frontends.identity import Identity
 from astraea_jax.frontends.ray_serve.proxies import BYTES_PER_TOKEN, GONE, REQUESTS, Asked
 from astraea_jax.frontends.ray_serve.split import SPLITS
 from astraea_jax.frontends.rpc import wire
 from astraea_jax.frontends.rpc.metadata import read_identity, read_request_id
-from astraea_jax.frontends.rpc.status import FAULT, RETRY_AFTER_MS
+from astraea_jax.frontends.rpc.status import FAULT, RETRY
 
 SESSION, REQUEST_ID, APPLICATION = "session_id", "request_id", "application"
 """Keys of metadata that Serve reads."""
+MAY_COME_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED)
 
 
 def add_orchestrator(servicer: Any, server: Any) -> None:
@@ -119,13 +121,14 @@ def _identity(metadata: tuple[tuple[str, Any], ...], method: str, request: bytes
 
 def _explain(context: Any) -> None:
     """Tell a client whose replica has died that it may come again. Our own faults have a text of their own."""
-    code = context.code()
-    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL.value[0]) and context.details() != FAULT:
+    if _code(context) is grpc.StatusCode.INTERNAL and context.details() != FAULT:
         context.set_code(grpc.StatusCode.UNAVAILABLE)
-        context.set_details(GONE)
-    if context.code() in (
-        code
-        for status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-        for code in (status, status.value[0])
-    ):
-        context.set_trailing_metadata((("grpc-retry-pushback-ms", str(RETRY_AFTER_MS)),))
+        context.set_details(GONE + SEND_AGAIN)
+    if _code(context) in MAY_COME_AGAIN:
+        context.set_trailing_metadata(RETRY)
+
+
+def _code(context: Any) -> grpc.StatusCode | None:
+    """Return the status of a call, which gRPC keeps as a number."""
+    code = context.code()
+    return next((status for status in grpc.StatusCode if code in (status, status.value[0])), None)

@@ -127,10 +127,10 @@ async def test_clients_that_vanish_leave_the_pool_free(chatty, held_reader, monk
     monkeypatch.setattr(bodies, "BODIES", pool := TextPool(threads=1))
     async with serving(chatty) as server:
         tasks = [asyncio.create_task(server.client.post(PATH, content=LONG, headers=JSON)) for _ in range(3)]
-        await until(lambda: pool._waiting.total() == 3 * len(LONG))
+        await until(lambda: pool._waiting.total == 3 * len(LONG))
         for task in tasks:
             task.cancel()
-        await until(lambda: pool._waiting.total() == len(LONG))  # the one that a thread has begun with
+        await until(lambda: pool._waiting.total == len(LONG))  # the one that a thread has begun with
         may.set()
         await until(lambda: not pool._waiting)
         assert len(threads) == 1

@@ -151,9 +151,9 @@ async def test_half_sent_and_broken_requests_are_answered(chatty, sent, status):
 async def test_each_api_says_come_again_in_its_own_words(chatty, path, overloaded, draining):
     async with serving(chatty, limits=Limits(choices=1)) as server:
         body = {"model": MODEL, **CHAT}
-        server.door.waiting.enter(1)
+        server.door.waiting.enter("", 1)
         refused = [(await server.client.post(path, json=body), overloaded)]
-        server.door.waiting.leave(1, 0)
+        server.door.waiting.leave("", 1, 0)
         server.door.draining = True
         if draining:
             refused.append((await server.client.post(path, json=body), draining))

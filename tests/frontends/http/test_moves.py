@@ -22,7 +22,7 @@ async def test_a_chat_goes_on_elsewhere_from_its_true_tokens(make_engine):
             said = (await here.client.post(CHAT, json={**body, "messages": messages[:1], "session_id": session})).json()
         messages += [said["choices"][0]["message"], {"role": "user", "content": "And then?"}]
         expected = (await here.client.post(CHAT, json={**body, "messages": messages, "session_id": "stays"})).json()
-        moving = next(one for one in await here.door.programs.hand_over() if one.program.key[1] == "s")
+        moving = next(one for one in await here.door.programs.hand_over() if one.history and one.history.program == "s")
         assert await here.door.programs.hand_over() == []
         assert moving.history is not None
         await there.door.programs.take_over(moving)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
 
+from astraea_jax.frontends.http.errors import SEND_AGAIN
 from astraea_jax.frontends.ray_serve import proxies
 from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked, Front, Requests, middlewares
 from astraea_jax.frontends.ray_serve.split import Split, Splits
@@ -86,7 +87,7 @@ async def test_an_id_that_cannot_be_is_replaced():
 async def test_a_replica_that_dies_before_it_answers_is_a_503_with_a_hint():
     answer = await ask(silent)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert answer.json()["error"]["message"] == GONE
+    assert answer.json()["error"]["message"] == GONE + SEND_AGAIN
 
 
 async def test_anthropics_clients_are_told_in_their_words():
@@ -99,7 +100,7 @@ async def test_a_stream_that_is_cut_ends_with_an_error(path):
     answer = await ask(cut(b"data: 1\n\n"), path)
     first, last = answer.text.strip().split("\n\n")
     assert first == "data: 1"
-    assert json.loads(last.partition("data: ")[2])["error"]["message"] == GONE
+    assert json.loads(last.partition("data: ")[2])["error"]["message"] == GONE + SEND_AGAIN
     assert last.startswith("event: error\n") == (path == "/v1/messages")
 
 

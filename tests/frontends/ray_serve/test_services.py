@@ -9,6 +9,7 @@ pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` insta
 
 from ray.serve._private.grpc_util import gRPCGenericServer
 
+from astraea_jax.frontends.http.errors import SEND_AGAIN
 from astraea_jax.frontends.ray_serve import services
 from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked
 from astraea_jax.frontends.ray_serve.services import add_orchestrator, add_sessions
@@ -111,7 +112,7 @@ async def test_a_replica_that_has_died_is_unavailable_with_a_hint(proxy, streams
         proxy.answers = False
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call()
-    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, GONE)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, GONE + SEND_AGAIN)
     assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
 
 

@@ -1,0 +1,49 @@
+"""A bound on what waits, which no client can fill alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+RESERVE = 4
+"""A fourth of what may wait is kept for clients who have nothing there, or less than their share of all of it."""
+
+
+class SharedBound:
+    """Counts what waits, by client. Not safe between threads.
+
+    Args:
+        most: that may wait.
+        weights: of clients' shares; who is not named has 1.
+    """
+
+    def __init__(self, most: int, weights: Mapping[str, float] | None = None):
+        self._most, self._weights = most, weights or {}
+        self._of: Counter[str] = Counter()
+        self.total = 0
+        """What waits."""
+
+    def __getitem__(self, owner: str) -> int:
+        """What waits of a client."""
+        return self._of[owner]
+
+    def has_room(self, owner: str, amount: int) -> bool:
+        """Whether so much more of a client may wait: in the last quarter only its first, or what its share allows."""
+        after, own = self.total + amount, self._of[owner]
+        if after > self._most or not own or after <= self._most - self._most // RESERVE:
+            return after <= self._most
+        weigh = self._weights.get
+        weights = 1.0 + sum(weigh(other, 1.0) for other in self._of)  # one more may come
+        return (own + amount) * weights <= self._most * weigh(owner, 1.0)
+
+    def add(self, owner: str, amount: int) -> None:
+        """Count more; what is negative waits no longer."""
+        self.total += amount
+        self._of[owner] += amount
+        if not self._of[owner]:
+            del self._of[owner]
+
+    def clear(self) -> None:
+        """Nothing waits any more."""
+        self._of.clear()
+        self.total = 0
