@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from .config import SchedulerConfig, SchedulerStats
 from .contexts import Contexts
-from .placement import MOST, Fleet, Report
+from .placement import MOST, Report
 from .prediction import Predictor
 from .program import Program, Request
 from .start_waits import StartWaits
@@ -106,9 +107,8 @@ def together(reports: Sequence[Report]) -> Report:
     Times are means.
     """
     takers = [report for report in reports if not report.draining] or reports
-
-    names = (*Fleet.REPORTED, *Fleet.TIMES, "sessions")
+    names = {f.name for f in fields(Report)} - {"wait_s", "draining"}
     sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in names}
-    sums |= {name: sums[name] / len(reports) for name in Fleet.TIMES}
+    sums |= {name: sums[name] / len(reports) for name in ("prefill_s", "step_s", "restore_s")}
     waits = tuple(map(min, *(report.wait_s for report in takers), takers[0].wait_s))
     return Report(**sums, wait_s=waits, draining=all(report.draining for report in reports))

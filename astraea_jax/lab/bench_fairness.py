@@ -25,9 +25,10 @@ from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.costs import StepCosts
 from astraea_jax.scheduler.policies import SERVING, make_policy
+from astraea_jax.scheduler.simulation.engine import Sizes
 from astraea_jax.scheduler.simulation.experiment import UNLIMITED, WORKLOADS, Cell, draw, prepare
 from astraea_jax.scheduler.simulation.machines import MACHINES, Machine
-from astraea_jax.scheduler.simulation.simulator import Outcome, Simulator, Sizes
+from astraea_jax.scheduler.simulation.simulator import Outcome, Simulator
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
 
 FLAGS = flags.FLAGS
