@@ -7,10 +7,13 @@ from typing import Any
 
 from .config import SchedulerConfig, SchedulerStats
 from .contexts import Contexts
-from .placement import MOST, Fleet, Report
+from .placement import MOST, Report
 from .prediction import Predictor
 from .program import Program, Request
 from .start_waits import StartWaits
+
+COUNTS = ("pool", "free", "retained", "host_free", "live", "demand", "running", "waiting", "tool_waits", "sessions")
+TIMES = ("prefill_s", "step_s", "restore_s")
 
 
 class Load:
@@ -49,7 +52,8 @@ class Load:
         """A request has ended, and its program waits, or is forgotten next."""
         self._output -= len(request.output)
         self._queued.pop(request, None)
-        self.waiting(request.program, request.num_tokens, now)
+        last = request.program.last or request  # the one before, if this one has never run
+        self.waiting(request.program, last.num_tokens, now)
 
     def waiting(self, program: Program, context: int, now: float) -> None:
         """A program begins to wait with a context of so many tokens."""
@@ -107,8 +111,7 @@ def together(reports: Sequence[Report]) -> Report:
     """
     takers = [report for report in reports if not report.draining] or reports
 
-    names = (*Fleet.REPORTED, *Fleet.TIMES, "sessions")
-    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in names}
-    sums |= {name: sums[name] / len(reports) for name in Fleet.TIMES}
+    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in (*COUNTS, *TIMES)}
+    sums |= {name: sums[name] / len(reports) for name in TIMES}
     waits = tuple(map(min, *(report.wait_s for report in takers), takers[0].wait_s))
     return Report(**sums, wait_s=waits, draining=all(report.draining for report in reports))
