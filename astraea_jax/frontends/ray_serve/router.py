@@ -29,6 +29,9 @@ MAX_PROGRAMS = 100_000
 """Sessions whose homes a process remembers."""
 UNKNOWN = Asked(tokens=1024)
 """A request of which nothing is known but its session."""
+UNSENT_S = 60.0
+"""Seconds after which a request that may be sent, and that no replica has accepted, is taken to have been given up in
+the moment between: Serve tells nobody of that."""
 END = "End"
 """Method that ends a session."""
 
@@ -42,6 +45,10 @@ class _Routed:
     tokens: int
     ends: bool
     """Whether its session ends with it."""
+    chosen: float
+    """Time at which its replica was chosen."""
+    future: asyncio.Future[Any]
+    """Of Serve, which has ended once the request may be sent."""
     accepted: bool = False
 
 
@@ -67,6 +74,9 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
         for each in replicas:
             self._router.join(each.replica_id, now)
             self._take_in(each.replica_id, each.routing_stats, now)
+        for request, routed in [*self._routed.items()]:
+            if not routed.accepted and routed.future.done() and now - routed.chosen > UNSENT_S:
+                self._release(request)
         split = next((found for each in replicas if (found := (each.routing_stats or {}).get("split"))), None)
         learn(self.app_name, split)
         super().update_replicas(replicas)
@@ -121,7 +131,8 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
             )
         except NoReplica:
             return None
-        self._routed[request] = _Routed(route, session, asked.tokens, metadata.call_method == END)
+        ends = metadata.call_method == END
+        self._routed[request] = _Routed(route, session, asked.tokens, ends, time.monotonic(), pending.future)
         pending.future.add_done_callback(lambda future: self._given_up(request, future))
         return route.replica
 

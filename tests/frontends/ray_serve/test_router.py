@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,25 @@ async def test_whatever_ends_or_is_given_up_leaves_nothing_behind(router):
     assert not router._routed
     assert router._router.fleet.requests.tolist() == [0]
     done(router, running, name)  # nobody minds
+
+
+async def test_who_gives_up_just_when_a_replica_is_found_keeps_nothing_busy(router, monkeypatch):
+    """Serve has chosen, and is cancelled before it sends anything; nobody hears of the request any more."""
+    present(router, "a")
+    pending = request("1", "s")
+    choosing = asyncio.ensure_future(router._choose_replica_for_request(pending))
+    pending.future.add_done_callback(lambda _: choosing.cancel())
+    with pytest.raises(asyncio.CancelledError):
+        await choosing
+    assert not pending.future.cancelled()
+    present(router, "a")
+    assert router._router.busy("s"), "it might still be sent"
+    later = time.monotonic() + 61.0
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    present(router, "a")
+    assert not router._routed
+    assert not router._router.busy("s")
+    assert router._router.fleet.requests.tolist() == [0]
 
 
 async def test_without_any_replica_that_takes_it_serve_waits(router):
