@@ -227,7 +227,8 @@ def test_a_replica_may_be_retired_twice_at_once_and_the_last_one_too(made):
 
     async def work() -> None:
         said = [await _at(replicas, 0, f"s{i}") for i in range(5)]
-        assert await asyncio.gather(replicas.retire(0, 0.05), replicas.retire(0, 0.0)) == [0, 0]
+        ended = await asyncio.gather(replicas.retire(0, 0.05), replicas.retire(0, 0.0))
+        assert list(ended) == [0, 0]
         await settled(replicas.replicas[1])
         for i in range(5):
             again = replicas.generate([*PROMPT, *said[i], 1], PARAMS, session=f"s{i}")
