@@ -58,12 +58,12 @@ class Contexts:
         self._faded = max(0.0, self._faded - tokens * 2.0 ** -((self._at - since) / HALF_LIFE_S))
 
     def fade(self, now: float) -> None:
-        """Bring the sum of what fades up to date."""
-        self._faded, self._at = self.faded(now), now
+        """Bring the sum of what fades up to date; time never runs back."""
+        self._faded, self._at = self.faded(now), max(now, self._at)
 
     def faded(self, now: float) -> float:
         """Tokens of programs that wait, faded. Any thread may ask; one that does meanwhile is wrong by a step's."""
-        return self._faded * 2.0 ** -((now - self._at) / HALF_LIFE_S) if now != self._at else self._faded
+        return self._faded * 2.0 ** -((now - self._at) / HALF_LIFE_S) if now > self._at else self._faded
 
     def check(self, active: set[Program]) -> None:
         """Raise AssertionError unless these programs have a request, and the sums add up (for tests; O(everything))."""
