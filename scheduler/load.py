@@ -50,7 +50,8 @@ class Load:
         """A request has ended, and its program waits, or is forgotten next."""
         self._output -= len(request.output)
         self._queued.pop(request, None)
-        self.waiting(request.program, request.num_tokens, now)
+        last = request.program.last or request  # the one before, if this one has never run
+        self.waiting(request.program, last.num_tokens, now)
 
     def waiting(self, program: Program, context: int, now: float) -> None:
         """A program begins to wait with a context of so many tokens."""

@@ -216,6 +216,7 @@ class Router:
         if home is None or self._homes.get(sent.program) is not home:  # it has gone elsewhere since, or is forgotten
             return
         home.requests -= 1
+        self._homes.move_to_end(sent.program)
         if context:
             self.fleet.homes[home.index] += context - home.context
             home.context = context
@@ -303,8 +304,12 @@ class Router:
         return home
 
     def _forget_longest_idle(self) -> None:
-        program = next((p for p, home in self._homes.items() if not home.requests), next(iter(self._homes)))
-        home = self._homes.pop(program)
+        for _ in range(len(self._homes)):
+            program, home = next(iter(self._homes.items()))
+            if not home.requests:
+                break
+            self._homes.move_to_end(program)  # it is not idle, so it need not be looked at again and again
+        program, home = self._homes.popitem(last=False)
         if home.index >= 0:
             self.fleet.homes[home.index] -= home.context
 

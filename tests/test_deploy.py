@@ -123,3 +123,16 @@ def test_the_application_of_ray_is_there() -> None:
     other = yaml.safe_load((DEPLOY / "ray_serve.yaml").read_text())
     assert config["grpc_options"] == other["grpc_options"]
     assert application["args"].keys() <= {*other["applications"][0]["args"], "api_keys"}
+
+
+def test_probes_of_kuberay_can_be_answered() -> None:
+    """Workers are asked with wget, and so is everybody if Ray's version is not said; who cannot answer is restarted."""
+    assert "install -y --no-install-recommends wget" in (DEPLOY / "Dockerfile").read_text()
+    major, minor, _ = map(int, of_kind("RayService")["spec"]["rayClusterConfig"]["rayVersion"].split("."))
+    assert (major, minor) >= (2, 60), "the extra wants it"
+
+
+def test_the_image_has_no_copy_of_the_folder() -> None:
+    """Keys that lie in it would stay in a layer, whatever is removed later."""
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    assert not [line for line in lines if line.split(" ")[0] in ("COPY", "ADD")]

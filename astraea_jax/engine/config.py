@@ -180,11 +180,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata["allowed"]
-            if value in allowed or (value is None and field.default is None):
-                continue
-            also = ", or None" if field.default is None else ""
-            raise StartupError(f"{field.name} is {shown(value)}; it must be {allowed}{also}")
+            check_option(field.name, getattr(self, field.name))
         self._fill_in_sizes()
         if self.max_step_tokens < self.max_seqs:
             raise StartupError(
@@ -275,6 +271,20 @@ class EngineConfig:
                 model.vocab_size,
             )
         return meshes
+
+
+def check_option(name: str, value: object) -> None:
+    """Check the value of a field of :class:`EngineConfig`; no device is looked at.
+
+    Raises:
+        StartupError: it is not allowed.
+    """
+    field = EngineConfig.__dataclass_fields__[name]
+    allowed = field.metadata["allowed"]
+    if value in allowed or (value is None and field.default is None):
+        return
+    also = ", or None" if field.default is None else ""
+    raise StartupError(f"{name} is {shown(value)}; it must be {allowed}{also}")
 
 
 def _on_device(dtype: Any, option: str) -> Any:

@@ -50,7 +50,7 @@ from astraea_jax.frontends.flags import OPTIONS, engine_flags, run_main
 from astraea_jax.frontends.http.flags import http_flags, key_flags, tls_flags, warning
 from astraea_jax.frontends.http.server import Server as HttpServer
 from astraea_jax.frontends.hub import find_model
-from astraea_jax.frontends.kv_events.flags import kv_event_flags
+from astraea_jax.frontends.kv_events.flags import kv_event_flags, wanted
 from astraea_jax.frontends.logs import log_flags
 from astraea_jax.frontends.operating import check_profiles, operator_flags
 from astraea_jax.frontends.program_flags import program_flags
@@ -99,7 +99,7 @@ LEAST_GRACE_S = 1.0
 
 def engine_config() -> EngineConfig:
     """Make the configuration that the flags describe."""
-    return options(compile_cache=compile_cache(), kv_events=FLAGS.kv_events is not None)
+    return options(compile_cache=compile_cache(), kv_events=wanted())
 
 
 def compile_cache() -> str | None:

@@ -86,7 +86,7 @@ class _Sent:
     request: Request | None = None
 
 
-class Fleet:
+class FleetSimulator:
     """Runs programs through several engines.
 
     Args:

@@ -20,7 +20,7 @@ from ..prediction import Predictor
 from ..rival_placements import RULES, make_rule
 from .engine import Sizes
 from .experiment import UNLIMITED, arrival_rate, draw, run_unlimited
-from .fleet import EVERY_SECOND, Change, Fleet, FleetOutcome, Reporting
+from .fleet import EVERY_SECOND, Change, FleetOutcome, FleetSimulator, Reporting
 from .machines import MACHINES, Machine
 from .trace import TraceProgram
 from .workload import with_arrivals
@@ -80,7 +80,7 @@ def simulate(cell: FleetCell, rule: Rule | None = None) -> FleetOutcome:
         return make_policy(cell.policy, Predictor(), "adaptive")
 
     named = "sticky" if cell.rule in (POOLED, GLOBAL_QUEUE) else cell.rule
-    return Fleet(
+    return FleetSimulator(
         *(programs, policy, rule or make_rule(named, cell.seed), machine, sizes, replicas),
         held_back=cell.rule == GLOBAL_QUEUE,
         steal_s=cell.steal_s if cell.rule != POOLED else 0.0,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from support.device import complete
 from support.engines import settled
-from support.stub import PAGE_BYTES, STUB, stub_engine
+from support.stub import PAGE_BYTES, STUB, StubRunner, stub_engine
 from support.wide import tokens
 
 from astraea_jax.engine.answers import MAX_HANDED
@@ -26,7 +26,7 @@ ONE = replace(ROOMY, max_programs=1)
 
 
 @pytest.fixture
-def made(request) -> Iterator[tuple[Replicas, list]]:
+def made(request) -> Iterator[tuple[Replicas, list[StubRunner]]]:
     """Two replicas on stub devices, and what runs their steps."""
     pairs = [stub_engine(config) for config in getattr(request, "param", (ROOMY, ROOMY))]
     replicas = Replicas([engine for engine, _ in pairs])
@@ -227,7 +227,8 @@ def test_a_replica_may_be_retired_twice_at_once_and_the_last_one_too(made):
 
     async def work() -> None:
         said = [await _at(replicas, 0, f"s{i}") for i in range(5)]
-        assert await asyncio.gather(replicas.retire(0, 0.05), replicas.retire(0, 0.0)) == [0, 0]
+        ended = await asyncio.gather(replicas.retire(0, 0.05), replicas.retire(0, 0.0))
+        assert list(ended) == [0, 0]
         await settled(replicas.replicas[1])
         for i in range(5):
             again = replicas.generate([*PROMPT, *said[i], 1], PARAMS, session=f"s{i}")

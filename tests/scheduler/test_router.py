@@ -196,6 +196,32 @@ def test_a_session_that_two_replicas_claim_is_where_it_was_said_last():
     assert router.route("p", 10, 0.0).replica == 1
 
 
+def test_who_has_been_idle_longest_is_forgotten_first():
+    """Idle since its request has ended, however long ago that came; and whoever has one in flight is not."""
+    router = Router(max_programs=3)
+    router.join("r", 0.0)
+    long, short, busy = (router.route(name, 100, 0.0) for name in ("long", "short", "busy"))
+    router.ended(short, 1.0, context=200)
+    router.ended(long, 9.0, context=200)
+    router.route("new", 100, 10.0)
+    assert [router.home(name) for name in ("long", "short", "busy", "new")] == ["r", None, "r", "r"]
+    router.route("newer", 100, 11.0)
+    assert [router.home(name) for name in ("long", "busy", "new", "newer")] == [None, "r", "r", "r"]
+    router.route("newest", 100, 12.0)  # all have a request in flight
+    assert [router.home(name) for name in ("busy", "new", "newer", "newest")] == [None, "r", "r", "r"]
+    router.ended(busy, 13.0, context=200)
+    assert len(router) == 3
+
+
+def test_the_table_may_hold_one_program_and_requests_of_nothing():
+    router = Router(max_programs=1)
+    router.join("r", 0.0)
+    for i in range(5):
+        router.ended(router.route(i, 0, 5.0 - i, parent=i), 5.0 - i, context=0)  # the clock may run backwards
+    assert len(router) == 1
+    assert not router.fleet.requests.any()
+
+
 def test_the_place_of_a_replica_that_left_is_used_again():
     router = router_of(3)
     router.leave(1, 0.0)

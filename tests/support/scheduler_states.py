@@ -277,7 +277,7 @@ class Machine(RuleBasedStateMachine):
     def context(self, program):
         """Tokens of a program's present or last request; a fork has none of its own."""
         request = self.scheduler._programs.live.get(program) or program.last
-        return request.num_tokens if request and request.program is program else 0
+        return request.num_tokens if request and (program.turns or request.program is program) else 0
 
     def what_is_cached_is_told(self):
         self.listener.hear(self.scheduler.kv_log.take())

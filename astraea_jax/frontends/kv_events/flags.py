@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 NEEDED = "--kv_events needs pyzmq and msgpack: pip install 'astraea-jax[events]'"
 ENDPOINT = re.compile(r"tcp://[^\s/]+:\d{1,5}|ipc://\S{1,100}")
 FORM = "tcp://HOST:PORT or ipc://PATH"
+
+
+def wanted() -> bool:
+    """Whether the flags ask for KV events; what keeps them from being published is told before a model is loaded.
+
+    Raises:
+        StartupError: pyzmq or msgpack is missing, or only a part of the flags is given.
+    """
+    chosen = flags.FLAGS
+    if chosen.kv_events is None:
+        if chosen.kv_events_replay is not None:
+            raise StartupError("--kv_events_replay needs --kv_events, the endpoint where batches can be missed")
+        return False
+    if not all(map(find_spec, ("zmq", "msgpack"))):
+        raise StartupError(NEEDED)
+    return True
 
 
 def kv_event_flags() -> Callable[[Serving], AbstractContextManager[list[Publisher]]]:

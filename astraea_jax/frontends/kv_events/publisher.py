@@ -60,7 +60,8 @@ class Publisher:
         self._events, self._pack, self._topic = events, pack, topic.encode()
         self._context = zmq.Context()
         self._number = 0
-        self._kept: deque[tuple[bytes, bytes]] = deque()
+        # Frames that all answers share: who asks for everything and reads nothing costs 2 MB, not 64.
+        self._kept: deque[tuple[bytes, zmq.Frame]] = deque()
         self._kept_bytes = 0
         self._replay: Socket | None = None
         try:
@@ -100,8 +101,9 @@ class Publisher:
     def _publish(self, batch: bytes) -> None:
         number = self._number.to_bytes(8, "big")
         self._number += 1
-        self._socket.send_multipart((self._topic, number, batch))
-        self._kept.append((number, batch))
+        frame = zmq.Frame(batch, copy=True)
+        self._socket.send_multipart((self._topic, number, frame), copy=False)
+        self._kept.append((number, frame))
         self._kept_bytes += len(batch)
         while len(self._kept) > KEPT_BATCHES or self._kept_bytes > KEPT_BYTES:
             self._kept_bytes -= len(self._kept.popleft()[1])
@@ -115,15 +117,15 @@ class Publisher:
                 continue  # as vLLM does; what it is cannot be known
             for number, batch in self._kept:
                 if number >= frames[1]:  # big-endian, so they are ordered like numbers
-                    self._replay.send_multipart((listener, b"", self._topic, number, batch))
+                    self._replay.send_multipart((listener, b"", self._topic, number, batch), copy=False)
             self._replay.send_multipart((listener, b"", b"", END, b""))
 
 
 def open_socket(context: zmq.Context[Socket], kind: int, endpoint: str, unsent: int) -> tuple[Socket, str]:
     """Open a socket; returns it with its endpoint, in which a port of 0 has become the one that was free.
 
-    A PUB socket connects to ``tcp://host:port``, where a router listens for all its workers. Endpoints with ``*`` or
-    ``::`` or of this machine alone are bound, and so are all of other sockets.
+    A PUB socket connects to ``tcp://host:port``, where a router listens for all its workers. Endpoints with ``*``,
+    ``0.0.0.0`` or ``::`` or of this machine alone are bound, and so are all of other sockets.
 
     Raises:
         StartupError: the endpoint cannot be used; the message says why.
@@ -133,7 +135,7 @@ def open_socket(context: zmq.Context[Socket], kind: int, endpoint: str, unsent: 
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)  # listeners that have vanished cost no memory for long
-    here = any(part in endpoint for part in ("*", "::", "//127.", "//localhost", "ipc://"))
+    here = any(part in endpoint for part in ("*", "//0.0.0.0:", "::", "//127.", "//localhost:", "ipc://"))
     try:
         if kind == zmq.PUB and not here:
             socket.connect(endpoint)

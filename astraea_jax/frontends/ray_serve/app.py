@@ -7,7 +7,7 @@ from typing import Any
 
 from ray import serve
 
-from astraea_jax.errors import StartupError
+from astraea_jax.errors import StartupError, shown
 from astraea_jax.frontends.ray_serve.options import Options
 from astraea_jax.frontends.ray_serve.replica import Replica
 
@@ -34,6 +34,8 @@ def app(model: str = "astraea-tiny", *, deployment: Mapping[str, Any] | None = N
         StartupError: an option is unknown, or cannot be.
     """
     chosen = Options.of({"model": model, **options})
+    if not isinstance(deployment, Mapping | None):
+        raise StartupError(f"deployment is {shown(deployment)}; it must be a mapping of options of serve.deployment")
     return _deployment(chosen, deployment or {}).bind(chosen)
 
 

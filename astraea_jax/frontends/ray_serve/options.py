@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from astraea_jax.agents import formats
 from astraea_jax.agents.continuity import Mode
-from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.config import EngineConfig, Seconds, Whole, check_option
 from astraea_jax.errors import StartupError, shown
 from astraea_jax.frontends.http.guard import Bounds
 from astraea_jax.frontends.http.waiting import Limits
@@ -41,17 +41,24 @@ class Options:
     """Further names of the model."""
     call_format: str | None = None
     turn_continuity: Mode = "job"
-    api_keys: Sequence[str] = ()
-    """Keys that calls need, or ``@FILE`` with one on each line, which every machine has."""
-    admin_keys: Sequence[str] = ()
+    api_keys: Sequence[str] = field(default=(), repr=False)
+    """Keys that calls need, or ``@FILE`` with one on each line, which every machine has. What a config file says is on
+    Ray's dashboard for whoever reaches it, so keys belong into a file."""
+    admin_keys: Sequence[str] = field(default=(), repr=False)
     allowed_hosts: Sequence[str] | None = None
     """Names by which HTTP requests may call the proxies; any by default."""
     max_body_bytes: int = Bounds.body_bytes
     max_wait_s: float = Limits.wait_s
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.engine) - set(ENGINE_FIELDS)):
+        if not isinstance(self.model, str) or not isinstance(self.revision, str | None):
+            raise StartupError(f"model is {shown(self.model)}, revision {shown(self.revision)}; they must be texts")
+        if not isinstance(self.engine, Mapping):
+            raise StartupError(f"engine is {shown(self.engine)}; it must be a mapping of fields, {{}} for none")
+        if unknown := sorted(set(map(str, self.engine)) - set(ENGINE_FIELDS)):
             raise StartupError(f"engine has {', '.join(unknown)}; its fields are {', '.join(ENGINE_FIELDS)}")
+        for name, value in self.engine.items():
+            check_option(name, value)
         allowed: dict[str, tuple[object, ...]] = {
             "turn_continuity": get_args(Mode),
             "call_format": (None, *formats.NAMES),
@@ -60,11 +67,20 @@ class Options:
             if (value := getattr(self, name)) not in values:
                 raise StartupError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, values))}")
         for name in ("processes", "max_body_bytes"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise StartupError(f"{name} is {shown(value)}; it must be an integer of at least 1")
-        for name in ("served_model_names", "api_keys", "admin_keys"):
-            if isinstance(value := getattr(self, name), str) or not all(isinstance(each, str) for each in value):
-                raise StartupError(f"{name} is {shown(value)}; it must be a list of texts")
+            if (value := getattr(self, name)) not in Whole():
+                raise StartupError(f"{name} is {shown(value)}; it must be {Whole()}")
+        if self.max_wait_s not in Seconds():
+            raise StartupError(f"max_wait_s is {shown(self.max_wait_s)}; it must be {Seconds()}")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        for name in ("served_model_names", "api_keys", "admin_keys", "allowed_hosts"):
+            value = getattr(self, name)
+            if value is None and name == "allowed_hosts":
+                continue
+            if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+                was = f"of type {type(value).__name__}" if "keys" in name else shown(value)  # a key is for no log
+                raise StartupError(f"{name} is {was}; it must be a list of texts, [] for none")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -81,5 +97,6 @@ class Options:
     @property
     def at_once(self) -> int:
         """Requests that a replica takes at once: those that run and those that wait. Beyond that it refuses."""
-        of = ENGINE_FIELDS | {"max_seqs": LARGEST_MAX_SEQS} | dict(self.engine)
+        given = {name: value for name, value in self.engine.items() if value is not None}
+        of = ENGINE_FIELDS | {"max_seqs": LARGEST_MAX_SEQS} | given
         return int(of["data_parallel"]) * (int(of["max_seqs"]) + int(of["max_queued"]))

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -23,6 +24,7 @@ from astraea_jax.engine import kv_events
 from astraea_jax.engine.replicas import Replicas
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
+from astraea_jax.frontends.kv_events import flags as kv_flags
 from astraea_jax.frontends.kv_events import publisher
 from astraea_jax.frontends.kv_events.flags import of_rank, published
 from astraea_jax.frontends.kv_events.publisher import Publisher
@@ -261,9 +263,10 @@ async def test_it_connects_to_a_router_that_listens_for_all_workers(telling):
     router = context.socket(zmq.SUB)
     router.subscribe(b"")
     port = router.bind_to_random_port("tcp://0.0.0.0")
-    opened = open_publisher(telling, endpoint=f"tcp://0.0.0.0:{port}", replay=None)
+    elsewhere = f"tcp://0x7f000001:{port}"  # this machine, so written that nobody sees it
+    opened = open_publisher(telling, endpoint=elsewhere, replay=None)
     try:
-        assert opened.replay is None
+        assert (opened.endpoint, opened.replay) == (elsewhere, None)
         number = 0
         while not router.poll(50):
             await ask(telling, number := number + 1)
@@ -271,6 +274,41 @@ async def test_it_connects_to_a_router_that_listens_for_all_workers(telling):
         assert len(router.recv_multipart()) == 3
     finally:
         opened.close()
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("everywhere", ["0.0.0.0", "*"])
+async def test_an_address_that_means_all_of_this_machine_is_bound(telling, everywhere):
+    """Connected to it, events would go nowhere, and nobody would be told."""
+    opened = open_publisher(telling, endpoint=f"tcp://{everywhere}:0", replay=None)
+    try:
+        port = opened.endpoint.rpartition(":")[2]
+        with Subscriber(f"tcp://127.0.0.1:{port}") as subscriber:
+            number = 0
+            while not subscriber.stored:
+                await ask(telling, number := number + 1)
+                subscriber.read(50)
+                assert number < 1000
+    finally:
+        opened.close()
+
+
+async def test_many_who_ask_for_everything_and_read_nothing_keep_nobody_waiting(telling, opened):
+    context = zmq.Context()
+    askers = [context.socket(zmq.DEALER) for _ in range(50)]
+    try:
+        for asker in askers:
+            asker.set_hwm(1)
+            asker.connect(opened.replay)
+            for _ in range(5):
+                asker.send_multipart((b"", bytes(8)))
+        with Subscriber(opened.endpoint, opened.replay) as subscriber:
+            for number in range(10):
+                await ask(telling, number)
+            await settled(telling)
+            subscriber.replay()
+            await agree(subscriber, telling)
+    finally:
         context.destroy(linger=0)
 
 
@@ -299,6 +337,20 @@ def test_the_extra_is_named_if_it_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "astraea_jax.frontends.kv_events.publisher")
     with pytest.raises(StartupError, match=r"pip install 'astraea-jax\[events\]'"), published(stub_engine()[0], FREE):
         pass
+
+
+def test_what_is_wrong_with_the_flags_is_told_before_a_model_is_loaded(monkeypatch):
+    chosen = {"kv_events": None, "kv_events_replay": None}
+    monkeypatch.setattr(kv_flags.flags, "FLAGS", SimpleNamespace(**chosen))
+    assert kv_flags.wanted() is False
+    monkeypatch.setattr(kv_flags.flags, "FLAGS", SimpleNamespace(**{**chosen, "kv_events_replay": FREE}))
+    with pytest.raises(StartupError, match="needs --kv_events"):
+        kv_flags.wanted()
+    monkeypatch.setattr(kv_flags.flags, "FLAGS", SimpleNamespace(**{**chosen, "kv_events": FREE}))
+    assert kv_flags.wanted() is True
+    monkeypatch.setitem(sys.modules, "zmq", None)
+    with pytest.raises(StartupError, match=r"pip install 'astraea-jax\[events\]'"):
+        kv_flags.wanted()
 
 
 def test_an_engine_that_tells_nothing_cannot_be_published():

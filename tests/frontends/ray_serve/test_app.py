@@ -64,7 +64,21 @@ def test_a_config_file_says_the_same():
         ({"call_format": "smoke"}, "call_format is 'smoke'"),
         ({"processes": 0}, "processes is 0"),
         ({"processes": 2}, "placement_group_bundles"),
-        ({"api_keys": "secret"}, "api_keys is 'secret'; it must be a list"),
+        ({"processes": True}, "processes is True"),
+        ({"engine": None}, "engine is None; it must be a mapping"),
+        ({"engine": ["max_seqs"]}, "engine is .*; it must be a mapping"),
+        ({"engine": {3: 3}}, "engine has 3"),
+        ({"engine": {"max_seqs": "64"}}, "max_seqs is '64'; it must be an integer"),
+        ({"engine": {"max_queued": None}}, "max_queued is None"),
+        ({"engine": {"policy": "fast"}}, "policy is 'fast'"),
+        ({"api_keys": None}, "api_keys is of type NoneType; it must be a list of texts, \\[\\] for none"),
+        ({"api_keys": [12345678]}, "api_keys is of type list; it must be a list of texts"),
+        ({"allowed_hosts": "gpu.example"}, "allowed_hosts is 'gpu.example'; it must be a list"),
+        ({"max_wait_s": "long"}, "max_wait_s is 'long'"),
+        ({"max_wait_s": float("nan")}, "max_wait_s is nan"),
+        ({"model": None}, "model is None"),
+        ({"revision": 1.1}, "revision 1.1"),
+        ({"deployment": 2}, "deployment is 2; it must be a mapping"),
         ({"deployment": {"num_replicas": -1}}, "deployment: "),
         ({"deployment": {"replicas": 2}}, "deployment: "),
     ],
@@ -72,3 +86,18 @@ def test_a_config_file_says_the_same():
 def test_what_cannot_be_is_refused_where_it_is_written(given, told):
     with pytest.raises(StartupError, match="(?s)" + told):
         ray_serve.app(**given)
+
+
+@pytest.mark.parametrize("name", ["api_keys", "admin_keys"])
+def test_keys_are_in_no_message(name):
+    """Neither in errors nor in what logs make of the options."""
+    secret = "sk-1234567890"
+    for wrong in (secret, [secret, 1]):
+        with pytest.raises(StartupError) as refused:
+            ray_serve.app(**{name: wrong})
+        assert secret not in str(refused.value)
+    assert secret not in repr(Options(**{name: [secret]}))
+
+
+def test_sizes_that_are_left_to_the_devices_may_be_written_so():
+    assert Options(engine={"max_seqs": None}).at_once == Options().at_once

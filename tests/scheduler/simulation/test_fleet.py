@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.rival_placements import make_rule
 from astraea_jax.scheduler.simulation.engine import Sizes
-from astraea_jax.scheduler.simulation.fleet import Change, Fleet, Reporting
+from astraea_jax.scheduler.simulation.fleet import Change, FleetSimulator, Reporting
 from astraea_jax.scheduler.simulation.fleet_study import FLEET_RULES, FleetCell, prepare, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.simulator import Simulator
@@ -26,7 +26,9 @@ def small_programs(count, seed=0):
 
 def fleet_of(programs, replicas, rule="astraea", pool=400, **options):
     sizes = Sizes(pool, page_size=16, host_tokens=10**6)
-    return Fleet(programs, lambda: make_policy("astraea"), make_rule(rule), MACHINE, sizes, replicas, **options)
+    return FleetSimulator(
+        programs, lambda: make_policy("astraea"), make_rule(rule), MACHINE, sizes, replicas, **options
+    )
 
 
 def test_a_fleet_of_one_serves_what_the_engine_alone_serves():
