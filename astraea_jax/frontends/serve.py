@@ -267,7 +267,7 @@ def announce(engine: Serving, ports: Mapping[str, int], began: float) -> None:
     pages = layout.num_pages - 1
     size = layout.bytes_of(pages, layout.window.num_pages - 1 if layout.window else 0) / 2**20
     if FLAGS.tensor_parallel * FLAGS.data_parallel > 1:
-        say(f"{FLAGS.data_parallel} replicas, each on {FLAGS.tensor_parallel} devices; sizes are per replica")
+        say(f"{FLAGS.data_parallel} replicas, devices of each: {FLAGS.tensor_parallel}; sizes are per replica")
     say(f"KV: {pages} pages of {engine.config.page_size} tokens, {size:.0f} MiB, context {layout.max_context}")
     if layout.window is not None:
         say(f"of these, {layout.window.num_pages - 1} pages for layers with a window of {layout.window.tokens} tokens")
