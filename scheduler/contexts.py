@@ -45,7 +45,7 @@ class Contexts:
     def waits(self, program: Program, tokens: float, now: float) -> None:
         """A program begins to wait with a context of ``tokens``."""
         self.forget(program, now)
-        self._waiting[program] = float(tokens), now
+        self._waiting[program] = float(tokens), self._at
         self.waiting += tokens
         self._faded += tokens
 

@@ -237,7 +237,7 @@ class Bench:
         """
         tokens = FLAGS.steps * (2 * FLAGS.repeats + 2)
         for i in range(FLAGS.batch):
-            self.scheduler.submit([i % self.config.vocab_size] * FLAGS.context, tokens, now=0.0)
+            self.scheduler.submit([i % self.config.vocab_size] * FLAGS.context, tokens, now=time.perf_counter())
         steps = self.steps()
         for _ in range(FLAGS.batch * FLAGS.context // FLAGS.chunk + FLAGS.steps):
             next(steps)

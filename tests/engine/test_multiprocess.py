@@ -46,6 +46,7 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
     flags = {
         "model": folder,
         "port": 0,
+        "http_port": 0,
         "tensor_parallel": 4,
         "coordinator": free_address(),
         "processes": 2,

@@ -35,6 +35,16 @@ def test_contexts_fade_while_their_programs_wait():
     contexts.check({two})
 
 
+def test_a_clock_that_runs_back_fades_nothing():
+    contexts, program = Contexts(), Program(0, 0.0)
+    contexts.waits(program, 64, 1e9)
+    contexts.works(program, 80, 0.0)
+    contexts.waits(program, 80, 0.0)
+    assert contexts.faded(0.0) == contexts.faded(1e9) == 80
+    contexts.forget(program, 1.0)
+    assert contexts.faded(1e9) == contexts.waiting == 0
+
+
 def test_live_contexts_count_what_runs_what_waits_and_what_is_queued():
     loop = Loop(make(num_pages=13, max_seqs=1))
     submit(loop, "a", [1] * 8, 4)
