@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-from support.scripts import ROOT, run
+from support.scripts import check_studies, run
 
 
 def test_the_study_of_fleets_writes_its_rows_and_a_picture(tmp_path):
@@ -35,18 +33,8 @@ REFUSED = {
 }
 """What cannot be studied, and what is said of it; what is named several times is run once."""
 
-ASK_ALL = """
-import json, sys
-from absl import app, flags
-from absl.testing import flagsaver
+COSTS = """
 from astraea_jax.lab import bench_fleet
-for line in json.load(sys.stdin):
-    with flagsaver.flagsaver():
-        try:
-            flags.FLAGS(["bench_fleet", *line.split()])
-            print(json.dumps(f"{len(bench_fleet.study())} cells"))
-        except (app.UsageError, flags.Error) as error:
-            print(json.dumps(str(error)))
 bench_fleet.SIZES = ((4, 50),)
 placements, reports = bench_fleet.costs()
 assert placements.rows[0][:2] == ("4", "50")
@@ -54,9 +42,9 @@ assert reports.rows[0][1:3] == ("192", "768")
 """
 
 
-def test_a_study_that_cannot_be_is_refused_and_costs_are_measured():
-    asked = json.dumps([*REFUSED])
-    done = subprocess.run([sys.executable, "-c", ASK_ALL], cwd=ROOT, input=asked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for (line, words), said in zip(REFUSED.items(), map(json.loads, done.stdout.splitlines()), strict=True):
-        assert words in said, line
+def test_a_study_that_cannot_be_is_refused():
+    check_studies("bench_fleet", REFUSED)
+
+
+def test_costs_of_placements_and_reports_are_measured():
+    run("-c", COSTS)  # flags of several benchmarks do not go into one process

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from support.scripts import ROOT, run
+from support.scripts import ROOT, check_studies, run
 
 
 def test_the_study_of_completion_times_writes_its_rows_and_pictures(tmp_path):
@@ -57,27 +57,9 @@ REFUSED = {
 }
 """What cannot be studied, and what is said of it; what is named several times is run once."""
 
-ASK_ALL = """
-import json, sys
-from absl import app, flags
-from absl.testing import flagsaver
-from astraea_jax.lab import bench_jct
-for line in json.load(sys.stdin):
-    with flagsaver.flagsaver():
-        try:
-            flags.FLAGS(["bench_jct", *line.split()])
-            print(json.dumps(f"{len(bench_jct.study())} cells"))
-        except (app.UsageError, flags.Error) as error:
-            print(json.dumps(str(error)))
-"""
-
 
 def test_a_study_that_cannot_be_is_refused():
-    asked = json.dumps([*REFUSED])
-    done = subprocess.run([sys.executable, "-c", ASK_ALL], cwd=ROOT, input=asked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for (line, words), said in zip(REFUSED.items(), map(json.loads, done.stdout.splitlines()), strict=True):
-        assert words in said, line
+    check_studies("bench_jct", REFUSED)
 
 
 def trace_of(folder, count):

@@ -77,7 +77,8 @@ class Machine(RuleBasedStateMachine):
         except EngineDead:
             assert len(self.leaving) == len(self.replicas.replicas)
         except Overloaded:
-            assert len(self.asked) >= CONFIG.max_queued  # those given up just now may still count
+            # Its caller has seen the end of a request that was given up before the engine has.
+            assert sum(one.may_be_cancelled or not one.ends for one in self.asked) >= CONFIG.max_queued
         else:
             self.asked.append(asked)
 

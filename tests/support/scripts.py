@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,3 +25,29 @@ def run_shell(script: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+ASK_STUDY = """
+import importlib, json, sys
+from absl import app, flags
+from absl.testing import flagsaver
+name = sys.argv[1]
+study = importlib.import_module(f"astraea_jax.lab.{name}").study
+for line in json.load(sys.stdin):
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS([name, *line.split()])
+            print(json.dumps(f"{len(study())} cells"))
+        except (app.UsageError, flags.Error) as error:
+            print(json.dumps(str(error)))
+"""
+
+
+def check_studies(name: str, expected: dict[str, str]) -> None:
+    """Assert that a study says of each line of flags what ``expected`` has; one process asks for all."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_STUDY, name], cwd=ROOT, input=json.dumps([*expected]), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for (line, words), said in zip(expected.items(), map(json.loads, done.stdout.splitlines()), strict=True):
+        assert words in said, line

@@ -15,7 +15,7 @@ from support.stub import STUB, stub_engine
 from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.frontends.kv_events.flags import published
 
-dynamo = pytest.importorskip("dynamo._core")
+dynamo = pytest.importorskip("dynamo._core", reason="needs ai-dynamo-runtime, 250 MB, which is no dependency")
 FREE = "tcp://127.0.0.1:0"
 PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
 
