@@ -23,12 +23,12 @@ from .machines import MACHINES, Machine
 from .oracle import Oracle
 from .simulator import Outcome, ProgramRecord, Simulator
 from .trace import TraceProgram, load_trace
-from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
+from .workload import GENERATED, generate, resample, scaled_to_fit, with_arrivals
 
 TRACES = Path(__file__).parent / "traces"
 RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
 """Shipped traces, as workloads; see README.md beside them."""
-WORKLOADS = (*RECORDED, *GENERATORS)
+WORKLOADS = (*RECORDED, *GENERATED)
 PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
 """Relative noise of the oracle; None: learned online."""
 RESIDENCIES: Mapping[str, tuple[bool, str | None]] = {
@@ -93,7 +93,7 @@ def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: flo
         TraceError: the file cannot be replayed, or a program cannot be scaled so far down.
     """
     path = RECORDED.get(workload, Path(workload))
-    if workload in GENERATORS:
+    if workload in GENERATED:
         programs = generate(workload, count, seed)
     elif path.is_file():
         programs = resample(load_trace(path), count, seed)

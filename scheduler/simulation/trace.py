@@ -9,6 +9,7 @@ The last request has no tool. ``human`` may be missing; if true, a human's next 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,23 @@ class TraceProgram:
                 )
             )
         return replace(self, requests=tuple(requests))
+
+
+def chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceRequest, ...]:
+    """Make requests each of which continues the one before.
+
+    Args:
+        new: prompt tokens that each adds.
+        outputs: tokens that each outputs.
+        tools: name and seconds of the tool that each but the last leads to.
+    """
+    requests: list[TraceRequest] = []
+    ends: list[tuple[str | None, float]] = [*tools, (None, 0.0)]
+    held = 0
+    for fresh, output, (tool, seconds) in zip(new, outputs, ends, strict=True):
+        requests.append(TraceRequest(held, fresh, output, tool, seconds))
+        held += fresh + output
+    return tuple(requests)
 
 
 def load_trace(path: Path) -> list[TraceProgram]:
