@@ -93,7 +93,8 @@ class Due(NamedTuple):
 
     when: float
     record: ProgramRecord
-    index: int
+    number: int
+    """Which one of its program."""
 
 
 class History:
