@@ -25,7 +25,7 @@ def hash_blocks(tokens: np.ndarray, page_size: int, before: bytes) -> list[bytes
 
 BEGINNING, BEGINNINGS = 256, 128
 """Tokens between two beginnings of a prompt that are told apart, and how many there are at most: up to 32,768 tokens,
-longer than system prompts and tools, and a third of a millisecond to hash."""
+longer than system prompts and tools, and a fifth of a millisecond to hash."""
 
 
 def beginnings(prompt: Sequence[int], salt: str = "") -> list[tuple[Hashable, int]]:
