@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from ..hazards import Outlook
 from ..prediction import Predictor
 from ..program import Program, Request
-from .trace import TraceProgram, TraceRequest
+from .trace import TraceProgram, TraceRequest, everyone
 
 
 class Oracle(Predictor):
@@ -22,7 +22,7 @@ class Oracle(Predictor):
 
     def __init__(self, truth: Iterable[TraceProgram], noise: float = 0.0, seed: int = 0):
         super().__init__()
-        self._truth: Mapping[Hashable, TraceProgram] = {p.id: p for p in truth}
+        self._truth: Mapping[Hashable, TraceProgram] = {p.id: p for p in everyone(truth)}
         self._noise, self._seed = noise, seed
 
     def _wrong(self, program: Program, question: str) -> float:
