@@ -17,7 +17,7 @@ def callers_of(machine: type[RuleBasedStateMachine]) -> Any:
     @pytest.fixture(scope="module", autouse=True)
     def callers() -> Iterator[None]:
         loop = asyncio.new_event_loop()
-        machine.loop = loop  # type: ignore[attr-defined] # machines that have callers have one
+        machine.loop = loop
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
         yield

@@ -16,9 +16,10 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
+from astraea_jax.frontends.ray_serve import proxies
 from astraea_jax.frontends.ray_serve.app import ROUTER
 from astraea_jax.frontends.ray_serve.names import NOBODY, caller_of, name_of
-from astraea_jax.frontends.ray_serve.proxies import REQUESTS, Asked
+from astraea_jax.frontends.ray_serve.proxies import Asked, Requests
 from astraea_jax.frontends.ray_serve.split import SPLITS
 
 CARRIED = RequestRouterConfig(request_router_class=ROUTER).get_serialized_request_router_cls()
@@ -55,7 +56,8 @@ def request(id, session=None, method="__call__"):
 
 
 @pytest.fixture
-async def router():
+async def router(monkeypatch):
+    monkeypatch.setattr(proxies, "REQUESTS", Requests())
     router = cloudpickle.loads(CARRIED)(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
     router.initialize_state()
     return router
@@ -165,11 +167,11 @@ async def test_of_two_replicas_that_claim_a_session_one_has_it(router):
 
 async def test_a_child_begins_where_its_parent_is(router):
     present(router, "a", "b", "c", a=report(1), b=report(1), c=report(1))
-    REQUESTS.put("1", Asked(20_000))
+    proxies.REQUESTS.put("1", Asked(20_000))
     first = request("1", "parent")
     home = await chosen(router, first)
     done(router, first, home)
-    REQUESTS.put("2", Asked(20_100, parent="parent"))
+    proxies.REQUESTS.put("2", Asked(20_100, parent="parent"))
     assert await chosen(router, request("2", "child")) == home
 
 
@@ -191,7 +193,7 @@ async def test_an_ended_session_is_forgotten(router):
 
 async def asked_by(router, id, session, caller):
     """Name of the replica of a request that a proxy has seen; the request has ended."""
-    REQUESTS.put(id, Asked(100, caller=caller))
+    proxies.REQUESTS.put(id, Asked(100, caller=caller))
     pending = request(id, session)
     name = await chosen(router, pending)
     done(router, pending, name)
@@ -217,12 +219,12 @@ async def test_sessions_of_one_name_and_two_tenants_have_nothing_in_common(route
 async def test_a_child_of_another_tenants_parent_is_a_stranger(router):
     present(router, "a", "b", "c", a=report(1), b=report(1), c=report(1))
     one, two = (caller_of({"x-api-key": f"key-{i}"}, "10.0.0.1") for i in range(2))
-    REQUESTS.put("1", Asked(20_000, caller=one))
+    proxies.REQUESTS.put("1", Asked(20_000, caller=one))
     first = request("1", "main")
     home = await chosen(router, first)
     done(router, first, home)
-    REQUESTS.put("2", Asked(20_100, parent="main", caller=one))
-    REQUESTS.put("3", Asked(20_100, parent="main", caller=two))
+    proxies.REQUESTS.put("2", Asked(20_100, parent="main", caller=one))
+    proxies.REQUESTS.put("3", Asked(20_100, parent="main", caller=two))
     assert await chosen(router, request("2", "child")) == home
     assert await chosen(router, request("3", "child")) != home
 
