@@ -110,8 +110,10 @@ class Admission:
         own = len(program.pages) + len(offer.found)  # they are no longer to be had if it starts
         if left < 0 or (left < own and left < self._pool.unpinned({*program.pages, *offer.found})):
             return None
-        self._pool.share(offer.found)
-        if self._residency.evictor.evict(Need(offer.need, offer.windows, wait=True, keep=program), now):
+        self._pool.share(offer.found, program.tenant)
+        spare = self._tenants.rows(program.owner) > 0
+        need = Need(offer.need, offer.windows, wait=True, keep=program, tenant=program.tenant, spare=spare)
+        if self._residency.evictor.evict(need, now):
             return offer
         self._pool.release(offer.found)
         return None

@@ -28,6 +28,8 @@ class ProgramRecord:
     queue_s: float = 0.0
     spans: list[tuple[float, float, float, float]] = field(default_factory=list)
     """Four times of each request: submitted, first scheduled, first token, end."""
+    cached_tokens: int = 0
+    """Tokens of its prompts that need not be computed."""
 
     @property
     def jct_s(self) -> float:
@@ -83,6 +85,7 @@ class History:
 
     def request_ended(self, record: ProgramRecord, index: int, request: Request, now: float) -> TraceRequest:
         """A request has ended, and with the last one its program; returns what the trace says of it."""
+        record.cached_tokens += request.cached_tokens
         record.queue_s += (request.first_scheduled or now) - request.submitted
         record.spans.append((request.submitted, request.first_scheduled or now, request.first_token or now, now))
         trace = record.program.requests[index]
