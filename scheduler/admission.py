@@ -123,8 +123,8 @@ class Admission:
         return len(self._running) // RUNNING_PER_RESERVED_PAGE
 
     def _victim(self, request: Request, now: float) -> Request | None:
-        """A row to preempt for a request that does not fit; None: it waits for its turn, or for staging."""
-        if not self._tenants.contend or request.defers_until > now:
+        """A row to preempt for a request that does not fit; None: it waits for its turn, staging or its last token."""
+        if not self._tenants.contend or request.defers_until > now or request.num_pending:
             return None
         need = -(-request.num_tokens // self._size)
         short = need + self._reserve - self._pool.obtainable if self._running.slots else 0

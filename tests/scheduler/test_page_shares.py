@@ -295,6 +295,7 @@ class Watched:
             st.tuples(st.just("end"), st.sampled_from("abc"), st.integers(0, 4)),
             st.tuples(st.just("pass"), st.sampled_from([1.0, RECENT_S])),
         ),
+        min_size=20,
         max_size=40,
     ),
 )
