@@ -115,7 +115,7 @@ class Admission:
         need = Need(offer.need, offer.windows, wait=True, keep=program, tenant=program.tenant, spare=spare)
         if self._residency.evictor.evict(need, now):
             return offer
-        self._pool.release(offer.found)
+        self._pool.release(offer.found, program.tenant)
         return None
 
     @property

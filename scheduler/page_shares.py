@@ -2,7 +2,7 @@
 
 A tenant *holds* the pages that its programs were given, until somebody else gets them: those of requests that run, of
 programs that do not, and full pages of programs that have ended, as long as they can still be found. A page that
-several use counts once, for the tenant it was computed for; one that nobody uses any more, for who takes it up again.
+several use counts once, for the tenant it was computed for; one that nobody uses any more, for who used it last.
 
 Its *share* is its part of the memory by the weights of all *active* tenants: those with a request, or whose last one
 ended less than ``RECENT_S`` ago. Others have none, and neither has who has the weight 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, repeat
 
 from .kv_log import KVLog
 from .page_shares import ON_DEVICE, PageShares
@@ -57,7 +57,7 @@ class PagePool:
         return len(self._free) + self._num_cached
 
     def at_hand(self, giver: int | None = None) -> int:
-        """Free pages that anybody may have: those without a hash, and the cached ones of ``giver`` or of a sole tenant."""
+        """Free pages that anybody may have: those without a hash, and cached ones of ``giver`` or of a sole tenant."""
         if not self.shares.several:
             return self.free
         return len(self._free) + (len(self._cached.get(giver, ())) if giver is not None else 0)
@@ -126,8 +126,8 @@ class PagePool:
                 self.hand((page,), (tenant,))
             references[page] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Remove a reference from each of ``pages``; without any a page is free.
+    def release(self, pages: Sequence[int], tenant: int = 0) -> None:
+        """Remove a tenant's reference from each of ``pages``; without any a page is free.
 
         Raises:
             ValueError: a page is free already.
@@ -147,6 +147,8 @@ class PagePool:
                     if windows.size:
                         windows.forget(page)
                     gone.append(page)
+        if self.shares.several:
+            self.hand(kept, repeat(tenant, len(kept)))
         for page in kept:
             self._cached.setdefault(self._of[page], {})[page] = None
         self._num_cached += len(kept)
@@ -256,4 +258,8 @@ class PagePool:
 
     def held(self) -> Counter[int]:
         """Count the pages that each tenant holds (for tests; O(everything))."""
-        return Counter(tenant for page, tenant in enumerate(self._of) if self._references[page] or page in self._cached.get(tenant, ()))
+        return Counter(
+            tenant
+            for page, tenant in enumerate(self._of)
+            if self._references[page] or page in self._cached.get(tenant, ())
+        )

@@ -224,7 +224,7 @@ class Planner:
         pages = self.running.remove(request)
         windows = self._pool.windows
         windows.hold(request.program, pages, windows.first(request.num_computed), keep)
-        self._pool.release(pages[keep:])
+        self._pool.release(pages[keep:], request.program.tenant)
         self._residency.retain(request.program, request, pages[:keep], request.num_computed)
         request.num_computed = 0
 

@@ -125,7 +125,7 @@ class RetainedKV:
         self._windows.hold(program, program.pages, self._windows.first(program.kept), min(keep, len(program.pages)))
         if not gone:
             return
-        self._pool.release(gone)
+        self._pool.release(gone, program.tenant)
         del program.pages[keep:]
         if program.pages:
             self.order.recount(program)

@@ -42,7 +42,9 @@ class SharedBound:
             theirs = f"; tenant {owner} has {own} of them" if owner else ""
             return f"{self.total} {what} are waiting, of {allowed} allowed in all{theirs}; try again later"
         allowed = max(1, math.floor(self._share(owner)))
-        return f"tenant {owner} has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
+        return (
+            f"tenant {owner} has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
+        )
 
     def _share(self, owner: str) -> float:
         """What a client may have there in any case."""

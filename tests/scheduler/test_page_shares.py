@@ -229,6 +229,7 @@ def test_pages_that_tenants_share_count_once():
     assert [held[number] for number in numbers] == [4, 1]
     loop.scheduler.end_program(("a", 1), loop.now)
     loop.scheduler.end_program(("b", 1), loop.now)
+    assert loop.scheduler._pool.held()[numbers[1]] == 3  # who used them last
     third = serve(loop, ("c", 1), [1] * 13, owner="c", salt=SALT)
     assert loop.scheduler._pool.held()[third.program.tenant] == 4
 
@@ -248,12 +249,10 @@ def test_tenants_that_come_and_go_leave_nothing():
 class Watched:
     """Looks at every eviction: what each tenant had before, and who could still have given afterwards."""
 
-    def __init__(self, loop, weights):
-        self.scheduler, self.weights = loop.scheduler, weights
-        self.now, self.evictions = 0.0, 0
-        self.evictor: Evictor = loop.scheduler._residency.evictor
-        self._evict = self.evictor.evict
-        self.evictor.evict = self.evict
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        evictor: Evictor = scheduler._residency.evictor
+        self._evict, evictor.evict = evictor.evict, self.evict
 
     def idle(self, keep=None):
         """Pages that each tenant could give, which no program uses that is kept or runs."""
@@ -265,22 +264,22 @@ class Watched:
         return +idle
 
     def evict(self, need, now):
-        before, held = self.idle(need.keep), self.held()
+        before, held = self.idle(need.keep), self.held(need)
         enough = self._evict(need, now)
-        after, shares = self.idle(need.keep), self.scheduler._shares
-        if not shares.several:
-            return enough
-        self.evictions += before != after
-        share = shares._share(now) * self.scheduler._pool.size
-        held[need.tenant] += need.pages
-        beyond = {t for t in after if self.held()[t] + need.pages * (t == need.tenant) > math.ceil(share[t])}
-        for tenant, pages in before.items():
-            if after[tenant] < pages and held[tenant] - (pages - after[tenant]) < math.floor(share[tenant]):
-                assert not beyond, "a tenant within its share loses KV while another above its share has some"
+        if self.scheduler._shares.several:
+            after, held_now = self.idle(need.keep), self.held(need)
+            share = self.scheduler._shares._share(now) * self.scheduler._pool.size
+            beyond = [tenant for tenant in after if held_now[tenant] > math.ceil(share[tenant])]
+            lost = {tenant: pages - after[tenant] for tenant, pages in before.items() if after[tenant] < pages}
+            within = [tenant for tenant, pages in lost.items() if held[tenant] - pages < math.floor(share[tenant])]
+            assert not (within and beyond), "a tenant within its share loses KV while another above its share has some"
         return enough
 
-    def held(self):
-        return self.scheduler._pool.held()
+    def held(self, need):
+        """Pages that each tenant holds, who needs some as if it had them."""
+        held = self.scheduler._pool.held()
+        held[need.tenant] += need.pages
+        return held
 
 
 @settings(max_examples=60, deadline=None)
@@ -301,8 +300,8 @@ class Watched:
 )
 def test_a_tenant_within_its_share_loses_nothing_while_another_above_has_idle_pages(weights, policy, pages, events):
     sizes = {"num_pages": pages, "tenant_weights": weights, "max_waiting": 100, "session_ttl_s": math.inf}
-    loop = Loop(make(policy, **sizes))
-    watched, sessions = Watched(loop, weights), {}
+    loop, sessions = Loop(make(policy, **sizes)), {}
+    Watched(loop.scheduler)
     for event, *of in events:
         if event == "submit":
             owner, number, size, salty = of
@@ -310,11 +309,9 @@ def test_a_tenant_within_its_share_loses_nothing_while_another_above_has_idle_pa
             if before is not None and before.finish_reason is None:
                 continue
             text = [] if before is None else [*before.prompt, *before.output]
-            prompt = [*text, *[10 + number] * size][-40:]
-            salt = before.program.salt if before is not None else salted("") if salty else None
-            key = (owner, number)
-            if not loop.scheduler.knows(key):
-                salt = salted("") if salty else None
+            prompt, key = [*text, *[10 + number] * size][-40:], (owner, number)
+            program = loop.scheduler._programs.find(key)
+            salt = program.salt if program else salted(owner) if salty else None
             sessions[key] = loop.scheduler.submit(prompt, 4, program=key, owner=owner, salt=salt, now=loop.now)
         elif event == "turns":
             for _ in range(of[0]):
