@@ -70,7 +70,8 @@ def times_of(outcome: Outcome, prefix: str) -> Times:
     model = [record.jct_no_tool_s for record in records]
     repeated = sum(request.cached for record in records for request in record.program.requests)
     hits = sum(record.cached_tokens for record in records) / max(1, repeated)
-    return Times(float(np.mean(jct)), *(float(np.percentile(of, 99)) for of in (jct, model, first)), hits)
+    jct_p99_s, model_p99_s, first_p99_s = (float(np.percentile(of, 99)) for of in (jct, model, first))
+    return Times(float(np.mean(jct)), jct_p99_s, model_p99_s, first_p99_s, hits)
 
 
 def halved(machine: Machine) -> Machine:
