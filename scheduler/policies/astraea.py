@@ -13,8 +13,8 @@ why (each is a row of the ablation table, `python scripts/bench_jct.py --policie
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
   Hazards are learned apart for programs that output little, middling and much per request.
-* The ratio is ``(W + R + c) / (turns ** 2 * tokens ** 1.4)``: W the waits and R the running time of the program over all
-  its requests, tool waits left out; c half of a typical program's running time. It grows without bound, so nobody
+* The ratio is ``(W + R + c) / (turns ** 2 * tokens ** 1.4)``: W the waits and R the running time of the program over
+  all its requests, tool waits left out; c half of a typical program's running time. It grows without bound, so nobody
   starves, and a program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait
   first.
 * Where the first in order does not fit, smaller ones are backfilled, up to four times. Without backfill large contexts
