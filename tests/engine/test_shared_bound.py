@@ -33,15 +33,3 @@ def test_counts_stay_within_the_bound_and_leave_a_share_to_each(most, weights, c
         assert bound.total <= most
     bound.clear()
     assert bound.total == bound["a"] == 0
-
-
-def test_a_refusal_does_not_name_the_owner():
-    """Its name has the cache salt in it, which a gateway may have set, and which its clients must not learn."""
-    bound, owner = SharedBound(12), "salt:secret"
-    bound.add(owner, 8)
-    bound.add("other", 2)
-    refusals = {amount: bound.refusal(owner, amount, "requests") for amount in (1, 5)}
-    assert refusals == {
-        1: "this tenant has 8 requests waiting, of 4 allowed; 10 wait in all; try again later",
-        5: "10 requests are waiting, of 12 allowed in all; this tenant has 8 of them; try again later",
-    }
