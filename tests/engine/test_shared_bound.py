@@ -33,3 +33,12 @@ def test_counts_stay_within_the_bound_and_leave_a_share_to_each(most, weights, c
         assert bound.total <= most
     bound.clear()
     assert bound.total == bound["a"] == 0
+
+
+def test_a_refusal_does_not_tell_a_cache_salt():
+    bound, owner = SharedBound(12), "salt:secret"
+    bound.add(owner, 8)
+    bound.add("key:12", 4)
+    expected = "12 requests are waiting, of 12 allowed in all; tenant salt:… has 8 of them; try again later"
+    assert bound.refusal(owner, 1, "requests") == expected
+    assert "tenant key:12 has 4 of them" in bound.refusal("key:12", 1, "requests")

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from astraea_jax.engine.shared_bound import shown
 from astraea_jax.errors import EngineDead, Overloaded, StepFailed
 from astraea_jax.frontends.http.errors import failure_of
 from astraea_jax.frontends.http.responses_output import Event
@@ -108,10 +109,8 @@ class Background:
         """
         total, own, most = self._places.total(), self._places[owner], self.limits.running
         if total >= most or own >= max(1, most // 2):
-            of_all = (
-                f"{total} responses run in the background, of {most} allowed in all; tenant {owner} has {own} of them"
-            )
-            of_own = f"tenant {owner} has {own} responses in the background, of {max(1, most // 2)} allowed"
+            of_all = f"{total} responses run in the background, of {most} allowed in all; tenant {shown(owner)} has {own} of them"
+            of_own = f"tenant {shown(owner)} has {own} responses in the background, of {max(1, most // 2)} allowed"
             raise Overloaded(f"{of_all if total >= most else of_own}; try again later, or cancel some")
         self._places[owner] += 1
         try:
