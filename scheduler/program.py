@@ -94,6 +94,8 @@ class Program:
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
     parent: Hashable | None = None
     """Key of the program in whose job it takes part while there is one."""
+    tenant: int = 0
+    """Number of its owner among those who share pages, as long as it is there; see PageShares."""
 
     # Written by Registry and Scheduler, as its requests start and stop.
     job: Job = field(init=False)

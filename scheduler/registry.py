@@ -6,6 +6,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
 
+from .page_shares import PageShares
 from .program import Program, QueueFull, Rejected, Request
 from .view import ProgramView
 
@@ -88,9 +89,10 @@ class Registry:
         limit: programs remembered at once. Beyond it an idle one makes room: of the owner who holds most idle programs
             the one that has been idle longest, so whoever opens thousands of sessions loses only their own.
         forgotten: called with every program that ends.
+        shares: counts the programs of every tenant.
     """
 
-    def __init__(self, limit: int, forgotten: Callable[[Program], None]):
+    def __init__(self, limit: int, forgotten: Callable[[Program], None], shares: PageShares):
         self.live: dict[Program, Request] = {}
         """Programs with a request that waits or runs."""
         self.idle = IdlePrograms()
@@ -99,7 +101,7 @@ class Registry:
         self.humans = 0
         """Idle programs that wait for a human. Written by Waits, too."""
         self._limit = limit
-        self._forgotten = forgotten
+        self._forgotten, self._shares = forgotten, shares
         self._by_key: dict[Hashable, Program] = {}
         self._ended: deque[tuple[float, Hashable]] = deque(maxlen=MAX_ENDED)  # by their clients, and when
 
@@ -201,7 +203,8 @@ class Registry:
             self._forget(longest)
         self.created += 1
         self.io_intensive += 1
-        program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent)
+        tenant = self._shares.enter(owner, now)
+        program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent, tenant=tenant)
         if key is not None:
             self._by_key[key] = program
         return program
@@ -258,3 +261,4 @@ class Registry:
             del self._by_key[program.key]
         self.io_intensive -= program.io_intensive
         self._forgotten(program)
+        self._shares.leave(program.tenant)

@@ -19,6 +19,7 @@ from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
 from .kv_log import KVLog
 from .load import Load
+from .page_shares import PageShares
 from .pages import PagePool
 from .placement import Report
 from .plan import Plan
@@ -47,11 +48,13 @@ class Scheduler:
         self.kv_log = KVLog(config.page_size) if config.kv_events else None
         """Which blocks are cached, as it changes; None: nobody listens."""
         windows = WindowPages(config.window, config.num_pages, config.page_size)
-        self._pool = PagePool(config.num_pages, windows, self.kv_log)
+        sizes = config.num_pages - 1, config.host.size
+        self._shares = PageShares(sizes, config.tenant_weights, apart=policy.tenants_share_pages)
+        self._pool = PagePool(config.num_pages, windows, self.kv_log, self._shares)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._planner = Planner(config, policy, self._pool, self._residency)
         self._running, self._admission = self._planner.running, self._planner.admission
-        self._programs = Registry(config.max_programs, self._forget)
+        self._programs = Registry(config.max_programs, self._forget, self._shares)
         self._waits = Waits(self._programs, self._residency, policy.predict)
         self._load = Load(config, policy.predict)
         self._numbers = itertools.count(1)
@@ -119,6 +122,7 @@ class Scheduler:
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
+        self._shares.asks(opened.tenant)
         self._stops.update(stops)
         self._load.submitted(request, len(self._admission), now)
         self._planner.enqueue(request, now)
@@ -152,6 +156,7 @@ class Scheduler:
                 plan.ended.append(request)
         program, job = request.program, request.program.job
         del self._programs.live[program]
+        self._shares.asks_no_more(program.tenant, now)
         for token in request.stops:
             self._stops[token] -= 1
             if not self._stops[token]:
@@ -290,8 +295,10 @@ class Scheduler:
         used, programs = [r.pages for r in self._running.requests], self._programs.programs()
         self._pool.check(used + [p.pages for p in programs], used)
         self._pool.windows.check((p, p.running.pages if p.running else p.pages) for p in programs)
-        self._residency.check(self._programs.programs())
+        self._residency.check(programs)
         self._programs.check()
+        held = self._pool.held(), self._residency.held_on_host(programs)
+        self._shares.check((p.tenant for p in programs), (p.tenant for p in self._programs.live), held)
         self._load.check(self._programs.live)
         self._admission.check()
         self._planner.preparations.check(self._programs.programs())

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -18,12 +18,11 @@ from astraea_jax.engine.events import Key
 from astraea_jax.engine.generation import Ended, Generation
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.scheduler.handover import HandOver
+from astraea_jax.scheduler.prefix import beginnings
 from astraea_jax.scheduler.router import NoReplica, Route, Router
 
 REPORT_S = 0.05
 """Seconds for which a replica is taken to be as it has said; until then the router counts what it has sent."""
-PREFIX = 256
-"""Tokens by which programs are taken to begin alike, as with a system prompt: a guess, shorter than most of these."""
 LOOK_S = 0.02
 """Seconds between two looks at whether a replica that is retired still has something to do."""
 
@@ -82,22 +81,26 @@ class Homes:
         Raises:
             Overloaded, EngineDead: no replica takes it.
         """
+        prefixes = beginnings(call.prompt, call.salt) if self.of(call.session) is None else []  # takes time
         with self.lock:
             self._look()
             before = self.of(call.session)
-            generation, chosen = self._submit(call, known=before is not None)
+            generation, chosen = self._submit(call, prefixes, known=before is not None)
             if before not in (None, chosen) and call.session is not None:
                 with suppress(Overloaded, EngineDead):  # then it expires there
                     before.hand_over((call.session,))
         return generation
 
-    def _submit(self, call: Call, *, known: bool) -> tuple[Generation, Engine]:
+    def _submit(
+        self, call: Call, prefixes: Sequence[tuple[Hashable, int]], *, known: bool
+    ) -> tuple[Generation, Engine]:
         refused: frozenset[Engine] = frozenset()
-        prefix = (hash((call.salt, call.prompt[:PREFIX])), PREFIX) if len(call.prompt) > PREFIX else None
         while True:
             now, tokens = time.monotonic(), len(call.prompt)
             try:
-                route = self._router.route(call.session, tokens, now, parent=call.parent, prefix=prefix, avoid=refused)
+                route = self._router.route(
+                    call.session, tokens, now, parent=call.parent, prefixes=prefixes, avoid=refused
+                )
             except NoReplica:
                 last = self.least_busy()
                 return last.submit(call), last  # which says what is wrong, or drains and serves it all the same
