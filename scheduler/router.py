@@ -42,6 +42,8 @@ class _Home:
     """Requests in flight there."""
     first: Hashable | None = None
     """Name of the longest beginning of its first prompt, if that is known."""
+    at: float = 0.0
+    """Time at which it was last heard of: a request of it was sent or has ended, or it has moved."""
 
     def begins(self, prefixes: Sequence[tuple[Hashable, int]]) -> bool:
         """Whether a child goes on from this program, as far as is known, so that it has all its tokens.
@@ -173,7 +175,7 @@ class Router:
         known = self._homes.get(program) if program is not None else None
         index, held = self._choose(known, program, tokens, now, parent, prefixes, avoid)
         moved = known is not None and known.index not in (index, -1)
-        home = self._move(program, index) if program is not None else None
+        home = self._move(program, index, now) if program is not None else None
         if home is not None:
             home.requests += 1
             home.first = prefixes[-1][0] if prefixes else home.first
@@ -189,17 +191,18 @@ class Router:
         assert replica is not None
         return Route(replica, number, moved)
 
-    def settle(self, program: Hashable, replica: Hashable, *, context: int | None = None) -> None:
+    def settle(self, program: Hashable, replica: Hashable, now: float, *, context: int | None = None) -> None:
         """A program has turned out to be at a replica, as after a hand-over; ignored if that is gone.
 
         Args:
             program: that has moved.
             replica: where it is.
+            now: seconds.
             context: tokens that it has there; None: that is not known.
         """
         index = self._index.get(replica)
         if index is not None:
-            home = self._move(program, index)
+            home = self._move(program, index, now)
             if context is not None:
                 self.fleet.homes[index] += context - home.context
                 home.context = context
@@ -221,13 +224,14 @@ class Router:
             self.fleet.fresh[sent.index] -= sent.fresh
             sent.fresh = 0
 
-    def ended(self, route: Route, now: float, *, context: int) -> None:
+    def ended(self, route: Route, now: float, *, context: int, last: bool = False) -> None:
         """A request has ended, and its program waits with a context of so many tokens; a second call does nothing.
 
         Args:
             route: of the request.
             now: seconds.
             context: tokens of its prompt and output; 0: it never ran, so nothing has changed for its program.
+            last: its program has ended with it, unless another request of that is in flight.
         """
         self.prefilled(route)
         sent = self._sent.pop(route.number, None)
@@ -239,18 +243,39 @@ class Router:
         if home is None or self._homes.get(sent.program) is not home:  # it has gone elsewhere since, or is forgotten
             return
         home.requests -= 1
+        home.at = now
         self._homes.move_to_end(sent.program)
-        if context:
+        if last and not home.requests:
+            self.forget(sent.program)
+        elif context:
             self.fleet.homes[home.index] += context - home.context
             home.context = context
 
     def forget(self, program: Hashable) -> None:
         """A program has ended; ignored if it is not known."""
         home = self._homes.pop(program, None)
-        if home is None:
-            return
-        if home.index >= 0:
+        if home is not None and home.index >= 0:
             self.fleet.homes[home.index] -= home.context
+
+    def gone(self, program: Hashable, replica: Hashable, since: float) -> None:
+        """A replica says that a program has ended there, and that it knew of no new one at a time that was not before.
+
+        What has been heard of the program after that time is newer, and so is a request in flight: then it stays.
+        """
+        home = self._homes.get(program)
+        if home is not None and not home.requests and home.at <= since and home.index == self._index.get(replica):
+            self.forget(program)
+
+    def expire(self, before: float) -> None:
+        """Forget programs that were last heard of earlier, as replicas do, and that have no request in flight."""
+        for _ in range(len(self._homes)):
+            program, home = next(iter(self._homes.items()))
+            if home.requests:
+                self._homes.move_to_end(program)  # it is not idle, so it need not be looked at again and again
+            elif home.at < before:
+                self.forget(program)
+            else:
+                break
 
     def index(self, replica: Hashable) -> int:
         """Index of a replica in the columns of ``fleet``."""
@@ -314,7 +339,7 @@ class Router:
         pool, live = self.fleet.report["pool"][index], self.fleet.report["live"][index]
         return int(held * (1 - pool / live)) if live > pool > 0 else 0
 
-    def _move(self, program: Hashable, index: int) -> _Home:
+    def _move(self, program: Hashable, index: int, now: float) -> _Home:
         """Make a replica the home of a program."""
         home = self._homes.get(program)
         if home is None:
@@ -325,6 +350,7 @@ class Router:
             if home.index >= 0:
                 self.fleet.homes[home.index] -= home.context
             home = self._homes[program] = _Home(index, first=home.first)
+        home.at = now
         self._homes.move_to_end(program)
         return home
 
@@ -334,9 +360,7 @@ class Router:
             if not home.requests:
                 break
             self._homes.move_to_end(program)  # it is not idle, so it need not be looked at again and again
-        program, home = self._homes.popitem(last=False)
-        if home.index >= 0:
-            self.fleet.homes[home.index] -= home.context
+        self.forget(next(iter(self._homes)))
 
     def _found(self, prefix: Hashable, index: int) -> None:
         """A replica will have a beginning."""

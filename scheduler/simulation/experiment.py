@@ -24,12 +24,12 @@ from .oracle import Oracle
 from .sharing import SHARING, sharing_beginnings
 from .simulator import Outcome, ProgramRecord, Simulator
 from .trace import TraceProgram, everyone, load_trace
-from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
+from .workload import GENERATED, generate, resample, scaled_to_fit, with_arrivals
 
 TRACES = Path(__file__).parent / "traces"
 RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
 """Shipped traces, as workloads; see README.md beside them."""
-WORKLOADS = (*RECORDED, *GENERATORS, *SHARING)
+WORKLOADS = (*RECORDED, *GENERATED, *SHARING)
 PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
 """Relative noise of the oracle; None: learned online."""
 RESIDENCIES: Mapping[str, tuple[bool, str | None]] = {
@@ -97,7 +97,7 @@ def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: flo
     if workload in SHARING:
         sharing = SHARING[workload]
         programs = sharing_beginnings(draw(sharing.of, count, seed), sharing, seed)
-    elif workload in GENERATORS:
+    elif workload in GENERATED:
         programs = generate(workload, count, seed)
     elif path.is_file():
         programs = resample(load_trace(path), count, seed)

@@ -40,6 +40,8 @@ class ProgramRecord:
     """Programs that it has begun and that have not ended."""
     resumes: float = 0.0
     """Time before which its next request does not come."""
+    cached_tokens: int = 0
+    """Tokens of its prompts that need not be computed."""
 
     @property
     def jct_s(self) -> float:
@@ -111,6 +113,7 @@ class History:
     def request_ended(self, record: ProgramRecord, index: int, request: Request, now: float) -> list[Due]:
         """A request has ended, and with the last one its program; returns the requests that follow."""
         began, answered = (now if at is None else at for at in (request.first_scheduled, request.first_token))
+        record.cached_tokens += request.cached_tokens
         record.queue_s += began - request.submitted
         record.spans.append((request.submitted, began, answered, now))
         trace = record.program.requests[index]

@@ -10,7 +10,7 @@ Generated programs may begin with what others have, too, and begin further ones 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -154,6 +154,23 @@ def everyone(programs: Iterable[TraceProgram]) -> Iterator[TraceProgram]:
         yield program
         for request in program.requests:
             yield from everyone(request.children)
+
+
+def chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceRequest, ...]:
+    """Make requests each of which continues the one before.
+
+    Args:
+        new: prompt tokens that each adds.
+        outputs: tokens that each outputs.
+        tools: name and seconds of the tool that each but the last leads to.
+    """
+    requests: list[TraceRequest] = []
+    ends: list[tuple[str | None, float]] = [*tools, (None, 0.0)]
+    held = 0
+    for fresh, output, (tool, seconds) in zip(new, outputs, ends, strict=True):
+        requests.append(TraceRequest(held, fresh, output, tool, seconds))
+        held += fresh + output
+    return tuple(requests)
 
 
 def load_trace(path: Path) -> list[TraceProgram]:

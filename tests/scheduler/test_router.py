@@ -90,12 +90,25 @@ class Routing(RuleBasedStateMachine):
         if route is not None:
             self.router.prefilled(route)
 
-    @rule(route=consumes(routes), context=st.integers(0, 20_000), twice=st.booleans())
-    def ended(self, route, context, twice):
+    @rule(route=consumes(routes), context=st.integers(0, 20_000), twice=st.booleans(), last=st.booleans())
+    def ended(self, route, context, twice, last):
         for _ in range(1 + twice):
             if route is not None:
-                self.router.ended(route, self.now, context=context)
+                self.router.ended(route, self.now, context=context, last=last)
                 self.sent.pop(route.number, None)
+
+    @rule(program=PROGRAMS, replica=REPLICAS, ago=st.sampled_from([0.0, 1.0, 10.0]))
+    def gone(self, program, replica, ago):
+        home, busy = self.router.home(program), self.router.busy(program)
+        self.router.gone(program, replica, self.now - ago)
+        if home != replica or busy:
+            assert self.router.home(program) == home
+
+    @rule(ago=st.sampled_from([0.0, 1.0, 10.0]))
+    def expire(self, ago):
+        busy = {p for p in range(8) if self.router.busy(p)}
+        self.router.expire(self.now - ago)
+        assert all(self.router.busy(p) for p in busy)
 
     @rule(program=PROGRAMS)
     def forget(self, program):
@@ -105,7 +118,7 @@ class Routing(RuleBasedStateMachine):
     @rule(program=PROGRAMS, replica=REPLICAS)
     def settle(self, program, replica):
         before = self.router.home(program)
-        self.router.settle(program, replica)
+        self.router.settle(program, replica, self.now)
         assert self.router.home(program) == (replica if replica in self.there else before)
 
     @invariant()
@@ -252,8 +265,8 @@ def test_programs_of_a_replica_that_died_are_placed_anew():
 
 def test_a_session_that_two_replicas_claim_is_where_it_was_said_last():
     router = router_of(2)
-    router.settle("p", 0)
-    router.settle("p", 1)
+    router.settle("p", 0, 0.0)
+    router.settle("p", 1, 0.0)
     assert router.home("p") == 1
     assert router.route("p", 10, 0.0).replica == 1
 
@@ -273,6 +286,48 @@ def test_who_has_been_idle_longest_is_forgotten_first():
     assert [router.home(name) for name in ("busy", "new", "newer", "newest")] == [None, "r", "r", "r"]
     router.ended(busy, 13.0, context=200)
     assert len(router) == 3
+
+
+def test_a_program_that_ends_with_a_request_is_forgotten_unless_it_has_begun_again():
+    router = router_of(2)
+    first, second = (router.route("p", 100, 0.0) for _ in range(2))
+    router.ended(first, 1.0, context=200, last=True)
+    assert router.home("p") == first.replica, "another request is in flight"
+    router.ended(second, 2.0, context=300, last=True)
+    assert (len(router), router.fleet.homes.sum()) == (0, 0)
+
+
+def test_what_a_replica_says_late_is_about_a_program_that_has_begun_again():
+    router = router_of(2)
+    route = router.route("p", 100, 5.0)
+    home, other = route.replica, 1 - route.replica
+    router.gone("p", home, 9.0)  # it is in flight
+    router.ended(route, 6.0, context=200)
+    router.gone("p", home, 5.5)
+    router.gone("p", other, 9.0)
+    router.gone("unknown", home, 9.0)
+    assert router.home("p") == home
+    router.gone("p", home, 6.0)
+    assert (len(router), router.fleet.homes.sum()) == (0, 0)
+    router.settle("p", home, 7.0, context=50)
+    router.gone("p", home, 6.5)
+    assert router.home("p") == home
+
+
+def test_programs_expire_that_were_last_heard_of_earlier():
+    router = router_of(2)
+    busy = router.route("busy", 100, 0.0)
+    for i in range(5):
+        router.ended(router.route(i, 100, float(i)), i + 0.5, context=200)
+    router.expire(3.0)
+    assert [router.home(i) is not None for i in ("busy", *range(5))] == [True, False, False, False, True, True]
+    router.expire(9.0)
+    assert len(router) == 1
+    router.ended(busy, 10.0, context=200)
+    router.expire(9.5)
+    assert len(router) == 1
+    router.expire(11.0)
+    assert (len(router), router.fleet.homes.sum()) == (0, 0)
 
 
 def test_the_table_may_hold_one_program_and_requests_of_nothing():
