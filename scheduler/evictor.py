@@ -49,8 +49,8 @@ class Evictor:
         self._order, self._shares = kv.order, pool.shares
         self._offloading = False
         self._together = min(CHUNK, pool.size // 256)
-        """Cached pages that a tenant gives up together, so that not every page is asked for by itself; by as many it may
-        fall below its share."""
+        """Cached pages that a tenant gives up together, so that not each is asked for by itself; by as many it may fall
+        below its share."""
 
     @property
     def slack(self) -> float:
