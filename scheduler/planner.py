@@ -145,9 +145,6 @@ class Planner:
         self.tenants.starts(request)
         if request.preemptions == 0:
             request.cached_tokens = request.reused
-            if not request.program.turns:
-                held = sum(map(self._pool.shared, pages[: request.reused // self._config.page_size]))
-                request.program.shared = held * self._config.page_size
         self.counts.reused_tokens += request.reused
         self.counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
         request.started = now

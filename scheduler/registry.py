@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
 
@@ -12,6 +12,8 @@ from .view import ProgramView
 
 UNKNOWN_SESSION = "this session has expired, or has never begun; begin it with a request"
 NAME_TAKEN = "there is a session of that name already; end it first, or choose another name"
+MAX_ENDED = 4096
+"""Programs that have ended and are remembered by their key, the latest ones."""
 
 
 class IdlePrograms:
@@ -101,6 +103,7 @@ class Registry:
         self._limit = limit
         self._forgotten, self._shares = forgotten, shares
         self._by_key: dict[Hashable, Program] = {}
+        self._ended: deque[tuple[float, Hashable]] = deque(maxlen=MAX_ENDED)  # by their clients, and when
 
     def __len__(self) -> int:
         return len(self.live) + len(self.idle)
@@ -206,11 +209,22 @@ class Registry:
             self._by_key[key] = program
         return program
 
-    def finish(self, program: Program, *, failed: bool = False) -> None:
+    def finish(self, program: Program, now: float, *, failed: bool = False) -> None:
         """A program has ended."""
         self.failed += failed
         self.finished += not failed
         self._forget(program)
+        if program.key is not None:
+            self._ended.append((now, program.key))
+
+    def ended(self, since: float) -> list[Hashable]:
+        """Keys of programs that have ended since that time, expired ones left out, and that nobody has opened again.
+
+        Any thread may ask.
+        """
+        latest = self._ended.copy()  # in one piece, whatever the thread of the scheduler does
+        keys = dict.fromkeys(key for ended, key in latest if ended >= since)
+        return [key for key in keys if key not in self._by_key]
 
     def leave(self, program: Program) -> None:
         """An idle program has left for another replica."""

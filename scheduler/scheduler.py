@@ -17,7 +17,6 @@ from collections.abc import Hashable, Sequence
 
 from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
-from .handover import HandOver
 from .kv_log import KVLog
 from .load import Load
 from .page_shares import PageShares
@@ -61,7 +60,8 @@ class Scheduler:
         self._numbers = itertools.count(1)
         self._in_flight: deque[Plan] = deque()  # plans that are not committed
         self._stops = Counter([NO_TOKEN])  # tokens that end a row: the stops of all live requests, too
-        self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
+        parts = (self._programs, self._waits, self._load, self._residency, self._planner)
+        self.branches = Branches(config, *parts, self._numbers)
         """Forks, tails that are replaced, and programs that move."""
 
     # -- events ----------------------------------------------------------------------------------------------
@@ -176,15 +176,9 @@ class Scheduler:
         if reason == "error":
             self._residency.invalidate(program)
         if request.final:
-            self._programs.finish(program, failed=reason == "error")
+            self._programs.finish(program, now, failed=reason == "error")
         else:
             self._waits.begin(program, request, now)
-
-    def take_over(self, handed: HandOver, now: float) -> Request:
-        """Open a program that another replica has handed over; see :meth:`.branches.Branches.take_over`."""
-        request = self.branches.take_over(handed, now)
-        self._load.waiting(request.program, len(handed.tokens), now)
-        return request
 
     def waits(self, program: Hashable, wait: Wait, now: float) -> None:
         """Say what the program of a key waits for. Unknown keys, and programs with a request, are ignored."""
@@ -201,7 +195,7 @@ class Scheduler:
         if request is None:
             if found.wait is None or found.awaits_human:  # rather than given up, while its tools ran
                 self._waits.job_over(found)
-            self._programs.finish(found)
+            self._programs.finish(found, now)
         else:
             request.final = True
             self.finish(request, "cancelled", now)
@@ -288,6 +282,10 @@ class Scheduler:
         """Whether there is a program of that key. Any thread may ask."""
         return self._programs.find(program) is not None
 
+    def ended(self, since: float) -> list[Hashable]:
+        """Keys of programs that have ended; see :meth:`.registry.Registry.ended`. Any thread may ask."""
+        return self._programs.ended(since)
+
     def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
         """Look at up to ``limit`` programs; see :meth:`.registry.Registry.look`."""
         return self._programs.look(limit, owner, now)
@@ -324,7 +322,7 @@ class Scheduler:
         if plan is not None:
             self._in_flight.append(plan)
             for request in plan.admitted:
-                self._load.admitted(request, now)
+                self._load.admitted(request)
         return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:

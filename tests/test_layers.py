@@ -27,7 +27,7 @@ FLOORS = (
 SCHEDULER_FLOORS = (
     {"distribution", "hazards", "handover", "histogram", "page_shares", "placement", "prefix", "wait"},
     {"program", "rival_placements", "router", "transfer"},
-    {"contexts", "eviction", "kv_log", "offer", "plan", "view", "windows"},
+    {"context_tree", "contexts", "eviction", "kv_log", "offer", "plan", "view", "windows"},
     {"config", "decode_batch", "pages", "start_waits"},
     {"copies", "costs", "fairness", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},
