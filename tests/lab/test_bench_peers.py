@@ -85,7 +85,7 @@ def test_ours_is_measured_where_no_other_engine_is_installed(tmp_path):
     said = run(
         "scripts/bench_peers.py",
         *("--model=astraea-tiny", "--peers=sglang,llama.cpp", "--peer_python=sglang=/nowhere/python"),
-        *("--workloads=few", "--pool=2048", "--repeats=1", f"--json={record}", f"--lock={lock}"),
+        *("--workloads=few", "--pool=2048", "--host_mib=0", "--repeats=1", f"--json={record}", f"--lock={lock}"),
     )
     assert "/nowhere/python does not run" in said
     assert "pip install xllamacpp" in said
