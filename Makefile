@@ -29,7 +29,7 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
-	$(PYTEST_ON_ALL) -m parity
+	OMP_NUM_THREADS=1 $(PYTEST_ON_ALL) -m parity  # PyTorch's threads would spin where other workers compute
 
 ray: .venv/ray  ## A fleet on a Ray of this machine: right answers, a killed replica, a new version (installs Ray)
 	$(BIN)/pytest -m ray -n0
