@@ -110,10 +110,12 @@ class Admission:
         own = len(program.pages) + len(offer.found)  # they are no longer to be had if it starts
         if left < 0 or (left < own and left < self._pool.unpinned({*program.pages, *offer.found})):
             return None
-        self._pool.share(offer.found)
-        if self._residency.evictor.evict(Need(offer.need, offer.windows, wait=True, keep=program), now):
+        self._pool.share(offer.found, program.tenant)
+        spare = self._tenants.rows(program.owner) > 0
+        need = Need(offer.need, offer.windows, wait=True, keep=program, tenant=program.tenant, spare=spare)
+        if self._residency.evictor.evict(need, now):
             return offer
-        self._pool.release(offer.found)
+        self._pool.release(offer.found, program.tenant)
         return None
 
     @property
@@ -121,8 +123,8 @@ class Admission:
         return len(self._running) // RUNNING_PER_RESERVED_PAGE
 
     def _victim(self, request: Request, now: float) -> Request | None:
-        """A row to preempt for a request that does not fit; None: it waits for its turn, or for staging."""
-        if not self._tenants.contend or request.defers_until > now:
+        """A row to preempt for a request that does not fit; None: it waits for its turn, staging or its last token."""
+        if not self._tenants.contend or request.defers_until > now or request.num_pending:
             return None
         need = -(-request.num_tokens // self._size)
         short = need + self._reserve - self._pool.obtainable if self._running.slots else 0

@@ -7,6 +7,7 @@ from itertools import islice
 
 from .config import SchedulerConfig
 from .handover import HandOver
+from .load import Load
 from .planner import Planner
 from .preparation import SUPERSEDED
 from .program import Program, Request
@@ -23,6 +24,7 @@ class Branches:
         config: sizes.
         programs: the table of programs.
         waits: begins the wait of a fork.
+        load: counts contexts.
         residency: where the KV of programs lies.
         planner: runs the requests that compute a tail.
         numbers: numbers of requests, in the order in which they come.
@@ -33,11 +35,12 @@ class Branches:
         config: SchedulerConfig,
         programs: Registry,
         waits: Waits,
+        load: Load,
         residency: Residency,
         planner: Planner,
         numbers: Iterator[int],
     ):
-        self._config, self._programs, self._waits = config, programs, waits
+        self._config, self._programs, self._waits, self._load = config, programs, waits, load
         self._residency, self._preparations, self._numbers = residency, planner.preparations, numbers
 
     def fork(self, program: Hashable, child: Hashable, now: float) -> None:
@@ -53,9 +56,10 @@ class Branches:
         parent, fork = self._programs.fork(program, child, now)
         request = parent.running or parent.last
         if request is None:  # it has not started yet
-            fork.last = self._programs.live[parent]
+            request = fork.last = self._programs.live[parent]
         else:
             self._residency.kv.share(parent, request, fork)
+        self._load.waiting(fork, request, now)
         self._waits.forked(fork, parent, now)
 
     def inherit(self, program: Program, prompt: Sequence[int]) -> None:
@@ -142,6 +146,7 @@ class Branches:
         self._config.check_size(len(handed.tokens), 1)
         program = self._programs.add(handed.key, handed.owner, handed.salt, now, handed.parent)
         request = self._prepare(program, handed.tokens, now)
+        self._load.waiting(program, request, now)
         self._waits.taken_over(program, now)
         return request
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 from .kv_log import KVLog
+from .page_shares import ALL, ON_HOST, PageShares
 from .pages import PagePool
 from .program import Program, Request
 from .transfer import HostCopy, HostPages, HostTier, Part, Transfer
@@ -21,15 +22,23 @@ class HostCopies:
     Args:
         host: sizes of the tier.
         idle_s: seconds from a time on that a program is expected not to run.
+        shares: counts what tenants hold.
         log: is told what the host holds; None: nobody listens.
     """
 
-    def __init__(self, host: HostTier, idle_s: Callable[[Program, float], float], log: KVLog | None = None):
+    def __init__(
+        self,
+        host: HostTier,
+        idle_s: Callable[[Program, float], float],
+        shares: PageShares,
+        log: KVLog | None = None,
+    ):
         self.host = host
-        self._idle_s, self._log = idle_s, log
+        self._idle_s, self._shares, self._log = idle_s, shares, log
         self._used = 0  # memory, in pages of one layer
         self._staged = 0  # pages on their way to the host
-        self._holders: OrderedDict[Program, None] = OrderedDict()  # least recently used first
+        self._holders: defaultdict[int, OrderedDict[Program, None]] = defaultdict(OrderedDict)
+        """By tenant; least recently used first."""
         self._under_way: dict[Transfer, None] = {}
         self._begun: list[Transfer] = []  # since they were last taken
         self._dropped: list[HostPages] = []  # since they were last taken
@@ -48,7 +57,7 @@ class HostCopies:
     @property
     def holders(self) -> int:
         """Programs that have copies."""
-        return len(self._holders)
+        return sum(map(len, self._holders.values()))
 
     @property
     def pages(self) -> int:
@@ -62,10 +71,10 @@ class HostCopies:
 
         ``windows`` are the window pages of the last of them.
         """
-        copy = HostCopy(first, count, HostPages(count, len(windows)))
+        copy = HostCopy(first, count, HostPages(count, len(windows), tenant=program.tenant))
         program.copies = sorted([*program.copies, copy], key=lambda c: c.first)
-        self._holders[program] = None
-        self._used += self._size(copy.memory)
+        self._holders[program.tenant][program] = None
+        self._use(copy.memory)
         self._staged += count
         pages, parts = tuple(program.pages[first : first + count]), (Part(copy, 0, count),)
         window_parts = (Part(copy, 0, len(windows)),)
@@ -100,7 +109,7 @@ class HostCopies:
         memory = transfer.parts[0].copy.memory
         memory.ready = True
         if not memory.holders:  # it was dropped on its way
-            self._used -= self._size(memory)
+            self._use(memory, -1)
 
     def cancel(self, transfer: Transfer) -> None:
         """Give up a transfer under way, and the copy it was to make; its end will have no effect."""
@@ -127,8 +136,8 @@ class HostCopies:
 
     def use(self, program: Program) -> None:
         """A program's copies count as used just now."""
-        if program in self._holders:
-            self._holders.move_to_end(program)
+        if program.copies:
+            self._holders[program.tenant].move_to_end(program)
 
     def share(self, program: Program, other: Program, pages: int) -> int:
         """Let ``other`` hold the copies of a program, too, that continue its first ``pages`` pages without a gap.
@@ -144,7 +153,7 @@ class HostCopies:
                 other.copies.append(HostCopy(copy.first, copy.used, copy.memory))
                 if self._log is not None:
                     self._log.shared(copy, other.copies[-1])
-                self._holders[other] = None
+                self._holders[other.tenant][other] = None
                 pages = max(pages, copy.end)
         return pages
 
@@ -182,19 +191,34 @@ class HostCopies:
         if not copy.memory.holders:
             self._dropped.append(copy.memory)
             if copy.ready:
-                self._used -= self._size(copy.memory)
+                self._use(copy.memory, -1)
         if not program.copies:
-            del self._holders[program]
+            holders = self._holders[program.tenant]
+            del holders[program]
+            if not holders:
+                del self._holders[program.tenant]
 
-    def least_worth(self, program: Program, now: float, keep: Program | None) -> Program | None:
-        """Find the program whose copies are to make room for some of ``program``, if any is worth less.
+    def least_worth(self, program: Program, count: int, now: float, keep: Program | None) -> Program | None:
+        """Find the program whose copies are to make room for ``count`` pages of ``program``, if any is worth less.
 
-        It is, of the holders used least recently, one that needs none, or else the one expected to be idle longest;
-        never ``keep``.
+        Copies of tenants beyond their share are worth nothing to others. Of a tenant it is, of the holders used least
+        recently, one that needs none, or else the one expected to be idle longest; never ``keep``.
         """
-        best, longest_s = None, self._idle_s(program, now)
-        for other in islice(self._holders, CANDIDATES):
-            if other in (program, keep) or other.restoring or not all(copy.ready for copy in other.copies):
+        needs, tenant = self.host.taken(count, len(program.window)), program.tenant
+        idle_s = self._idle_s(program, now)
+        for giver, most in self._shares.givers(ON_HOST, self._holders, now, needs=needs, to=tenant, spare=True):
+            least_s = idle_s if giver == tenant or most == ALL else -1.0
+            victim = self._least_worth_of(giver, least_s, now, (program, keep))
+            if victim is not None or giver == tenant:
+                return victim
+        return None
+
+    def _least_worth_of(
+        self, tenant: int, least_s: float, now: float, keep: tuple[Program, Program | None]
+    ) -> Program | None:
+        best, longest_s = None, least_s
+        for other in islice(self._holders[tenant], CANDIDATES):
+            if other in keep or other.restoring or not all(copy.ready for copy in other.copies):
                 continue
             if other.running is not None or other.copies[-1].end <= len(other.pages):
                 return other
@@ -202,19 +226,36 @@ class HostCopies:
                 best, longest_s = other, idle_s
         return best
 
+    def _use(self, memory: HostPages, sign: int = 1) -> None:
+        """Count memory as used from now on, or (-1) no longer."""
+        size = sign * self._size(memory)
+        self._used += size
+        self._shares.hold(ON_HOST, memory.tenant, size)
+
     def _size(self, memory: HostPages) -> int:
         return self.host.taken(memory.count, memory.windows)
+
+    def held(self, programs: list[Program]) -> Counter[int]:
+        """Count the memory that each tenant holds (for tests; O(everything))."""
+        memories = {copy.memory for program in programs for copy in program.copies}
+        memories |= {transfer.parts[0].copy.memory for transfer in self._under_way if transfer.to_host}
+        held: Counter[int] = Counter()
+        for memory in memories:
+            held[memory.tenant] += self._size(memory)
+        return +held
 
     def check(self, programs: list[Program]) -> None:
         """Raise AssertionError unless memory and holders add up (for tests; O(everything))."""
         copies = [copy for program in programs for copy in program.copies]
         assert not any(copy.dropped for copy in copies)
-        assert self._holders.keys() == {program for program in programs if program.copies}
+        holders = {program: tenant for tenant, of in self._holders.items() for program in of}
+        assert holders == {program: program.tenant for program in programs if program.copies}
+        assert all(self._holders.values()), "a tenant is remembered that has no copies"
         assert self._staged == sum(len(transfer.pages) for transfer in self._under_way if transfer.to_host)
-        holders = Counter(copy.memory for copy in copies)
-        assert all(memory.holders == count for memory, count in holders.items())
+        counts = Counter(copy.memory for copy in copies)
+        assert all(memory.holders == count for memory, count in counts.items())
         arriving = [t.parts[0].copy.memory for t in self._under_way if t.to_host]
-        assert self._used == sum(map(self._size, {*holders, *arriving})) <= self.host.size
+        assert self._used == sum(map(self._size, {*counts, *arriving})) <= self.host.size
         assert 0 <= self._staged <= max(self.host.staging, 0)
         assert not any(transfer.cancelled for transfer in self._under_way)
         if self._log is not None:

@@ -74,7 +74,7 @@ class DecodeBatch:
 
     def last(self) -> list[int]:
         """Rows of the step just taken that sample the last token of their requests, in order."""
-        due = self._last.get(self._steps.taken, ())
+        due = dict.fromkeys(self._last.get(self._steps.taken, ()))
         return sorted(self._at[r] for r in due if r in self._at and r.num_computed == r.max_computed)
 
     def full(self) -> list[Request]:
@@ -88,7 +88,7 @@ class DecodeBatch:
             for request in self._last.pop(self._looked, ()):
                 if request in self._at and request.num_computed == request.max_computed:
                     self.discard(request)
-            due = self._full.pop(self._looked, ())
+            due = dict.fromkeys(self._full.pop(self._looked, ()))  # who left and came back may be there twice
             found += [r for r in due if r in self._at and r.capacity - r.computed_base == self._looked]
         return found
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .copies import HostCopies, copyable
+from .eviction import TenantOrder
+from .page_shares import ON_DEVICE
 from .pages import PagePool
 from .program import Program
 from .retained import RetainedKV
@@ -25,6 +28,10 @@ class Need(NamedTuple):
     """Rather have fewer now than drop KV for which the host only lacks staging."""
     keep: Program | None = None
     """A program not to be evicted."""
+    tenant: int = 0
+    """Number of the tenant who needs it."""
+    spare: bool = False
+    """Rather have fewer, if the tenant is beyond its share, than evict KV of tenants within theirs."""
 
 
 class Evictor:
@@ -39,8 +46,11 @@ class Evictor:
 
     def __init__(self, pool: PagePool, kv: RetainedKV, copies: HostCopies, strategy: Strategy):
         self._pool, self._windows, self._kv, self._copies, self._strategy = pool, pool.windows, kv, copies, strategy
-        self._order = kv.order
+        self._order, self._shares = kv.order, pool.shares
         self._offloading = False
+        self._together = min(CHUNK, pool.size // 256)
+        """Cached pages that a tenant gives up together, so that not each is asked for by itself; by as many it may fall
+        below its share."""
 
     @property
     def slack(self) -> float:
@@ -52,27 +62,47 @@ class Evictor:
         """Evict programs that do not run until there is what is needed; returns whether there is."""
         if not self._short(need):
             return True
-        keep, order = need.keep, self._strategy.order(self._order.all, now)
-        if order is None:
-            self._evict_clean(need)
-        for program in self._order.oldest(clean=False, keep=keep) if order is None else list(order):
+        for tenant, most in self._givers(need, now):
+            part = need._replace(pages=min(need.pages, self._pool.at_hand() + most))
+            if not self._evict_of(tenant, part, now):
+                break
+            if (lacking := part.pages - self._pool.at_hand()) > 0:
+                self._pool.give_up(tenant, max(lacking, self._together))
             if not self._short(need):
+                break
+        return not self._short(need)
+
+    def _givers(self, need: Need, now: float) -> list[tuple[int, int]]:
+        """Tenants whose KV may be evicted, in turn, and how many pages of each at most."""
+        idle, needs = {**dict.fromkeys(self._pool.caching), **self._order.of}, need.pages
+        return self._shares.givers(ON_DEVICE, idle, now, needs=needs, to=need.tenant, spare=need.spare)
+
+    def _evict_of(self, tenant: int, need: Need, now: float) -> bool:
+        """Evict programs of a tenant until there is what is needed; False: the host only lacks staging, so wait."""
+        held = self._order.of.get(tenant)
+        if held is None or not self._short(need, tenant):
+            return True
+        keep, order = need.keep, self._strategy.order(held.all, now)
+        if order is None:
+            self._evict_clean(held, need)
+        for program in held.oldest(clean=False, keep=keep) if order is None else list(order):
+            if not self._short(need, tenant):
                 return True
             if program is not keep and not self._evict_from(program, need, now):
                 return False
-        if self._short(need._replace(pages=min(need.pages, self._pool.obtainable))):
-            self._evict_shared(need, now)
-        return not self._short(need)
+        if self._short(need._replace(pages=min(need.pages, self._pool.obtainable)), tenant):
+            self._evict_shared(held, need, now)
+        return True
 
     def offload_ahead(self, now: float) -> None:
         """Offload the KV of programs idle longest ahead of need, if little of the pool is free or clean."""
-        dirty = self._order.dirty
-        if not dirty or self._copies.host.pages == 0:
+        if not self._order.dirty or self._copies.host.pages == 0:
             return
         low, high = (int(share * self._pool.size) for share in self._strategy.ahead)
         self._offloading = self._kv.at_once < (high if self._offloading else low)
-        while self._offloading and dirty and (wanted := high - self._kv.at_once) > 0:
-            program = next(iter(dirty))
+        for program in self._dirty(now) if self._offloading else ():
+            if (wanted := high - self._kv.at_once) <= 0:
+                return
             first, end = copyable(program, self._pool)
             if end > first and self._strategy.offloads(program):
                 count = min(max(wanted, CHUNK), end - first, self._copies.room(len(program.window)))
@@ -80,26 +110,35 @@ class Evictor:
                     return
                 self._kv.offload(program, end - count, count, "ahead of need", now)
             else:
-                dirty.discard(program)
+                self._order.clear(program)
             if self._strategy.evicts_clean:
                 self._kv.release(program, len(program.pages) - self._order.clean.get(program, 0))
 
-    def _short(self, need: Need) -> bool:
-        return need.pages > self._pool.free or need.windows > self._windows.available
+    def _dirty(self, now: float) -> Iterator[Program]:
+        """Programs with dirty pages in the order of eviction, each until it has none."""
+        of = self._order.of
+        for tenant, _ in self._shares.givers(ON_DEVICE, of, now):
+            dirty = of[tenant].dirty
+            while dirty:
+                yield next(iter(dirty))
+
+    def _short(self, need: Need, giver: int | None = None) -> bool:
+        """Whether there is less than is needed, with the free pages that a tenant can give up."""
+        return need.pages > self._pool.at_hand(giver) or need.windows > self._windows.available
 
     def _wanted(self, need: Need, program: Program) -> int:
         """How many of the last pages of a program are to be evicted.
 
         Without its window what is left of a program is of no use on the device, so if windows are short it goes, too.
         """
-        pages, windows = need.pages - self._pool.free, need.windows - self._windows.available
+        pages, windows = need.pages - self._pool.at_hand(program.tenant), need.windows - self._windows.available
         if windows <= 0:
             return pages
         return max(pages, windows if program.window else len(program.pages))
 
-    def _evict_clean(self, need: Need) -> None:
+    def _evict_clean(self, held: TenantOrder, need: Need) -> None:
         """Evict pages that have a host copy."""
-        for program in self._order.oldest(clean=True, keep=need.keep):
+        for program in held.oldest(clean=True, keep=need.keep):
             count = min(self._wanted(need, program), self._order.clean[program])
             if count <= 0:
                 return
@@ -108,7 +147,7 @@ class Evictor:
 
     def _evict_from(self, program: Program, need: Need, now: float) -> bool:
         """Evict pages of a program as long as some are needed; False: the host only lacks staging, so wait for it."""
-        while self._short(need) and program.pages:
+        while self._short(need, program.tenant) and program.pages:
             want, held = self._wanted(need, program), len(program.pages)
             if clean := self._order.clean.get(program, 0):
                 self._kv.release(program, held - min(want, clean))
@@ -133,16 +172,16 @@ class Evictor:
             self._kv.drop(program, want, why)
         return True
 
-    def _evict_shared(self, need: Need, now: float) -> None:
+    def _evict_shared(self, held: TenantOrder, need: Need, now: float) -> None:
         """Evict, as a last resort, programs that share pages with each other: all but one of them lose the KV."""
-        for program in [p for p in self._order.shared if p is not need.keep]:
+        for program in [p for p in held.shared if p is not need.keep]:
             if not self._pool.shared(program.pages[-1]):  # the others have gone
                 self._order.add(program)
                 if not self._evict_from(program, need, now):
                     return
-            if program in self._order.shared and (
+            if program in held.shared and (
                 self._pool.unpinned(program.pages) or need.windows > self._windows.available
             ):
                 self._kv.drop(program, len(program.pages), "nothing else is left")
-            if not self._short(need):
+            if not self._short(need, program.tenant):
                 return

@@ -20,7 +20,8 @@ a single one nothing is counted and nothing changes. If several do:
   row gets a turn when the others are ahead by what preempting them costs, too.
 
 So of two tenants who keep requests waiting, neither falls behind the other by more than a constant, and the device
-never idles on account of this: requests are reordered, never held back.
+never idles on account of this: requests are reordered, never held back. Whose KV makes room for them is the affair of
+:mod:`~.page_shares`.
 """
 
 from __future__ import annotations
@@ -185,6 +186,11 @@ class Tenants:
 
     def _behind(self) -> np.ndarray:
         return self._counter() <= self._virtual - self.credit_s / 2
+
+    def rows(self, owner: Hashable) -> int:
+        """Count the requests of a tenant that have a slot."""
+        at = self._at.get(owner)
+        return 0 if at is None else int(self._rows[at])
 
     # -- room ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Leases: programs whose clients have asked that their KV be kept for a while.
 
-A lease puts a program last in the order of eviction and guarantees nothing. It ends with its time, or with the wait for
-which it was asked. All of an owner's leases, and all leases, cover a bounded share of the pages.
+A lease puts a program last in the order of eviction of its tenant and guarantees nothing. It ends with its time, or
+with the wait for which it was asked. All of an owner's leases, and all leases, cover a bounded share of the pages.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from .config import SchedulerConfig, SchedulerStats
-from .contexts import Contexts
+from .context_tree import ContextTree
 from .placement import MOST, Report
 from .prediction import Predictor
 from .program import Program, Request
@@ -23,8 +23,7 @@ class Load:
     """
 
     def __init__(self, config: SchedulerConfig, predict: Predictor):
-        self.contexts = Contexts()
-        """Of every program what it does not share with one that had it before."""
+        self.contexts = ContextTree(config.page_size)
         self.waits = StartWaits()
         self._output = 0  # tokens that live requests have sampled
         self._queued: dict[Request, tuple[int, float]] = {}  # not started: how many were waiting, and remaining time
@@ -32,15 +31,14 @@ class Load:
 
     def submitted(self, request: Request, ahead: int, now: float) -> None:
         """A request has come, while ``ahead`` others wait."""
-        self.contexts.works(request.program, len(request.prompt) - request.program.shared, now)
+        self.contexts.works(request.program, request.block_hashes, len(request.prompt), now)
         self._queued[request] = ahead, self._predict.remaining_s(request)
 
-    def admitted(self, request: Request, now: float) -> None:
+    def admitted(self, request: Request) -> None:
         """A request has got a slot."""
         if (queued := self._queued.pop(request, None)) is not None:
             ahead, remaining_s = queued
             self.waits.observe(request.started - request.submitted, ahead + 1, remaining_s)
-            self.contexts.works(request.program, len(request.prompt) - request.program.shared, now)
 
     def sampled(self, tokens: int) -> None:
         """Live requests have sampled so many tokens; below 0, some of those counted are none."""
@@ -50,19 +48,20 @@ class Load:
         """A request has ended, and its program waits, or is forgotten next."""
         self._output -= len(request.output)
         self._queued.pop(request, None)
-        last = request.program.last or request  # the one before, if this one has never run
-        self.waiting(request.program, last.num_tokens, now)
+        self.waiting(request.program, request.program.last or request, now)  # the one before, if this one never ran
 
-    def waiting(self, program: Program, context: int, now: float) -> None:
-        """A program begins to wait with a context of so many tokens."""
-        self.contexts.waits(program, context - program.shared, now)
+    def waiting(self, program: Program, last: Request, now: float) -> None:
+        """A program begins to wait with the context of a request, or of a fork's: what is computed of its parent's."""
+        hashes, further = last.block_hashes, last.further_hashes()
+        tokens = last.num_tokens if last.program is program else program.computed + 1
+        self.contexts.waits(program, [*hashes, *further] if further else hashes, tokens, now)
 
     def report(self, stats: SchedulerStats, now: float) -> Report:
         """Say how loaded the scheduler is, whose counts these are. Any thread may ask.
 
         The numbers are each whole; together they may be of different moments.
         """
-        size, host, contexts, costs = self._config.page_size, self._config.host, self.contexts, self._predict.costs
+        size, host, contexts, costs = self._config.page_size, self._config.host, self.contexts.sums, self._predict.costs
         active = contexts.active + self._output
         step, transfers = self._predict.steps.largest_step, self._predict.transfers
         prefill_s = costs.prefill_s(step) / step
@@ -89,7 +88,7 @@ class Load:
         Where nobody waits, and a typical context has room, there is no wait.
         """
         programs = max(1, len(self.contexts))
-        typical = (self.contexts.active + self.contexts.waiting) / programs
+        typical = (self.contexts.sums.active + self.contexts.sums.waiting) / programs
         room = (stats.free_pages + stats.retained_pages) * self._config.page_size >= typical
         fits = room and stats.running < self._config.max_running
         return tuple(min(MOST, wait) for wait in self.waits.expected(stats.waiting + (not fits)))

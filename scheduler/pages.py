@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice, repeat
 
 from .kv_log import KVLog
+from .page_shares import ON_DEVICE, PageShares
 from .wait import DEVICE
 from .windows import WindowPages
 
@@ -18,21 +20,32 @@ class PagePool:
 
     Free pages without a hash go out first, last in, first out: under light load the same few pages stay in use, and in
     the processor's caches. Cached ones follow, first in, first out; of pages released together the last ones first.
+    Where several tenants hold pages, who needs some says first whose cached ones to :meth:`give_up`.
 
     Args:
         num_pages: the null page included.
         windows: the window pages that hang on these pages; None: there are none.
         log: is told what the prefix cache loses; None: nobody listens.
+        shares: counts what tenants hold; None: there is one tenant.
     """
 
-    def __init__(self, num_pages: int, windows: WindowPages | None = None, log: KVLog | None = None):
+    def __init__(
+        self,
+        num_pages: int,
+        windows: WindowPages | None = None,
+        log: KVLog | None = None,
+        shares: PageShares | None = None,
+    ):
         if num_pages < 2:
             raise ValueError(f"a pool of {num_pages} pages has none to give: page 0 is the null page")
         self.size = num_pages - 1
         self.windows = windows or WindowPages(None, num_pages, 1)
         self.log = log
+        self.shares = shares or PageShares((self.size, 0))
         self._free = list(range(num_pages - 1, 0, -1))
-        self._cached: dict[int, None] = {}  # free, but with a hash; oldest first
+        self._cached: dict[int, dict[int, None]] = {}  # by tenant: free, but with a hash; oldest first
+        self._num_cached = 0
+        self._of = [0] * num_pages  # the tenant that holds each page
         self._references = [0] * num_pages
         self._pins = [0] * num_pages
         self._pinned = 0
@@ -41,20 +54,31 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self._num_cached
+
+    def at_hand(self, giver: int | None = None) -> int:
+        """Free pages that anybody may have: those without a hash, and cached ones of ``giver`` or of a sole tenant."""
+        if not self.shares.several:
+            return self.free
+        return len(self._free) + (len(self._cached.get(giver, ())) if giver is not None else 0)
 
     @property
     def cached(self) -> int:
         """Free pages that can still be found by their hash."""
-        return len(self._cached)
+        return self._num_cached
+
+    @property
+    def caching(self) -> Iterable[int]:
+        """Tenants that hold cached pages."""
+        return self._cached
 
     @property
     def obtainable(self) -> int:
         """Pages that no running request uses."""
         return self.size - self._pinned
 
-    def allocate(self, count: int) -> list[int]:
-        """``count`` pages, one reference each.
+    def allocate(self, count: int, tenant: int = 0) -> list[int]:
+        """``count`` pages for a tenant, one reference each.
 
         Raises:
             MemoryError: fewer are free.
@@ -65,33 +89,42 @@ class PagePool:
             return []
         taken = self._free[-count:][::-1]
         del self._free[-count:]
-        while len(taken) < count:
-            page = next(iter(self._cached))
-            del self._cached[page]
-            self.windows.forget(page)
-            self.uncache(page)
-            taken.append(page)
+        while (missing := count - len(taken)) > 0:
+            taken += self._take_oldest(next(iter(self._cached)), missing)
         for page in taken:
             self._references[page] = 1
+            self._of[page] = tenant
+        self.shares.hold(ON_DEVICE, tenant, count)
         return taken
 
-    def share(self, pages: Iterable[int]) -> None:
-        """Add a reference to each of ``pages``, which are held, or free but cached."""
+    def hand(self, pages: Iterable[int], tenants: Iterable[int]) -> None:
+        """Let each of ``pages`` be held by the tenant beside it."""
+        for page, tenant in zip(pages, tenants, strict=True):
+            if (before := self._of[page]) != tenant:
+                self._of[page] = tenant
+                self.shares.hold(ON_DEVICE, tenant, 1)
+                self.shares.hold(ON_DEVICE, before, -1)
+
+    def share(self, pages: Sequence[int], tenant: int = 0) -> None:
+        """Add a reference to each of ``pages``, which are held, or free but cached; the latter a tenant takes up."""
         references = self._references
         for page in pages:
             if references[page] == 0:
-                if page not in self._cached:
+                if page not in self._cached.get(self._of[page], ()):
                     raise ValueError(f"page {page} is free and cannot be shared")
-                del self._cached[page]
+                self._take_cached(page)
+                self.hand((page,), (tenant,))
             references[page] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Remove a reference from each of ``pages``; without any a page is free.
+    def release(self, pages: Sequence[int], tenant: int = 0) -> None:
+        """Remove a tenant's reference from each of ``pages``; without any a page is free.
 
         Raises:
             ValueError: a page is free already.
         """
         references, hashes, windows = self._references, self._hash_of, self.windows
+        kept: list[int] = []
+        gone: list[int] = []
         for page in reversed(pages):
             left = references[page] - 1
             if left < 0:
@@ -99,11 +132,38 @@ class PagePool:
             references[page] = left
             if left == 0:
                 if page in hashes:
-                    self._cached[page] = None
+                    kept.append(page)
                 else:
                     if windows.size:
                         windows.forget(page)
-                    self._free.append(page)
+                    gone.append(page)
+        if kept:
+            self._keep(kept, tenant)
+        if gone:
+            self._free += gone
+            self._held_no_more(gone)
+
+    def _keep(self, pages: list[int], tenant: int) -> None:
+        """Cache free pages, which a tenant has used last."""
+        if self.shares.several:
+            self.hand(pages, repeat(tenant, len(pages)))
+        self._cached.setdefault(self._of[pages[0]], {}).update(dict.fromkeys(pages))
+        self._num_cached += len(pages)
+
+    def _take_cached(self, page: int) -> None:
+        """Take a page out of the free, cached ones."""
+        cached = self._cached[self._of[page]]
+        del cached[page]
+        self._num_cached -= 1
+        if not cached:
+            del self._cached[self._of[page]]
+
+    def _held_no_more(self, pages: list[int]) -> None:
+        if not self.shares.several:
+            self.shares.hold(ON_DEVICE, self._of[pages[0]], -len(pages))
+            return
+        for tenant, count in Counter(map(self._of.__getitem__, pages)).items():
+            self.shares.hold(ON_DEVICE, tenant, -count)
 
     def shared(self, page: int) -> bool:
         """Whether a page has more than one reference."""
@@ -149,10 +209,30 @@ class PagePool:
             del self._page_of[block_hash]
             if self.log is not None:
                 self.log.uncached(block_hash)
-        if page in self._cached:
-            del self._cached[page]
+        if page in self._cached.get(self._of[page], ()):
+            self._take_cached(page)
             self.windows.forget(page)
             self._free.append(page)
+            self._held_no_more([page])
+
+    def give_up(self, tenant: int, count: int) -> None:
+        """Remove a tenant's ``count`` oldest cached pages that are free, or all, so that anybody may have them."""
+        if tenant in self._cached:
+            self._free += self._take_oldest(tenant, count)
+
+    def _take_oldest(self, tenant: int, count: int) -> list[int]:
+        """Take up to ``count`` cached pages of a tenant, the oldest, out of the prefix cache."""
+        cached = self._cached[tenant]
+        taken = [*islice(cached, count)]
+        for page in taken:
+            del cached[page]
+            self.windows.forget(page)
+            self.uncache(page)
+        self._num_cached -= len(taken)
+        if not cached:
+            del self._cached[tenant]
+        self.shares.hold(ON_DEVICE, tenant, -len(taken))
+        return taken
 
     def uncache_all(self) -> None:
         """Empty the prefix cache."""
@@ -172,8 +252,9 @@ class PagePool:
     def check(self, owners: Iterable[Sequence[int]], pinning: Iterable[Sequence[int]] = ()) -> None:
         """Raise AssertionError unless free and held pages add up and every reference and pin has its owner."""
         held = Counter(page for pages in owners for page in pages)
-        free = {*self._free, *self._cached}
-        assert len(free) == len(self._free) + len(self._cached), "a page is in the free lists twice"
+        cached = {page for pages in self._cached.values() for page in pages}
+        free = {*self._free, *cached}
+        assert len(free) == self.free == len(self._free) + len(cached), "a page is in the free lists twice"
         assert not free & held.keys(), f"pages both free and held: {free & held.keys()}"
         assert len(free) + len(held) == self.size, f"{self.size - len(free) - len(held)} pages are lost"
         counts = {page: count for page, count in enumerate(self._references) if count}
@@ -182,5 +263,15 @@ class PagePool:
         assert pins == dict(Counter(page for pages in pinning for page in pages)), "pins and their owners differ"
         assert self._pinned == len(pins)
         assert self._page_of == {block_hash: page for page, block_hash in self._hash_of.items()}, "hashes differ"
-        assert self._cached.keys() <= self._hash_of.keys()
+        assert cached <= self._hash_of.keys()
+        assert all(self._of[page] == tenant for tenant, pages in self._cached.items() for page in pages)
+        assert all(self._cached.values()), "a tenant of no cached pages is remembered"
         assert self.log is None or self.log.hashes(DEVICE) == self._page_of.keys(), "the log knows other blocks"
+
+    def held(self) -> Counter[int]:
+        """Count the pages that each tenant holds (for tests; O(everything))."""
+        return Counter(
+            tenant
+            for page, tenant in enumerate(self._of)
+            if self._references[page] or page in self._cached.get(tenant, ())
+        )

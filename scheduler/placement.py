@@ -75,11 +75,13 @@ class Report:
             raise ReportError("pool is 0; a replica holds at least one token")
 
     def fields(self) -> dict[str, float]:
-        """Every number under a name, for gauges and messages; ``wait_s`` as ``wait_s_0`` to ``wait_s_9``."""
+        """Every number under a name, for gauges and messages; ``wait_s`` as ``wait_s_0`` to ``wait_s_9``.
+
+        What is counted are integers, ``draining`` 0 or 1.
+        """
         flat = {f.name: value for f, value in zip(fields(self), astuple(self), strict=True) if f.name != "wait_s"}
-        return {name: float(value) for name, value in flat.items()} | {
-            f"wait_s_{i}": float(wait) for i, wait in enumerate(self.wait_s)
-        }
+        flat["draining"] = int(self.draining)
+        return flat | {f"wait_s_{i}": wait for i, wait in enumerate(self.wait_s)}
 
     @staticmethod
     def from_fields(flat: Mapping[str, object]) -> Report:

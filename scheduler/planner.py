@@ -145,9 +145,6 @@ class Planner:
         self.tenants.starts(request)
         if request.preemptions == 0:
             request.cached_tokens = request.reused
-            if not request.program.turns:
-                held = sum(map(self._pool.shared, pages[: request.reused // self._config.page_size]))
-                request.program.shared = held * self._config.page_size
         self.counts.reused_tokens += request.reused
         self.counts.recomputed_tokens += max(0, request.matched - request.reused - 1)
         request.started = now
@@ -171,13 +168,17 @@ class Planner:
             self._open_window(request, count, now)
             return count
         need = self._pages_for(request.num_computed + count) - len(request.pages)
-        evict = self._residency.evictor.evict
-        while not evict(Need(need, 0, wait=False), now):
+        evict, tenant = self._residency.evictor.evict, request.program.tenant
+        wanted = Need(need, 0, wait=False, tenant=tenant, spare=self._pool.shares.several)
+        while not evict(wanted, now):
             victim = self.tenants.last(self.running.requests)
-            if victim is request:
+            if wanted.spare and (victim.program.tenant != tenant or self.tenants.rows(request.program.owner) == 1):
+                wanted = wanted._replace(spare=False)  # none of its tenant's rows could make room instead
+            elif victim is request:
                 break
-            self._preempt(victim, now)
-        self.running.grow(request, min(need, self._pool.free))
+            else:
+                self._preempt(victim, now)
+        self.running.grow(request, min(need, self._pool.at_hand()))
         count = min(count, request.capacity - request.num_computed)
         self._open_window(request, count, now)
         return count
@@ -187,7 +188,8 @@ class Planner:
         windows, computed = self._pool.windows, request.num_computed
         if windows.size and count > 0:
             end = self._pages_for(computed + count)
-            self._residency.evictor.evict(Need(0, end - self._pages_for(computed), wait=False), now)
+            need = Need(0, end - self._pages_for(computed), wait=False, tenant=request.program.tenant)
+            self._residency.evictor.evict(need, now)
             windows.hold(request.program, request.pages, windows.first(computed), end)
 
     def _preempt(self, victim: Request, now: float) -> None:
@@ -219,7 +221,7 @@ class Planner:
         pages = self.running.remove(request)
         windows = self._pool.windows
         windows.hold(request.program, pages, windows.first(request.num_computed), keep)
-        self._pool.release(pages[keep:])
+        self._pool.release(pages[keep:], request.program.tenant)
         self._residency.retain(request.program, request, pages[:keep], request.num_computed)
         request.num_computed = 0
 

@@ -46,6 +46,8 @@ class Policy:
     """Later requests that are tried if the first in order does not fit; 0: it blocks them."""
     max_skips = 10**9
     """Number of times that later requests may start before the first in order; after that it blocks them."""
+    tenants_share_pages = True
+    """Whether tenants give pages by their shares (:mod:`~.page_shares`); if not, all programs count as one's."""
     residency: str | None = None
     """Name of the strategy that belongs to the policy; None: any."""
 

@@ -94,6 +94,8 @@ class Program:
     """Programs of equal salt share KV of equal prefixes; None: with nobody."""
     parent: Hashable | None = None
     """Key of the program in whose job it takes part while there is one."""
+    tenant: int = 0
+    """Number of its owner among those who share pages, as long as it is there; see PageShares."""
 
     # Written by Registry and Scheduler, as its requests start and stop.
     job: Job = field(init=False)
@@ -111,10 +113,6 @@ class Program:
     io_intensive: bool = True
     """Whether its job's requests cost fewer tokens than the average request (Astraea's class, arXiv 2512.14142 §4.3);
     new programs count so. Written by Registry.classify."""
-
-    # Written by Planner.
-    shared: int = 0
-    """Tokens of its first request that another program held as well when it started."""
 
     # Written by Residency and its parts (RetainedKV, HostCopies).
     last: Request | None = None
@@ -314,12 +312,17 @@ class Request:
 
     def extend_block_hashes(self) -> None:
         """Hash every full page of known tokens that has no hash yet."""
+        self.block_hashes += self.further_hashes()
+
+    def further_hashes(self) -> list[bytes]:
+        """Hashes of the full pages of known tokens that have none yet."""
         salt, start, stop = self.program.salt, len(self.block_hashes) * self.page_size, self.num_tokens
-        if salt is not None and stop - start >= self.page_size:
-            tokens = np.empty(stop - start, np.int32)
-            self.copy_tokens(start, tokens)
-            before = self.block_hashes[-1] if self.block_hashes else salt
-            self.block_hashes += hash_blocks(tokens, self.page_size, before)
+        if salt is None or stop - start < self.page_size:
+            return []
+        tokens = np.empty(stop - start, np.int32)
+        self.copy_tokens(start, tokens)
+        before = self.block_hashes[-1] if self.block_hashes else salt
+        return hash_blocks(tokens, self.page_size, before)
 
     def copy_tokens(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with its tokens from ``start``; -1 where only the device knows them."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
 
+from .page_shares import PageShares
 from .program import Program, QueueFull, Rejected, Request
 from .view import ProgramView
 
 UNKNOWN_SESSION = "this session has expired, or has never begun; begin it with a request"
 NAME_TAKEN = "there is a session of that name already; end it first, or choose another name"
+MAX_ENDED = 4096
+"""Programs that have ended and are remembered by their key, the latest ones."""
 
 
 class IdlePrograms:
@@ -86,9 +89,10 @@ class Registry:
         limit: programs remembered at once. Beyond it an idle one makes room: of the owner who holds most idle programs
             the one that has been idle longest, so whoever opens thousands of sessions loses only their own.
         forgotten: called with every program that ends.
+        shares: counts the programs of every tenant.
     """
 
-    def __init__(self, limit: int, forgotten: Callable[[Program], None]):
+    def __init__(self, limit: int, forgotten: Callable[[Program], None], shares: PageShares):
         self.live: dict[Program, Request] = {}
         """Programs with a request that waits or runs."""
         self.idle = IdlePrograms()
@@ -97,8 +101,9 @@ class Registry:
         self.humans = 0
         """Idle programs that wait for a human. Written by Waits, too."""
         self._limit = limit
-        self._forgotten = forgotten
+        self._forgotten, self._shares = forgotten, shares
         self._by_key: dict[Hashable, Program] = {}
+        self._ended: deque[tuple[float, Hashable]] = deque(maxlen=MAX_ENDED)  # by their clients, and when
 
     def __len__(self) -> int:
         return len(self.live) + len(self.idle)
@@ -198,16 +203,28 @@ class Registry:
             self._forget(longest)
         self.created += 1
         self.io_intensive += 1
-        program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent)
+        tenant = self._shares.enter(owner, now)
+        program = Program(self.created, now, key=key, owner=owner, salt=salt, parent=parent, tenant=tenant)
         if key is not None:
             self._by_key[key] = program
         return program
 
-    def finish(self, program: Program, *, failed: bool = False) -> None:
+    def finish(self, program: Program, now: float, *, failed: bool = False) -> None:
         """A program has ended."""
         self.failed += failed
         self.finished += not failed
         self._forget(program)
+        if program.key is not None:
+            self._ended.append((now, program.key))
+
+    def ended(self, since: float) -> list[Hashable]:
+        """Keys of programs that have ended since that time, expired ones left out, and that nobody has opened again.
+
+        Any thread may ask.
+        """
+        latest = self._ended.copy()  # in one piece, whatever the thread of the scheduler does
+        keys = dict.fromkeys(key for ended, key in latest if ended >= since)
+        return [key for key in keys if key not in self._by_key]
 
     def leave(self, program: Program) -> None:
         """An idle program has left for another replica."""
@@ -244,3 +261,4 @@ class Registry:
             del self._by_key[program.key]
         self.io_intensive -= program.io_intensive
         self._forgotten(program)
+        self._shares.leave(program.tenant)

@@ -12,6 +12,7 @@ What is kept, offloaded or dropped is the choice of a :class:`~.strategy.Strateg
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 
@@ -49,7 +50,7 @@ class Residency:
         """Window pages offloaded and restored so far."""
         self.failed = 0
         """Transfers that failed so far."""
-        self._copies = HostCopies(host, self._idle_s, pool.log)
+        self._copies = HostCopies(host, self._idle_s, pool.shares, pool.log)
         self.kv = RetainedKV(pool, page_size, self._copies, lost)
         self._order = self.kv.order
         self._leases = Leases(pool.size)
@@ -226,7 +227,7 @@ class Residency:
                 why = f", {request.resumed.why}" if request.resumed.why else ""
                 self.kv.note(program, "resume", request.resumed.source + why, len(pages))
         self._strategy.started(request, now)
-        here, pages = len(pages), pages + self._pool.allocate(offer.need)
+        here, pages = len(pages), pages + self._pool.allocate(offer.need, program.tenant)
         first, end = self._windows.first(offer.tokens), -(-offer.tokens // self._size)
         self._windows.hold(program, pages, first, end)
         if offer.parts:
@@ -283,6 +284,10 @@ class Residency:
 
     def _idle_s(self, program: Program, now: float) -> float:
         return self._strategy.predict.wait_s(program, max(0.0, now - program.wait_began))
+
+    def held_on_host(self, programs: list[Program]) -> Counter[int]:
+        """Count the host memory that each tenant holds (for tests; O(everything))."""
+        return self._copies.held(programs)
 
     def check(self, programs: list[Program]) -> None:
         """Raise AssertionError unless both tiers agree with the programs (for tests; O(everything))."""

@@ -55,7 +55,7 @@ class RetainedKV:
             if request.loading is not None:  # from here on nothing has arrived
                 whole = min(whole, pages.index(request.loading.pages[0]))
             pages = pages[:whole]
-        self._pool.share(pages)
+        self._pool.share(pages, other.tenant)
         other.last, other.pages = request, list(pages)
         self._keep(other, min(tokens, self._copies.share(program, other, len(pages)) * self._size))
         other.computed = other.kept
@@ -125,7 +125,7 @@ class RetainedKV:
         self._windows.hold(program, program.pages, self._windows.first(program.kept), min(keep, len(program.pages)))
         if not gone:
             return
-        self._pool.release(gone)
+        self._pool.release(gone, program.tenant)
         del program.pages[keep:]
         if program.pages:
             self.order.recount(program)
@@ -154,8 +154,8 @@ class RetainedKV:
         self.order.recount(program)
         if program.running is None and copy.end > len(program.pages):
             self.cut_to(program, max(copy.first, len(program.pages)), why)
-        elif program in self.order.all:
-            self.order.dirty.add(program)
+        elif program in self.order:
+            self.order.soil(program)
 
     def make_room(self, count: int, program: Program, now: float, keep: Program | None) -> None:
         """Drop copies until the host has room for ``count`` pages.
@@ -163,7 +163,7 @@ class RetainedKV:
         Only those go, none of ``keep``, that are worth less than those of ``program`` would be.
         """
         while self._copies.fitting(len(program.window)) < count:
-            victim = self._copies.least_worth(program, now, keep)
+            victim = self._copies.least_worth(program, count, now, keep)
             if victim is None:
                 return
             copy, kept = victim.copies[-1], self._pages(victim.kept)

@@ -87,7 +87,7 @@ class Running:
 
     def grow(self, request: Request, count: int) -> None:
         """Give a request ``count`` of the free pages."""
-        held, new = len(request.pages), self._pool.allocate(count)
+        held, new = len(request.pages), self._pool.allocate(count, request.program.tenant)
         self._pool.pin(new)
         self._changed.setdefault(request, held)
         request.pages += new
@@ -99,12 +99,12 @@ class Running:
         If too few pages are free, move those requests to the others, where each has to ask for one.
         """
         full, windows = self._decodes.full(), self._windows
-        if len(full) > self._pool.free or not windows.has(len(full)):
+        if len(full) > self._pool.at_hand() or not windows.has(len(full)):
             for request in full:
                 self._decodes.discard(request)
                 bisect.insort(self._others, request, key=self._ranks.__getitem__)
         elif full:
-            pages, changed, schedule = self._pool.allocate(len(full)), self._changed, self._decodes.schedule
+            pages, changed, schedule = self._allocate(full), self._changed, self._decodes.schedule
             self._pool.pin(pages)
             for request, page in zip(full, pages, strict=True):
                 changed.setdefault(request, len(request.pages))
@@ -113,6 +113,13 @@ class Running:
                 schedule(request)
                 if windows.size:
                     self._slide(request, len(request.pages))
+
+    def _allocate(self, requests: list[Request]) -> list[int]:
+        """Allocate a page for each of some requests."""
+        pages = self._pool.allocate(len(requests), requests[0].program.tenant)
+        if self._pool.shares.several:
+            self._pool.hand(pages, [request.program.tenant for request in requests])
+        return pages
 
     def step(self, chosen: dict[Request, int], admitted: list[Request], now: float) -> Plan:
         """Plan a step of the decode batch, and of ``chosen``: how many tokens of which other requests.
@@ -161,7 +168,7 @@ class Running:
         times = min(times, 1 + min(r.max_computed - r.num_computed for r in requests))
         while times > 1:
             needs = [-(-(r.num_computed + times - 1) // self._size) - len(r.pages) for r in requests]
-            if (new := sum(n for n in needs if n > 0)) <= self._pool.free and self._windows.has(new):
+            if (new := sum(n for n in needs if n > 0)) <= self._pool.at_hand() and self._windows.has(new):
                 break
             times //= 2
         if times <= 1:

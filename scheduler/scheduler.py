@@ -17,9 +17,9 @@ from collections.abc import Hashable, Sequence
 
 from .branches import Branches
 from .config import SchedulerConfig, SchedulerStats
-from .handover import HandOver
 from .kv_log import KVLog
 from .load import Load
+from .page_shares import PageShares
 from .pages import PagePool
 from .placement import Report
 from .plan import Plan
@@ -48,17 +48,20 @@ class Scheduler:
         self.kv_log = KVLog(config.page_size) if config.kv_events else None
         """Which blocks are cached, as it changes; None: nobody listens."""
         windows = WindowPages(config.window, config.num_pages, config.page_size)
-        self._pool = PagePool(config.num_pages, windows, self.kv_log)
+        sizes = config.num_pages - 1, config.host.size
+        self._shares = PageShares(sizes, config.tenant_weights, apart=policy.tenants_share_pages)
+        self._pool = PagePool(config.num_pages, windows, self.kv_log, self._shares)
         self._residency = Residency(self._pool, config.page_size, config.host, policy.strategy, self._on_loss)
         self._planner = Planner(config, policy, self._pool, self._residency)
         self._running, self._admission = self._planner.running, self._planner.admission
-        self._programs = Registry(config.max_programs, self._forget)
+        self._programs = Registry(config.max_programs, self._forget, self._shares)
         self._waits = Waits(self._programs, self._residency, policy.predict)
         self._load = Load(config, policy.predict)
         self._numbers = itertools.count(1)
         self._in_flight: deque[Plan] = deque()  # plans that are not committed
         self._stops = Counter([NO_TOKEN])  # tokens that end a row: the stops of all live requests, too
-        self.branches = Branches(config, self._programs, self._waits, self._residency, self._planner, self._numbers)
+        parts = (self._programs, self._waits, self._load, self._residency, self._planner)
+        self.branches = Branches(config, *parts, self._numbers)
         """Forks, tails that are replaced, and programs that move."""
 
     # -- events ----------------------------------------------------------------------------------------------
@@ -119,6 +122,7 @@ class Scheduler:
         self._waits.join_job(opened, now)
         request.extend_block_hashes()
         self._programs.live[opened] = request
+        self._shares.asks(opened.tenant)
         self._stops.update(stops)
         self._load.submitted(request, len(self._admission), now)
         self._planner.enqueue(request, now)
@@ -152,6 +156,7 @@ class Scheduler:
                 plan.ended.append(request)
         program, job = request.program, request.program.job
         del self._programs.live[program]
+        self._shares.asks_no_more(program.tenant, now)
         for token in request.stops:
             self._stops[token] -= 1
             if not self._stops[token]:
@@ -171,15 +176,9 @@ class Scheduler:
         if reason == "error":
             self._residency.invalidate(program)
         if request.final:
-            self._programs.finish(program, failed=reason == "error")
+            self._programs.finish(program, now, failed=reason == "error")
         else:
             self._waits.begin(program, request, now)
-
-    def take_over(self, handed: HandOver, now: float) -> Request:
-        """Open a program that another replica has handed over; see :meth:`.branches.Branches.take_over`."""
-        request = self.branches.take_over(handed, now)
-        self._load.waiting(request.program, len(handed.tokens), now)
-        return request
 
     def waits(self, program: Hashable, wait: Wait, now: float) -> None:
         """Say what the program of a key waits for. Unknown keys, and programs with a request, are ignored."""
@@ -196,7 +195,7 @@ class Scheduler:
         if request is None:
             if found.wait is None or found.awaits_human:  # rather than given up, while its tools ran
                 self._waits.job_over(found)
-            self._programs.finish(found)
+            self._programs.finish(found, now)
         else:
             request.final = True
             self.finish(request, "cancelled", now)
@@ -283,6 +282,10 @@ class Scheduler:
         """Whether there is a program of that key. Any thread may ask."""
         return self._programs.find(program) is not None
 
+    def ended(self, since: float) -> list[Hashable]:
+        """Keys of programs that have ended; see :meth:`.registry.Registry.ended`. Any thread may ask."""
+        return self._programs.ended(since)
+
     def look(self, limit: int, owner: Hashable | None, now: float) -> list[ProgramView]:
         """Look at up to ``limit`` programs; see :meth:`.registry.Registry.look`."""
         return self._programs.look(limit, owner, now)
@@ -292,8 +295,10 @@ class Scheduler:
         used, programs = [r.pages for r in self._running.requests], self._programs.programs()
         self._pool.check(used + [p.pages for p in programs], used)
         self._pool.windows.check((p, p.running.pages if p.running else p.pages) for p in programs)
-        self._residency.check(self._programs.programs())
+        self._residency.check(programs)
         self._programs.check()
+        held = self._pool.held(), self._residency.held_on_host(programs)
+        self._shares.check((p.tenant for p in programs), (p.tenant for p in self._programs.live), held)
         self._load.check(self._programs.live)
         self._admission.check()
         self._planner.preparations.check(self._programs.programs())
@@ -317,7 +322,7 @@ class Scheduler:
         if plan is not None:
             self._in_flight.append(plan)
             for request in plan.admitted:
-                self._load.admitted(request, now)
+                self._load.admitted(request)
         return plan
 
     def observe(self, plan: Plan, seconds: float) -> None:

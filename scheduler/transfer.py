@@ -45,6 +45,8 @@ class HostPages:
     """Copies that stand on them."""
     ready: bool = False
     """Their content has arrived."""
+    tenant: int = 0
+    """Number of the tenant who holds them, among those who share pages."""
 
 
 @dataclass(slots=True, eq=False)

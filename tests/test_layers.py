@@ -25,9 +25,9 @@ FLOORS = (
 """Rooms of ``astraea_jax/`` from the ground up. A room is free inside."""
 
 SCHEDULER_FLOORS = (
-    {"distribution", "hazards", "handover", "histogram", "placement", "prefix", "wait"},
+    {"distribution", "hazards", "handover", "histogram", "page_shares", "placement", "prefix", "wait"},
     {"program", "rival_placements", "router", "transfer"},
-    {"contexts", "eviction", "kv_log", "offer", "plan", "view", "windows"},
+    {"context_tree", "contexts", "eviction", "kv_log", "offer", "plan", "view", "windows"},
     {"config", "decode_batch", "pages", "start_waits"},
     {"copies", "costs", "fairness", "leases", "registry", "wait_times"},
     {"prediction", "retained", "running"},

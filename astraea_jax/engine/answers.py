@@ -43,7 +43,7 @@ def answer(question: Question[Any], scheduler: Scheduler, now: float) -> None:
 
 
 def _take_over(scheduler: Scheduler, handed: HandOver, now: float) -> None:
-    scheduler.take_over(handed, now)
+    scheduler.branches.take_over(handed, now)
 
 
 def refuse(question: Question[Any], reason: str) -> None:

@@ -255,9 +255,11 @@ class EngineConfig:
                 f"start each with tensor_parallel {len(devices)} and data_parallel 1"
             )
         if wanted > len(devices):
+            of_cpu = devices[0].platform == "cpu"
+            way_out = f", or set JAX_NUM_CPU_DEVICES={wanted} in the environment" if of_cpu else ""
             raise StartupError(
                 f"tensor_parallel {shared} times data_parallel {self.data_parallel} makes {wanted} devices, "
-                f"and there are {len(devices)} ({devices[0].device_kind}); choose less"
+                f"and there are {len(devices)} ({devices[0].device_kind}); choose less{way_out}"
             )
         meshes = [mesh_of(devices[first : first + shared]) for first in range(0, wanted, shared)]
         try:

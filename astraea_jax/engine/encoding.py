@@ -73,7 +73,7 @@ class TextPool:
     def _reserve(self, owner: str, characters: int) -> None:
         with self._lock:
             if not self._waiting.has_room(owner, characters):
-                raise Overloaded("too much text waits to be tokenised; try again later")
+                raise Overloaded(self._waiting.refusal(owner, characters, "characters of text"))
             self._waiting.add(owner, characters)
 
     def _release(self, owner: str, characters: int, _: Future[Any]) -> None:

@@ -171,9 +171,11 @@ class Engine(Sessions):
         if math.isnan(grace_s):
             raise ValueError("grace_s is nan; it must be a number of seconds")
         self._life.drain()
-        if self._thread.is_alive():
+        running = self._thread.is_alive()
+        if running:
             self._life.wait_until_empty(min(grace_s, threading.TIMEOUT_MAX))
-            self._post(Stop())
+        self._post(Stop())  # a loop that is only just being started ends with it
+        if running:
             self._thread.join(STOP_S)
             if self._thread.is_alive():
                 log.error("the serving loop does not end; it is left behind")

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -18,12 +18,11 @@ from astraea_jax.engine.events import Key
 from astraea_jax.engine.generation import Ended, Generation
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
 from astraea_jax.scheduler.handover import HandOver
+from astraea_jax.scheduler.prefix import beginnings
 from astraea_jax.scheduler.router import NoReplica, Route, Router
 
 REPORT_S = 0.05
 """Seconds for which a replica is taken to be as it has said; until then the router counts what it has sent."""
-PREFIX = 256
-"""Tokens by which programs are taken to begin alike, as with a system prompt: a guess, shorter than most of these."""
 LOOK_S = 0.02
 """Seconds between two looks at whether a replica that is retired still has something to do."""
 
@@ -34,18 +33,21 @@ class Homes:
     Args:
         replicas: that there are, whether they serve or not.
         max_programs: sessions whose home is remembered.
+        ttl_s: seconds without a request after which replicas forget a session.
     """
 
-    def __init__(self, replicas: Sequence[Engine], max_programs: int):
+    def __init__(self, replicas: Sequence[Engine], max_programs: int, ttl_s: float):
         self.lock = threading.RLock()
         """Held by whoever must find a session where it was a moment ago."""
         self._replicas = tuple(replicas)
-        self._router = Router(max_programs=max_programs)
+        self._router, self._ttl_s = Router(max_programs=max_programs), ttl_s
         self._reported = dict.fromkeys(self._replicas, 0.0)
         """Time at which a replica was last asked how it is."""
-        self._over: deque[tuple[Route, int]] = deque()
-        """Requests that have ended and that the router has not been told of, with their context. Anybody may add to it
-        in any thread at any time, the collector of garbage included."""
+        self.retired: set[Engine] = set()
+        """Replicas that are out of service for good, or soon will be."""
+        self._over: deque[tuple[Route, int, bool]] = deque()
+        """Requests that have ended and that the router has not been told of, with their context, and whether their
+        session has ended, too. Anybody may add to it in any thread at any time, the collector of garbage included."""
 
     def of(self, session: Key | None) -> Engine | None:
         """The replica that has a session, if it lives."""
@@ -56,7 +58,7 @@ class Homes:
         """A session is at a replica from now on."""
         with self.lock:
             self._look()  # it may have begun to serve since, and nobody has sent it anything
-            self._router.settle(session, replica)
+            self._router.settle(session, replica, time.monotonic())
 
     def busy(self, session: Key) -> bool:
         """Whether a request of a session is in progress, or on its way to its replica."""
@@ -79,22 +81,26 @@ class Homes:
         Raises:
             Overloaded, EngineDead: no replica takes it.
         """
+        prefixes = beginnings(call.prompt, call.salt) if self.of(call.session) is None else []  # takes time
         with self.lock:
             self._look()
             before = self.of(call.session)
-            generation, chosen = self._submit(call, known=before is not None)
+            generation, chosen = self._submit(call, prefixes, known=before is not None)
             if before not in (None, chosen) and call.session is not None:
                 with suppress(Overloaded, EngineDead):  # then it expires there
                     before.hand_over((call.session,))
         return generation
 
-    def _submit(self, call: Call, *, known: bool) -> tuple[Generation, Engine]:
+    def _submit(
+        self, call: Call, prefixes: Sequence[tuple[Hashable, int]], *, known: bool
+    ) -> tuple[Generation, Engine]:
         refused: frozenset[Engine] = frozenset()
-        prefix = (hash((call.salt, call.prompt[:PREFIX])), PREFIX) if len(call.prompt) > PREFIX else None
         while True:
             now, tokens = time.monotonic(), len(call.prompt)
             try:
-                route = self._router.route(call.session, tokens, now, parent=call.parent, prefix=prefix, avoid=refused)
+                route = self._router.route(
+                    call.session, tokens, now, parent=call.parent, prefixes=prefixes, avoid=refused
+                )
             except NoReplica:
                 last = self.least_busy()
                 return last.submit(call), last  # which says what is wrong, or drains and serves it all the same
@@ -111,20 +117,21 @@ class Homes:
                 if runs_there or not isinstance(error, Overloaded | EngineDead):
                     raise
             else:
-                generation.observe(partial(self._ended, route))
-                weakref.finalize(generation, self._over.append, (route, 0)).atexit = False
+                generation.observe(partial(self._ended, route, call.final))
+                weakref.finalize(generation, self._over.append, (route, 0, False)).atexit = False
                 return generation, chosen
 
-    def _ended(self, route: Route, ended: Ended) -> None:
+    def _ended(self, route: Route, final: bool, ended: Ended) -> None:
         usage = ended.usage
-        self._over.append((route, usage.prompt_tokens + usage.output_tokens if usage is not None else 0))
+        context = usage.prompt_tokens + usage.output_tokens if usage is not None else 0
+        self._over.append((route, context, final and ended.program > 0))
 
     def _look(self) -> None:
         """Tell the router what has happened since it was last asked."""
         now = time.monotonic()
         while self._over:
-            route, context = self._over.popleft()
-            self._router.ended(route, now, context=context)
+            route, context, last = self._over.popleft()
+            self._router.ended(route, now, context=context, last=last)
         for replica in self._replicas:
             if not replica.live:
                 self._router.leave(replica, now)
@@ -132,11 +139,12 @@ class Homes:
                 self._reported[replica] = now
                 self._router.join(replica, now)
                 self._router.report(replica, replica.report(), now)
+                self._router.expire(now - self._ttl_s)
 
     # -- a replica that leaves ---------------------------------------------------------------------------------
 
     async def retire(self, replica: Engine, grace_s: float) -> int:
-        """Take a replica out of service while the others go on.
+        """Take a replica out of service while the others go on. One that has not started yet never will serve.
 
         Sessions that come back within the grace go on there. Then they move, each as soon as it has no request in
         progress: their tokens are computed elsewhere in idle time. Requests have as long again to end.
@@ -149,6 +157,7 @@ class Homes:
         """
         if not grace_s >= 0:
             raise ValueError(f"grace_s is {grace_s}; it must be a number of seconds, or 0")
+        self.retired.add(replica)
         replica.drain()
         with self.lock:
             self._router.drain(replica)
@@ -172,7 +181,7 @@ class Homes:
                 assert isinstance(session, tuple)
                 target = moving[session] = min(room, key=room.__getitem__)
                 room[target] += 1
-                self._router.settle(session, target)
+                self._router.settle(session, target, time.monotonic())
         names = list(moving)  # of many of them nothing may be left, so each is asked for once
         for first in range(0, len(names), MAX_HANDED):
             with suppress(EngineDead, Overloaded):  # they are computed again when they come back
@@ -186,4 +195,4 @@ class Homes:
         with suppress(RequestError, EngineDead, Overloaded):
             await asyncio.wrap_future(target.take_over(handed))
             with self.lock:
-                self._router.settle(handed.key, target, context=len(handed.tokens))
+                self._router.settle(handed.key, target, time.monotonic(), context=len(handed.tokens))

@@ -145,13 +145,10 @@ class Lifecycle:
         with self._changed:
             if self._state is not State.SERVING:
                 raise EngineDead(self._reason)
-            queued, own = self._queued.total, self._queued[owner]
-            if queued >= self._max_queued:
+            full = self._queued.total >= self._max_queued
+            if full or (owner and not self._queued.has_room(owner, 1)):
                 self.refused += 1
-                raise Overloaded(f"{queued} requests are waiting; try again later")
-            if owner and not self._queued.has_room(owner, 1):
-                self.refused += 1
-                raise Overloaded(f"{queued} requests are waiting, {own} of them of this client; try again later")
+                raise Overloaded(self._queued.refusal(owner, 1, "requests"))
             self._open[mailbox] = owner
             self._queued.add(owner, 1)
 

@@ -45,7 +45,7 @@ class Replicas:
         self.config, self.model_config, self.tokenizer = first.config, first.model_config, first.tokenizer
         self.layout = first.layout
         """Layout of one replica."""
-        self._homes = Homes(self.replicas, self.config.max_programs * len(self.replicas))
+        self._homes = Homes(self.replicas, self.config.max_programs * len(self.replicas), self.config.session_ttl_s)
 
     @property
     def live(self) -> bool:
@@ -76,22 +76,25 @@ class Replicas:
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Start every replica at the same time; if one fails, the others are shut down.
 
-        ``progress(done, total)`` counts executables of all of them.
+        One that is retired before it serves has not failed, as long as another one serves. ``progress(done, total)``
+        counts executables of all of them.
         """
         seen = dict.fromkeys(self.replicas, (0, 0))
 
         def of_one(engine: Engine, done: int, total: int) -> None:
             with self._homes.lock:
                 seen[engine] = done, total
-                compiled, wanted = map(sum, zip(*seen.values(), strict=True))
-                if all(total for _, total in seen.values()):
-                    progress(compiled, wanted)
+                counted = [counts for of, counts in seen.items() if of not in self._homes.retired]
+                if counted and all(total for _, total in counted):
+                    progress(*map(sum, zip(*counted, strict=True)))
 
         with ThreadPoolExecutor(len(self.replicas)) as pool:
-            starts = [pool.submit(engine.start, partial(of_one, engine)) for engine in self.replicas]
+            starts = {pool.submit(engine.start, partial(of_one, engine)): engine for engine in self.replicas}
             try:
                 for start in as_completed(starts):
-                    start.result()
+                    retired, error = self._homes.retired, start.exception()
+                    if error is not None and (starts[start] not in retired or len(retired) == len(starts)):
+                        raise error
             except BaseException:
                 for engine in self.replicas:
                     engine.shutdown(0)

@@ -161,6 +161,13 @@ class Sessions:
         """Whether there is a session of that name, as of the last event that the loop has taken in."""
         return self._scheduler.knows(checked_key(session, owner))
 
+    def ended(self, since: float) -> list[Key]:
+        """Return the sessions that have ended since that time of the monotonic clock, and that are not known again.
+
+        Those that have expired, or moved, are left out, and of very many the oldest ones.
+        """
+        return [key for key in self._scheduler.ended(since) if isinstance(key, tuple)]
+
     def hand_over(self, sessions: Collection[Key] | None = None) -> Future[list[HandOver]]:
         """Let waiting sessions go, up to :data:`~.answers.MAX_HANDED` at once, so that other replicas go on with them.
 

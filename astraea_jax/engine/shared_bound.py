@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
 
@@ -32,9 +33,24 @@ class SharedBound:
         after, own = self.total + amount, self._of[owner]
         if after > self._most or not own or after <= self._most - self._most // RESERVE:
             return after <= self._most
+        return own + amount <= self._share(owner)
+
+    def refusal(self, owner: str, amount: int, what: str) -> str:
+        """Say why so much more of a client has no room; ``what`` names in the plural what waits."""
+        own, allowed = self._of[owner], self._most
+        if self.total + amount > allowed:
+            theirs = f"; tenant {owner} has {own} of them" if owner else ""
+            return f"{self.total} {what} are waiting, of {allowed} allowed in all{theirs}; try again later"
+        allowed = max(1, math.floor(self._share(owner)))
+        return (
+            f"tenant {owner} has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
+        )
+
+    def _share(self, owner: str) -> float:
+        """What a client may have there in any case."""
         weigh = self._weights.get
         weights = 1.0 + sum(weigh(other, 1.0) for other in self._of)  # one more may come
-        return (own + amount) * weights <= self._most * weigh(owner, 1.0)
+        return self._most * weigh(owner, 1.0) / weights
 
     def add(self, owner: str, amount: int) -> None:
         """Count more; what is negative waits no longer."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -108,7 +108,7 @@ def study() -> list[FleetCell]:
 
 def run_cell(cell: FleetCell) -> Result:
     outcome = simulate(cell)
-    return summary(cell, outcome), np.array([r.jct_s for r in outcome.history.records if r.spans])
+    return summary(cell, outcome), np.array([r.jct_s for r in outcome.history.served])
 
 
 def run_all(cells: Sequence[FleetCell]) -> Iterator[Result]:
@@ -234,20 +234,28 @@ def costs() -> list[Section]:
     ]
 
 
+def over_replicas(
+    sizes: Mapping[int, Mapping[str, Sequence[Result]]], figure: str
+) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Of every rule the mean of a figure, with its 95 % interval over seeds, by the number of replicas."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for replicas, group in sizes.items():
+        for rule, runs in group.items():
+            values = [row[figure] for row, _ in runs]
+            lines.setdefault(rule, []).append((replicas, float(np.mean(values)), *interval(values)))
+    return lines
+
+
 def draw_plot(results: Sequence[Result], folder: Path) -> None:
     from astraea_jax.lab.plots import sweep
 
     folder.mkdir(parents=True, exist_ok=True)
-    lines: dict[tuple[str, float], dict[str, list[tuple[float, float, float, float]]]] = {}
-    for (workload, replicas, factor), group in grouped(results).items():
-        for rule, runs in group.items():
-            means = [row["mean_jct_s"] for row, _ in runs]
-            lines.setdefault((workload, factor), {}).setdefault(rule, []).append(
-                (replicas, float(np.mean(means)), *interval(means))
-            )
-    for (workload, factor), found in lines.items():
-        name = f"fleet_{workload}_{factor:g}x.png"
-        sweep(found, folder / name, f"{workload}, load {FLAGS.load:g}, {factor:g}x oversubscribed", "replicas")
+    groups = grouped(results)
+    for workload, factor in dict.fromkeys((workload, factor) for workload, _, factor in groups):
+        sizes = {replicas: group for (w, replicas, f), group in groups.items() if (w, f) == (workload, factor)}
+        times, hits = (over_replicas(sizes, figure) for figure in ("mean_jct_s", "prefix_hit"))
+        name = folder / f"fleet_{workload}_{factor:g}x.png"
+        sweep(times, name, f"{workload}, load {FLAGS.load:g}, {factor:g}x oversubscribed", "replicas", hits)
     console.print(f"pictures in {folder}")
 
 

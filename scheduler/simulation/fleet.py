@@ -9,20 +9,21 @@ those that come back for a while, and then its programs go on elsewhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from ..placement import Rule
 from ..policy import Policy
+from ..prefix import beginnings
 from ..program import Request
 from ..router import NoReplica, Route, Router
 from .engine import Clock, Event, SimulatedEngine, Sizes
 from .global_queue import INTERVAL_S, GlobalQueue
 from .machines import Machine
-from .simulator import History, Outcome, ProgramRecord, play, submit
-from .trace import TraceProgram
+from .simulator import Due, History, Outcome, ProgramRecord, play, prompt_of, submit
+from .trace import TraceProgram, everyone
 
 STRIDE = 8
 """Steps that a replica takes at once at most, so that a request waits no longer than that to be noticed."""
@@ -116,7 +117,7 @@ class FleetSimulator:
         reporting: Reporting = EVERY_SECOND,
         changes: Sequence[Change] = (),
     ):
-        self.router = Router(rule, max_programs=len(programs))
+        self.router = Router(rule, max_programs=sum(1 for _ in everyone(programs)))
         self.history = History(programs)
         self.sent: dict[str, _Sent] = {}
         """Requests under way, by program."""
@@ -141,8 +142,7 @@ class FleetSimulator:
             self._join(replica, 0.0)
         for change in changes:
             self._clock.at(change.when, partial(getattr(self, f"_{change.what}"), change.replica))
-        for record in self.history.records:
-            self._clock.at(record.arrival, partial(self._route, record, 0))
+        self._follow(Due(record.arrival, record, 0) for record in self.history.records)
 
     def at(self, when: float, event: Event) -> None:
         """Let ``event(when)`` happen."""
@@ -213,11 +213,15 @@ class FleetSimulator:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
+    def _follow(self, requests: Iterable[Due]) -> None:
+        for when, record, index in requests:
+            self._clock.at(when, partial(self._route, record, index))
+
     def _route(self, record: ProgramRecord, index: int, now: float) -> None:
         """Send a request to a replica; if there is none, later."""
-        program, trace = record.program.id, record.program.requests[index]
+        program, tokens = record.program.id, record.program.requests[index].prompt
         if self._queue is not None:
-            chosen = self._queue.arrives(program, trace.prompt, self._engines, now)
+            chosen = self._queue.arrives(program, tokens, self._engines, now)
             if chosen is None:
                 self._held[program] = record, index
                 return
@@ -225,11 +229,22 @@ class FleetSimulator:
         else:
             avoid = self._emptied
         try:
-            route = self.router.route(program, trace.prompt, now, avoid=frozenset(avoid))
+            self._send(_Sent(record, index, self._place(record, index, avoid, now)), now)
         except NoReplica:
             self._clock.at(now + RETRY_S, partial(self._route, record, index))
-            return
-        self._send(_Sent(record, index, route), now)
+
+    def _place(self, record: ProgramRecord, index: int, avoid: Collection[int], now: float) -> Route:
+        """Ask the router, as the engine's replicas do (``engine/homes.py``)."""
+        program, parent = record.program, record.parent
+        prompt = prompt_of(program, index)
+        return self.router.route(
+            program.id,
+            len(prompt),
+            now,
+            parent=parent.program.id if parent is not None else None,
+            prefixes=beginnings(prompt) if program.lineage and self.router.home(program.id) is None else (),
+            avoid=frozenset(avoid),
+        )
 
     def _send(self, sent: _Sent, now: float) -> None:
         """Hand a request to its replica; if that is not its program's home, the KV that is there is given up."""
@@ -277,29 +292,27 @@ class FleetSimulator:
 
     def _take_over(self, sent: _Sent, replica: int, now: float) -> None:
         """Cancel a request that waits, and send it to another replica."""
-        program, trace = sent.record.program.id, sent.record.program.requests[sent.index]
         assert sent.request is not None
         del self._requests[sent.request]
         self._over(sent, 0, now)
-        avoid = frozenset(self._engines.keys() - {replica})
-        self._send(_Sent(sent.record, sent.index, self.router.route(program, trace.prompt, now, avoid=avoid)), now)
+        route = self._place(sent.record, sent.index, self._engines.keys() - {replica}, now)
+        self._send(_Sent(sent.record, sent.index, route), now)
 
     def _submit(self, engine: SimulatedEngine, sent: _Sent, now: float) -> None:
-        sent.request = submit(engine.scheduler, sent.record.program, sent.index, now)
+        sent.request = submit(engine.scheduler, sent.record, sent.index, now)
         if sent.request is not None:
             self._requests[sent.request] = sent
             return
         self._over(sent, 0, now)
         self._forget(sent.record.program.id)
-        self.history.refuse(sent.record, now)
+        self._follow(self.history.refuse(sent.record, now))
 
     def _first_token(self, request: Request, now: float) -> None:
         self.router.prefilled(self._requests[request].route)
 
     def _ended(self, replica: int, request: Request, now: float) -> None:
         sent = self._requests.pop(request)
-        record = sent.record
-        trace = self.history.request_ended(record, sent.index, request, now)
+        record, trace = sent.record, sent.record.program.requests[sent.index]
         self._over(sent, trace.context, now)
         self._placed[replica] += 1
         self._counts["prompt"] += trace.prompt
@@ -310,7 +323,7 @@ class FleetSimulator:
             if self._queue is not None:
                 self._queue.ended(record.program.id, trace.context, now)
             self._engines[replica].scheduler.waits(record.program.id, trace.wait, now)
-            self._clock.at(now + trace.tool_s, partial(self._route, record, sent.index + 1))
+        self._follow(self.history.request_ended(record, sent.index, request, now))
 
     def _over(self, sent: _Sent, context: int, now: float) -> None:
         self.router.ended(sent.route, now, context=context)

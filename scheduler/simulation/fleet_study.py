@@ -104,7 +104,7 @@ def together(sizes: Sizes, count: int) -> Sizes:
 
 def summary(cell: FleetCell, outcome: FleetOutcome) -> dict[str, Any]:
     """The figures of a run, as a row of a table. Times in seconds."""
-    records = [r for r in outcome.history.records if r.spans]
+    records = outcome.history.served
     jct = np.array([r.jct_s for r in records])
     requests = sum(outcome.placed.values())
     return {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Hashable, Iterable, Mapping
 
+from ..hazards import Outlook
 from ..prediction import Predictor
 from ..program import Program, Request
-from .trace import TraceProgram, TraceRequest
+from .trace import TraceProgram, TraceRequest, everyone
 
 
 class Oracle(Predictor):
@@ -21,7 +22,7 @@ class Oracle(Predictor):
 
     def __init__(self, truth: Iterable[TraceProgram], noise: float = 0.0, seed: int = 0):
         super().__init__()
-        self._truth: Mapping[Hashable, TraceProgram] = {p.id: p for p in truth}
+        self._truth: Mapping[Hashable, TraceProgram] = {p.id: p for p in everyone(truth)}
         self._noise, self._seed = noise, seed
 
     def _wrong(self, program: Program, question: str) -> float:
@@ -53,8 +54,9 @@ class Oracle(Predictor):
     def remaining_turns(self, program: Program) -> float:
         return max(1.0, len(self._job_left(program)) * self._wrong(program, "turns"))
 
-    def turns_index(self, program: Program) -> float:
-        return self.remaining_turns(program)
+    def outlook(self, program: Program, *, kinds: bool = True) -> Outlook:
+        turns = self.remaining_turns(program)
+        return Outlook(turns, (turns - 1) / 2)
 
     def remaining_s(self, request: Request) -> float:
         left = self._job_left(request.program)

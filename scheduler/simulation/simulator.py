@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from operator import attrgetter
+from typing import NamedTuple
+from zlib import crc32
 
 from ..config import SchedulerStats
 from ..policy import Policy
+from ..prefix import salted
 from ..program import Rejected, Request
 from ..scheduler import Scheduler
 from .engine import STRIDE, Clock, SimulatedEngine, Sizes
 from .machines import Machine
-from .trace import TraceProgram, TraceRequest
+from .trace import TraceProgram
+
+SALT = salted("simulation")
+"""Of all programs that begin like others."""
 
 
 @dataclass
@@ -24,10 +30,18 @@ class ProgramRecord:
 
     program: TraceProgram
     arrival: float
+    parent: ProgramRecord | None = None
+    """The program that has begun it."""
     ended: float = -1.0
     queue_s: float = 0.0
     spans: list[tuple[float, float, float, float]] = field(default_factory=list)
     """Four times of each request: submitted, first scheduled, first token, end."""
+    awaited: int = 0
+    """Programs that it has begun and that have not ended."""
+    resumes: float = 0.0
+    """Time before which its next request does not come."""
+    cached_tokens: int = 0
+    """Tokens of its prompts that need not be computed."""
 
     @property
     def jct_s(self) -> float:
@@ -61,13 +75,28 @@ class Outcome:
     scheduler_s: float
     """Real seconds spent in ``plan`` and ``commit``."""
     mean_live_context: float
-    """Tokens of KV that live programs held in the mean, tool waits included: what unlimited memory would hold."""
+    """Tokens of KV that live programs held in the mean, tool waits included: what unlimited memory would hold. What
+    they have not begun themselves does not count."""
     refused: int
     """Programs larger than the whole pool."""
     page_size: int
     """Tokens of a page."""
     plans: list[tuple[float, tuple[tuple[int, int, int], ...]]] | None = None
     """Each plan as its time and (request, start, tokens) of its rows, if asked for."""
+
+    @property
+    def served(self) -> list[ProgramRecord]:
+        """Programs that somebody has asked for and that got anything: not those that other programs have begun."""
+        return [record for record in self.records if record.spans and record.parent is None]
+
+
+class Due(NamedTuple):
+    """A request that comes."""
+
+    when: float
+    record: ProgramRecord
+    number: int
+    """Which one of its program."""
 
 
 class History:
@@ -81,20 +110,26 @@ class History:
         self._held_area = self._held_at = 0.0
         self._refused = 0
 
-    def request_ended(self, record: ProgramRecord, index: int, request: Request, now: float) -> TraceRequest:
-        """A request has ended, and with the last one its program; returns what the trace says of it."""
-        record.queue_s += (request.first_scheduled or now) - request.submitted
-        record.spans.append((request.submitted, request.first_scheduled or now, request.first_token or now, now))
+    def request_ended(self, record: ProgramRecord, index: int, request: Request, now: float) -> list[Due]:
+        """A request has ended, and with the last one its program; returns the requests that follow."""
+        began, answered = (now if at is None else at for at in (request.first_scheduled, request.first_token))
+        record.cached_tokens += request.cached_tokens
+        record.queue_s += began - request.submitted
+        record.spans.append((request.submitted, began, answered, now))
         trace = record.program.requests[index]
-        self._hold(trace.context - (record.program.requests[index - 1].context if index else 0), now)
+        self._hold(trace.context - self._own(record, index), now)
         if trace.tool is None:
-            self._end(record, now)
-        return trace
+            return self._end(record, now)
+        record.resumes, record.awaited = now + trace.tool_s, len(trace.children)
+        children = [ProgramRecord(child, now, record) for child in trace.children]
+        self.records += children
+        self.open += len(children)
+        return [Due(now, child, 0) for child in children] or [Due(record.resumes, record, index + 1)]
 
-    def refuse(self, record: ProgramRecord, now: float) -> None:
-        """A program has ended because its next request is larger than the pool."""
+    def refuse(self, record: ProgramRecord, now: float) -> list[Due]:
+        """A program has ended because its next request is larger than the pool; returns the requests that follow."""
         self._refused += 1
-        self._end(record, now)
+        return self._end(record, now)
 
     def outcome(self, engines: Sequence[SimulatedEngine]) -> Outcome:
         """The result of a run by these engines."""
@@ -111,11 +146,20 @@ class History:
             plans=engines[0].plans,
         )
 
-    def _end(self, record: ProgramRecord, now: float) -> None:
+    def _end(self, record: ProgramRecord, now: float) -> list[Due]:
         record.ended = now
         self.open -= 1
-        done = len(record.spans)
-        self._hold(-(record.program.requests[done - 1].context if done else 0), now)
+        self._hold(record.program.shared - self._own(record, len(record.spans)), now)
+        parent = record.parent
+        if parent is None:
+            return []
+        parent.awaited -= 1
+        return [] if parent.awaited else [Due(max(now, parent.resumes), parent, len(parent.spans))]
+
+    @staticmethod
+    def _own(record: ProgramRecord, index: int) -> int:
+        """Tokens of a program's text before a request; of nothing that it shares with others it is the owner."""
+        return record.program.requests[index - 1].context if index else record.program.shared
 
     def _hold(self, tokens: int, now: float) -> None:
         self._held_area += self._held * (now - self._held_at)
@@ -163,18 +207,22 @@ class Simulator:
         self._clock.at(when, lambda now: self._engine.deliver(now, submit))
 
     def _submit(self, record: ProgramRecord, index: int, when: float) -> None:
-        request = submit(self.scheduler, record.program, index, when)
+        request = submit(self.scheduler, record, index, when)
         if request is None:
-            self._history.refuse(record, when)
+            self._follow(self._history.refuse(record, when))
         else:
             self._requests[request] = record, index
 
     def _finished(self, request: Request, now: float) -> None:
         record, index = self._requests.pop(request)
-        trace = self._history.request_ended(record, index, request, now)
+        trace = record.program.requests[index]
         if trace.tool is not None:
             self.scheduler.waits(record.program.id, trace.wait, now)
-            self._arrive(now + trace.tool_s, record, index + 1)
+        self._follow(self._history.request_ended(record, index, request, now))
+
+    def _follow(self, requests: Sequence[Due]) -> None:
+        for due in requests:
+            self._arrive(*due)
 
 
 def play(clock: Clock, engines: Sequence[SimulatedEngine]) -> None:
@@ -192,9 +240,9 @@ def play(clock: Clock, engines: Sequence[SimulatedEngine]) -> None:
             break
 
 
-def submit(scheduler: Scheduler, program: TraceProgram, index: int, now: float) -> Request | None:
+def submit(scheduler: Scheduler, record: ProgramRecord, index: int, now: float) -> Request | None:
     """Submit a request of a program; None: it is too large, so its program ends."""
-    trace = program.requests[index]
+    program, trace = record.program, record.program.requests[index]
     try:
         return scheduler.submit(
             prompt_of(program, index),
@@ -202,6 +250,8 @@ def submit(scheduler: Scheduler, program: TraceProgram, index: int, now: float) 
             program=program.id,
             owner=program.owner,
             final=trace.tool is None,
+            salt=SALT if program.lineage else None,
+            parent=record.parent.program.id if record.parent is not None else None,
             now=now,
         )
     except Rejected:
@@ -213,9 +263,14 @@ def prompt_of(program: TraceProgram, index: int) -> Sequence[int]:
     """Make the tokens of a request's prompt.
 
     A token is its position, so that a prompt repeats exactly what the trace says is cached; what replaces earlier
-    text, as after a compaction, gets tokens of its own.
+    text, as after a compaction, gets tokens of its own, and so does the place where programs that begin alike part.
     """
     requests = program.requests[: index + 1]
+    if program.lineage:
+        shared = list(range(requests[-1].prompt))
+        for at, name in program.lineage:
+            shared[at] = crc32(name.encode()) >> 1
+        return shared
     if all(s.cached == before.context for before, s in pairwise(requests)):
         return range(requests[-1].prompt)
     text: list[int] = []

@@ -4,13 +4,17 @@ One JSON object per line is one program: ``{"program", "arrival_s", "source", "s
 "cached_prompt_tokens", "output_tokens", "tool": {"name", "seconds", "human"} | null}]}``. A segment is a request. Its
 prompt is its cached plus its new tokens, where cached is what a perfect cache of the program's own tokens holds.
 The last request has no tool. ``human`` may be missing; if true, a human's next message is waited for instead of a tool.
+Generated programs may begin with what others have, too, and begin further ones (``sharing.py``).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..wait import Wait
@@ -30,7 +34,7 @@ class TraceRequest:
     """One request of a recorded program, and the tool it led to."""
 
     cached: int
-    """Prompt tokens that repeat the program's earlier tokens."""
+    """Prompt tokens that repeat the program's earlier tokens, or of a first prompt what others have begun with."""
     new: int
     output: int
     tool: str | None = None
@@ -38,6 +42,8 @@ class TraceRequest:
     tool_s: float = 0.0
     human: bool = False
     """Whether it ends a job, so that the time until the next request is a human's."""
+    children: tuple[TraceProgram, ...] = ()
+    """Programs that begin when it ends, and whose ends its program waits for besides the tool."""
 
     @property
     def wait(self) -> Wait:
@@ -64,13 +70,18 @@ class TraceProgram:
     """None: the experiment chooses."""
     owner: str = ""
     """Tenant whose it is."""
+    lineage: tuple[tuple[int, str], ...] = ()
+    """Where its text comes from if it shares the beginning: positions, ascending from 0, and the names of what goes on
+    from each; the last is its own. Programs have in common what comes before the first difference. (): it shares
+    nothing."""
 
     def __post_init__(self) -> None:
         if not self.requests:
             raise TraceError(f"program {self.id!r} has no requests")
         if self.arrival_s is not None and not 0 <= self.arrival_s <= MOST_S:
             raise TraceError(f"program {self.id!r} arrives at {self.arrival_s}; it must be from 0 to {MOST_S:g} s")
-        held = 0
+        self._check_lineage()
+        held = self.shared
         for i, s in enumerate(self.requests):
             if min(s.cached, s.new - 1, s.output - 1) < 0:
                 raise TraceError(
@@ -89,37 +100,77 @@ class TraceProgram:
                 raise TraceError(f"program {self.id!r}, request {i}: all but the last request end in a tool")
             held = s.context
 
+    def _check_lineage(self) -> None:
+        positions = [at for at, _ in self.lineage]
+        if positions and (positions[0] != 0 or positions != sorted(positions)):
+            raise TraceError(f"program {self.id!r}: its lineage has the positions {positions}; they ascend from 0")
+        chained = pairwise(self.requests)
+        if positions and any(then.cached != s.context for s, then in chained):
+            raise TraceError(f"program {self.id!r}: what shares its beginning may not replace any text later")
+
+    @property
+    def shared(self) -> int:
+        """Tokens at its beginning that other programs may have, too."""
+        return self.lineage[-1][0] if self.lineage else 0
+
     @property
     def longest(self) -> int:
-        """Tokens of its longest context."""
-        return max(s.context for s in self.requests)
+        """Tokens of the longest context, of its own or of a program that it begins."""
+        return max(s.context for program in everyone([self]) for s in program.requests)
 
     @property
     def tool_s(self) -> float:
         return sum(s.tool_s for s in self.requests)
 
-    def scaled(self, tokens: float, tool_s: float = 1.0) -> TraceProgram:
+    def scaled(
+        self, tokens: float, tool_s: float = 1.0, moved: Mapping[int, int] = MappingProxyType({})
+    ) -> TraceProgram:
         """Multiply all lengths and all tool times, for small models.
 
-        No length gets below 1, and what continues the request before still does.
+        No length gets below 1, and what continues the request before still does. ``moved`` has new positions of a
+        parent's text.
         """
+        moved = {at: round(at * tokens) for at, _ in self.lineage} | dict(moved)
+        lineage = tuple((moved[at], name) for at, name in self.lineage)
         requests: list[TraceRequest] = []
-        before = 0
+        before, held = self.shared, lineage[-1][0] if lineage else 0
         for s in self.requests:
-            held = requests[-1].context if requests else 0
-            cached = held if s.cached == before else min(held, round(s.cached * tokens))
-            before = s.context
-            requests.append(
-                TraceRequest(
-                    cached,
-                    max(1, round(s.new * tokens)),
-                    max(1, round(s.output * tokens)),
-                    s.tool,
-                    s.tool_s * tool_s,
-                    s.human,
-                )
+            request = replace(
+                s,
+                cached=held if s.cached == before else min(held, round(s.cached * tokens)),
+                new=max(1, round(s.new * tokens)),
+                output=max(1, round(s.output * tokens)),
+                tool_s=s.tool_s * tool_s,
             )
-        return replace(self, requests=tuple(requests))
+            before, held = s.context, request.context
+            children = tuple(child.scaled(tokens, tool_s, moved | {before: held}) for child in s.children)
+            requests.append(replace(request, children=children))
+        return replace(self, requests=tuple(requests), lineage=lineage)
+
+
+def everyone(programs: Iterable[TraceProgram]) -> Iterator[TraceProgram]:
+    """Programs, each with those that it begins."""
+    for program in programs:
+        yield program
+        for request in program.requests:
+            yield from everyone(request.children)
+
+
+def chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceRequest, ...]:
+    """Make requests each of which continues the one before.
+
+    Args:
+        new: prompt tokens that each adds.
+        outputs: tokens that each outputs.
+        tools: name and seconds of the tool that each but the last leads to.
+    """
+    requests: list[TraceRequest] = []
+    ends: list[tuple[str | None, float]] = [*tools, (None, 0.0)]
+    held = 0
+    for fresh, output, (tool, seconds) in zip(new, outputs, ends, strict=True):
+        requests.append(TraceRequest(held, fresh, output, tool, seconds))
+        held += fresh + output
+    return tuple(requests)
 
 
 def load_trace(path: Path) -> list[TraceProgram]:

@@ -1,47 +1,18 @@
 """Workloads from published statistics: how many requests programs have, how long they are, how long tools take.
 
-Every distribution names its source. Where the source leaves something open, our assumption says so.
+Every distribution names its source. Where the source leaves something open, our assumption says so. Those of
+``families.py`` are made up.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from .trace import TraceError, TraceProgram, TraceRequest
-
-
-@dataclass(frozen=True)
-class LogNormal:
-    """``exp(N(ln median, sigma))``."""
-
-    median: float
-    sigma: float
-
-    def draw(self, rng: random.Random) -> float:
-        return math.exp(rng.gauss(math.log(self.median), self.sigma))
-
-    @property
-    def mean(self) -> float:
-        return self.median * math.exp(self.sigma**2 / 2)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A mixture of log-normal distributions."""
-
-    weights: tuple[float, ...]
-    components: tuple[LogNormal, ...]
-
-    def draw(self, rng: random.Random) -> float:
-        return rng.choices(self.components, self.weights)[0].draw(rng)
-
-    @property
-    def mean(self) -> float:
-        return sum(w * c.mean for w, c in zip(self.weights, self.components, strict=True))
-
+from .distributions import LogNormal, Mixture
+from .families import CHANGES, FAMILIES
+from .trace import TraceError, TraceProgram, TraceRequest, chain
 
 CLAUDE_CODE_TOOLS = Mixture((0.95, 0.05), (LogNormal(1.1, 0.45), LogNormal(8.0, 1.1)))
 """Claude Code on SWE-bench Pro, fitted to the quantiles of 16,886 calls in arXiv 2606.00866 (MORI): p50 1.10 s, p90
@@ -78,7 +49,7 @@ def infercept_mix(rng: random.Random) -> tuple[TraceRequest, ...]:
     later = max(1, prompt // (2 * turns))
     new = [max(1, prompt - later * (turns - 1)), *[later] * (turns - 1)]
     tools = [(name, max(0.0, rng.gauss(*tool))) for _ in range(turns - 1)]
-    return _chain(new, outputs, tools)
+    return chain(new, outputs, tools)
 
 
 def swe_batch(rng: random.Random) -> tuple[TraceRequest, ...]:
@@ -93,7 +64,7 @@ def swe_batch(rng: random.Random) -> tuple[TraceRequest, ...]:
     new = [14000, *(max(1, round(g - o)) for g, o in zip(growth, outputs, strict=False))]
     kinds = rng.choices(range(3), SWE_TOOLS.weights, k=turns - 1)
     tools = [(("edit", "shell", "agent")[k], SWE_TOOLS.components[k].draw(rng)) for k in kinds]
-    return _chain(new, outputs, tools)
+    return chain(new, outputs, tools)
 
 
 def interactive(rng: random.Random) -> tuple[TraceRequest, ...]:
@@ -135,7 +106,10 @@ GENERATORS: dict[str, Callable[[random.Random], tuple[TraceRequest, ...]]] = {
     "interactive": interactive,
     "chat": chat,
     "swe-claude-tools": lambda rng: _with_tools(swe_batch(rng), CLAUDE_CODE_TOOLS, rng),
+    **FAMILIES,
 }
+GENERATED = (*GENERATORS, *CHANGES)
+"""Workloads that :func:`generate` knows."""
 
 
 def generate(name: str, count: int, seed: int) -> list[TraceProgram]:
@@ -144,8 +118,11 @@ def generate(name: str, count: int, seed: int) -> list[TraceProgram]:
     Raises:
         ValueError: no such workload; the message lists them.
     """
+    if name in CHANGES:
+        before, after = CHANGES[name]
+        return generate(before, count // 2, seed) + generate(after, count - count // 2, seed)
     if name not in GENERATORS:
-        raise ValueError(f"no workload is called {name!r}; there are {', '.join(GENERATORS)}")
+        raise ValueError(f"no workload is called {name!r}; there are {', '.join(GENERATED)}")
     rng = random.Random(f"{name} {seed}")
     return [TraceProgram(f"{name}-{i}", GENERATORS[name](rng)) for i in range(count)]
 
@@ -186,17 +163,6 @@ def with_arrivals(programs: Sequence[TraceProgram], rate: float, seed: int) -> l
         now += rng.expovariate(rate)
         arriving.append(replace(program, arrival_s=now if program.arrival_s is None else program.arrival_s))
     return arriving
-
-
-def _chain(new: Sequence[int], outputs: Sequence[int], tools: Sequence[tuple[str, float]]) -> tuple[TraceRequest, ...]:
-    """Make requests each of which continues the one before."""
-    requests: list[TraceRequest] = []
-    held = 0
-    for i, (fresh, output) in enumerate(zip(new, outputs, strict=True)):
-        tool, seconds = tools[i] if i < len(tools) else (None, 0.0)
-        requests.append(TraceRequest(held, fresh, output, tool, seconds))
-        held += fresh + output
-    return tuple(requests)
 
 
 def _with_tools(requests: tuple[TraceRequest, ...], times: Mixture, rng: random.Random) -> tuple[TraceRequest, ...]:

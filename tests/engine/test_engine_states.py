@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from support import engine_states
+from support.callers import callers_of
 from support.engine_states import Machine
 
 from astraea_jax.engine import calls as calls_module
@@ -25,17 +24,7 @@ STEPS = 50
 EXAMPLES = 400 if os.environ.get("CI") else 40
 """Steps of each run; CI takes 20,000 in all."""
 
-
-@pytest.fixture(scope="module", autouse=True)
-def callers():
-    """The event loop that all callers share, in a thread of its own."""
-    loop = Machine.loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+callers = callers_of(Machine)
 
 
 def run(examples: int, **more) -> None:

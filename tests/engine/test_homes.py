@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from support.device import complete
-from support.engines import settled
+from support.engines import settled, until
 from support.stub import PAGE_BYTES, STUB, StubRunner, stub_engine
 from support.wide import tokens
 
 from astraea_jax.engine.answers import MAX_HANDED
 from astraea_jax.engine.replicas import Replicas
 from astraea_jax.engine.sampling import SamplingParams
-from astraea_jax.errors import RequestError
+from astraea_jax.errors import EngineDead, Overloaded, RequestError
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 PROMPT = [3, 1, 4, 1, 5]
@@ -52,6 +55,51 @@ def test_a_caller_without_an_event_loop_leaves_nothing_behind(made):
     router = replicas._homes._router
     assert not router.fleet.requests.any()
     assert not router.busy(("", "s"))
+
+
+def test_a_session_that_ends_with_a_request_is_forgotten_unless_that_never_was_one(made):
+    """One that was refused, since the session had another in progress, has ended nothing."""
+    replicas, runners = made
+    homes = replicas._homes
+
+    async def work() -> None:
+        for name in ("s", "t"):
+            await tokens(replicas.generate(PROMPT, PARAMS, session=name))
+        runners[replicas.replicas.index(homes.of(("", "s")))].go.clear()
+        running = replicas.generate(PROMPT, PARAMS, session="s")
+        refused = replicas.generate(PROMPT, PARAMS, session="s", final=True)
+        for runner in runners:
+            runner.go.set()
+        with pytest.raises(Overloaded, match="in progress"):
+            await tokens(refused)
+        await tokens(running)
+        await tokens(replicas.generate(PROMPT, PARAMS, session="t", final=True))
+        with homes.lock:
+            homes._look()
+        assert homes.of(("", "s")) is not None
+        assert homes.of(("", "t")) is None
+        assert len(homes._router) == 1
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("made", [(replace(ROOMY, session_ttl_s=0.05),) * 2], indirect=True)
+def test_sessions_that_expire_are_forgotten(made):
+    replicas, _ = made
+
+    async def work() -> None:
+        for name in "abc":
+            await tokens(replicas.generate(PROMPT, PARAMS, session=name))
+        assert len(replicas._homes._router) == 3
+
+        def forgotten() -> bool:
+            with replicas._homes.lock:
+                replicas._homes._look()
+            return not len(replicas._homes._router)
+
+        await until(forgotten)
+
+    asyncio.run(work())
 
 
 def test_sessions_move_however_many_names_are_stale(made):
@@ -204,6 +252,52 @@ def test_a_fork_takes_no_name_that_is_about_to_be_somebodys(made):
         assert not replicas.replicas[0].knows("child")
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("leaves", [[0], [1, 2], [0, 1, 2]])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_replica_that_is_retired_before_it_serves_keeps_no_other_from_starting(leaves, when):
+    pairs = [stub_engine(ROOMY) for _ in range(3)]
+    replicas = Replicas([engine for engine, _ in pairs])
+    compiling, go = [threading.Event() for _ in pairs], threading.Event()
+
+    def compile(number, progress) -> None:
+        compiling[number].set()
+        assert go.wait(30)
+        progress(1, 1)
+
+    for number, (_, runner) in enumerate(pairs):
+        runner.compile = partial(compile, number)
+
+    async def retire() -> None:
+        for number in leaves:
+            assert await asyncio.wait_for(replicas.retire(number, 60.0), 30) == 0
+
+    told = []
+    if when == "before":
+        asyncio.run(retire())
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(replicas.start, lambda *counts: told.append(counts))
+        if when == "meanwhile":
+            assert all(one.wait(30) for one in compiling)
+            asyncio.run(retire())
+        go.set()
+        if len(leaves) == 3:
+            with pytest.raises(EngineDead):
+                starting.result(30)
+        else:
+            starting.result(30)
+            left = 3 - len(leaves)
+            assert told[-1] == (left, left)
+    assert [engine.live for engine in replicas.replicas] == [number not in leaves for number in range(3)]
+    if replicas.live:
+        assert asyncio.run(tokens_of_one(replicas)) == complete(PROMPT, 4)
+        replicas.check()
+    replicas.shutdown(0)
+
+
+async def tokens_of_one(replicas) -> list[int]:
+    return await tokens(replicas.generate(PROMPT, PARAMS, session="s"))
 
 
 @pytest.mark.parametrize("number", [2, -3, True, 0.0, "0"])

@@ -1,4 +1,7 @@
-"""The queue's share per client. States and ends of requests are the state machine's (test_engine_states.py)."""
+"""The queue's share per client, and a start that crosses an end.
+
+States and ends of requests are the state machine's (test_engine_states.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.stub import stub_engine
 
 from astraea_jax.engine.lifecycle import Lifecycle
 from astraea_jax.engine.shared_bound import RESERVE
@@ -41,7 +45,7 @@ def test_one_client_cannot_fill_the_queue():
     life.end(flood[1])
     assert not accepted(life, "one", 9)  # fourteen wait, with those of others
     assert len(accepted(life, "four", 1)) == 1
-    with pytest.raises(Overloaded, match="15 requests are waiting, 10 of them of this client"):
+    with pytest.raises(Overloaded, match="tenant one has 10 requests waiting, of 3 allowed; 15 wait in all"):
         life.accept(object(), "one")
 
 
@@ -85,3 +89,18 @@ def test_the_books_agree_with_a_list(max_queued, calls):
                 assert not life.end(box)
                 del open_[box]
         assert life.in_progress == len(open_)
+
+
+def test_an_engine_that_is_shut_down_while_its_loop_is_being_started_leaves_no_loop_behind():
+    engine, _ = stub_engine()
+    serve = engine._life.serve
+
+    def cross() -> None:
+        serve()
+        engine.shutdown(0)
+
+    engine._life.serve = cross
+    engine.start()
+    engine._thread.join(30)
+    assert not engine._thread.is_alive()
+    assert not engine.live

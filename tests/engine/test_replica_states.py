@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
+from support.callers import callers_of
 from support.device import complete
 from support.engines import break_loop, settled, until
 from support.replica_states import Machine
@@ -24,17 +24,7 @@ PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 ROOMY = replace(STUB, max_queued=64, kv_bytes=61 * PAGE_BYTES)
 EXAMPLES = 200 if os.environ.get("CI") else 25
 
-
-@pytest.fixture(scope="module", autouse=True)
-def callers():
-    """The event loop that all callers share, in a thread of its own."""
-    loop = Machine.loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+callers = callers_of(Machine)
 
 
 def test_whatever_happens_no_session_is_lost_or_served_twice():

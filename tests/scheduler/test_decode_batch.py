@@ -34,6 +34,10 @@ def test_every_request_is_told_of_in_time_and_none_before(arrivals, rng):
             batch.add(request)
             here.append(request)
             expected[request] = prompt
+        for request in here:
+            if request.num_computed < request.max_computed and rng.random() < 0.2:  # preempted, and back at once
+                batch.discard(request)
+                batch.add(request)
         full = batch.full()
         done = [r for r in here if r.num_computed == r.max_computed]
         assert all(r not in batch for r in done)

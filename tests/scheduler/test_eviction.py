@@ -64,7 +64,8 @@ def test_a_lease_ends():
     loop.now += 101.0
     for number in (1, 2, 3):
         serve(loop, number, [number] * 13, SHELL)
-    assert list(loop.scheduler._residency._order.all)[-1].key == 3
+    (order,) = loop.scheduler._residency._order.of.values()
+    assert list(order.all)[-1].key == 3
     serve(loop, None, [9] * 13)
     assert resumed(loop, 0, 0).source == "recomputed"
 
@@ -133,7 +134,7 @@ def test_a_new_program_finds_what_others_have_computed():
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(["add", "discard", "front", "aside", "copy", 0, 1, 2]))))
 def test_every_page_is_found_whatever_comes_and_goes(events):
-    order, programs = EvictionOrder(), [Program(n, 0.0) for n in range(8)]
+    order, programs = EvictionOrder(), [Program(n, 0.0, tenant=n % 3) for n in range(8)]
     for number, event in events:
         program = programs[number]
         if event == "add":
@@ -152,14 +153,21 @@ def test_every_page_is_found_whatever_comes_and_goes(events):
         elif isinstance(event, int):
             order.move(program, event)
         order.check(programs)
-        tiers = [program.tier for program in order.all]
-        assert tiers == sorted(tiers)
+        for of in order.of.values():
+            tiers = [program.tier for program in of.all]
+            assert tiers == sorted(tiers)
     for keep in programs:
-        for clean in (True, False):
-            found = []
-            for program in order.oldest(clean=clean, keep=keep):
-                found.append(program)
-                program.pages = []
-                order.discard(program)
-            assert keep not in found
-    assert set(order.all) <= {programs[-1], *programs}
+        for of in list(order.of.values()):
+            for clean in (True, False):
+                assert keep not in evict_all(order, of.oldest(clean=clean, keep=keep))
+    order.check(programs)
+    assert not any(program in order for program in programs)
+
+
+def evict_all(order, programs):
+    found = []
+    for program in programs:
+        found.append(program)
+        program.pages = []
+        order.discard(program)
+    return found

@@ -29,7 +29,7 @@ def test_a_program_goes_on_elsewhere_with_its_tokens_computed_ahead():
     assert not here.scheduler.knows("b")
     stats = here.scheduler.stats()
     assert (stats.programs, stats.moved, stats.created) == (1, 1, 2)
-    there.scheduler.take_over(handed, there.now)
+    there.scheduler.branches.take_over(handed, there.now)
     assert there.scheduler.report(there.now).live == len(text)
     there.drain()
     request = there.scheduler.submit([*text, 3], 2, program="b", salt=salted("s"), now=there.now)
@@ -62,10 +62,10 @@ def test_only_those_asked_for_leave_and_only_while_they_wait():
 def test_a_session_that_has_come_back_meanwhile_is_not_opened_twice():
     loop = loop_with("a")
     with pytest.raises(Rejected, match="of that name already"):
-        loop.scheduler.take_over(HandOver("a", "", None, (1, 2)), loop.now)
+        loop.scheduler.branches.take_over(HandOver("a", "", None, (1, 2)), loop.now)
     for tokens in ((), (1,) * 1000):
         with pytest.raises(Rejected):
-            loop.scheduler.take_over(HandOver("b", "", None, tokens), loop.now)
+            loop.scheduler.branches.take_over(HandOver("b", "", None, tokens), loop.now)
     loop.scheduler.check()
 
 
@@ -81,6 +81,6 @@ def test_a_tail_that_is_replaced_is_what_goes():
 def test_a_program_that_has_been_taken_over_can_leave_again_at_once():
     loop = Loop(make(num_pages=41, max_seqs=4))
     handed = HandOver("a", "o", salted(""), (1, 2, 3), "parent")
-    loop.scheduler.take_over(handed, loop.now)
+    loop.scheduler.branches.take_over(handed, loop.now)
     assert loop.scheduler.branches.hand_over(1) == [handed]
     loop.scheduler.check()

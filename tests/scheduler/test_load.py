@@ -61,15 +61,31 @@ def test_live_contexts_count_what_runs_what_waits_and_what_is_queued():
     assert loop.scheduler.report(loop.now).live == 13
 
 
-def test_a_common_beginning_counts_once():
+def test_a_common_beginning_counts_once_as_long_as_anybody_has_it():
     """Else a hundred agents with one long system prompt would look like a fleet that must grow."""
     loop, system = Loop(make(num_pages=41, max_seqs=4)), [7] * 16
     for name in "abc":
         submit(loop, name, [*system, ord(name) % 50], 2, salt=salted(""))
         loop.drain()
-    assert loop.scheduler.report(loop.now).live == 19 + 2 * (19 - 16)
+    assert loop.scheduler.report(loop.now).live == 16 + 3 * (19 - 16)
     loop.scheduler.end_program("a", loop.now)
-    assert loop.scheduler.report(loop.now).live == 2 * (19 - 16)
+    assert loop.scheduler.report(loop.now).live == 16 + 2 * (19 - 16)
+    submit(loop, "b", [9] * 5, 2, salt=salted(""))  # it has been compacted, and begins otherwise
+    loop.drain()
+    assert loop.scheduler.report(loop.now).live == 19 + 7
+    loop.scheduler.end_program("c", loop.now)
+    assert loop.scheduler.report(loop.now).live == 7
+
+
+def test_a_fork_counts_before_it_has_said_anything():
+    loop = Loop(make(num_pages=41, max_seqs=4))
+    submit(loop, "parent", [7] * 18, 3, salt=salted(""))
+    loop.drain()
+    assert loop.scheduler.report(loop.now).live == 21
+    loop.scheduler.branches.fork("parent", "child", loop.now)
+    assert loop.scheduler.report(loop.now).live == 22, "the last token of each is not computed yet"
+    loop.scheduler.end_program("parent", loop.now)
+    assert loop.scheduler.report(loop.now).live == 21
 
 
 def test_the_wait_of_a_new_request_grows_with_the_queue():

@@ -62,6 +62,8 @@ class Machine(RuleBasedStateMachine):
         self.loop.delay = delay
         self.live, self.history, self.names = [], {}, 0
         self.programs, self.tails, self.gone = set(), [], {}
+        self.early = set()
+        """Forks of programs that ran: nobody knows yet what all of their tokens are."""
 
     def submit(self, prompt, max_tokens, stops, name, final, salt, **more):
         try:
@@ -134,6 +136,8 @@ class Machine(RuleBasedStateMachine):
             return
         program = self.scheduler._programs.find(child)
         self.programs.add(program)
+        if program.last.finish_reason is None:
+            self.early.add(program)
         self.history[child] = replace(self.history[parent], program=program, finish_reason="fork", final=False)
 
     @precondition(lambda self: self.idle())
@@ -167,7 +171,7 @@ class Machine(RuleBasedStateMachine):
         handed = self.gone[key] if again else self.gone.pop(key)
         known = self.scheduler.knows(key)
         try:
-            request = self.scheduler.take_over(handed, self.loop.now)
+            request = self.scheduler.branches.take_over(handed, self.loop.now)
         except Rejected:
             assert known or len(handed.tokens) + 1 > self.scheduler.config.max_context
             return
@@ -270,14 +274,28 @@ class Machine(RuleBasedStateMachine):
         assert Report.from_fields(report.fields()) == report
         assert (report.free, report.retained) == (stats.free_pages * size, stats.retained_pages * size)
         assert 0 <= report.demand <= report.live + 1e-3
-        if not any(program.last is not None and program.last.prepares for program in programs):  # it counts once used
-            contexts = sum(map(self.context, programs))
-            assert contexts - sum(p.shared for p in programs) - 1e-3 <= report.live <= contexts + 1e-3
+        lasts = [program.last for program in programs if program.last is not None]
+        unused = any(last.prepares for last in lasts) or any(p.last.program is not p for p in self.early & {*programs})
+        if not unused:  # what is prepared, or forked early, counts once it is used
+            assert report.live == self.distinct(programs, size)
 
-    def context(self, program):
-        """Tokens of a program's present or last request; a fork has none of its own."""
-        request = self.scheduler._programs.live.get(program) or program.last
-        return request.num_tokens if request and (program.turns or request.program is program) else 0
+    def distinct(self, programs, size):
+        """Count the tokens of all contexts; full pages whose programs share KV, and that are the same, count once."""
+        full, own = set(), 0
+        for program in programs:
+            request, last = self.scheduler._programs.live.get(program), program.last
+            if request is not None:
+                tokens, count = request.prompt, len(request.prompt)
+                own += len(request.output)
+            elif last is None:
+                continue
+            else:
+                tokens = [*last.prompt, *last.output]
+                count = len(tokens) if last.program is program else program.computed + 1
+            pages = (count - 1) // size if program.salt is not None else 0
+            full |= {(program.salt, *tokens[: (i + 1) * size]) for i in range(pages)}
+            own += count - pages * size
+        return len(full) * size + own
 
     def what_is_cached_is_told(self):
         self.listener.hear(self.scheduler.kv_log.take())

@@ -87,13 +87,21 @@ class Keys:
             if hmac.compare_digest(known[0], digest):
                 found = known
         if found is not None:
-            name = f"key:{digest.hex()[:32]}"
+            name = owner_by_key(presented or "")
             return Tenant(name, f"{name}:{salt}", admin=found[1])
         if self._required:
             raise Unauthorized("the API key is unknown" if presented else "an API key is needed: Authorization: Bearer")
-        if salt:
-            return Tenant(f"salt:{salt}", salt)
-        return Tenant(f"peer:{address}"[:MAX_NAME], "")
+        return Tenant(owner_without_key(address, salt), salt)
+
+
+def owner_by_key(key: str) -> str:
+    """Return the owner that a key stands for."""
+    return f"key:{_digest(key).hex()[:32]}"
+
+
+def owner_without_key(address: str, salt: str) -> str:
+    """Return the owner of a caller without a key: that of its cache salt, or else its address."""
+    return f"salt:{salt}" if salt else f"peer:{address}"[:MAX_NAME]
 
 
 def presented_key(authorization: str | None, api_key: str | None) -> str | None:

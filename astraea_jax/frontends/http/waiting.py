@@ -53,7 +53,7 @@ class Waiting:
             Overloaded: too many wait; a request that is alone is always taken.
         """
         if self.choices and not self._choices.has_room(owner, choices):
-            raise Overloaded("too many requests are waiting; try again later")
+            raise Overloaded(self._choices.refusal(owner, choices, "requests"))
         self._choices.add(owner, choices)
 
     def weigh(self, owner: str, tokens: int) -> None:
@@ -63,7 +63,7 @@ class Waiting:
             Overloaded: too many wait; a request that is alone is always taken.
         """
         if self.tokens and not self._tokens.has_room(owner, tokens):
-            raise Overloaded("too many prompt tokens are waiting; try again later")
+            raise Overloaded(self._tokens.refusal(owner, tokens, "prompt tokens"))
         self._tokens.add(owner, tokens)
 
     def leave(self, owner: str, choices: int, tokens: int) -> None:

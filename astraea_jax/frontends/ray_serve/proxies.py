@@ -25,6 +25,7 @@ from astraea_jax.frontends.http.errors import Failure, failure_of
 from astraea_jax.frontends.http.guard import REQUEST_ID
 from astraea_jax.frontends.http.messages import error_body
 from astraea_jax.frontends.identity import NAMINGS, Identity, identify
+from astraea_jax.frontends.ray_serve.names import NOBODY, Caller, caller_of, name_of
 from astraea_jax.frontends.ray_serve.split import SPLITS
 
 SESSION, PARENT = NAMINGS[0].session, NAMINGS[0].parent
@@ -43,6 +44,7 @@ class Asked:
     """Tokens of its prompt, roughly."""
     parent: str | None = None
     """Session that its own begins with."""
+    caller: Caller = NOBODY
 
 
 class Requests:
@@ -129,7 +131,7 @@ class _Answer:
 
 
 def _named(scope: Scope) -> tuple[str, str]:
-    """Give a request an id and the header of its session, if it has none; returns the id and the session's name."""
+    """Give a request an id and the header of its session, if it has none; returns the id, and a key for a split."""
     headers = Headers(scope=scope)
     added: list[tuple[str, str]] = []
     request_id = headers.get("x-request-id", "")
@@ -151,8 +153,10 @@ def _named(scope: Scope) -> tuple[str, str]:
     scope["headers"] = [*scope["headers"], *((key.encode(), value.encode("latin-1", "ignore")) for key, value in added)]
     length = headers.get("content-length", "")
     tokens = int(length[:18]) // BYTES_PER_TOKEN if length.isdecimal() else 0
-    REQUESTS.put(request_id, Asked(tokens, parent))
-    return request_id, headers.get(SESSION) or session or request_id
+    caller = caller_of(headers, (scope.get("client") or ("unknown",))[0])
+    REQUESTS.put(request_id, Asked(tokens, parent, caller))
+    named = headers.get(SESSION) or session
+    return request_id, request_id if named is None else name_of(caller.owner(True), named)
 
 
 def _last_event(path: str, failure: Failure, request_id: str) -> bytes:

@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +16,7 @@ from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astraea_jax.agents import formats
+from astraea_jax.engine.events import Key
 from astraea_jax.engine.grammar import GrammarCompiler
 from astraea_jax.engine.interface import Serving
 from astraea_jax.errors import EngineDead, Overloaded, RequestError
@@ -30,6 +31,7 @@ from astraea_jax.frontends.hub import find_model
 from astraea_jax.frontends.programs import Moving, Programs, conversations_of
 from astraea_jax.frontends.ray_serve.calls import Calls
 from astraea_jax.frontends.ray_serve.loading import start_engine
+from astraea_jax.frontends.ray_serve.names import name_of
 from astraea_jax.frontends.ray_serve.options import Options
 from astraea_jax.frontends.ray_serve.split import Split
 from astraea_jax.frontends.rpc.servicer import Servicer
@@ -40,7 +42,8 @@ log = logging.getLogger(__name__)
 TAKEN = 4096
 """Sessions at most that a replica says it has taken over, the latest ones."""
 TOLD_S = 30.0
-"""Seconds for which it says so: several reports, of which each router sees at least one."""
+"""Seconds for which it says so, and which sessions have ended: many reports, of which each router sees some, and the
+last ones when it can tell them from late ones."""
 HAND_OVER_S = 5.0
 """Seconds in which somebody must take over some programs of a replica that stops. Nobody does where a whole application
 is deleted; what is not handed over is computed again."""
@@ -59,6 +62,7 @@ class Replica:
         self._reports = 0
         self._split: Split | None = None
         keys, grammars = Keys.of(options.api_keys, options.admin_keys), GrammarCompiler(engine.tokenizer)
+        self._keyed = keys.required
         with suppress(RequestError):  # it cannot be done for this tokenizer: whoever asks for a grammar is told
             grammars.prepare()
         self._programs = programs = Programs(engine, conversations_of(engine, options.turn_continuity))
@@ -103,13 +107,20 @@ class Replica:
         """Report to the routers; a number tells a new report from one that has been sent again."""
         self._reports += 1
         since = time.monotonic() - TOLD_S
-        taken = [name for taken, name in self._taken if taken > since]
-        split = None if self._split is None else asdict(self._split)
-        return {**self._engine.report().fields(), "number": self._reports, "taken": taken, "split": split}
+        ended = dict.fromkeys(name_of(*key) for key in _ended(self._engine, since))
+        return {
+            **self._engine.report().fields(),
+            "number": self._reports,
+            "taken": [name for taken, name in self._taken if taken > since and name not in ended],
+            "ended": [*ended],
+            "keyed": self._keyed,
+            "session_ttl_s": self._engine.config.session_ttl_s,
+            "split": None if self._split is None else asdict(self._split),
+        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Report to the autoscaler."""
-        return self._engine.report().fields()
+        return {name: float(value) for name, value in self._engine.report().fields().items()}
 
     async def take_over(self, moving: Moving) -> None:
         """Go on with a program of another replica; its tokens are computed when there is time."""
@@ -156,7 +167,15 @@ def _name(moving: Moving) -> str:
     """Return the name by which routers know a program."""
     key = moving.program.key
     assert isinstance(key, tuple)  # owner and session
-    return str(key[1])
+    return name_of(*key)
+
+
+def _ended(engine: Serving, since: float) -> Iterator[Key]:
+    """List the sessions that have ended, and that no engine of the replica knows again."""
+    for each in engine.replicas:
+        for owner, session in each.ended(since):
+            if not any(other.knows(session, owner=owner) for other in engine.replicas):
+                yield owner, session
 
 
 def _make_guard(options: Options, engine: Serving, keys: Keys, grammars: GrammarCompiler, programs: Programs) -> Guard:

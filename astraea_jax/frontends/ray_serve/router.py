@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from astraea_jax.frontends.ray_serve.names import name_of
 from astraea_jax.frontends.ray_serve.proxies import Asked, asked_of
 from astraea_jax.frontends.ray_serve.split import learn
 from astraea_jax.scheduler.placement import Report, ReportError
@@ -32,6 +34,8 @@ UNKNOWN = Asked(tokens=1024)
 UNSENT_S = 60.0
 """Seconds after which a request that may be sent, and that no replica has accepted, is taken to have been given up in
 the moment between: Serve tells nobody of that."""
+LATE_S = 10.0
+"""Age of a report beyond which it is not expected to come: several times the period in which replicas are asked."""
 END = "End"
 """Method that ends a session."""
 
@@ -41,7 +45,8 @@ class _Routed:
     """A request on its way."""
 
     route: Route
-    session: str | None
+    program: str | None
+    """Name of its session, with its owner in it; see :mod:`.names`."""
     tokens: int
     ends: bool
     """Whether its session ends with it."""
@@ -64,6 +69,10 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
         self._router = Router(max_programs=int(options.get("max_programs", MAX_PROGRAMS)))
         self._routed: dict[str, _Routed] = {}
         self._numbers: dict[ReplicaID, int] = {}  # of the last report
+        self._keyed = True
+        """Whether callers have keys, as replicas say."""
+        self._ttl_s = math.inf
+        """Seconds without a request after which replicas forget a session, as they say."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take in which replicas there are and what they report; the controller sends it when anything changes."""
@@ -77,6 +86,7 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
         for request, routed in [*self._routed.items()]:
             if not routed.accepted and routed.future.done() and now - routed.chosen > UNSENT_S:
                 self._release(request)
+        self._router.expire(now - self._ttl_s)
         split = next((found for each in replicas if (found := (each.routing_stats or {}).get("split"))), None)
         learn(self.app_name, split)
         super().update_replicas(replicas)
@@ -105,34 +115,31 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
             return
         if routed.route.replica != replica_id:
             self._release(request)
-            if routed.session is not None:
-                self._router.settle(routed.session, replica_id)
+            if routed.program is not None:
+                self._router.settle(routed.program, replica_id, time.monotonic())
         else:
             self._routed[request] = replace(routed, accepted=True)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Note that a request has ended, or was rejected."""
-        routed = self._routed.get(internal_request_id)
         self._release(internal_request_id)
-        if routed is not None and routed.accepted and routed.ends and routed.session is not None:
-            self._router.forget(routed.session)
 
     def _choose(self, pending: PendingRequest) -> ReplicaID | None:
         """The replica of a request; None: nobody is better than another."""
         metadata = pending.metadata
-        request, session = metadata.internal_request_id, metadata.session_id or None
+        request = metadata.internal_request_id
         before = self._routed.get(request)
         avoid = frozenset() if before is None else frozenset({before.route.replica})
         self._release(request)
         asked = asked_of(metadata.request_id) or UNKNOWN
+        owner = asked.caller.owner(self._keyed)
+        program, parent = (name_of(owner, each) if each else None for each in (metadata.session_id, asked.parent))
         try:
-            route = self._router.route(
-                session, max(1, asked.tokens), time.monotonic(), parent=asked.parent, avoid=avoid
-            )
+            route = self._router.route(program, max(1, asked.tokens), time.monotonic(), parent=parent, avoid=avoid)
         except NoReplica:
             return None
         ends = metadata.call_method == END
-        self._routed[request] = _Routed(route, session, asked.tokens, ends, time.monotonic(), pending.future)
+        self._routed[request] = _Routed(route, program, asked.tokens, ends, time.monotonic(), pending.future)
         pending.future.add_done_callback(lambda future: self._given_up(request, future))
         return route.replica
 
@@ -144,7 +151,8 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
     def _release(self, request: str) -> None:
         routed = self._routed.pop(request, None)
         if routed is not None:
-            self._router.ended(routed.route, time.monotonic(), context=routed.tokens if routed.accepted else 0)
+            context, last = (routed.tokens, routed.ends) if routed.accepted else (0, False)
+            self._router.ended(routed.route, time.monotonic(), context=context, last=last)
 
     def _leave(self, replica: Any, now: float) -> None:
         self._router.leave(replica, now)
@@ -159,6 +167,11 @@ class ProgramRouter(RequestRouter):  # type: ignore[misc] # Ray's types are not 
             self._router.report(replica, Report.from_fields(stats), now)
         except ReportError as error:
             log.warning("the report of %s is ignored: %s", replica, error)
-        for session in stats.get("taken", ()):
-            if self._router.home(session) is None:
-                self._router.settle(session, replica)
+        self._keyed = bool(stats.get("keyed", self._keyed))
+        if isinstance(ttl_s := stats.get("session_ttl_s"), int | float):
+            self._ttl_s = ttl_s
+        for program in stats.get("taken", ()):
+            if self._router.home(program) is None:
+                self._router.settle(program, replica, now)
+        for program in stats.get("ended", ()):
+            self._router.gone(program, replica, now - LATE_S)

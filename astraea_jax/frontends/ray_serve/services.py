@@ -17,6 +17,7 @@ import grpc
 from astraea_jax.errors import RequestError
 from astraea_jax.frontends.http.errors import SEND_AGAIN
 from astraea_jax.frontends.identity import Identity
+from astraea_jax.frontends.ray_serve.names import caller_of, name_of
 from astraea_jax.frontends.ray_serve.proxies import BYTES_PER_TOKEN, GONE, REQUESTS, Asked
 from astraea_jax.frontends.ray_serve.split import SPLITS
 from astraea_jax.frontends.rpc import wire
@@ -90,10 +91,12 @@ class _Named:
         if request_id == "-":
             request_id = uuid.uuid4().hex
         identity = _identity(given, method, request)
-        application = SPLITS.application_of(identity.session or str(request_id))
+        caller = caller_of(dict(given), context.peer())
+        session = identity.session
+        application = SPLITS.application_of(name_of(caller.owner(True), session) if session else str(request_id))
         more = {REQUEST_ID: request_id, SESSION: identity.session, APPLICATION: application}
         self._metadata = (*given, *((key, value) for key, value in more.items() if value and key not in keys))
-        REQUESTS.put(str(request_id), Asked(len(request) // BYTES_PER_TOKEN, identity.parent))
+        REQUESTS.put(str(request_id), Asked(len(request) // BYTES_PER_TOKEN, identity.parent, caller))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

@@ -75,7 +75,7 @@ class Splits:
         """Return the application that takes a session, and its prefix; None: it stays where it has come to.
 
         Args:
-            key: name of the session, or of a request without one.
+            key: name of the session, with its owner in it, or of a request without one.
         """
         if not self._splits:
             return None

@@ -312,6 +312,35 @@ async def test_many_who_ask_for_everything_and_read_nothing_keep_nobody_waiting(
         context.destroy(linger=0)
 
 
+async def test_new_batches_wait_for_a_part_of_an_answer_only(telling, monkeypatch):
+    """Each turn of the thread, here turned by hand, publishes what is new, and then sends one part."""
+    monkeypatch.setattr(publisher, "REPLAYED", 7)
+    monkeypatch.setattr(Publisher, "_run", lambda self: None)
+    opened = open_publisher(telling)
+    context = zmq.Context()
+    try:
+        for number in range(20):
+            opened._publish(bytes([number]))
+        asker = context.socket(zmq.DEALER)
+        asker.connect(opened.replay)
+        requests = [(0).to_bytes(8, "big"), b"odd", (15).to_bytes(8, "big")]
+        for request in requests:
+            asker.send_multipart((b"", request))
+        found, turns = [], 0
+        while len(found) < 21 + 6:
+            turns += opened._serve_replay()
+            before = len(found)
+            while asker.poll(50):
+                found.append(int.from_bytes(asker.recv_multipart()[2], "big", signed=True))
+            assert len(found) - before <= 7
+        assert found == [*range(20), -1, *range(15, 20), -1]
+        assert turns == 3 + 1 + 1
+        assert not opened._serve_replay()
+    finally:
+        opened._context.destroy(linger=0)
+        context.destroy(linger=0)
+
+
 @pytest.mark.parametrize("which", ["endpoint", "replay"])
 async def test_an_endpoint_that_cannot_be_used_is_told(telling, which):
     with socket.socket() as taken:

@@ -12,7 +12,9 @@ from starlette.responses import JSONResponse
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
 
 from astraea_jax.frontends.http.errors import SEND_AGAIN
+from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.ray_serve import proxies
+from astraea_jax.frontends.ray_serve.names import caller_of
 from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked, Front, Requests, middlewares
 from astraea_jax.frontends.ray_serve.split import Split, Splits
 
@@ -56,7 +58,7 @@ async def test_whatever_a_client_calls_its_session_the_proxy_knows_it(headers, s
     got = (await ask(echo, headers=headers)).json()
     assert got["x-session-id"] == session
     assert got.get("x-parent-session-id") == parent
-    assert REQUESTS.get(got["x-request-id"]) == Asked(0, parent)
+    assert REQUESTS.get(got["x-request-id"]) == Asked(0, parent, caller_of({}, "127.0.0.1"))
 
 
 async def test_a_request_without_a_session_gets_none():
@@ -76,7 +78,19 @@ async def test_calls_about_a_session_go_where_it_is(path):
 async def test_a_request_keeps_its_id_and_its_size_is_known():
     got = (await ask(echo, headers={"x-request-id": "mine"}, content=b"x" * 4000)).json()
     assert got["x-request-id"] == "mine"
-    assert REQUESTS.get("mine") == Asked(1000)
+    assert REQUESTS.get("mine").tokens == 1000
+
+
+async def test_the_proxy_knows_whose_session_it_is():
+    """By the key, or where none counts by the salt or the address; without any keys in its memory."""
+    key = "a-long-random-key"
+    await ask(echo, headers={"x-request-id": "1", "authorization": f"Bearer {key}", "x-cache-salt": "mine"})
+    caller = REQUESTS.get("1").caller
+    assert caller.owner(True) == Keys([key]).tenant(key, "127.0.0.1").owner
+    assert caller.owner(False) == Keys().tenant(key, "127.0.0.1", "mine").owner
+    assert key not in repr(REQUESTS.get("1"))
+    await ask(echo, headers={"x-request-id": "2"})
+    assert REQUESTS.get("2").caller.owner(True) == Keys().tenant(None, "127.0.0.1").owner
 
 
 async def test_an_id_that_cannot_be_is_replaced():
@@ -134,6 +148,20 @@ async def test_a_version_takes_its_share(monkeypatch, path, got):
     splits.put("next", Split(1.0, "/next"))
     monkeypatch.setattr(proxies, "SPLITS", splits)
     assert (await ask(where, path)).json() == [got, got]
+
+
+async def test_tenants_whose_sessions_have_one_name_are_split_one_by_one(monkeypatch):
+    splits = Splits()
+    splits.put("next", Split(0.5, "/next"))
+    monkeypatch.setattr(proxies, "SPLITS", splits)
+
+    async def path_of(key):
+        headers = {"x-session-id": "main", "authorization": f"Bearer {key}"}
+        return (await ask(where, "/v1/models", headers=headers)).json()[0]
+
+    paths = [await path_of(f"key-{i}") for i in range(40)]
+    assert 5 < paths.count("/next/v1/models") < 35
+    assert [await path_of(f"key-{i}") for i in range(40)] == paths
 
 
 async def test_a_version_that_dies_is_told_of_in_the_words_of_its_api():

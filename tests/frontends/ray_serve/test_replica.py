@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -15,6 +16,8 @@ pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` insta
 from ray import serve
 
 from astraea_jax.errors import EngineDead
+from astraea_jax.frontends.http.tenants import owner_by_key
+from astraea_jax.frontends.ray_serve.names import name_of
 from astraea_jax.frontends.ray_serve.options import Options
 from astraea_jax.frontends.ray_serve.replica import Replica
 from astraea_jax.scheduler.placement import Report
@@ -113,13 +116,35 @@ async def test_a_replica_that_stops_hands_its_programs_over(make_replica, monkey
     monkeypatch.setattr(serve, "get_replica_context", lambda: here)
     monkeypatch.setattr(serve, "get_deployment_handle", lambda deployment, app: handle)
     await Replica.__del__(old)
-    assert sorted(handle.sessions) == sorted(new.record_routing_stats()["taken"]) == ["s", "t", "u"]
+    names = sorted(name_of("peer:127.0.0.1", session) for session in "stu")
+    assert sorted(handle.sessions) == sorted(new.record_routing_stats()["taken"]) == names
     assert not old._engine.live
     await until(lambda: new._engine.in_progress == 0)
     for session, text in texts.items():
         answer = (await complete(new, session)).json()
         assert answer["choices"][0]["text"] == text
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+async def test_a_replica_reports_which_sessions_have_ended(make_replica):
+    """By digests; a session that has begun again has not ended, and one that was taken over before is there no more."""
+    key = "a-long-random-key"
+    replica = await make_replica(api_keys=[key])
+    owner, auth = owner_by_key(key), {"authorization": f"Bearer {key}"}
+    for session in ("kept", "ended", "again", "last"):
+        await complete(replica, session, **auth, **({"x-session-final": "true"} if session == "last" else {}))
+    replica._taken.append((time.monotonic(), name_of(owner, "ended")))
+    async with client(replica) as http:
+        for session in ("ended", "again"):
+            assert (await http.delete(f"/v1/sessions/{session}", headers=auth)).status_code < 300
+    await until(lambda: not any(replica._engine.knows(each, owner=owner) for each in ("ended", "again", "last")))
+    await complete(replica, "again", **auth)
+    stats = replica.record_routing_stats()
+    assert sorted(stats["ended"]) == sorted(name_of(owner, session) for session in ("ended", "last"))
+    assert not stats["taken"]
+    assert (stats["keyed"], stats["session_ttl_s"]) == (True, replica._engine.config.session_ttl_s)
+    assert "ended" not in str(stats["ended"])
+    assert key not in str(stats)
 
 
 async def test_where_nobody_takes_over_a_replica_ends_all_the_same(make_replica):

@@ -16,8 +16,10 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
+from astraea_jax.frontends.ray_serve import proxies
 from astraea_jax.frontends.ray_serve.app import ROUTER
-from astraea_jax.frontends.ray_serve.proxies import REQUESTS, Asked
+from astraea_jax.frontends.ray_serve.names import NOBODY, caller_of, name_of
+from astraea_jax.frontends.ray_serve.proxies import Asked, Requests
 from astraea_jax.frontends.ray_serve.split import SPLITS
 
 CARRIED = RequestRouterConfig(request_router_class=ROUTER).get_serialized_request_router_cls()
@@ -40,8 +42,13 @@ class Replica(RunningReplica):  # type: ignore[misc]
         return self.queue
 
 
-def report(number, of=QUIET, taken=()):
-    return {**of.fields(), "number": number, "taken": [*taken]}
+def report(number, of=QUIET, taken=(), ended=(), **more):
+    named = {"taken": [*map(named_by_nobody, taken)], "ended": [*map(named_by_nobody, ended)]}
+    return {**of.fields(), "number": number, **named, **more}
+
+
+def named_by_nobody(session):
+    return name_of(NOBODY.owner(True), session)
 
 
 def request(id, session=None, method="__call__"):
@@ -49,7 +56,8 @@ def request(id, session=None, method="__call__"):
 
 
 @pytest.fixture
-async def router():
+async def router(monkeypatch):
+    monkeypatch.setattr(proxies, "REQUESTS", Requests())
     router = cloudpickle.loads(CARRIED)(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
     router.initialize_state()
     return router
@@ -159,11 +167,11 @@ async def test_of_two_replicas_that_claim_a_session_one_has_it(router):
 
 async def test_a_child_begins_where_its_parent_is(router):
     present(router, "a", "b", "c", a=report(1), b=report(1), c=report(1))
-    REQUESTS.put("1", Asked(20_000))
+    proxies.REQUESTS.put("1", Asked(20_000))
     first = request("1", "parent")
     home = await chosen(router, first)
     done(router, first, home)
-    REQUESTS.put("2", Asked(20_100, parent="parent"))
+    proxies.REQUESTS.put("2", Asked(20_100, parent="parent"))
     assert await chosen(router, request("2", "child")) == home
 
 
@@ -181,6 +189,82 @@ async def test_an_ended_session_is_forgotten(router):
     end = request("2", "s", "End")
     done(router, end, await chosen(router, end))
     assert len(router._router) == 0
+
+
+async def asked_by(router, id, session, caller):
+    """Name of the replica of a request that a proxy has seen; the request has ended."""
+    proxies.REQUESTS.put(id, Asked(100, caller=caller))
+    pending = request(id, session)
+    name = await chosen(router, pending)
+    done(router, pending, name)
+    return name
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+async def test_sessions_of_one_name_and_two_tenants_have_nothing_in_common(router, keyed):
+    """Agents of many tenants call theirs ``main``. Tenants are keys; on a server without keys, addresses or salts."""
+    present(router, "a", "b", "c", "d", **{name: report(1, keyed=keyed) for name in "abcd"})
+    callers = [caller_of({"authorization": f"Bearer key-{i}"}, "10.0.0.1") for i in range(4)]
+    if not keyed:
+        anything = {"authorization": "Bearer EMPTY"}
+        callers = [caller_of(anything, f"10.0.0.{i}") for i in range(3)]
+        callers.append(caller_of({**anything, "x-cache-salt": "mine"}, "10.0.0.1"))
+    homes = [await asked_by(router, f"{i}", "main", caller) for i, caller in enumerate(callers)]
+    assert sorted(homes) == ["a", "b", "c", "d"]
+    assert len(router._router) == 4
+    again = [await asked_by(router, f"again{i}", "main", caller) for i, caller in enumerate(callers)]
+    assert again == homes
+
+
+async def test_a_child_of_another_tenants_parent_is_a_stranger(router):
+    present(router, "a", "b", "c", a=report(1), b=report(1), c=report(1))
+    one, two = (caller_of({"x-api-key": f"key-{i}"}, "10.0.0.1") for i in range(2))
+    proxies.REQUESTS.put("1", Asked(20_000, caller=one))
+    first = request("1", "main")
+    home = await chosen(router, first)
+    done(router, first, home)
+    proxies.REQUESTS.put("2", Asked(20_100, parent="main", caller=one))
+    proxies.REQUESTS.put("3", Asked(20_100, parent="main", caller=two))
+    assert await chosen(router, request("2", "child")) == home
+    assert await chosen(router, request("3", "child")) != home
+
+
+def report_at(router, monkeypatch, later, **stats):
+    """Let reports of ``a`` come so many seconds later."""
+    with monkeypatch.context() as patch:
+        now = time.monotonic() + later
+        patch.setattr(time, "monotonic", lambda: now)
+        present(router, "a", "b", a=report(later, **stats))
+
+
+async def test_a_session_that_has_ended_there_is_forgotten_if_the_report_is_not_a_late_one(router, monkeypatch):
+    present(router, "b")
+    other = request("0", "elsewhere")
+    done(router, other, await chosen(router, other))
+    present(router, "a", "b", b=report(1, BUSY))
+    ended, running = request("1", "ended"), request("2", "runs")
+    done(router, ended, await chosen(router, ended))
+    assert await chosen(router, running) == "a"
+    told = {"ended": ["elsewhere", "ended", "runs", "never heard of"]}
+    report_at(router, monkeypatch, 5, **told)  # it may be older than the request: the session may have begun again
+    assert len(router._router) == 3
+    report_at(router, monkeypatch, 11)  # one that was to tell it is lost
+    report_at(router, monkeypatch, 12, **told)
+    known = {name for name in ("elsewhere", "ended", "runs") if router._router.home(named_by_nobody(name))}
+    assert known == {"elsewhere", "runs"}
+
+
+async def test_a_session_is_forgotten_when_replicas_forget_it(router, monkeypatch):
+    present(router, "a", a=report(1, session_ttl_s=60.0))
+    pending = request("1", "s")
+    done(router, pending, await chosen(router, pending))
+    running = request("2", "runs")
+    await chosen(router, running)
+    report_at(router, monkeypatch, 55)
+    assert len(router._router) == 2
+    report_at(router, monkeypatch, 65)
+    assert len(router._router) == 1
+    assert router._router.busy(named_by_nobody("runs"))
 
 
 async def test_whatever_ends_or_is_given_up_leaves_nothing_behind(router):
@@ -210,12 +294,12 @@ async def test_who_gives_up_just_when_a_replica_is_found_keeps_nothing_busy(rout
         await choosing
     assert not pending.future.cancelled()
     present(router, "a")
-    assert router._router.busy("s"), "it might still be sent"
+    assert router._router.busy(named_by_nobody("s")), "it might still be sent"
     later = time.monotonic() + 61.0
     monkeypatch.setattr(time, "monotonic", lambda: later)
     present(router, "a")
     assert not router._routed
-    assert not router._router.busy("s")
+    assert not router._router.busy(named_by_nobody("s"))
     assert router._router.fleet.requests.tolist() == [0]
 
 

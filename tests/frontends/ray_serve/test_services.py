@@ -10,11 +10,13 @@ pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` insta
 from ray.serve._private.grpc_util import gRPCGenericServer
 
 from astraea_jax.frontends.http.errors import SEND_AGAIN
+from astraea_jax.frontends.http.tenants import Keys
 from astraea_jax.frontends.ray_serve import services
-from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked
+from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS
 from astraea_jax.frontends.ray_serve.services import add_orchestrator, add_sessions
 from astraea_jax.frontends.ray_serve.split import Split, Splits
 from astraea_jax.frontends.rpc import wire
+from astraea_jax.frontends.rpc.metadata import read_tenant
 from astraea_jax.frontends.rpc.status import FAULT
 
 
@@ -87,7 +89,16 @@ async def test_a_proxy_finds_the_session_of_a_call(proxy, metadata, session, par
     assert request == REQUEST.SerializeToString()  # bytes, which nobody has read
     assert seen.get("session_id") == session
     asked = REQUESTS.get(seen["request_id"])
-    assert asked == Asked(len(request) // 4, parent)
+    assert (asked.tokens, asked.parent) == (len(request) // 4, parent)
+
+
+async def test_a_proxy_finds_whose_call_it_is(proxy):
+    key = "a-long-random-key"
+    metadata = (("authorization", f"Bearer {key}"), ("x-cache-salt", "mine"))
+    assert len([each async for each in proxy.decode(REQUEST, metadata=metadata)]) == 1
+    caller = REQUESTS.get(proxy.calls[0][2]["request_id"]).caller
+    assert caller.owner(True) == read_tenant(metadata, "", Keys([key])).owner
+    assert caller.owner(False) == read_tenant(metadata, "", Keys()).owner
 
 
 async def test_a_version_takes_its_share(proxy, monkeypatch):

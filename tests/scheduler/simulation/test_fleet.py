@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from astraea_jax.scheduler.policies import make_policy
 from astraea_jax.scheduler.rival_placements import make_rule
 from astraea_jax.scheduler.simulation.engine import Sizes
+from astraea_jax.scheduler.simulation.experiment import draw
 from astraea_jax.scheduler.simulation.fleet import Change, FleetSimulator, Reporting
 from astraea_jax.scheduler.simulation.fleet_study import FLEET_RULES, FleetCell, prepare, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES
 from astraea_jax.scheduler.simulation.simulator import Simulator
-from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
+from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest, everyone
 from astraea_jax.scheduler.simulation.workload import generate, with_arrivals
 
 MACHINE = MACHINES["cpu-tiny"]
@@ -22,6 +23,11 @@ SMALL = FleetCell("infercept-mix", "astraea", replicas=3, programs=8)
 
 def small_programs(count, seed=0):
     return with_arrivals([p.scaled(0.05) for p in generate("infercept-mix", count, seed)], 4.0, seed)
+
+
+def families(count, seed=0):
+    programs = [p.scaled(0.01) for p in draw("swe-sub-agents", count, seed)]
+    return with_arrivals(programs, 1.0, seed)
 
 
 def fleet_of(programs, replicas, rule="astraea", pool=400, **options):
@@ -53,12 +59,13 @@ changes = st.lists(
     st.integers(0, 100),
     st.sampled_from(["astraea", "lmetric", "least-busy", "sticky"]),
     st.sampled_from(["held", "stolen", ""]),
+    st.booleans(),
 )
-def test_programs_conserve_whatever_becomes_of_replicas(changes, seed, rule, more):
-    programs = small_programs(10, seed)
+def test_programs_conserve_whatever_becomes_of_replicas(changes, seed, rule, more, begin_others):
+    programs = families(4, seed) if begin_others else small_programs(10, seed)
     back = [Change(20.0, replica, what) for replica in range(4) for what in ("die", "join")]  # all are there again
     options = {"held_back": more == "held", "steal_s": 0.25 if more == "stolen" else 0.0}
-    fleet = fleet_of(programs, 4, rule, changes=(*changes, *back), **options)
+    fleet = fleet_of(programs, 4, rule, 2000 if begin_others else 400, changes=(*changes, *back), **options)
     for when in range(0, 24, 2):
         fleet.at(float(when), lambda now: fleet.check())
     outcome = fleet.run()
@@ -70,7 +77,7 @@ def test_programs_conserve_whatever_becomes_of_replicas(changes, seed, rule, mor
         starts = [span[0] for span in record.spans]
         assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))  # one after the other
     assert not fleet.sent
-    assert sum(outcome.placed.values()) == sum(len(p.requests) for p in programs)
+    assert sum(outcome.placed.values()) == sum(len(p.requests) for p in everyone(programs))
 
 
 def one_program():
@@ -95,6 +102,17 @@ def test_a_request_whose_replica_dies_is_sent_again():
     assert outcome.resent == 1
     (record,) = outcome.history.records
     assert record.spans[0][0] >= 3.0
+
+
+def test_forks_go_on_where_their_parent_is_and_sessions_of_a_product_meet():
+    programs = families(30)
+    fleet = fleet_of(programs, 3, pool=100_000)
+    outcome = fleet.run()
+    forks = [r for r in outcome.history.records if len(r.program.lineage) == 3]
+    assert len(forks) > 5
+    # Nothing is short and nobody waits, so what is there already decides.
+    cached = outcome.cached_tokens / sum(s.cached for p in everyone(programs) for s in p.requests)
+    assert cached > 0.9
 
 
 def test_who_drains_keeps_what_it_has_until_it_is_emptied():

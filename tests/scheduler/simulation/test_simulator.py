@@ -43,6 +43,49 @@ def test_one_program_counted_by_hand():
     assert outcome.stats.reused_tokens == 24  # of 25: the last was sampled, never fed back
 
 
+def family(*, tool_s=1.0):
+    """A program of a product, with a fork and a sub-agent that has the product's first page and a task of its own."""
+    lineage = ((0, "product"), (16, "p"))
+    fork = TraceProgram("fork", (TraceRequest(36, 4, 3),), lineage=(*lineage, (36, "fork")))
+    other = TraceProgram("other", (TraceRequest(16, 10, 6),), lineage=(lineage[0], (16, "other")))
+    requests = (TraceRequest(16, 16, 4, "agent", tool_s, children=(fork, other)), TraceRequest(36, 5, 2))
+    return TraceProgram("p", requests, 0.0, lineage=lineage)
+
+
+def test_who_begins_others_waits_for_them():
+    outcome = run([family()])
+    parent, fork, other = outcome.records
+    assert fork.spans == [(4.0, 4.0, 5.0, 7.0)]
+    assert other.spans == [(4.0, 4.0, 5.0, 10.0)]
+    assert parent.spans == [(0.0, 0.0, 1.0, 4.0), (10.0, 10.0, 11.0, 12.0)]
+    assert outcome.served == [parent]
+    assert outcome.stats.reused_tokens == 32 + 16 + 35  # two whole pages, one, and all but what was sampled last
+    late = run([family(tool_s=9.0)]).records[0]
+    assert late.spans[1][0] == 13.0
+
+
+def test_who_begins_others_goes_on_if_they_are_refused():
+    fork, other = family().requests[0].children
+    large = replace(other, requests=(TraceRequest(16, 5000, 6),))
+    first, last = family().requests
+    outcome = run([replace(family(), requests=(replace(first, children=(fork, large)), last))], pool_tokens=320)
+    assert outcome.refused == 1
+    assert outcome.records[0].spans[1][0] == 7.0
+
+
+def test_live_contexts_count_nobodys_beginning():
+    # 36 tokens of the parent, 16 of them the product's, from its first answer at 4 s to its end at 12 s.
+    assert run([family()]).mean_live_context == pytest.approx((36 - 16) * 8 / 12)
+
+
+def test_sessions_of_a_product_share_its_beginning():
+    def member(name, when):
+        return TraceProgram(name, (TraceRequest(64, 16, 2),), when, lineage=((0, "product"), (64, name)))
+
+    alone = replace(member("c", 4.0), lineage=((0, "other product"), (64, "c")))
+    assert run([member("a", 0.0), member("b", 2.0), alone]).stats.reused_tokens == 64
+
+
 def test_jobs_of_a_chat_counted_by_hand():
     # As above; then an answer, a human who takes 100 s, and a job of one request: a step and two tokens more.
     program = TraceProgram(

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from astraea_jax.scheduler.simulation.experiment import RECORDED
-from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceRequest, load_trace
+from astraea_jax.scheduler.simulation.trace import TraceError, TraceProgram, TraceRequest, everyone, load_trace
 from astraea_jax.scheduler.wait import Wait
 
 
@@ -106,3 +106,49 @@ def test_scaled_programs_are_still_programs():
         for one in (program, small):
             continues = [s.cached == before.context for before, s in pairwise(one.requests)]
             assert continues == [s.cached == before.context for before, s in pairwise(program.requests)]
+
+
+def family_member(children=(), **changes):
+    requests = (TraceRequest(8, 4, 3, "agent", 0.0, children=children), TraceRequest(15, 2, 1))
+    return TraceProgram("p", requests, **{"lineage": ((0, "product"), (8, "p")), **changes})
+
+
+def fork_of(parent):
+    at = parent.requests[0].context
+    return TraceProgram("c", (TraceRequest(at, 5, 2),), lineage=(*parent.lineage, (at, "c")))
+
+
+def test_what_a_program_shares_may_be_cached_at_its_first_request():
+    program = family_member()
+    assert program.shared == 8
+    parent = family_member(children=(fork_of(program),))
+    assert parent.longest == fork_of(program).longest == 22
+    assert [p.id for p in everyone([parent, program])] == ["p", "c", "p"]
+
+
+@pytest.mark.parametrize(
+    ("lineage", "words"),
+    [
+        ((), "8 tokens cached, but only 0 exist"),
+        (((0, "product"), (7, "p")), "8 tokens cached, but only 7 exist"),
+        (((1, "product"), (8, "p")), "ascend from 0"),
+        (((0, "product"), (9, "x"), (8, "p")), "ascend from 0"),
+    ],
+)
+def test_lineages_are_checked(lineage, words):
+    with pytest.raises(TraceError, match=words):
+        family_member(lineage=lineage)
+
+
+def test_who_shares_a_beginning_replaces_nothing_later():
+    with pytest.raises(TraceError, match="may not replace"):
+        TraceProgram("p", (TraceRequest(0, 9, 9, "t"), TraceRequest(5, 9, 9)), lineage=((0, "p"),))
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5, 3.0])
+def test_scaled_forks_go_on_from_their_parents(factor):
+    parent = family_member(children=(fork_of(family_member()),)).scaled(factor)
+    (child,) = parent.requests[0].children
+    assert child.shared == child.requests[0].cached == parent.requests[0].context
+    assert child.lineage[:2] == parent.lineage
+    assert parent.requests[1].cached == parent.requests[0].context
