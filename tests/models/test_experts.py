@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.experts import OPTIMIZED
 
 from astraea_jax.models.config import Experts
 from astraea_jax.models.experts import chosen_experts
@@ -77,9 +76,7 @@ def test_a_token_is_routed_the_same_among_any_others(scores, corrected):
     experts = Experts(24, 4, 8, scores, corrected=corrected)
     weight, x = draw(768, 24), draw(300, 768)
     correction = jnp.asarray(draw(24)) if corrected else None
-    route = jax.jit(
-        lambda x: chosen_experts(experts, rowwise(x, jnp.asarray(weight)), correction), compiler_options=OPTIMIZED
-    )
+    route = jax.jit(lambda x: chosen_experts(experts, rowwise(x, jnp.asarray(weight)), correction))
     among_all = jax.tree.map(np.asarray, route(x))
     for rows in (slice(0, 1), slice(7, 8), slice(7, 23), slice(100, 200)):
         for ours, every in zip(route(x[rows]), among_all, strict=True):

@@ -32,10 +32,6 @@ FORMATS: dict[str, Format | None] = {
     "fp4": Format("fp4", inputs=32, scales="bfloat16"),
 }
 
-OPTIMIZED = {"xla_backend_optimization_level": 3}
-"""Compiler options of what is compared bit for bit, as machine code is that serves. CI compiles the rest without
-optimization, which rounds the sums of one row unlike those of many."""
-
 widened = jax.jit(dequantized, static_argnums=(1, 2))
 """Compiled as one, since each form and shape would else need a dozen executables."""
 
