@@ -25,6 +25,10 @@ RECENT_S = 300.0
 ON_DEVICE, ON_HOST = range(2)
 ALL = 2**40
 """More pages than there are."""
+MOST_TENANTS = 1024
+"""Tenants told apart, since every eviction looks at all of them: one client may come as thousands, each with a page."""
+REST = object()
+"""The one tenant that all further owners without a weight are together."""
 
 
 class PageShares:
@@ -58,6 +62,8 @@ class PageShares:
     def enter(self, owner: Hashable, now: float) -> int:
         """Count a program that is opened; returns the number of its tenant."""
         key = owner if self._apart else None
+        if key not in self._number and key not in self._weights and len(self._number) >= MOST_TENANTS:
+            key = REST
         tenant = self._number.get(key)
         if tenant is None:
             if not self._free:
@@ -131,7 +137,8 @@ class PageShares:
         most = np.ceil(excess - 1e-6)
         most[most < 1] = 0 if spare and held[to] > share[to] else ALL
         turns = np.lexsort((self._used[numbers], -part))
-        return [(int(numbers[i]), int(most[i])) for i in turns if most[i]]
+        turns = turns[most[turns] > 0]
+        return list(zip(numbers[turns].tolist(), most[turns].astype(int).tolist(), strict=True))
 
     def _share(self, now: float) -> np.ndarray:
         """Part of the memory that each tenant has as its share, by number."""

@@ -102,6 +102,18 @@ def test_many_that_begin_alike_and_part_early_leave_no_runs_behind():
     assert tree.sums.active == 200 * SIZE + 1
 
 
+@pytest.mark.parametrize("first", ["ab" * 500, "ab"])
+def test_a_long_context_that_has_ended_is_not_kept_for_who_began_like_it(first):
+    """Else a session that is compacted, or forked early, holds the hashes of everything that was said before."""
+    tree, long, short = ContextTree(SIZE), Program(0, 0.0), Program(1, 0.0)
+    hashes = blocks(first)
+    tree.works(long, hashes, len(first) * SIZE + 1, 0.0)
+    hashes += [b"more"] * 500  # as of a request that goes on
+    tree.waits(short, blocks("ab"), 2 * SIZE + 1, 0.0)
+    tree.forget(long, 0.0)
+    assert [len(run.hashes) for run in tree._root.below.values()] == [2]
+
+
 @settings(max_examples=60)
 @given(
     st.lists(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.loop import Loop, make, serve
 
 from astraea_jax.scheduler.evictor import Evictor
-from astraea_jax.scheduler.page_shares import ALL, ON_DEVICE, ON_HOST, RECENT_S, PageShares
+from astraea_jax.scheduler.page_shares import ALL, MOST_TENANTS, ON_DEVICE, ON_HOST, RECENT_S, PageShares
 from astraea_jax.scheduler.policies import SERVING
 from astraea_jax.scheduler.prefix import salted
 from astraea_jax.scheduler.transfer import HostTier
@@ -99,6 +99,20 @@ def test_no_tenant_is_remembered_that_has_nothing(events):
         there = {owner for owner in numbers if programs[owner] or held[0][owner] or held[1][owner]}
         assert shares.several == (len(there) > 1)
         assert sum(most for _, most in shares.givers(ON_HOST, [numbers[o] for o in there], at)) >= 0
+
+
+def test_of_very_many_tenants_the_last_are_one():
+    """Else whoever comes under ever new names makes all evictions slower; who has a weight is told apart."""
+    shares = PageShares((10**6, 0), {"paid": 2.0})
+    numbers = [shares.enter(f"salt:{i}", 0.0) for i in range(3 * MOST_TENANTS)]
+    known = shares.enter("salt:7", 0.0), shares.enter("paid", 0.0)
+    assert len({*numbers, *known}) == MOST_TENANTS + 2
+    assert known[0] == numbers[7]
+    assert known[1] not in numbers
+    for number in (*numbers, *known):
+        shares.leave(number)
+    shares.check((), (), (Counter(), Counter()))
+    assert not shares.several
 
 
 # -- in a scheduler ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from astraea_jax.frontends.http.tenants import owner_by_key, owner_without_key, presented_key
+from astraea_jax.frontends.http.tenants import MAX_SALT, owner_by_key, owner_without_key, presented_key
 
 SALT = "x-cache-salt"
 """Header, and key of metadata. A salt in the body counts less, and no proxy reads that."""
@@ -45,7 +45,8 @@ def caller_of(headers: Mapping[str, str], address: str) -> Caller:
         address: of the client.
     """
     key = presented_key(headers.get("authorization"), headers.get("x-api-key"))
-    without_key = owner_without_key(address, headers.get(SALT) or "")
+    salt = (headers.get(SALT) or "")[: MAX_SALT + 1]  # a longer one is refused, but not before it is remembered here
+    without_key = owner_without_key(address, salt)
     return Caller(None if key is None else owner_by_key(key), without_key)
 
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
 
 from astraea_jax.frontends.http.errors import SEND_AGAIN
-from astraea_jax.frontends.http.tenants import Keys
+from astraea_jax.frontends.http.tenants import MAX_SALT, Keys
 from astraea_jax.frontends.ray_serve import proxies
 from astraea_jax.frontends.ray_serve.names import caller_of
 from astraea_jax.frontends.ray_serve.proxies import GONE, REQUESTS, Asked, Front, Requests, middlewares
@@ -59,6 +59,14 @@ async def test_whatever_a_client_calls_its_session_the_proxy_knows_it(headers, s
     assert got["x-session-id"] == session
     assert got.get("x-parent-session-id") == parent
     assert REQUESTS.get(got["x-request-id"]) == Asked(0, parent, caller_of({}, "127.0.0.1"))
+
+
+async def test_what_is_remembered_of_a_caller_is_bounded():
+    headers = {"authorization": "Bearer " + "k" * 10_000, "x-cache-salt": "s" * 10_000}
+    caller = REQUESTS.get((await ask(echo, headers=headers)).json()["x-request-id"]).caller
+    assert len(caller.by_key) < 100
+    assert len(caller.without_key) < 200
+    assert caller_of({"x-cache-salt": "s" * MAX_SALT}, "") != caller
 
 
 async def test_a_request_without_a_session_gets_none():
