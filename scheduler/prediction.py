@@ -145,8 +145,8 @@ class Predictor:
             self.outputs.add(len(request.output))
             self.talk.add(job.output_tokens / job.turns)
             self.service.add(job.service / job.turns)
-            if request.matched > 0:
-                self.growth.add(request.num_tokens - request.matched)
+            if request.carried > 0:
+                self.growth.add(request.num_tokens - request.carried)
 
     def wait_told(self, program: Program) -> None:
         """Somebody has said what a program waits for."""

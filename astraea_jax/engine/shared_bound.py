@@ -39,12 +39,10 @@ class SharedBound:
         """Say why so much more of a client has no room; ``what`` names in the plural what waits."""
         own, allowed = self._of[owner], self._most
         if self.total + amount > allowed:
-            theirs = f"; tenant {owner} has {own} of them" if owner else ""
+            theirs = f"; this tenant has {own} of them" if owner else ""
             return f"{self.total} {what} are waiting, of {allowed} allowed in all{theirs}; try again later"
         allowed = max(1, math.floor(self._share(owner)))
-        return (
-            f"tenant {owner} has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
-        )
+        return f"this tenant has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
 
     def _share(self, owner: str) -> float:
         """What a client may have there in any case."""

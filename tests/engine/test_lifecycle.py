@@ -45,7 +45,7 @@ def test_one_client_cannot_fill_the_queue():
     life.end(flood[1])
     assert not accepted(life, "one", 9)  # fourteen wait, with those of others
     assert len(accepted(life, "four", 1)) == 1
-    with pytest.raises(Overloaded, match="tenant one has 10 requests waiting, of 3 allowed; 15 wait in all"):
+    with pytest.raises(Overloaded, match=r"^this tenant has 10 requests waiting, of 3 allowed; 15 wait in all"):
         life.accept(object(), "one")
 
 

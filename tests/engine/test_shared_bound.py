@@ -35,15 +35,13 @@ def test_counts_stay_within_the_bound_and_leave_a_share_to_each(most, weights, c
     assert bound.total == bound["a"] == 0
 
 
-def test_a_refusal_names_what_waits_of_the_tenant_and_how_much_may():
-    bound = SharedBound(16, {"b": 3.0})
-    bound.add("a", 10)
-    bound.add("b", 2)
-    assert not bound.has_room("a", 1)
-    expected = "tenant a has 10 requests waiting, of 3 allowed; 12 wait in all; try again later"
-    assert bound.refusal("a", 1, "requests") == expected
-    assert bound.has_room("b", 4)
-    bound.add("b", 4)
-    expected = "16 requests are waiting, of 16 allowed in all; tenant b has 6 of them; try again later"
-    assert bound.refusal("b", 1, "requests") == expected
-    assert bound.refusal("", 1, "requests") == "16 requests are waiting, of 16 allowed in all; try again later"
+def test_a_refusal_does_not_name_the_owner():
+    """Its name has the cache salt in it, which a gateway may have set, and which its clients must not learn."""
+    bound, owner = SharedBound(12), "salt:secret"
+    bound.add(owner, 8)
+    bound.add("other", 2)
+    refusals = {amount: bound.refusal(owner, amount, "requests") for amount in (1, 5)}
+    assert refusals == {
+        1: "this tenant has 8 requests waiting, of 4 allowed; 10 wait in all; try again later",
+        5: "10 requests are waiting, of 12 allowed in all; this tenant has 8 of them; try again later",
+    }
