@@ -8,6 +8,8 @@ SHELL := bash
 # pip, saying only what it fetches; Python compiles what is imported, which is the smaller part
 PIP_INSTALL = python -m pip install --disable-pip-version-check --no-input --no-compile -e
 INSTALL = $(BIN)/$(PIP_INSTALL)
+# neighbours share engines, so each worker takes a stretch; who is done takes half of what another has left
+PYTEST_ON_ALL = $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 SHOW = grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c1-100
 
 .PHONY: help demo test lint parity ahead ray bench-doors bench-continuity lock
@@ -19,7 +21,7 @@ demo: .venv/installed  ## 64 agents against a real server, and what scheduling g
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed  ## Every test that needs neither an accelerator nor PyTorch
-	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not parity and not gpu and not ahead and not ray"
+	$(PYTEST_ON_ALL) -m "not parity and not gpu and not ahead and not ray"
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -27,7 +29,7 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 parity: .venv/parity  ## Compare with transformers live (installs PyTorch)
-	$(BIN)/pytest -m parity
+	OMP_NUM_THREADS=1 $(PYTEST_ON_ALL) -m parity  # PyTorch's threads would spin where other workers compute
 
 ray: .venv/ray  ## A fleet on a Ray of this machine: right answers, a killed replica, a new version (installs Ray)
 	$(BIN)/pytest -m ray -n0

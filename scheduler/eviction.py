@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 
@@ -70,8 +70,9 @@ class EvictionOrder:
     """
 
     def __init__(self) -> None:
-        self.of: defaultdict[int, TenantOrder] = defaultdict(TenantOrder)
+        self.of: dict[int, TenantOrder] = {}
         """By tenant; those who have none here are left out."""
+        self._unused: list[TenantOrder] = []
         self.clean: dict[Program, int] = {}
         """Programs with clean pages at the end, and how many; none of them shares its last pages."""
         self.clean_pages = 0
@@ -93,16 +94,21 @@ class EvictionOrder:
         self.recount(program)
 
     def discard(self, program: Program) -> None:
+        if program.tenant not in self.of:
+            return
         tenant = self._take_out(program)
         if not tenant.all and not tenant.shared:
-            del self.of[program.tenant]
+            self._unused.append(self.of.pop(program.tenant))
 
     def set_aside(self, program: Program) -> None:
         """A program's last pages turn out to be shared."""
         self._take_out(program).shared[program] = None
 
     def _take_out(self, program: Program) -> TenantOrder:
-        tenant = self.of[program.tenant]
+        tenant = self.of.get(program.tenant)
+        if tenant is None:
+            tenant = self.of[program.tenant] = self._unused.pop() if self._unused else TenantOrder()
+            return tenant
         tenant.shared.pop(program, None)
         if program in tenant.all:
             self.clear(program)

@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 from .copies import HostCopies, copyable
 from .eviction import TenantOrder
-from .page_shares import ALL, ON_DEVICE
+from .page_shares import ON_DEVICE
 from .pages import PagePool
 from .program import Program
 from .retained import RetainedKV
 from .strategy import Strategy
 
 CHUNK = 32
-"""Least pages offloaded together, if a program has as many and staging has room, or given up together by a tenant above
-its share: a guess."""
+"""Least pages offloaded together, if a program has as many and staging has room: a guess."""
 
 
 class Need(NamedTuple):
@@ -49,6 +48,9 @@ class Evictor:
         self._pool, self._windows, self._kv, self._copies, self._strategy = pool, pool.windows, kv, copies, strategy
         self._order, self._shares = kv.order, pool.shares
         self._offloading = False
+        self._together = min(CHUNK, pool.size // 256)
+        """Cached pages that a tenant gives up together, so that not each is asked for by itself; by as many it may fall
+        below its share."""
 
     @property
     def slack(self) -> float:
@@ -65,7 +67,7 @@ class Evictor:
             if not self._evict_of(tenant, part, now):
                 break
             if (lacking := part.pages - self._pool.at_hand()) > 0:
-                self._pool.give_up(tenant, lacking if most == ALL else min(most, max(lacking, CHUNK)))
+                self._pool.give_up(tenant, max(lacking, self._together))
             if not self._short(need):
                 break
         return not self._short(need)

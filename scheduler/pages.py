@@ -90,17 +90,7 @@ class PagePool:
         taken = self._free[-count:][::-1]
         del self._free[-count:]
         while (missing := count - len(taken)) > 0:
-            before, cached = next(iter(self._cached.items()))
-            reused = [*islice(cached, missing)]
-            for page in reused:
-                del cached[page]
-                self.windows.forget(page)
-                self.uncache(page)
-            self._num_cached -= len(reused)
-            if not cached:
-                del self._cached[before]
-            self.shares.hold(ON_DEVICE, before, -len(reused))
-            taken += reused
+            taken += self._take_oldest(next(iter(self._cached)), missing)
         for page in taken:
             self._references[page] = 1
             self._of[page] = tenant
@@ -147,13 +137,18 @@ class PagePool:
                     if windows.size:
                         windows.forget(page)
                     gone.append(page)
+        if kept:
+            self._keep(kept, tenant)
+        if gone:
+            self._free += gone
+            self._held_no_more(gone)
+
+    def _keep(self, pages: list[int], tenant: int) -> None:
+        """Cache free pages, which a tenant has used last."""
         if self.shares.several:
-            self.hand(kept, repeat(tenant, len(kept)))
-        for page in kept:
-            self._cached.setdefault(self._of[page], {})[page] = None
-        self._num_cached += len(kept)
-        self._free += gone
-        self._held_no_more(gone)
+            self.hand(pages, repeat(tenant, len(pages)))
+        self._cached.setdefault(self._of[pages[0]], {}).update(dict.fromkeys(pages))
+        self._num_cached += len(pages)
 
     def _take_cached(self, page: int) -> None:
         """Take a page out of the free, cached ones."""
@@ -164,6 +159,9 @@ class PagePool:
             del self._cached[self._of[page]]
 
     def _held_no_more(self, pages: list[int]) -> None:
+        if not self.shares.several:
+            self.shares.hold(ON_DEVICE, self._of[pages[0]], -len(pages))
+            return
         for tenant, count in Counter(map(self._of.__getitem__, pages)).items():
             self.shares.hold(ON_DEVICE, tenant, -count)
 
@@ -219,8 +217,22 @@ class PagePool:
 
     def give_up(self, tenant: int, count: int) -> None:
         """Remove a tenant's ``count`` oldest cached pages that are free, or all, so that anybody may have them."""
-        for page in [*islice(self._cached.get(tenant, ()), count)]:
+        if tenant in self._cached:
+            self._free += self._take_oldest(tenant, count)
+
+    def _take_oldest(self, tenant: int, count: int) -> list[int]:
+        """Take up to ``count`` cached pages of a tenant, the oldest, out of the prefix cache."""
+        cached = self._cached[tenant]
+        taken = [*islice(cached, count)]
+        for page in taken:
+            del cached[page]
+            self.windows.forget(page)
             self.uncache(page)
+        self._num_cached -= len(taken)
+        if not cached:
+            del self._cached[tenant]
+        self.shares.hold(ON_DEVICE, tenant, -len(taken))
+        return taken
 
     def uncache_all(self) -> None:
         """Empty the prefix cache."""

@@ -225,9 +225,9 @@ def waits(fleet: Fleet) -> np.ndarray:
 
 def evictions(segment: Segment, fleet: Fleet) -> np.ndarray:
     """Tokens ``[R]`` of KV that give way to a request: those of programs that do not run there."""
-    new = np.full(len(fleet), float(segment.tokens))
+    new = missing(segment, fleet)
     if segment.home is not None:
-        new[segment.home] -= segment.held - segment.on_host
+        new[segment.home] += segment.on_host
     free = fleet.report["free"] - (fleet.context - fleet.context_then)
     there = fleet.trust() * fleet.report["retained"]
     evicted: np.ndarray = np.minimum(np.maximum(0.0, new - np.maximum(0.0, free)), there)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.engines import end_all_sessions
+from support.forked import say
 from support.random_model import RANDOM
 from support.sizes import SMALL
 from support.wide import TIGHT, wide_decoder
@@ -210,8 +211,8 @@ def serve_fails() -> Callable[..., str]:
     """``serve_fails(*flags)`` is what scripts/serve.py says when it does not start; its exit status is 1."""
 
     def run(*arguments: str) -> str:
-        done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 1, done.stderr
-        return done.stderr
+        status, said = say(SERVE[1], *arguments)
+        assert status == 1, said
+        return said
 
     return run

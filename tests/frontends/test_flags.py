@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
-from support.scripts import ROOT, run
+from support.forked import say
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.frontends.flags import MODEL, OPTIONS
@@ -20,20 +18,20 @@ def test_every_field_that_an_operator_chooses_is_a_flag():
 
 
 def test_help_shows_them_and_what_they_are_by_default():
-    said = run("scripts/serve.py", "--help")
+    status, said = say("scripts/serve.py", "--help")
+    assert status == 0
     assert all(f"--{name}:" in said or f"--[no]{name}:" in said for name in OPTIONS)
     assert "--max_seqs: Requests that run at once; by default 256, on a CPU 64." in said
     assert "(default: '1024')" in said[said.index("--max_queued:") :][:200]
 
 
 def test_what_is_by_default_elsewhere_is_not_said_of_a_script_with_a_default_of_its_own():
-    said = run("scripts/bench_jct.py", "--help")
+    _, said = say("scripts/bench_jct.py", "--help")
     assert "--max_seqs: Requests that run at once.\n    (default: '32')" in said
     assert "--page_size: Tokens per KV page; by default 64, on a CPU 16." in said
 
 
 def test_what_is_no_number_is_told():
-    command = [sys.executable, "scripts/serve.py", "--step_timeout_s=nan"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode
-    assert "--step_timeout_s: nan is not a number" in done.stderr + done.stdout
+    status, said = say("scripts/serve.py", "--step_timeout_s=nan")
+    assert status
+    assert "--step_timeout_s: nan is not a number" in said

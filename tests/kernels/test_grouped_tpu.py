@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only way to ask for the races found
 from jax.experimental.pallas import tpu as pltpu
+from support.experts import widened
 
 from astraea_jax.kernels import grouped_tpu
 from astraea_jax.kernels.grouped import dispatch
 from astraea_jax.kernels.grouped_tpu import GroupedTPU, inputs_at_once, tile_of
 from astraea_jax.models.formats import Format
 from astraea_jax.models.matrix import InStack, Matrix
-from astraea_jax.models.narrow import Codes, dequantized
+from astraea_jax.models.narrow import Codes
 
 EXPERTS, SIZE = 4, 16
 KERNEL = GroupedTPU(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
@@ -47,7 +48,7 @@ def weights_of(matrix: Matrix) -> np.ndarray:
         return np.asarray(matrix.weight[...], np.float32)
     arrays = [None if part is None else part.reshape(-1, *part.shape[-2:]) for part in matrix.codes]
     each = [Codes(*(None if a is None else a[e] for a in arrays)) for e in range(len(arrays[0]))]
-    wide = np.stack([dequantized(codes, matrix.form, jnp.float32) for codes in each])
+    wide = np.stack([widened(codes, matrix.form, jnp.float32) for codes in each])
     return wide if matrix.weight.ndim == 3 else wide[0]
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from support.scripts import ROOT
+from support.forked import say
+from support.scripts import ROOT, run
 
 from astraea_jax.lab.peer_engines import Ready, Served
 from astraea_jax.lab.peer_tables import (
@@ -79,21 +80,15 @@ def test_every_repetition_has_other_tokens_and_every_engine_the_same():
     assert {token for program in load.programs for turn in program for token in turn} <= set(range(100))
 
 
-def bench(*arguments, status=0):
-    command = [sys.executable, "scripts/bench_peers.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
-    assert done.returncode == status, done.stderr
-    return done
-
-
 def test_ours_is_measured_where_no_other_engine_is_installed(tmp_path):
     record, lock = tmp_path / "runs.jsonl", tmp_path / "lock"
-    done = bench(
+    said = run(
+        "scripts/bench_peers.py",
         *("--model=astraea-tiny", "--peers=sglang,llama.cpp", "--peer_python=sglang=/nowhere/python"),
-        *("--workloads=few", "--pool=2048", "--repeats=1", f"--json={record}", f"--lock={lock}"),
+        *("--workloads=few", "--pool=2048", "--host_mib=0", "--repeats=1", f"--json={record}", f"--lock={lock}"),
     )
-    assert "/nowhere/python does not run" in done.stdout
-    assert "pip install xllamacpp" in done.stdout
+    assert "/nowhere/python does not run" in said
+    assert "pip install xllamacpp" in said
     figures = json.loads(record.read_text())["figures"]
     assert figures["results"]["astraea"]["few"]["tok/s"][0] > 0
     assert set(figures["engines"]) == {"astraea", "sglang", "llama.cpp"}
@@ -144,4 +139,6 @@ def test_engines_may_fail_until_none_is_left(tmp_path):
     ],
 )
 def test_wrong_flags_are_told(flag, said):
-    assert said in bench(flag, status=1).stderr
+    status, words = say("scripts/bench_peers.py", flag)
+    assert status == 1
+    assert said in words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.loop import Loop, make
 
@@ -146,6 +146,7 @@ def test_use_in_idle_hours_is_no_debt_and_no_use_is_no_saving():
     assert total.contend
 
 
+@example("fcfs", dict.fromkeys("abc", 0.5), {"a": (1, 1), "b": (1, 1), "c": (1, 3)}, 4, HostTier())  # of one step
 @settings(max_examples=25, deadline=None)
 @given(
     policy=st.sampled_from(CONTINUOUS),
@@ -155,15 +156,19 @@ def test_use_in_idle_hours_is_no_debt_and_no_use_is_no_saving():
     host=st.sampled_from([HostTier(), HostTier(pages=400, staging=40)]),
 )
 def test_tenants_who_keep_requests_waiting_stay_within_a_constant(policy, weights, sizes, slots, host):
-    """The lag of two backlogged tenants, in seconds of the machine by weight; and the device never idles."""
+    """The lag of two backlogged tenants, in seconds of the machine by weight; and the device never idles.
+
+    More wait of each than there are slots: whose last one has started is not backlogged, and what it lags is forgotten.
+    """
     loop = shared(policy, num_pages=200, max_seqs=slots, max_context=120, host=host, tenant_weights=weights)
     for _ in range(250):
         for owner, (prompt, output) in sizes.items():
-            while sum(r.program.owner == owner for r in loop.scheduler._admission._queue) < 3:
+            while sum(r.program.owner == owner for r in loop.scheduler._admission._queue) <= slots:
                 loop.scheduler.submit([len(owner)] * prompt, output, owner=owner, now=loop.now)
         planned, full = len(loop.log), loop.scheduler.stats().running == slots
         loop.turn()
-        assert len(loop.log) > planned or loop.transfers or full, "the device idles while a slot is free"
+        busy = len(loop.log) > planned or loop.transfers or full
+        assert busy or policy == "thunderagent", "the device idles while a slot is free"  # which holds programs back
     tenants = loop.scheduler._planner.tenants
     served = np.array([tenants._served[tenants._at[owner]] for owner in "abc"])
     longest = 40 * 0.006 / min(weights.values())  # seconds until rows that run have ended, none of which is preempted

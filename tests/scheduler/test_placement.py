@@ -94,6 +94,15 @@ def test_what_is_evicted_costs_more_without_a_host_tier():
     assert costs(Segment(1000), without) == pytest.approx(2 * prefill_s)
 
 
+def test_what_is_shared_needs_no_more_memory():
+    full = replace(QUIET, free=0, retained=100_000, host_free=1)
+    fleet = fleet_of(full, full)
+    found = costs(Segment(1000, shared={1: 900}), fleet)
+    assert found == pytest.approx(
+        [1000 * (QUIET.prefill_s + QUIET.restore_s), 100 * (QUIET.prefill_s + QUIET.restore_s)]
+    )
+
+
 def test_who_was_sent_since_the_report_waits_where_others_do():
     fleet = fleet_of(replace(QUIET, wait_s=(3.0,) * DECILES, waiting=6), QUIET)
     fleet.requests[:] = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.forked import say
 from support.scripts import ROOT, run
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if "absl" in path.read_text(encoding="utf-8"))
@@ -10,7 +11,8 @@ SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if "absl"
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
 def test_help_is_printed_and_no_failure(flag):
-    said = run("scripts/convert_checkpoint.py", flag)
+    status, said = say("scripts/convert_checkpoint.py", flag)
+    assert status == 0
     assert said.startswith("Converts a checkpoint folder")
     assert "--source" in said
 
@@ -29,4 +31,5 @@ def test_every_script_begins_and_ends_in_the_shared_way(name):
 
 
 def test_a_wrong_flag_is_a_failure():
-    run("scripts/convert_checkpoint.py", "--no_such_flag", status=1)
+    status, _ = say("scripts/convert_checkpoint.py", "--no_such_flag")
+    assert status == 1

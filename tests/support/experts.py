@@ -32,6 +32,9 @@ FORMATS: dict[str, Format | None] = {
     "fp4": Format("fp4", inputs=32, scales="bfloat16"),
 }
 
+widened = jax.jit(dequantized, static_argnums=(1, 2))
+"""Compiled as one, since each form and shape would else need a dozen executables."""
+
 
 def matrix(shape: tuple[int, ...], form: Format | None, dtype: Any, seed: int) -> Matrix:
     """A random matrix; its zeros, if it has some, are random, too."""
@@ -52,8 +55,8 @@ def numbers(made: Matrix) -> np.ndarray:
     if made.form is None:
         return np.asarray(made.weight[...], np.float32)
     if made.weight.ndim == 2:
-        return np.asarray(dequantized(made.codes, made.form, jnp.dtype("float32")))
-    one = lambda codes: dequantized(codes, made.form, jnp.dtype("float32"))  # noqa: E731
+        return np.asarray(widened(made.codes, made.form, jnp.dtype("float32")))
+    one = lambda codes: widened(codes, made.form, jnp.dtype("float32"))  # noqa: E731
     return np.stack(
         [np.asarray(one(Codes(*(None if x is None else x[e] for x in made.codes)))) for e in range(len(made.weight))]
     )
