@@ -41,8 +41,10 @@ class SharedBound:
         if self.total + amount > allowed:
             theirs = f"; tenant {shown(owner)} has {own} of them" if owner else ""
             return f"{self.total} {what} are waiting, of {allowed} allowed in all{theirs}; try again later"
-        allowed = max(1, math.floor(self._share(owner)))
-        return f"tenant {shown(owner)} has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
+        name, allowed = shown(owner), max(1, math.floor(self._share(owner)))
+        return (
+            f"tenant {name} has {own} {what} waiting, of {allowed} allowed; {self.total} wait in all; try again later"
+        )
 
     def _share(self, owner: str) -> float:
         """What a client may have there in any case."""

@@ -42,3 +42,17 @@ def test_a_refusal_does_not_tell_a_cache_salt():
     expected = "12 requests are waiting, of 12 allowed in all; tenant salt:… has 8 of them; try again later"
     assert bound.refusal(owner, 1, "requests") == expected
     assert "tenant key:12 has 4 of them" in bound.refusal("key:12", 1, "requests")
+
+
+def test_a_refusal_names_what_waits_of_the_tenant_and_how_much_may():
+    bound = SharedBound(16, {"b": 3.0})
+    bound.add("a", 10)
+    bound.add("b", 2)
+    assert not bound.has_room("a", 1)
+    expected = "tenant a has 10 requests waiting, of 3 allowed; 12 wait in all; try again later"
+    assert bound.refusal("a", 1, "requests") == expected
+    assert bound.has_room("b", 4)
+    bound.add("b", 4)
+    expected = "16 requests are waiting, of 16 allowed in all; tenant b has 6 of them; try again later"
+    assert bound.refusal("b", 1, "requests") == expected
+    assert bound.refusal("", 1, "requests") == "16 requests are waiting, of 16 allowed in all; try again later"

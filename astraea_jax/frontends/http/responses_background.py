@@ -109,8 +109,11 @@ class Background:
         """
         total, own, most = self._places.total(), self._places[owner], self.limits.running
         if total >= most or own >= max(1, most // 2):
-            of_all = f"{total} responses run in the background, of {most} allowed in all; tenant {shown(owner)} has {own} of them"
-            of_own = f"tenant {shown(owner)} has {own} responses in the background, of {max(1, most // 2)} allowed"
+            name = shown(owner)
+            of_all = (
+                f"{total} responses run in the background, of {most} allowed in all; tenant {name} has {own} of them"
+            )
+            of_own = f"tenant {name} has {own} responses in the background, of {max(1, most // 2)} allowed"
             raise Overloaded(f"{of_all if total >= most else of_own}; try again later, or cancel some")
         self._places[owner] += 1
         try:
