@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-
-
-class Outlook(NamedTuple):
-    """What a job has before it."""
-
-    turns: float
-    """Expected requests per chance to end."""
-    ahead: float
-    """How far ahead these requests lie in the mean; 0: each is the next."""
 
 
 class TurnHazards:
@@ -75,18 +64,12 @@ class TurnHazards:
         alive = np.cumprod(1 - self._hazards[kind, min(turn, self.LONGEST - 1) : self.LONGEST])
         return float(1 + alive[:-1].sum() + alive[-1] / self._mean)
 
-    def outlook(self, turn: int, kind: int = 0) -> Outlook:
-        """Inverse Gittins index: the least expected requests per chance to end, over all horizons (Gittins 1979).
-
-        The requests are those of the horizon at which it is least.
-        """
+    def index(self, turn: int, kind: int = 0) -> float:
+        """Inverse Gittins index: the least expected requests per chance to end, over all horizons (Gittins 1979)."""
         turn = min(turn, self.LONGEST - 1)
-        after = np.cumprod(1 - self._hazards[kind, turn : turn + self.HORIZON])  # alive after each turn of the horizon
-        before = np.concatenate([[1.0], after[:-1]])
-        run = np.cumsum(before)
-        best = int(((1 - after) / run).argmax())
-        ahead = before[: best + 1] @ np.arange(best + 1)
-        return Outlook(float(run[best] / (1 - after[best])), float(ahead / run[best]))
+        alive = np.cumprod(1 - self._hazards[kind, turn : turn + self.HORIZON])  # after each turn of the horizon
+        run = np.concatenate([[1.0], 1 + np.cumsum(alive[:-1])])
+        return float(1 / ((1 - alive) / run).max())
 
     def _estimate(self) -> None:
         self._mean = (self._all_ends + self.FEWEST_ENDS) / (self._all_risk + self.FEWEST_TURNS)

@@ -9,7 +9,7 @@ import math
 
 from .costs import StepCosts, StepFit, TransferFit
 from .distribution import ENOUGH, Distribution
-from .hazards import Outlook, TurnHazards
+from .hazards import TurnHazards
 from .histogram import Histogram
 from .program import Job, Program, Request
 from .wait_times import WaitTimes
@@ -34,8 +34,6 @@ class Predictor:
         self.waits = WaitTimes()
         self.talk = Distribution()
         """Output tokens per request, as the mean of its job so far."""
-        self.growth = Distribution()
-        """Tokens by which contexts grow per request: those that the request before had not."""
         self.turns = Distribution()
         """Requests per job."""
         self.jobs = Histogram(JOB_S)
@@ -83,15 +81,10 @@ class Predictor:
         job = program.job
         return self.hazards.remaining(job.turns, self._kind(job.turns, job.output_tokens))
 
-    def outlook(self, program: Program, *, kinds: bool = True) -> Outlook:
-        """Requests that a program's job has before it, the present or next one included.
-
-        Args:
-            program: whose job it is.
-            kinds: tell jobs apart by how much they output per request.
-        """
+    def turns_index(self, program: Program) -> float:
+        """Expected requests per chance that a program's job ends; see :meth:`~.hazards.TurnHazards.index`."""
         job = program.job
-        return self.hazards.outlook(job.turns, self._kind(job.turns, job.output_tokens) if kinds else 0)
+        return self.hazards.index(job.turns, self._kind(job.turns, job.output_tokens))
 
     def _kind(self, turns: int, outputs: int) -> int:
         """Tell the kind of a job by its hazard of ending.
@@ -145,8 +138,6 @@ class Predictor:
             self.outputs.add(len(request.output))
             self.talk.add(job.output_tokens / job.turns)
             self.service.add(job.service / job.turns)
-            if request.carried > 0:
-                self.growth.add(request.num_tokens - request.carried)
 
     def wait_told(self, program: Program) -> None:
         """Somebody has said what a program waits for."""

@@ -186,8 +186,6 @@ class Request:
     # Written by Scheduler.
     matched: int = 0
     """Tokens that it shares with what its program retained when it was last queued."""
-    carried: int = 0
-    """The same when it came, before it was preempted at all: what was there of its context already."""
     queued: float = 0.0
     """Time at which it last entered the queue."""
     started: float = 0.0
@@ -309,7 +307,7 @@ class Request:
 
     def matches(self, last: Request) -> None:
         """Note what it has in common with the last request of its program."""
-        self.matched = self.carried = last.shared_with(self.prompt)
+        self.matched = last.shared_with(self.prompt)
         self.block_hashes += last.block_hashes[len(self.block_hashes) : self.matched // self.page_size]
 
     def extend_block_hashes(self) -> None:

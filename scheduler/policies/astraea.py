@@ -6,17 +6,14 @@ why (each is a row of the ablation table, `python scripts/bench_jct.py --policie
 
 * Requests start as soon as memory allows, not in batches that run to completion.
 * The scarce resource is memory, so a program's size is memory times time: the tokens of its request (those it would
-  newly need pages for count in full, those it still has pages for by half), and those by which its context will grow,
-  times its expected remaining turns. Without the growth, a program near its end would be put behind one that has just
-  begun and will hold as much for longer.
+  newly need pages for count in full, those it still has pages for by half) times its expected remaining turns.
 * Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
   Hazards are learned apart for programs that output little, middling and much per request.
-* The ratio is ``(W + R + c) / (turns ** 2 * tokens ** 1.4)``: W the waits and R the running time of the program over
-  all its requests, tool waits left out; c half of a typical program's running time. It grows without bound, so nobody
-  starves, and a program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait
-  first.
+* The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its requests,
+  tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
+  program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait first.
 * Where the first in order does not fit, smaller ones are backfilled, up to four times. Without backfill large contexts
   leave memory idle; without the bound they would wait for each other.
 * Aging jumps the queue but never preempts: preempting by priority was measured to cost a factor.
@@ -46,10 +43,8 @@ counted as waiting: less patience buys P99 and costs the mean (benchmarks/RESULT
 class Terms:
     """The terms of the score, so that studies can leave one out: what each is worth is in benchmarks/RESULTS.md."""
 
-    turns_exponent: float = 2.0
-    """Exponent of the remaining turns, against the response. Swept: 1.4 and 2.8 are worse."""
     exponent: float = 1.4
-    """Exponent of the tokens, against the response. Swept: larger ones gain nothing."""
+    """Exponent of the size, against the response. Swept: larger ones gain nothing."""
     resident: float = 0.5
     """Discount of a token whose page the program still holds: a guess, worth keeping without a host tier."""
     typical: float = 0.5
@@ -60,8 +55,6 @@ class Terms:
     """Learn hazards apart for programs that output little, middling and much per request."""
     memory: bool = True
     """Weigh the pages that a request needs."""
-    growth: bool = True
-    """Weigh the pages that the requests after it will need."""
     wait: bool = True
     """Weigh accumulated wait and running time."""
     backfill: int = 8
@@ -84,16 +77,15 @@ class Astraea(Policy):
 
     def features(self, request: Request) -> Sequence[float]:
         program, terms = request.program, self._terms
-        turns, ahead = self.predict.outlook(program, kinds=terms.kinds) if terms.turns else (1.0, 0.0)
-        tokens = 1.0
+        size = 1.0
+        if terms.turns:
+            size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.job.turns)
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
-            tokens = request.num_tokens - terms.resident * held
-            if terms.growth:
-                tokens += ahead * self.predict.growth.mean(0.0)
+            size *= request.num_tokens - terms.resident * held
         since = request.queued - program.job.waited_s
         self._oldest = min(self._oldest, since)
-        return since, since - program.job.ran_s, turns**-terms.turns_exponent * tokens**-terms.exponent
+        return since, since - program.job.ran_s, size**-terms.exponent
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
         since, began, weight = features.T

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Hashable, Iterable, Mapping
 
-from ..hazards import Outlook
 from ..prediction import Predictor
 from ..program import Program, Request
 from .trace import TraceProgram, TraceRequest, everyone
@@ -54,9 +53,8 @@ class Oracle(Predictor):
     def remaining_turns(self, program: Program) -> float:
         return max(1.0, len(self._job_left(program)) * self._wrong(program, "turns"))
 
-    def outlook(self, program: Program, *, kinds: bool = True) -> Outlook:
-        turns = self.remaining_turns(program)
-        return Outlook(turns, (turns - 1) / 2)
+    def turns_index(self, program: Program) -> float:
+        return self.remaining_turns(program)
 
     def remaining_s(self, request: Request) -> float:
         left = self._job_left(request.program)

@@ -30,7 +30,7 @@ def test_fixed_lengths_reward_progress_and_heavy_tails_do_not():
     assert geometric.remaining(0) == pytest.approx(10, rel=0.15)
     assert geometric.remaining(12) == pytest.approx(10, rel=0.2)
     heavy = learn([1] * 900 + [200] * 100)
-    assert heavy.outlook(0).turns < heavy.outlook(20).turns  # a newcomer is worth a try, who has stayed is not
+    assert heavy.index(0) < heavy.index(20)  # a newcomer is worth a try, who has stayed is not
 
 
 def test_programs_that_live_on_count():
@@ -53,7 +53,7 @@ def test_an_end_that_is_learned_late_counts_as_one_that_was_known():
     late._estimate()
     known = learn(lengths)
     known._estimate()
-    assert [late.outlook(turn) for turn in range(9)] == [known.outlook(turn) for turn in range(9)]
+    assert [late.index(turn) for turn in range(9)] == [known.index(turn) for turn in range(9)]
 
 
 @settings(max_examples=30)
@@ -69,13 +69,11 @@ def test_estimates_are_those_of_the_definition(seen):
     expected, mean = defined_hazards(counts[0], counts[1], sum(last for *_, last in seen), len(seen))
     for turn, kind, _ in seen[:10]:
         at = min(turn, TurnHazards.LONGEST - 1)
-        alive, run, later, costs = 1.0, 0.0, 0.0, []
-        for ahead, hazard in enumerate(expected[kind, at : at + TurnHazards.HORIZON]):
-            run, later, alive = run + alive, later + ahead * alive, alive * (1 - hazard)
-            costs.append((run / (1 - alive), later / run))
-        found = hazards.outlook(turn, kind)
-        assert found.turns == pytest.approx(min(costs)[0])
-        assert any(ahead == pytest.approx(found.ahead) for cost, ahead in costs if cost == pytest.approx(found.turns))
+        alive, run, costs = 1.0, 0.0, []
+        for hazard in expected[kind, at : at + TurnHazards.HORIZON]:
+            run, alive = run + alive, alive * (1 - hazard)
+            costs.append(run / (1 - alive))
+        assert hazards.index(turn, kind) == pytest.approx(min(costs))
         left = 1 / mean
         for hazard in expected[kind, at : TurnHazards.LONGEST][::-1]:
             left = 1 + (1 - hazard) * left

@@ -229,28 +229,13 @@ def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it
     policy = make_policy("astraea", predictor)
     new, ending = Program(0, 0), Program(0, 0)
     ending.job.turns = 4
-    assert predictor.outlook(ending).turns < predictor.outlook(new).turns - 1
+    assert predictor.turns_index(ending) < predictor.turns_index(new) - 1
     small, large = request(1, prompt=100), request(2, prompt=1000)
     assert order(policy, [large, small], now=1.0) == [1, 2]
     begun, done = request(3, turns=0), request(4, turns=4)
     assert order(policy, [begun, done], now=1.0) == [4, 3]
     waited = request(5, prompt=1000, waited_s=1e5)
     assert order(policy, [small, waited], now=1.0) == [5, 1]
-
-
-def test_astraea_counts_the_tokens_that_later_requests_will_add():
-    """A program near its end may hold more memory now than one that has just begun, and less in all."""
-    predictor = Predictor()
-    for _ in range(200):
-        for turn in range(5):
-            predictor.hazards.observe(turn, last=turn == 4)
-    policy = make_policy("astraea-turns", predictor)  # the number of turns itself counts nothing
-    grown = make_policy("astraea", predictor)
-    begun, done = request(1, prompt=100, turns=0), request(2, prompt=2600, turns=4)
-    assert order(policy, [begun, done], now=1.0) == order(grown, [begun, done], now=1.0) == [1, 2]
-    predictor.growth.add(600)
-    assert order(policy, [begun, done], now=1.0) == [1, 2]
-    assert order(grown, [begun, done], now=1.0) == [2, 1]
 
 
 def test_the_gate_counts_contexts_that_fade():

@@ -6,7 +6,6 @@ import random
 
 import numpy as np
 import pytest
-from support.loop import Loop, make, serve
 
 from astraea_jax.scheduler.costs import StepCosts, StepFit, prefilled_pairs
 from astraea_jax.scheduler.plan import Plan
@@ -120,23 +119,3 @@ def test_the_oracle_knows_and_its_noise_is_steady():
     noisy = [Oracle([truth], 0.5, seed).output_tokens(request) for seed in range(400)]
     assert np.std(noisy) / 40 == pytest.approx(0.5, rel=0.15)
     assert Oracle([truth], 0.5, 7).output_tokens(request) == Oracle([truth], 0.5, 7).output_tokens(request)
-
-
-def test_growth_is_of_a_whole_request_however_often_it_is_preempted():
-    loop = Loop(make(num_pages=13))
-    for number in range(4):
-        serve(loop, f"p{number}", [number] * 4)
-    requests = [
-        loop.scheduler.submit([*[number] * 4, 9, 9, 9], 20, program=f"p{number}", now=loop.now) for number in range(4)
-    ]
-    loop.drain()
-    assert sum(request.preemptions for request in requests) > 0
-    assert loop.scheduler._policy.predict.growth.values == [23] * 4
-
-
-def test_a_first_request_says_nothing_of_growth():
-    loop = Loop(make(num_pages=13))
-    requests = [loop.scheduler.submit([number] * 8, 30, program=f"p{number}", now=0) for number in range(4)]
-    loop.drain()
-    assert sum(request.preemptions for request in requests) > 0
-    assert loop.scheduler._policy.predict.growth.values == []
