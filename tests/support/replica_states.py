@@ -77,8 +77,10 @@ class Machine(RuleBasedStateMachine):
         except EngineDead:
             assert len(self.leaving) == len(self.replicas.replicas)
         except Overloaded:
-            # Its caller has seen the end of a request that was given up before the engine has.
-            assert sum(one.may_be_cancelled or not one.ends for one in self.asked) >= CONFIG.max_queued
+            # Its caller has seen the end of a request that was given up before the engine has. Sessions that have moved
+            # have their prompts computed ahead, and these wait like requests, one for each.
+            waiting = sum(one.may_be_cancelled or not one.ends for one in self.asked)
+            assert waiting + len(NAMES) * bool(self.leaving) >= CONFIG.max_queued
         else:
             self.asked.append(asked)
 
