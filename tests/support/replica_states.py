@@ -66,6 +66,9 @@ class Machine(RuleBasedStateMachine):
     def _ask(self, name: str, prompt: list[int], parent: str | None = None) -> None:
         asked = Asked(prompt, SamplingParams(max_tokens=6, ignore_eos=True), ("", name))
         asked.may_be_busy = any(not one.ends for one in self.asked if one.key == asked.key)
+        # Before it is asked, since some may end between a refusal and a look at them. The caller has seen the end of a
+        # request that was given up before the engine has.
+        waiting = sum(one.may_be_cancelled or not one.ends for one in self.asked)
 
         async def ask() -> None:
             asked.reader = asyncio.create_task(
@@ -77,10 +80,7 @@ class Machine(RuleBasedStateMachine):
         except EngineDead:
             assert len(self.leaving) == len(self.replicas.replicas)
         except Overloaded:
-            # Its caller has seen the end of a request that was given up before the engine has. Sessions that have moved
-            # have their prompts computed ahead, and these wait like requests, one for each.
-            waiting = sum(one.may_be_cancelled or not one.ends for one in self.asked)
-            assert waiting + len(NAMES) * bool(self.leaving) >= CONFIG.max_queued
+            assert waiting >= CONFIG.max_queued
         else:
             self.asked.append(asked)
 
