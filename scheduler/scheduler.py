@@ -86,9 +86,8 @@ class Scheduler:
             prompt: token ids.
             max_tokens: tokens to sample at most.
             stops: tokens that end the request.
-            program: key of its program, which is opened if there is none. A caller that serves several tenants puts
-                the tenant into the key, so that equal session names do not meet. None: a program of this request
-                alone, which no key finds.
+            program: key of its program, which is opened if there is none; of several tenants it has the tenant in
+                it, so that equal session names do not meet. None: a program of this request alone.
             owner: of a program that is opened. When the table of programs is full, whoever holds the most idle
                 programs loses one.
             final: the program ends with this request.

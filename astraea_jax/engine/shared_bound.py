@@ -22,10 +22,10 @@ class SharedBound:
         self._most, self._weights = most, weights or {}
         self._of: Counter[str] = Counter()
         self.total = 0
-        """What waits."""
+        """The amount that waits, of all clients together."""
 
     def __getitem__(self, owner: str) -> int:
-        """What waits of a client."""
+        """Return the amount that waits of a client."""
         return self._of[owner]
 
     def has_room(self, owner: str, amount: int) -> bool:
@@ -47,7 +47,7 @@ class SharedBound:
         )
 
     def _share(self, owner: str) -> float:
-        """What a client may have there in any case."""
+        """Return the amount that a client may have waiting in any case."""
         weigh = self._weights.get
         weights = 1.0 + sum(weigh(other, 1.0) for other in self._of)  # one more may come
         return self._most * weigh(owner, 1.0) / weights

@@ -18,7 +18,7 @@ SALT = "x-cache-salt"
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose sessions a request speaks of."""
+    """The owner of the sessions that a request names, as a server with keys and one without would call it."""
 
     by_key: str | None
     """Owner where callers have keys; None: it has come without one."""
