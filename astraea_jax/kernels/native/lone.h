@@ -6,13 +6,15 @@
 
 namespace astraea {
 
-constexpr int64_t kLoneChunk = 256;  // tokens of a context that are attended to at a time
+constexpr int64_t kLoneChunk = 256;         // tokens of a context that are attended to at a time
+constexpr int64_t kAhead = 2 * kLanes;      // tokens between what is fetched from memory and what is computed
+constexpr int kLoneHeads = 3, kLoneVecs = 4;  // sums that stay in registers: heads, and vectors of dimensions
 
 template <typename T>
 class Lone {
  public:
   static int64_t scratch(const Attention& a) {
-    return a.group * (a.padded_dim() + kLoneChunk) + 2 * Tokens<T, kLanes>::scratch(a);
+    return a.group * (a.padded_dim() + kLoneChunk + kLanes * kLanes) + 2 * Tokens<T, kLanes>::scratch(a);
   }
 
   Lone(const Attention& a, const Unit& unit, Scratch& scratch)
@@ -20,41 +22,98 @@ class Lone {
         dim_(a.padded_dim()),
         queries_(scratch.take(a.group * dim_)),
         weights_(scratch.take(a.group * kLoneChunk)),
+        products_(scratch.take(a.group * kLanes * kLanes)),
         keys_(a, unit, 0, scratch),
         values_(a, unit, 1, scratch) {
-    std::fill(queries_, queries_ + a.group * dim_, 0.0f);
-    for (int64_t g = 0; g < a.group; ++g) std::copy_n(a.query(unit.first, unit.head, g), a.dim, queries_ + g * dim_);
+    for (int64_t g = 0; g < a.group; ++g) {
+      float* query = queries_ + g * dim_;
+      std::fill(std::copy_n(a.query(unit.first, unit.head, g), a.dim, query), query + dim_, 0.0f);
+    }
   }
 
-  // Attends to the tokens from `begin` to `end`, at most kLoneChunk.
+  // Attends to the tokens from `begin` to `end`, which lie between two multiples of kLoneChunk.
   void attend(int64_t begin, int64_t end, State& to) {
-    const int64_t count = end - begin;
+    const int64_t start = begin / kLanes * kLanes, count = (end - start + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = 0; i < count; i += kLanes) {
-      score(keys_.read(begin + i, std::min<int64_t>(kLanes, count - i)), weights_ + i);
+      score(keys_.read(start + i, later(start, count, i + kAhead)), weights_ + i);
+      hide(begin - start - i, end - start - i, weights_ + i);
     }
     for (int64_t g = 0; g < a_.group; ++g) weigh(weights_ + g * kLoneChunk, count, to.top[g], to.mass[g]);
     std::fill(to.out, to.out + a_.group * dim_, 0.0f);
     for (int64_t i = 0; i < count; i += kLanes) {
-      add_all(values_.read(begin + i, std::min<int64_t>(kLanes, count - i)), weights_ + i, to.out);
+      const Rows<T> values = values_.read(start + i, later(start, count, count + i + kAhead));
+      blocks([&](auto heads, auto vecs, int64_t g, int64_t h) { add<heads, vecs>(values, g, h, weights_ + i, to.out); });
     }
   }
 
  private:
-  void score(const float* const* keys, float* to) const {
+  // What is read some tokens after the first key of a chunk: its keys, its values, the keys of the next chunk.
+  const T* later(int64_t start, int64_t count, int64_t tokens) const {
+    if (tokens < count) return keys_.whole_block(start + tokens);
+    if (tokens < 2 * count) return values_.whole_block(start + tokens - count);
+    return keys_.whole_block(start + tokens - count);
+  }
+
+  // Calls a function for every block of heads and dimensions, with its sizes at compile time.
+  template <typename Function>
+  void blocks(const Function& call) const {
+    int64_t g = 0;
+    for (; g + kLoneHeads <= a_.group; g += kLoneHeads) blocks_of_heads<kLoneHeads>(g, call);
+    for (; g < a_.group; ++g) blocks_of_heads<1>(g, call);
+  }
+
+  template <int heads, typename Function>
+  void blocks_of_heads(int64_t g, const Function& call) const {
+    const std::integral_constant<int, heads> some;
+    int64_t h = 0;
+    for (; h + kLoneVecs * kLanes <= dim_; h += kLoneVecs * kLanes) {
+      call(some, std::integral_constant<int, kLoneVecs>(), g, h);
+    }
+    for (; h < dim_; h += kLanes) call(some, std::integral_constant<int, 1>(), g, h);
+  }
+
+  // Scores of kLanes keys.
+  void score(const Rows<T>& keys, float* to) const {
+    blocks([&](auto heads, auto vecs, int64_t g, int64_t h) { multiply<heads, vecs>(keys, g, h); });
     for (int64_t g = 0; g < a_.group; ++g) {
-      Vec products[kLanes] = {};
-      for (int64_t h = 0; h < dim_; h += kLanes) {
-        const Vec query = load(queries_ + g * dim_ + h);
-        for (int i = 0; i < kLanes; ++i) products[i] += query * load(keys[i] + h);
-      }
+      Vec products[kLanes];
+      for (int i = 0; i < kLanes; ++i) products[i] = load(products_ + (g * kLanes + i) * kLanes);
       const Vec scores = sum_each(products);
       store(to + g * kLoneChunk, a_.soft_cap ? capped(scores, a_.soft_cap) : scores);
     }
   }
 
-  // Makes weights of scores; the last ones, up to a whole vector, become 0.
+  // Products of keys with some queries in some dimensions, which are not yet summed over the lanes.
+  template <int heads, int vecs>
+  void multiply(const Rows<T>& keys, int64_t g, int64_t h) const {
+    Vec query[heads][vecs];
+    for (int i = 0; i < heads; ++i) {
+      for (int v = 0; v < vecs; ++v) query[i][v] = load(queries_ + (g + i) * dim_ + h + v * kLanes);
+    }
+    const float* key = keys.data + h;
+    float* to = products_ + g * kLanes * kLanes;
+    for (int token = 0; token < kLanes; ++token, key += keys.stride, to += kLanes) {
+      Vec sums[heads];
+      for (int i = 0; i < heads; ++i) sums[i] = h ? load(to + i * kLanes * kLanes) : Vec{};
+      for (int v = 0; v < vecs; ++v) {
+        const Vec part = load(key + v * kLanes);
+        if (g == 0) keys.fetch_later(token, h + v * kLanes);
+        for (int i = 0; i < heads; ++i) sums[i] += query[i][v] * part;
+      }
+      for (int i = 0; i < heads; ++i) store(to + i * kLanes * kLanes, sums[i]);
+    }
+  }
+
+  // Hides all but the tokens from `begin` to `end` of a block.
+  void hide(int64_t begin, int64_t end, float* scores) const {
+    for (int64_t g = 0; g < a_.group; ++g, scores += kLoneChunk) {
+      if (begin > 0) std::fill(scores, scores + begin, -kInfinity);
+      if (end < kLanes) std::fill(scores + end, scores + kLanes, -kInfinity);
+    }
+  }
+
+  // Makes weights of scores.
   static void weigh(float* scores, int64_t count, float& top, float& mass) {
-    std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, -kInfinity);
     Vec tops = broadcast(-kInfinity), masses{};
     for (int64_t i = 0; i < count; i += kLanes) tops = max(tops, load(scores + i));
     top = highest(tops);
@@ -67,43 +126,35 @@ class Lone {
     mass = sum(masses);
   }
 
-  // Adds the values of kLanes tokens, times their weights, for blocks of sums that stay in registers.
-  void add_all(const float* const* values, const float* weights, float* out) const {
-    int64_t g = 0;
-    for (; g + 3 <= a_.group; g += 3) add_heads<3>(values, weights + g * kLoneChunk, out + g * dim_);
-    for (; g < a_.group; ++g) add_heads<1>(values, weights + g * kLoneChunk, out + g * dim_);
-  }
-
-  template <int heads>
-  void add_heads(const float* const* values, const float* weights, float* out) const {
-    int64_t h = 0;
-    for (; h + 4 * kLanes <= dim_; h += 4 * kLanes) add<heads, 4>(values, h, weights, out + h);
-    for (; h < dim_; h += kLanes) add<heads, 1>(values, h, weights, out + h);
-  }
-
+  // Adds values times their weights in some dimensions of the outputs of some heads.
   template <int heads, int vecs>
-  void add(const float* const* values, int64_t h, const float* weights, float* out) const {
+  void add(const Rows<T>& values, int64_t g, int64_t h, const float* weights, float* out) const {
     Vec sums[heads][vecs];
-    for (int g = 0; g < heads; ++g) {
-      for (int v = 0; v < vecs; ++v) sums[g][v] = load(out + g * dim_ + v * kLanes);
+    weights += g * kLoneChunk;
+    out += g * dim_ + h;
+    for (int i = 0; i < heads; ++i) {
+      for (int v = 0; v < vecs; ++v) sums[i][v] = load(out + i * dim_ + v * kLanes);
     }
-    for (int i = 0; i < kLanes; ++i) {
-      Vec value[vecs];
-      for (int v = 0; v < vecs; ++v) value[v] = load(values[i] + h + v * kLanes);
-      for (int g = 0; g < heads; ++g) {
-        const Vec weight = broadcast(weights[g * kLoneChunk + i]);
-        for (int v = 0; v < vecs; ++v) sums[g][v] += weight * value[v];
+    const float* value = values.data + h;
+    for (int token = 0; token < kLanes; ++token, value += values.stride) {
+      Vec weight[heads];
+      for (int i = 0; i < heads; ++i) weight[i] = broadcast(weights[i * kLoneChunk + token]);
+      for (int v = 0; v < vecs; ++v) {
+        const Vec part = load(value + v * kLanes);
+        if (g == 0) values.fetch_later(token, h + v * kLanes);
+        for (int i = 0; i < heads; ++i) sums[i][v] += weight[i] * part;
       }
     }
-    for (int g = 0; g < heads; ++g) {
-      for (int v = 0; v < vecs; ++v) store(out + g * dim_ + v * kLanes, sums[g][v]);
+    for (int i = 0; i < heads; ++i) {
+      for (int v = 0; v < vecs; ++v) store(out + i * dim_ + v * kLanes, sums[i][v]);
     }
   }
 
   const Attention& a_;
   const int64_t dim_;
   float *const queries_, *const weights_;  // [G, padded H], [G, kLoneChunk]
-  Tokens<T, kLanes> keys_, values_;
+  float* const products_;                  // [G, kLanes, kLanes]
+  const Tokens<T, kLanes> keys_, values_;
 };
 
 }  // namespace astraea

@@ -54,48 +54,70 @@ T* token_at(const Attention& a, int64_t page, int64_t side, int64_t head, int64_
   return static_cast<T*>(a.pages) + (((page * 2 + side) * a.heads + head) * a.page_size + offset) * a.dim;
 }
 
-// Tokens of one head, keys (side 0) or values (1), as rows of float32 with padded_dim() columns.
-template <typename T, int most>
+// Keys or values of consecutive tokens, as rows of float32 with padded_dim() columns, and what is to be read later.
+template <typename T>
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const T* later;
+  int64_t later_stride;
+
+  // Has a vector of a later row fetched into the nearest cache.
+  void fetch_later(int64_t row, int64_t h) const { __builtin_prefetch(later + row * later_stride + h); }
+};
+
+// Tokens of a unit's context, keys (side 0) or values (1), in blocks of `length`.
+template <typename T, int length>
 class Tokens {
  public:
-  static int64_t scratch(const Attention& a) { return (most + 1) * a.padded_dim(); }
+  static int64_t scratch(const Attention& a) { return length * a.padded_dim(); }
 
   Tokens(const Attention& a, const Unit& unit, int64_t side, Scratch& scratch)
-      : a_(a), unit_(unit), side_(side), copies_(scratch.take(this->scratch(a))) {
-    std::fill(copies_, copies_ + this->scratch(a), 0.0f);
+      : a_(a), unit_(unit), side_(side), copies_(scratch.take(this->scratch(a))) {}
+
+  // The block at `position`, a multiple of `length`, with zeros for tokens that the unit does not see. They are copied
+  // unless they lie as they are needed.
+  Rows<T> read(int64_t position, const T* later) const {
+    const int64_t padded = a_.padded_dim();
+    const T* whole = whole_block(position);
+    if (!later) later = whole ? whole : first_token(std::max(position, unit_.begin));
+    if (std::is_same_v<T, float> && padded == a_.dim && whole) {
+      return {reinterpret_cast<const float*>(whole), padded, later, a_.dim};
+    }
+    const int64_t begin = std::max(position, unit_.begin), end = std::min(position + length, unit_.end);
+    std::fill(copies_, copies_ + (begin - position) * padded, 0.0f);
+    for (int64_t at = begin; at < end;) {
+      const T* from = first_token(at);
+      const int64_t stop = std::min(end, (at / a_.page_size + 1) * a_.page_size);
+      for (; at < stop; ++at, from += a_.dim) widen(from, copies_ + (at - position) * padded);
+    }
+    std::fill(copies_ + (end - position) * padded, copies_ + length * padded, 0.0f);
+    return {copies_, padded, later, a_.dim};
   }
 
-  // Rows of the `count` tokens from `position` on; they are zeros up to the end.
-  const float* const* read(int64_t position, int64_t count) {
-    const int32_t* table = a_.page_table + unit_.row * a_.width;
-    const int64_t padded = a_.padded_dim();
-    const bool lies_right = std::is_same_v<T, float> && padded == a_.dim;
-    int64_t page = position / a_.page_size, offset = position % a_.page_size;
-    for (int64_t i = 0; i < count;) {
-      const T* from = token_at<T>(a_, table[page++], side_, unit_.head, offset);
-      const int64_t here = std::min(a_.page_size - offset, count - i);
-      for (int64_t end = i + here; i < end; ++i, from += a_.dim) {
-        rows_[i] = lies_right ? reinterpret_cast<const float*>(from) : widen(from, copies_ + i * padded);
-      }
-      offset = 0;
-    }
-    std::fill(rows_ + count, rows_ + most, copies_ + most * padded);
-    return rows_;
+  // Where the block at `position` lies, if the unit sees it all and it lies in one page; else null.
+  const T* whole_block(int64_t position) const {
+    const bool whole = position >= unit_.begin && position + length <= unit_.end;
+    return whole && position % a_.page_size + length <= a_.page_size ? first_token(position) : nullptr;
   }
 
  private:
-  const float* widen(const T* from, float* to) const {
+  const T* first_token(int64_t position) const {
+    const int64_t page = a_.page_table[unit_.row * a_.width + position / a_.page_size];
+    return token_at<T>(a_, page, side_, unit_.head, position % a_.page_size);
+  }
+
+  void widen(const T* from, float* to) const {
     int64_t h = 0;
     for (; h + kLanes <= a_.dim; h += kLanes) store(to + h, load(from + h));
     for (; h < a_.dim; ++h) to[h] = load_one(from + h);
-    return to;
+    std::fill(to + h, to + a_.padded_dim(), 0.0f);
   }
 
   const Attention& a_;
   const Unit& unit_;
   const int64_t side_;
-  float* const copies_;  // the last row stays zero
-  const float* rows_[most];
+  float* const copies_;  // [length, padded H]
 };
 
 }  // namespace astraea

@@ -48,19 +48,17 @@ class Tile {
     for (int64_t m = 0; m < lanes_; ++m) position_[m] = unit.position + std::min(m, used_ - 1) / a.group;
   }
 
-  // Attends to the tokens from `begin` to `end`.
+  // Attends to the tokens from `begin` to `end`, which lie between two multiples of kTileChunk.
   void attend(int64_t begin, int64_t end, State& to) {
     std::fill(out_, out_ + lanes_ * dim_, 0.0f);
     std::fill(top_, top_ + lanes_, -kInfinity);
     std::fill(mass_, mass_ + lanes_, 0.0f);
-    for (int64_t at = begin; at < end; at += kTileBlock) {
-      const int64_t count = std::min(kTileBlock, end - at);
-      keys = keys_.read(at, count);
-      values = values_.read(at, count);
+    for (int64_t at = begin / kTileBlock * kTileBlock; at < end; at += kTileBlock) {
+      const Rows<T> keys = keys_.read(at, nullptr), values = values_.read(at, nullptr);
       int64_t lane = 0;
-      for (; lane + kPanel <= lanes_; lane += kPanel) visit<kTileVecs>(lane, at, count);
-      if (lane + 2 * kLanes == lanes_) visit<2>(lane, at, count);
-      if (lane + kLanes == lanes_) visit<1>(lane, at, count);
+      for (; lane + kPanel <= lanes_; lane += kPanel) visit<kTileVecs>(lane, at, keys, values);
+      if (lane + 2 * kLanes == lanes_) visit<2>(lane, at, keys, values);
+      if (lane + kLanes == lanes_) visit<1>(lane, at, keys, values);
     }
     std::copy_n(top_, used_, to.top);
     std::copy_n(mass_, used_, to.mass);
@@ -72,30 +70,30 @@ class Tile {
  private:
   static int64_t padded(int64_t lanes) { return (lanes + kLanes - 1) / kLanes * kLanes; }
 
-  // Adds the `count` tokens from `at` on for a panel of lanes, but those that none of it sees.
+  // Adds a block of tokens for a panel of lanes, but those that none of it sees.
   template <int vecs>
-  void visit(int64_t lane, int64_t at, int64_t count) {
+  void visit(int64_t lane, int64_t at, const Rows<T>& keys, const Rows<T>& values) const {
     const int64_t first = position_[lane], last = position_[lane + vecs * kLanes - 1];
-    const int64_t stop = std::min(count, last + 1 - at);
+    const int64_t stop = std::min(kTileBlock, last + 1 - at);
     const int64_t unseen = a_.window ? std::max<int64_t>(0, first - a_.window + 1 - at) : 0;
     const int64_t start = unseen / kTileRows * kTileRows;
     if (start >= stop) return;
-    for (int64_t i = start; i < stop; i += kTileRows) score<vecs>(lane, i);
+    for (int64_t i = start; i < stop; i += kTileRows) score<vecs>(lane, i, keys);
     if (at + stop - 1 > first || (a_.window && at + start <= last - a_.window)) mask<vecs>(lane, at, start, stop);
     Vec shrink[vecs];
     for (int v = 0; v < vecs; ++v) shrink[v] = weigh(lane + v * kLanes, start, stop);
-    for (int64_t h = 0; h < dim_; h += kTileRows) add<vecs>(lane, h, start, stop, shrink);
+    for (int64_t h = 0; h < dim_; h += kTileRows) add<vecs>(lane, h, start, stop, values, shrink);
   }
 
   // Scores of kTileRows tokens.
   template <int vecs>
-  void score(int64_t lane, int64_t token) const {
+  void score(int64_t lane, int64_t token, const Rows<T>& keys) const {
     Vec sums[kTileRows][vecs] = {};
     for (int64_t h = 0; h < a_.dim; ++h) {
       Vec query[vecs];
       for (int v = 0; v < vecs; ++v) query[v] = load(queries_ + h * lanes_ + lane + v * kLanes);
       for (int r = 0; r < kTileRows; ++r) {
-        const Vec key = broadcast(keys[token + r][h]);
+        const Vec key = broadcast(keys.data[(token + r) * keys.stride + h]);
         for (int v = 0; v < vecs; ++v) sums[r][v] += key * query[v];
       }
     }
@@ -141,7 +139,8 @@ class Tile {
 
   // Adds weighted values to kTileRows dimensions of the output.
   template <int vecs>
-  void add(int64_t lane, int64_t h, int64_t start, int64_t stop, const Vec* shrink) const {
+  void add(int64_t lane, int64_t h, int64_t start, int64_t stop, const Rows<T>& values,
+           const Vec* shrink) const {
     Vec sums[kTileRows][vecs];
     float* out = out_ + h * lanes_ + lane;
     for (int r = 0; r < kTileRows; ++r) {
@@ -151,7 +150,7 @@ class Tile {
       Vec weight[vecs];
       for (int v = 0; v < vecs; ++v) weight[v] = load(scores_ + i * lanes_ + lane + v * kLanes);
       for (int r = 0; r < kTileRows; ++r) {
-        const Vec value = broadcast(values[i][h + r]);
+        const Vec value = broadcast(values.data[i * values.stride + h + r]);
         for (int v = 0; v < vecs; ++v) sums[r][v] += value * weight[v];
       }
     }
@@ -166,8 +165,7 @@ class Tile {
   float *const queries_, *const out_;                     // [padded H, lanes]
   float *const top_, *const mass_, *const position_;      // [lanes]
   float* const scores_;                                   // [kTileBlock, lanes]
-  Tokens<T, kTileBlock> keys_, values_;
-  const float *const *keys = nullptr, *const *values = nullptr;  // of the block
+  const Tokens<T, kTileBlock> keys_, values_;
 };
 
 }  // namespace astraea
