@@ -1,14 +1,13 @@
 // Functions of vectors that attention needs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "vectors.h"
 
 namespace astraea {
-
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -86,14 +85,14 @@ inline void transpose(Vec* v) {
   }
 }
 
-// Transposes `from [rows, columns]`; both numbers are multiples of kLanes.
-inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+// Writes the first `count` rows of the transpose of `from [rows, columns]`; both numbers are multiples of kLanes.
+inline void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t count) {
   for (int64_t r = 0; r < rows; r += kLanes) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
+    for (int64_t c = 0; c < count; c += kLanes) {
       Vec block[kLanes];
       for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * columns + c);
       transpose(block);
-      for (int i = 0; i < kLanes; ++i) store(to + (c + i) * rows + r, block[i]);
+      for (int i = 0; i < std::min<int64_t>(kLanes, count - c); ++i) store(to + (c + i) * rows + r, block[i]);
     }
   }
 }

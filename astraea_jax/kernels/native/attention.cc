@@ -103,6 +103,7 @@ class Call {
  public:
   Call(const Attention& a, int64_t threads)
       : a_(a),
+        threads_(threads),
         plan_(plan(a, threads)),
         states_(new float[plan_.parts.back()]),
         left_(new std::atomic<int64_t>[plan_.units.size()]) {
@@ -118,32 +119,41 @@ class Call {
       const int64_t end = std::min(tokens, (i + 1) * kTokensAtOnce);
       for (int64_t token = i * kTokensAtOnce; token < end; ++token) rotate_and_write<T>(a_, token, key);
     });
-    const int64_t pieces = plan_.pieces.size();
+    const int64_t pieces = plan_.pieces.size(), at_once = pieces >= 8 * threads_ * a_.heads ? a_.heads : 1;
+    const auto some = [&](int64_t i) {
+      const int64_t end = std::min(pieces, (i + 1) * at_once);
+      for (int64_t piece = i * at_once; piece < end; ++piece) run(piece);
+    };
+    const int64_t count = (pieces + at_once - 1) / at_once;
     if (plan_.work > kSmall) {
-      parallel(pool, pieces, [&](int64_t i) { run(plan_.pieces[i]); });
+      parallel(pool, count, some);
     } else {
-      for (int64_t i = 0; i < pieces; ++i) run(plan_.pieces[i]);
+      for (int64_t i = 0; i < count; ++i) some(i);
     }
   }
 
  private:
-  void run(const Piece& piece) {
+  void run(int64_t index) {
+    const Piece& piece = plan_.pieces[index];
     const Unit& unit = plan_.units[piece.unit];
     const int64_t size = state_size(a_, unit);
-    const int64_t work = unit.lone ? Lone<T>::scratch(a_) : Tile<T>::scratch(a_, unit.count);
-    Scratch scratch(2 * size + work);
     if (unit.lone) {
-      attend<Lone<T>>(piece, unit, scratch);
+      Scratch scratch(2 * size + Lone<T>::scratch(a_));
+      const int64_t next = std::min<int64_t>(index + 1, plan_.pieces.size() - 1);
+      Lone<T> kernel(a_, unit, plan_.units[plan_.pieces[next].unit], scratch);
+      attend(piece, kernel, scratch);
     } else {
-      attend<Tile<T>>(piece, unit, scratch);
+      Scratch scratch(2 * size + Tile<T>::scratch(a_, unit.count));
+      Tile<T> kernel(a_, unit, scratch);
+      attend(piece, kernel, scratch);
     }
   }
 
   template <typename Kernel>
-  void attend(const Piece& piece, const Unit& unit, Scratch& scratch) {
+  void attend(const Piece& piece, Kernel& kernel, Scratch& scratch) {
+    const Unit& unit = plan_.units[piece.unit];
     const int64_t rows = unit.count * a_.group, dim = a_.padded_dim(), size = State::size(rows, dim);
     State state(scratch.take(size), rows, dim), next(scratch.take(size), rows, dim);
-    Kernel kernel(a_, unit, scratch);
     const int64_t count = chunks(unit);
     const float* sinks = a_.sinks ? a_.sinks + unit.head * a_.group : nullptr;
     if (piece.chunk < 0) {
@@ -165,6 +175,7 @@ class Call {
   }
 
   const Attention& a_;
+  const int64_t threads_;
   const Plan plan_;
   const std::unique_ptr<float[]> states_;
   const std::unique_ptr<std::atomic<int64_t>[]> left_;  // by unit: chunks that are not done

@@ -41,25 +41,27 @@ struct Unit {
   bool lone;                // whether it is the only query of its row
 };
 
-// Memory of a thread for one piece of work, kept for the next.
+// Memory of a thread for one piece of work, kept for the next. Arrays begin with a cache line.
 class Scratch {
  public:
   explicit Scratch(int64_t size) {
-    if (static_cast<int64_t>(memory().size()) < size) memory().resize(size);
+    thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < size + kLine) memory.resize(size + kLine);
+    next_ = memory.data() + kLine - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % kLine;
   }
 
   float* take(int64_t size) {
-    float* from = memory().data() + taken_;
-    taken_ += size;
+    float* from = next_;
+    next_ += aligned(size);
     return from;
   }
 
+  // What is taken for an array of this size.
+  static int64_t aligned(int64_t size) { return (size + kLine - 1) / kLine * kLine; }
+
  private:
-  static std::vector<float>& memory() {
-    thread_local std::vector<float> memory;
-    return memory;
-  }
-  int64_t taken_ = 0;
+  static constexpr int64_t kLine = 16;
+  float* next_;
 };
 
 // What is known of `rows` queries after a part of their context: the highest score and the sum of weights of each, and
@@ -68,10 +70,10 @@ struct State {
   int64_t rows, dim;
   float *top, *mass, *out;
 
-  static int64_t size(int64_t rows, int64_t dim) { return rows * (dim + 2); }
+  static int64_t size(int64_t rows, int64_t dim) { return Scratch::aligned(rows * dim + 2 * rows); }
 
   State(float* memory, int64_t rows, int64_t dim)
-      : rows(rows), dim(dim), top(memory), mass(memory + rows), out(memory + 2 * rows) {}
+      : rows(rows), dim(dim), top(memory + rows * dim), mass(top + rows), out(memory) {}
 
   // Before any token; sinks take part in the sum of weights with a value of 0.
   void start(const float* sinks, int64_t group) {

@@ -14,14 +14,14 @@ struct Float8 {  // e4m3fn: a sign, four bits of exponent, three of fraction; no
 };
 
 inline Vec load(const Float8* from) {
-  typedef uint8_t Eight __attribute__((vector_size(kLanes)));
-  const Bits bits = __builtin_convertvector(bytes_at<Eight>(from), Bits), low = bits & 0x7f;
-  // Exponents begin at -6 here and at -126 in float32. Below that, numbers are multiples of 2^-9; as denormal ones of
-  // float32 they could be lost, since XLA has the processor take those for 0.
-  const Vec normal = (Vec)((low << 20) + (120u << 23));
-  const Vec small = __builtin_convertvector((Ints)low, Vec) * 0x1p-9f;
-  const Bits number = low < 8 ? (Bits)small : low == 0x7f ? Bits{} + 0x7fc00000u : (Bits)normal;
-  return (Vec)(number | (bits & 0x80) << 24);
+  // Copies of the sign end in the exponent of float32, and are taken out of it.
+  const Ints bits = widened(reinterpret_cast<const int8_t*>(from)) << 20 & static_cast<int32_t>(0x87f00000);
+  const Ints size = bits & 0x07f00000;
+  // Exponents begin at -6 here and at -126 in float32. Below that, numbers are multiples of 2^-9: they are had from the
+  // next exponent by a subtraction, since XLA has the processor take denormal numbers of float32 for 0.
+  const Ints small = size < 0x00800000, sign = bits & INT32_MIN;
+  const Vec one = (Vec)(bits + (120 << 23) + (small & 1 << 23)), rest = (Vec)(small & (sign | 121 << 23));
+  return size == 0x07f00000 ? broadcast(__builtin_nanf("")) : one - rest;
 }
 
 inline float load_one(const Float8* from) {
@@ -54,18 +54,6 @@ T* token_at(const Attention& a, int64_t page, int64_t side, int64_t head, int64_
   return static_cast<T*>(a.pages) + (((page * 2 + side) * a.heads + head) * a.page_size + offset) * a.dim;
 }
 
-// Keys or values of consecutive tokens, as rows of float32 with padded_dim() columns, and what is to be read later.
-template <typename T>
-struct Rows {
-  const float* data;
-  int64_t stride;
-  const T* later;
-  int64_t later_stride;
-
-  // Has a vector of a later row fetched into the nearest cache.
-  void fetch_later(int64_t row, int64_t h) const { __builtin_prefetch(later + row * later_stride + h); }
-};
-
 // Tokens of a unit's context, keys (side 0) or values (1), in blocks of `length`.
 template <typename T, int length>
 class Tokens {
@@ -73,36 +61,32 @@ class Tokens {
   static int64_t scratch(const Attention& a) { return length * a.padded_dim(); }
 
   Tokens(const Attention& a, const Unit& unit, int64_t side, Scratch& scratch)
-      : a_(a), unit_(unit), side_(side), copies_(scratch.take(this->scratch(a))) {}
+      : a_(a), unit_(unit), side_(side), padded_(a.padded_dim()), copies_(scratch.take(this->scratch(a))) {}
 
-  // The block at `position`, a multiple of `length`, with zeros for tokens that the unit does not see. They are copied
-  // unless they lie as they are needed.
-  Rows<T> read(int64_t position, const T* later) const {
-    const int64_t padded = a_.padded_dim();
-    const T* whole = whole_block(position);
-    if (!later) later = whole ? whole : first_token(std::max(position, unit_.begin));
-    if (std::is_same_v<T, float> && padded == a_.dim && whole) {
-      return {reinterpret_cast<const float*>(whole), padded, later, a_.dim};
-    }
-    const int64_t begin = std::max(position, unit_.begin), end = std::min(position + length, unit_.end);
-    std::fill(copies_, copies_ + (begin - position) * padded, 0.0f);
-    for (int64_t at = begin; at < end;) {
-      const T* from = first_token(at);
-      const int64_t stop = std::min(end, (at / a_.page_size + 1) * a_.page_size);
-      for (; at < stop; ++at, from += a_.dim) widen(from, copies_ + (at - position) * padded);
-    }
-    std::fill(copies_ + (end - position) * padded, copies_ + length * padded, 0.0f);
-    return {copies_, padded, later, a_.dim};
+  // Where the block at `position` lies, if it can be read there: if the unit sees all of it, in one page and in whole
+  // vectors. Else null.
+  const T* in_place(int64_t position) const {
+    const bool seen = position >= unit_.begin && position + length <= unit_.end;
+    const bool whole = padded_ == a_.dim && position % a_.page_size + length <= a_.page_size;
+    return seen && whole ? at(position) : nullptr;
   }
 
-  // Where the block at `position` lies, if the unit sees it all and it lies in one page; else null.
-  const T* whole_block(int64_t position) const {
-    const bool whole = position >= unit_.begin && position + length <= unit_.end;
-    return whole && position % a_.page_size + length <= a_.page_size ? first_token(position) : nullptr;
+  // The block at `position`, a multiple of `length`, as [length, padded H], with zeros for tokens that the unit does not
+  // see; it lasts until the next one.
+  const float* copy(int64_t position) const {
+    const int64_t begin = std::max(position, unit_.begin), end = std::min(position + length, unit_.end);
+    std::fill(copies_, copies_ + (begin - position) * padded_, 0.0f);
+    for (int64_t token = begin; token < end;) {
+      const T* from = at(token);
+      const int64_t stop = std::min(end, (token / a_.page_size + 1) * a_.page_size);
+      for (; token < stop; ++token, from += a_.dim) widen(from, copies_ + (token - position) * padded_);
+    }
+    std::fill(copies_ + (end - position) * padded_, copies_ + length * padded_, 0.0f);
+    return copies_;
   }
 
  private:
-  const T* first_token(int64_t position) const {
+  const T* at(int64_t position) const {
     const int64_t page = a_.page_table[unit_.row * a_.width + position / a_.page_size];
     return token_at<T>(a_, page, side_, unit_.head, position % a_.page_size);
   }
@@ -111,13 +95,13 @@ class Tokens {
     int64_t h = 0;
     for (; h + kLanes <= a_.dim; h += kLanes) store(to + h, load(from + h));
     for (; h < a_.dim; ++h) to[h] = load_one(from + h);
-    std::fill(to + h, to + a_.padded_dim(), 0.0f);
+    std::fill(to + h, to + padded_, 0.0f);
   }
 
   const Attention& a_;
   const Unit& unit_;
-  const int64_t side_;
-  float* const copies_;  // [length, padded H]
+  const int64_t side_, padded_;
+  float* const copies_;
 };
 
 }  // namespace astraea

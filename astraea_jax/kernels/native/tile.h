@@ -25,7 +25,7 @@ class Tile {
  public:
   static int64_t scratch(const Attention& a, int64_t queries) {
     const int64_t lanes = padded(queries * a.group);
-    return lanes * (2 * a.padded_dim() + 3 + kTileBlock) + 2 * Tokens<T, kTileBlock>::scratch(a);
+    return lanes * (2 * a.padded_dim() + kTileBlock) + 3 * Scratch::aligned(lanes) + 2 * Tokens<T, kTileBlock>::scratch(a);
   }
 
   Tile(const Attention& a, const Unit& unit, Scratch& scratch)
@@ -44,7 +44,7 @@ class Tile {
         values_(a, unit, 1, scratch) {
     std::fill(out_, out_ + lanes_ * dim_, 0.0f);
     for (int64_t m = 0; m < used_; ++m) std::copy_n(a.query(unit.first + m / a.group, unit.head, m % a.group), a.dim, out_ + m * dim_);
-    transpose(out_, lanes_, dim_, queries_);
+    transpose(out_, lanes_, dim_, queries_, dim_);
     for (int64_t m = 0; m < lanes_; ++m) position_[m] = unit.position + std::min(m, used_ - 1) / a.group;
   }
 
@@ -54,7 +54,7 @@ class Tile {
     std::fill(top_, top_ + lanes_, -kInfinity);
     std::fill(mass_, mass_ + lanes_, 0.0f);
     for (int64_t at = begin / kTileBlock * kTileBlock; at < end; at += kTileBlock) {
-      const Rows<T> keys = keys_.read(at, nullptr), values = values_.read(at, nullptr);
+      const float *keys = rows(keys_, at), *values = rows(values_, at);
       int64_t lane = 0;
       for (; lane + kPanel <= lanes_; lane += kPanel) visit<kTileVecs>(lane, at, keys, values);
       if (lane + 2 * kLanes == lanes_) visit<2>(lane, at, keys, values);
@@ -62,17 +62,23 @@ class Tile {
     }
     std::copy_n(top_, used_, to.top);
     std::copy_n(mass_, used_, to.mass);
-    for (int64_t m = 0; m < used_; ++m) {
-      for (int64_t h = 0; h < dim_; ++h) to.out[m * dim_ + h] = out_[h * lanes_ + m];
-    }
+    transpose(out_, dim_, lanes_, to.out, used_);
   }
 
  private:
   static int64_t padded(int64_t lanes) { return (lanes + kLanes - 1) / kLanes * kLanes; }
 
+  // A block of tokens as float32, where it lies if it is so.
+  static const float* rows(const Tokens<T, kTileBlock>& tokens, int64_t at) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (const float* place = tokens.in_place(at)) return place;
+    }
+    return tokens.copy(at);
+  }
+
   // Adds a block of tokens for a panel of lanes, but those that none of it sees.
   template <int vecs>
-  void visit(int64_t lane, int64_t at, const Rows<T>& keys, const Rows<T>& values) const {
+  void visit(int64_t lane, int64_t at, const float* keys, const float* values) const {
     const int64_t first = position_[lane], last = position_[lane + vecs * kLanes - 1];
     const int64_t stop = std::min(kTileBlock, last + 1 - at);
     const int64_t unseen = a_.window ? std::max<int64_t>(0, first - a_.window + 1 - at) : 0;
@@ -87,13 +93,13 @@ class Tile {
 
   // Scores of kTileRows tokens.
   template <int vecs>
-  void score(int64_t lane, int64_t token, const Rows<T>& keys) const {
+  void score(int64_t lane, int64_t token, const float* keys) const {
     Vec sums[kTileRows][vecs] = {};
     for (int64_t h = 0; h < a_.dim; ++h) {
       Vec query[vecs];
       for (int v = 0; v < vecs; ++v) query[v] = load(queries_ + h * lanes_ + lane + v * kLanes);
       for (int r = 0; r < kTileRows; ++r) {
-        const Vec key = broadcast(keys.data[(token + r) * keys.stride + h]);
+        const Vec key = broadcast(keys[(token + r) * dim_ + h]);
         for (int v = 0; v < vecs; ++v) sums[r][v] += key * query[v];
       }
     }
@@ -139,7 +145,7 @@ class Tile {
 
   // Adds weighted values to kTileRows dimensions of the output.
   template <int vecs>
-  void add(int64_t lane, int64_t h, int64_t start, int64_t stop, const Rows<T>& values,
+  void add(int64_t lane, int64_t h, int64_t start, int64_t stop, const float* values,
            const Vec* shrink) const {
     Vec sums[kTileRows][vecs];
     float* out = out_ + h * lanes_ + lane;
@@ -150,7 +156,7 @@ class Tile {
       Vec weight[vecs];
       for (int v = 0; v < vecs; ++v) weight[v] = load(scores_ + i * lanes_ + lane + v * kLanes);
       for (int r = 0; r < kTileRows; ++r) {
-        const Vec value = broadcast(values.data[i * values.stride + h + r]);
+        const Vec value = broadcast(values[i * dim_ + h + r]);
         for (int v = 0; v < vecs; ++v) sums[r][v] += value * weight[v];
       }
     }
