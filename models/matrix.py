@@ -39,7 +39,7 @@ class Matrix(nnx.Module):
     """A matrix ``[I, O]``, or one of every expert ``[E, I, O]``, at first random.
 
     ``weight`` holds its numbers or codes; ``scales`` and ``zeros``, where the form has them, are as large as
-    :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum.
+    :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum. ``outputs``: O, should the weight be stored otherwise.
     """
 
     stack: InStack | None = None
@@ -48,7 +48,7 @@ class Matrix(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs, *, summed: bool = False
     ):
-        self.summed = summed
+        self.summed, self.outputs = summed, shape[-1]
         self.form = form = form and form.fitted(shape[-2])
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
         if form is not None:

@@ -3,6 +3,7 @@
 from .backend import Backend, Batch
 from .choice import BACKENDS, choose, grouped_product
 from .gpu import Triton
+from .native.attention import Native
 from .reference import Reference
 
-__all__ = ["BACKENDS", "Backend", "Batch", "Reference", "Triton", "choose", "grouped_product"]
+__all__ = ["BACKENDS", "Backend", "Batch", "Native", "Reference", "Triton", "choose", "grouped_product"]

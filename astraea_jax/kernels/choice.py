@@ -13,16 +13,20 @@ from .grouped import GroupedProduct
 from .grouped_reference import GroupedReference
 from .grouped_tpu import GroupedTPU
 from .grouped_triton import GroupedTriton
+from .native.attention import Native
 from .pallas_tpu import PallasInterpreted, PallasTPU
 from .published_tpu import JaxRPA, TokamaxRPA
 from .reference import Reference
 
 log = logging.getLogger(__name__)
 
-_ALL: tuple[type[Backend], ...] = (Reference, Triton, TokamaxRPA, JaxRPA, PallasTPU, PallasInterpreted)
+_ALL: tuple[type[Backend], ...] = (Reference, Native, Triton, TokamaxRPA, JaxRPA, PallasTPU, PallasInterpreted)
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in _ALL}
-PREFERRED = {"gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
+PREFERRED = {"cpu": ("native", "reference"), "gpu": ("triton",), "tpu": ("tokamax", "jax-rpa", "pallas")}
 """JAX platform -> backends, best first; every other platform uses the reference."""
+
+ONLY_ON = {"native": "cpu", **dict.fromkeys(PREFERRED["tpu"], "tpu")}
+"""Backend -> the platform that it is for; the others are for any, or say so themselves."""
 
 GROUPED: dict[str, type[GroupedProduct]] = {"tpu": GroupedTPU}
 """JAX platform -> what multiplies for mixtures of experts; every other platform uses the reference."""
@@ -62,8 +66,10 @@ def choose(
     refusals: list[str] = []
     for candidate in (name,) if name is not None else PREFERRED.get(platform, ("reference",)):
         try:
-            if candidate in PREFERRED["tpu"] and platform != "tpu":
-                raise StartupError(f"attention {candidate!r} is for TPUs, but JAX runs on {platform}; start without it")
+            if (kind := ONLY_ON.get(candidate, platform)) != platform:
+                raise StartupError(
+                    f"attention {candidate!r} is for {kind.upper()}s, but JAX runs on {platform}; start without it"
+                )
             backend = (
                 Triton(compute_capability=compute_capability)
                 if compute_capability and candidate == "triton"

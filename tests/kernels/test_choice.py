@@ -9,6 +9,7 @@ import pytest
 
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels import choose
+from astraea_jax.kernels.native.library import load
 
 LLAMA = {"kv_heads": 8, "head_dim": 128, "page_size": 16, "dtype": "bfloat16"}
 
@@ -20,8 +21,21 @@ def tokamax(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules["tokamax"].__spec__ = type(sys.__spec__)("tokamax", None)
 
 
-def test_a_cpu_has_the_reference():
-    assert choose(None, "cpu", **LLAMA).name == "reference"
+def test_a_cpu_has_the_kernels_in_cpp():
+    assert choose(None, "cpu", **LLAMA).name == "native"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "sizes", "why"), [("nothing-of-this-name", {}, "CXX names"), (None, {"dtype": "float16"}, "float16")]
+)
+def test_a_cpu_without_them_has_the_reference_and_says_why(compiler, sizes, why, caplog, monkeypatch):
+    load.cache_clear()
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    assert choose(None, "cpu", **(LLAMA | sizes)).name == "reference"
+    (message,) = caplog.messages
+    assert message.startswith("attention: reference, because")
+    assert why in message
 
 
 @pytest.mark.usefixtures("tokamax")
@@ -44,6 +58,7 @@ def test_what_else_a_tpu_has_is_announced(sizes, name, caplog, monkeypatch):
     ("name", "platform", "sizes", "why"),
     [
         ("pallas", "cpu", {}, "is for TPUs, but JAX runs on cpu"),
+        ("native", "gpu", {}, "is for CPUs, but JAX runs on gpu"),
         ("jax-rpa", "tpu", {"head_dim": 64}, "128 dimensions, not 64"),
         ("pallas", "tpu", {"page_size": 4}, "multiple of 8 tokens, not 4"),
         ("pallas", "tpu", {"dtype": "float16"}, "not float16"),
