@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -17,7 +15,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
-from astraea_jax.errors import StartupError
+from astraea_jax.folders import cache_folder, private_folder
 
 log = logging.getLogger(__name__)
 
@@ -92,21 +90,7 @@ def use_cache(folder: str | None) -> None:
     """
     if not folder:
         return
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-        open_to_all = path.stat().st_mode & stat.S_IWOTH
-    except OSError as error:
-        raise StartupError(
-            f"the compile cache {path} cannot be used: {error.strerror}; give another folder, or none"
-        ) from error
-    if open_to_all:
-        raise StartupError(
-            f"the compile cache {path} may be written by everybody, and what lies there is run: "
-            "chmod o-w it, or give another folder"
-        )
+    path = private_folder(Path(folder).expanduser(), "the compile cache")
     if jax.config.jax_compilation_cache_dir != str(path):  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # JAX opens its cache once
@@ -115,9 +99,7 @@ def use_cache(folder: str | None) -> None:
 
 def default_cache() -> str:
     """The default folder for compiled steps, in the user's cache folder by the XDG rules."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return str(root / "astraea_jax" / "compiled")
+    return str(cache_folder("compiled"))
 
 
 class CompileGuard:

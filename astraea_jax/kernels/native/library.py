@@ -31,7 +31,7 @@ SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 """Names under which C++ compilers are installed; CXX in the environment goes before them."""
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-TARGETS = {"astraea_attention": "Attention"}
+TARGETS = {"astraea_attention": "Attention", "astraea_product": "Product"}
 """Names of custom calls -> symbols of the library."""
 PATIENCE_S = 300.0
 """Seconds that the compiler may take."""
