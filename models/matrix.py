@@ -39,7 +39,8 @@ class Matrix(nnx.Module):
     """A matrix ``[I, O]``, or one of every expert ``[E, I, O]``, at first random.
 
     ``weight`` holds its numbers or codes; ``scales`` and ``zeros``, where the form has them, are as large as
-    :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum. ``outputs``: O, should the weight be stored otherwise.
+    :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum.
+    ``outputs``: O, however the weight is stored.
     """
 
     stack: InStack | None = None

@@ -34,7 +34,7 @@ def operations(attend: Attend, backend: Backend, mesh: Mesh) -> Operations:
     if isinstance(grouped, GroupedTriton):
         shared = replace(shared, multiply=partial(multiply_narrow, grouped, mesh))
         alone = replace(alone, multiply=partial(multiply_narrow, grouped, None))
-    elif isinstance(backend, Native):
+    elif isinstance(backend, Native) and mesh.size == 1:
         shared, alone = (replace(one, multiply=multiply, product=product) for one in (shared, alone))
     return replace(shared, mixed=partial(_mixed, mesh, grouped, alone))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,22 +9,31 @@ from flax import nnx
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.matrix import Matrix
 from astraea_jax.models.matrix import multiply as multiply_elsewhere
-from astraea_jax.models.product import BITS
+from astraea_jax.models.product import BITS, PANEL
 from astraea_jax.models.product import product as product_elsewhere
 
-PANEL = 64
-"""Outputs of a panel, as in ``products.cc``."""
 DTYPES = (jnp.dtype(jnp.float32), BITS, jnp.dtype(jnp.int8))
 """Dtypes of weights that it reads."""
 
 
 def put_in_panels(decoder: Decoder) -> None:
-    """Store the matrices of a decoder that :func:`multiply` reads as panels ``[ceil(O / 64), I, 64]``, in place."""
+    """Store the matrices of a decoder that :func:`multiply` reads, and its tables of tokens, as panels, in place."""
     for _, module in nnx.iter_modules(decoder):
         if isinstance(module, Matrix) and _is_read(module):
-            module.weight = nnx.Param(_in_panels(module.weight[...]))
-    if not decoder.config.tie_embeddings and decoder.lm_head.weight.dtype in DTYPES:
-        decoder.lm_head.weight = nnx.Param(_in_panels(decoder.lm_head.weight[...]))
+            module.weight = nnx.Param(in_panels(module.weight[...]))
+    tied = decoder.config.tie_embeddings
+    head = decoder.embed if tied else decoder.lm_head
+    if head.weight.dtype in DTYPES:
+        weight = head.weight[...]
+        head.weight = nnx.Param(in_panels(weight.T if tied else weight))
+
+
+@jax.jit
+def in_panels(weight: jax.Array) -> jax.Array:
+    """``weight [I, O]`` as panels ``[ceil(O / PANEL), I, PANEL]``, padded with zeros."""
+    inputs, outputs = weight.shape
+    padded = jnp.pad(weight, ((0, 0), (0, -outputs % PANEL)))
+    return padded.reshape(inputs, -1, PANEL).swapaxes(0, 1)
 
 
 def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
@@ -39,9 +46,9 @@ def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
 
 def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.Array:
     """In the place of :func:`astraea_jax.models.product.product`; with panels the result is padded with zeros."""
-    if weight.dtype not in DTYPES or (weight.ndim != 3 and not transposed):
+    if weight.ndim != 3:
         return product_elsewhere(x, weight, transposed=transposed)
-    return _call(x, weight, len(weight) if transposed else len(weight) * PANEL)
+    return _call(x, weight, len(weight) * PANEL)
 
 
 def _is_read(matrix: Matrix) -> bool:
@@ -51,15 +58,8 @@ def _is_read(matrix: Matrix) -> bool:
     return matrix.weight.ndim == 2 and matrix.weight.dtype in DTYPES and by_output
 
 
-@partial(jax.jit, donate_argnums=0)
-def _in_panels(weight: jax.Array) -> jax.Array:
-    inputs, outputs = weight.shape
-    padded = jnp.pad(weight, ((0, 0), (0, -outputs % PANEL)))
-    return padded.reshape(inputs, -1, PANEL).swapaxes(0, 1)
-
-
 def _call(x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
-    """``x [T, I]`` times panels or a table ``[O, I]``: ``[T, O]`` float32."""
+    """``x [T, I]`` times panels: ``[T, O]`` float32."""
     result = jax.ShapeDtypeStruct((len(x), outputs), jnp.float32)
     out: jax.Array = jax.ffi.ffi_call("astraea_product", result)(x.astype(jnp.float32), weight)
     return out
