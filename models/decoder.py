@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -308,10 +309,11 @@ class Decoder(nnx.Module):
         periods = [n for n in range(1, max(1, count // 2) + 1) if count % n == 0]
         return next((n for n in periods if layers[n:] == layers[:-n]), None)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits of the next token, ``[T, D] -> [T, V]`` float32."""
+    def logits(self, hidden: jax.Array, product: Callable[..., jax.Array] = product) -> jax.Array:
+        """Logits of the next token, ``[T, D] -> [T, V]`` float32; ``product`` as in :class:`.operations.Operations`."""
         tied, cap = self.config.tie_embeddings, self.config.logit_cap
         logits = product(hidden, (self.embed if tied else self.lm_head).weight[...], transposed=tied)
+        logits = logits[:, : self.config.vocab_size]
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

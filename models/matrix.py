@@ -40,6 +40,7 @@ class Matrix(nnx.Module):
 
     ``weight`` holds its numbers or codes; ``scales`` and ``zeros``, where the form has them, are as large as
     :meth:`.Format.grid` says, for every expert. ``summed``: devices divide its inputs, so that a product is their sum.
+    ``outputs``: O, however the weight is stored.
     """
 
     stack: InStack | None = None
@@ -48,7 +49,7 @@ class Matrix(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, form: Format | None, rngs: nnx.Rngs, *, summed: bool = False
     ):
-        self.summed = summed
+        self.summed, self.outputs = summed, shape[-1]
         self.form = form = form and form.fitted(shape[-2])
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
         if form is not None:

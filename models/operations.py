@@ -11,6 +11,7 @@ import jax
 from .experts import Mixed
 from .heads import Heads
 from .matrix import Matrix, multiply
+from .product import product
 
 LayerCache = Any
 """State that ``attend`` keeps for one layer; opaque to the model."""
@@ -28,5 +29,7 @@ class Operations:
     attend: Attend
     multiply: Callable[[jax.Array, Matrix], jax.Array] = multiply
     """``multiply(x [T, I], matrix [I, O]) -> [T, O]``."""
+    product: Callable[..., jax.Array] = product
+    """Product with the head, as :func:`.product.product`; it may return more outputs than there are."""
     mixed: Mixed | None = None
     """None: the model has no experts."""

@@ -25,6 +25,8 @@ BITS_OF = {jnp.dtype(jnp.bfloat16): BITS, jnp.dtype(jnp.float8_e4m3fn): jnp.dtyp
 """Dtype of weights -> that of integers of the same bits, which a CPU widens faster."""
 WIDENED_AT_ONCE = 2**21
 """Numbers of a weight that are widened at once: 8 MiB in float32."""
+PANEL = 64
+"""Outputs of a panel. The kernel of CPUs has weights ``[I, O]`` as panels ``[ceil(O / PANEL), I, PANEL]``."""
 LANES = 8
 """Numbers of a column that the product of one row adds up before it writes their sum."""
 
@@ -48,8 +50,9 @@ def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax
 
 
 def rows(weight: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
-    """Rows ``[T, D]`` of ``weight [V, D]``, in ``dtype``."""
-    return widened(weight[index]).astype(dtype) if weight.dtype == BITS else weight[index].astype(dtype)
+    """Rows ``[T, D]`` of ``weight [V, D]``, or of the panels of its transpose, in ``dtype``."""
+    found = weight[index // PANEL, :, index % PANEL] if weight.ndim == 3 else weight[index]
+    return (widened(found) if weight.dtype == BITS else found).astype(dtype)
 
 
 def _multiplied(x: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:

@@ -20,6 +20,8 @@ from astraea_jax.kernels.choice import grouped_product
 from astraea_jax.kernels.dense_triton import multiply_narrow
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.kernels.grouped_triton import GroupedTriton
+from astraea_jax.kernels.native.attention import Native
+from astraea_jax.kernels.native.products import multiply, product
 from astraea_jax.models.experts import Mixture
 from astraea_jax.models.operations import Attend, Operations
 from astraea_jax.models.sharding import TP, spec
@@ -32,6 +34,8 @@ def operations(attend: Attend, backend: Backend, mesh: Mesh) -> Operations:
     if isinstance(grouped, GroupedTriton):
         shared = replace(shared, multiply=partial(multiply_narrow, grouped, mesh))
         alone = replace(alone, multiply=partial(multiply_narrow, grouped, None))
+    elif isinstance(backend, Native) and mesh.size == 1:
+        shared, alone = (replace(one, multiply=multiply, product=product) for one in (shared, alone))
     return replace(shared, mixed=partial(_mixed, mesh, grouped, alone))
 
 

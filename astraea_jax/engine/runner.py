@@ -22,6 +22,8 @@ from astraea_jax.engine.resampling import ENTRIES, ENTRY, lowerings, mask_words
 from astraea_jax.engine.sampling import MIN_TEMPERATURE, SamplingParams
 from astraea_jax.engine.step import COLUMNS, Step, StepShape, StepSizes
 from astraea_jax.kernels import Backend
+from astraea_jax.kernels.native.attention import Native
+from astraea_jax.kernels.native.products import put_in_panels
 from astraea_jax.kv_cache.arrays import PagedKV, make_pages
 from astraea_jax.kv_cache.offload import NOWHERE, PINNED, Block, batch_sizes, block_sharding, block_sizes
 from astraea_jax.models.decoder import Decoder
@@ -108,6 +110,8 @@ class Runner:
             decoder.stack()
         if mesh.devices.flat[0].platform == "cpu":
             decoder.keep_bits()
+        if isinstance(layout.backend, Native) and mesh.size == 1 and not decoder.stacked:
+            put_in_panels(decoder)
         sizes = StepSizes(
             num_pages=layout.num_pages,
             page_size=config.page_size,

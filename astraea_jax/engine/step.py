@@ -42,6 +42,7 @@ from astraea_jax.kv_cache.arrays import (
 )
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
+from astraea_jax.models.operations import Operations
 from astraea_jax.models.sharding import TP, placed
 
 PREFILL_TILE = 16
@@ -311,18 +312,18 @@ class Step:
         if shape.q_tile > 1 and few < shape.rows:
             sampled, logits = jax.lax.cond(
                 jnp.sum(rows[:, 3]) <= few,  # they are the first
-                lambda: _padded(self._predicted(decoder, hidden[:few]), shape.rows),
-                lambda: self._predicted(decoder, hidden),
+                lambda: _padded(self._predicted(decoder, ops, hidden[:few]), shape.rows),
+                lambda: self._predicted(decoder, ops, hidden),
             )
         else:
-            sampled, logits = self._predicted(decoder, hidden)
+            sampled, logits = self._predicted(decoder, ops, hidden)
         last = remembered(last, rows, sampled)
         return kept, last, table, *_padded((sampled, logits), self.drawn(shape))
 
-    def _predicted(self, decoder: Decoder, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _predicted(self, decoder: Decoder, ops: Operations, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable token of each row, int32, -1 where its logits are not finite, and the logits ``[R, V]``."""
         # Resharded from vocabulary to rows, so no device ever holds all of them.
-        logits = self._sharded(self._sharded(decoder.logits(hidden), None, TP), TP)
+        logits = self._sharded(self._sharded(decoder.logits(hidden, ops.product), None, TP), TP)
         return self._checked(logits, likeliest(logits)), logits
 
     def _attend(self, q_tile: int, heads: Heads, layer: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,15 +1,15 @@
 // Products of activations with weights: every weight is read from memory once, whatever the number of rows.
 //
 // XLA's libraries put the weights of a product in order before they multiply, at every call, which takes as long as the
-// product itself where there are few rows. Here outputs are cut into panels, each the work of one thread. The panel of a
-// weight [I, O] is multiplied where it lies if one block of rows does it, and else first copied to where it stays in the
-// thread's cache. A weight [O, I] lies as it is needed.
+// product itself where there are few rows. Here they lie in that order from the start: a weight [I, O] is stored as
+// panels [ceil(O / 64), I, 64] of 64 outputs each, padded with zeros. A panel is the work of one thread, in whose cache it
+// stays while rows are multiplied, and which fetches its next one meanwhile.
 //
-// A result is one sum in the order of the inputs, or, for [O, I], one sum for each lane of a vector. So it depends
-// neither on other rows nor on their number.
+// Every result is one sum in the order of the inputs, so it depends neither on other rows nor on their number.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "threads.h"
@@ -18,177 +18,132 @@
 namespace astraea {
 namespace {
 
+constexpr int kPanel = 64;  // outputs of a panel
+constexpr int kLine = 64;  // bytes that are fetched at once
+constexpr int64_t kNear = 256 << 10;  // bytes of activations that stay in a thread's cache beside a panel
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVecs = 4;  // 24 sums, 4 vectors of weights and a factor fill 32 registers
 #else
-constexpr int kRows = 4, kVecs = 2;  // 8, 2 and 1 of 16
+constexpr int kRows = 4, kVecs = 2;  // 8 sums, 2 vectors and a factor fit into 16
 #endif
-constexpr int kAhead = 12;  // rows of a weight that are fetched ahead
+constexpr int64_t kWidened = 4 * kRows;  // rows from which on narrow weights are widened once for all of them
 
 struct Sizes {
   int64_t rows, inputs, outputs;
 };
 
-// Sums of `rows` rows and `vecs` vectors of outputs. `stride` is the distance of two inputs' weights.
-template <int rows, int vecs, typename W>
-void multiply_block(const float* x, int64_t inputs, const W* w, int64_t stride, float* out, int64_t outputs) {
-  Vec sums[rows][vecs] = {};
-  for (int64_t i = 0; i < inputs; ++i, w += stride) {
-    Vec weights[vecs];
-    for (int v = 0; v < vecs; ++v) {
-      weights[v] = load(w + v * kLanes);
-      if (stride != vecs * kLanes) __builtin_prefetch(w + kAhead * stride + v * kLanes);
-    }
+// What is fetched while a block is multiplied: so many lines for each input.
+struct Ahead {
+  const char* at;
+  int lines;
+};
+
+// Sums of `rows` rows and kVecs vectors of a panel.
+template <int rows, typename W>
+void multiply_block(const float* x, int64_t inputs, const W* panel, float* out, int64_t stride, Ahead ahead) {
+  Vec sums[rows][kVecs] = {};
+  for (int64_t i = 0; i < inputs; ++i, panel += kPanel) {
+    for (int n = 0; n < ahead.lines; ++n, ahead.at += kLine) __builtin_prefetch(ahead.at);
+    Vec weights[kVecs];
+    for (int v = 0; v < kVecs; ++v) weights[v] = load(panel + v * kLanes);
     for (int r = 0; r < rows; ++r) {
       const Vec factor = broadcast(x[r * inputs + i]);
-      for (int v = 0; v < vecs; ++v) sums[r][v] += factor * weights[v];
+      for (int v = 0; v < kVecs; ++v) sums[r][v] += factor * weights[v];
     }
   }
   for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vecs; ++v) store(out + r * outputs + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVecs; ++v) store(out + r * stride + v * kLanes, sums[r][v]);
   }
 }
 
 // Calls multiply_block with as many rows as there are, at most kRows.
-template <int vecs, typename W, int rows = kRows>
-void multiply_rows(int64_t count, const float* x, int64_t inputs, const W* w, int64_t stride, float* out,
-                   int64_t outputs) {
+template <typename W, int rows = kRows>
+void multiply_rows(int64_t count, const float* x, int64_t inputs, const W* panel, float* out, int64_t stride,
+                   Ahead ahead) {
   if constexpr (rows > 0) {
     if (count == rows) {
-      multiply_block<rows, vecs>(x, inputs, w, stride, out, outputs);
-    } else {
-      multiply_rows<vecs, W, rows - 1>(count, x, inputs, w, stride, out, outputs);
-    }
-  }
-}
-
-// All rows times a panel of `vecs` vectors of outputs of a weight [I, O].
-template <int vecs, typename W>
-void multiply_panel(const Sizes& s, const float* x, const W* w, float* out) {
-  constexpr int64_t width = vecs * kLanes;
-  if (s.rows <= kRows) {
-    multiply_rows<vecs>(s.rows, x, s.inputs, w, s.outputs, out, s.outputs);
-    return;
-  }
-  thread_local std::vector<float> panel;
-  panel.resize(s.inputs * width);
-  for (int64_t i = 0; i < s.inputs; ++i) {
-    for (int v = 0; v < vecs; ++v) {
-      const W* from = w + i * s.outputs + v * kLanes;
-      __builtin_prefetch(from + kAhead * s.outputs);
-      store(&panel[i * width + v * kLanes], load(from));
-    }
-  }
-  for (int64_t r = 0; r < s.rows; r += kRows) {
-    const int64_t count = std::min<int64_t>(kRows, s.rows - r);
-    multiply_rows<vecs>(count, x + r * s.inputs, s.inputs, panel.data(), width, out + r * s.outputs, s.outputs);
-  }
-}
-
-// The outputs that do not fill a vector.
-template <typename W>
-void multiply_rest(const Sizes& s, const float* x, const W* w, float* out, int64_t count) {
-  for (int64_t r = 0; r < s.rows; ++r) {
-    for (int64_t o = 0; o < count; ++o) {
-      float sum = 0;
-      for (int64_t i = 0; i < s.inputs; ++i) sum += x[r * s.inputs + i] * load_one(w + i * s.outputs + o);
-      out[r * s.outputs + o] = sum;
-    }
-  }
-}
-
-// x [T, I] times w [I, O].
-template <typename W>
-void multiply(ffi::ThreadPool& pool, const Sizes& s, const float* x, const W* w, float* out) {
-  // One row leaves registers for four times as many outputs, which are read in longer pieces.
-  const int64_t wide = (s.rows == 1 ? 4 : 1) * kVecs * kLanes, threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t width = s.outputs >= 4 * threads * wide ? wide : kLanes * (s.rows == 1 ? kVecs : 2);
-  parallel(pool, (s.outputs + width - 1) / width, [&](int64_t task) {
-    int64_t o = task * width;
-    const int64_t end = std::min(s.outputs, o + width);
-    if (s.rows == 1) {
-      for (; o + 4 * kVecs * kLanes <= end; o += 4 * kVecs * kLanes) multiply_panel<4 * kVecs>(s, x, w + o, out + o);
-    }
-    for (; o + kVecs * kLanes <= end; o += kVecs * kLanes) multiply_panel<kVecs>(s, x, w + o, out + o);
-    for (; o + kLanes <= end; o += kLanes) multiply_panel<1>(s, x, w + o, out + o);
-    if (o < end) multiply_rest(s, x, w + o, out + o, end - o);
-  });
-}
-
-// Products of `rows` rows with `outputs` rows of a weight [O, I].
-template <int rows, int outputs, typename W>
-void dot_block(const Sizes& s, const float* x, const W* w, float* out) {
-  Vec sums[rows][outputs] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= s.inputs; i += kLanes) {
-    Vec weights[outputs];
-    for (int o = 0; o < outputs; ++o) weights[o] = load(w + o * s.inputs + i);
-    for (int r = 0; r < rows; ++r) {
-      const Vec factors = load(x + r * s.inputs + i);
-      for (int o = 0; o < outputs; ++o) sums[r][o] += factors * weights[o];
-    }
-  }
-  for (int r = 0; r < rows; ++r) {
-    for (int o = 0; o < outputs; ++o) {
-      float total = sum(sums[r][o]);
-      for (int64_t j = i; j < s.inputs; ++j) total += x[r * s.inputs + j] * load_one(w + o * s.inputs + j);
-      out[r * s.outputs + o] = total;
-    }
-  }
-}
-
-template <int outputs, typename W, int rows = kRows>
-void dot_rows(int64_t count, const Sizes& s, const float* x, const W* w, float* out) {
-  if constexpr (rows > 0) {
-    if (count == rows) {
-      dot_block<rows, outputs>(s, x, w, out);
-    } else {
-      dot_rows<outputs, W, rows - 1>(count, s, x, w, out);
-    }
-  }
-}
-
-// x [T, I] times the transpose of w [O, I].
-template <typename W>
-void multiply_transposed(ffi::ThreadPool& pool, const Sizes& s, const float* x, const W* w, float* out) {
-  constexpr int64_t kPanel = 32;  // rows of a weight that stay in a thread's nearest cache
-  parallel(pool, (s.outputs + kPanel - 1) / kPanel, [&](int64_t task) {
-    const int64_t end = std::min(s.outputs, (task + 1) * kPanel);
-    for (int64_t r = 0; r < s.rows; r += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, s.rows - r);
-      int64_t o = task * kPanel;
-      for (; o + kVecs <= end; o += kVecs) {
-        dot_rows<kVecs>(count, s, x + r * s.inputs, w + o * s.inputs, out + r * s.outputs + o);
+      for (int o = 0; o < kPanel; o += kVecs * kLanes, ahead.lines = 0) {
+        multiply_block<rows>(x, inputs, panel + o, out + o, stride, ahead);
       }
-      for (; o < end; ++o) dot_rows<1>(count, s, x + r * s.inputs, w + o * s.inputs, out + r * s.outputs + o);
+    } else {
+      multiply_rows<W, rows - 1>(count, x, inputs, panel, out, stride, ahead);
+    }
+  }
+}
+
+// Rows times a panel, of which `width` outputs are used, while the `size` bytes of the next one are fetched.
+template <typename W>
+void multiply_panel(const Sizes& s, const float* x, const W* panel, float* out, int64_t width, const char* next,
+                    int64_t size) {
+  const int64_t blocks = (s.rows + kRows - 1) / kRows, share = s.inputs * kLine;
+  const int lines = next == nullptr || blocks == 1 ? 0 : (size + blocks * share - 1) / (blocks * share);
+  const bool whole = width == kPanel;
+  float rest[kRows * kPanel];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t r = s.rows * b / blocks, count = s.rows * (b + 1) / blocks - r, from = b * lines * share;
+    float* to = out + r * s.outputs;
+    multiply_rows(count, x + r * s.inputs, s.inputs, panel, whole ? to : rest, whole ? s.outputs : kPanel,
+                  Ahead{next + from, from < size ? lines : 0});
+    for (int64_t i = 0; !whole && i < count; ++i) {
+      std::memcpy(to + i * s.outputs, rest + i * kPanel, width * sizeof(float));
+    }
+  }
+}
+
+const float* as_floats(const float* panel, int64_t) { return panel; }
+
+template <typename W>
+const float* as_floats(const W* panel, int64_t count) {
+  thread_local std::vector<float> wide;
+  wide.resize(count);
+  for (int64_t i = 0; i < count; i += kLanes) store(&wide[i], load(panel + i));
+  return wide.data();
+}
+
+// x [T, I] times a weight in panels.
+template <typename W>
+void multiply(ffi::ThreadPool& pool, const Sizes& s, const float* x, const void* w, float* out) {
+  const int64_t panels = (s.outputs + kPanel - 1) / kPanel, size = s.inputs * kPanel, threads = pool.num_threads();
+  const int64_t near = std::max<int64_t>(kNear / (s.inputs * sizeof(float)) / kRows, 4) * kRows;
+  const int64_t chunks = (s.rows + near - 1) / near;
+  parallel(pool, chunks * panels, [&](int64_t task) {
+    const int64_t nth = task % panels, chunk = task / panels, o = nth * kPanel;
+    const int64_t first = s.rows * chunk / chunks, width = std::min<int64_t>(kPanel, s.outputs - o);
+    const Sizes own{s.rows * (chunk + 1) / chunks - first, s.inputs, s.outputs};
+    const W* panel = static_cast<const W*>(w) + nth * size;
+    const char* next = nth + threads < panels ? reinterpret_cast<const char*>(panel + threads * size) : nullptr;
+    const int64_t bytes = size * sizeof(W);
+    const float* from = x + first * s.inputs;
+    float* to = out + first * s.outputs + o;
+    if (own.rows < kWidened) {
+      multiply_panel(own, from, panel, to, width, next, bytes);
+    } else {
+      multiply_panel(own, from, as_floats(panel, size), to, width, next, bytes);
     }
   });
 }
 
-template <typename W>
-void product_of(ffi::ThreadPool& pool, const Sizes& s, const float* x, const void* w, float* out, bool transposed) {
-  (transposed ? multiply_transposed<W> : multiply<W>)(pool, s, x, static_cast<const W*>(w), out);
-}
-
-ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> out,
-                   bool transposed) {
+ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> out) {
   const auto in = x.dimensions(), weight = w.dimensions(), result = out->dimensions();
-  if (in.size() != 2 || weight.size() != 2 || result.size() != 2 || weight[transposed] != in[1] ||
-      result[0] != in[0] || result[1] != weight[!transposed]) {
-    return ffi::Error::InvalidArgument("astraea_product: x [T, I], w [I, O] or [O, I] and the result [T, O] do not fit");
+  if (in.size() != 2 || result.size() != 2 || result[0] != in[0]) {
+    return ffi::Error::InvalidArgument("astraea_product: x is [T, I], and the result [T, O]");
   }
   const Sizes s{in[0], in[1], result[1]};
+  if (weight.size() != 3 || weight[0] != (s.outputs + kPanel - 1) / kPanel || weight[1] != s.inputs ||
+      weight[2] != kPanel) {
+    return ffi::Error::InvalidArgument("astraea_product: weights are panels [ceil(O / 64), I, 64]");
+  }
   const float* from = x.typed_data();
   float* to = out->typed_data();
   switch (w.element_type()) {
     case ffi::F32:
-      product_of<float>(pool, s, from, w.untyped_data(), to, transposed);
+      multiply<float>(pool, s, from, w.untyped_data(), to);
       break;
     case ffi::U16:
-      product_of<Bfloat16>(pool, s, from, w.untyped_data(), to, transposed);
+      multiply<Bfloat16>(pool, s, from, w.untyped_data(), to);
       break;
     case ffi::S8:
-      product_of<int8_t>(pool, s, from, w.untyped_data(), to, transposed);
+      multiply<int8_t>(pool, s, from, w.untyped_data(), to);
       break;
     default:
       return ffi::Error::InvalidArgument("astraea_product: weights are float32, bits of bfloat16 or int8");
@@ -204,5 +159,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Product, astraea::product,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<bool>("transposed"));
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

@@ -1,0 +1,65 @@
+"""Products with weights on CPUs, in C++ (``products.cc``), for weights in the order in which it reads them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.matrix import Matrix
+from astraea_jax.models.matrix import multiply as multiply_elsewhere
+from astraea_jax.models.product import BITS, PANEL
+from astraea_jax.models.product import product as product_elsewhere
+
+DTYPES = (jnp.dtype(jnp.float32), BITS, jnp.dtype(jnp.int8))
+"""Dtypes of weights that it reads."""
+
+
+def put_in_panels(decoder: Decoder) -> None:
+    """Store the matrices of a decoder that :func:`multiply` reads, and its tables of tokens, as panels, in place."""
+    for _, module in nnx.iter_modules(decoder):
+        if isinstance(module, Matrix) and _is_read(module):
+            module.weight = nnx.Param(in_panels(module.weight[...]))
+    tied = decoder.config.tie_embeddings
+    head = decoder.embed if tied else decoder.lm_head
+    if head.weight.dtype in DTYPES:
+        weight = head.weight[...]
+        head.weight = nnx.Param(in_panels(weight.T if tied else weight))
+
+
+@jax.jit
+def in_panels(weight: jax.Array) -> jax.Array:
+    """``weight [I, O]`` as panels ``[ceil(O / PANEL), I, PANEL]``, padded with zeros."""
+    inputs, outputs = weight.shape
+    padded = jnp.pad(weight, ((0, 0), (0, -outputs % PANEL)))
+    return padded.reshape(inputs, -1, PANEL).swapaxes(0, 1)
+
+
+def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """In the place of :func:`astraea_jax.models.matrix.multiply`, to which it leaves what is not in panels."""
+    if matrix.weight.ndim != 3:
+        return multiply_elsewhere(x, matrix)
+    out = _call(x, matrix.weight[...], matrix.outputs)
+    return (out if matrix.form is None else out * matrix.scales[0].astype(jnp.float32)).astype(x.dtype)
+
+
+def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """In the place of :func:`astraea_jax.models.product.product`; with panels the result is padded with zeros."""
+    if weight.ndim != 3:
+        return product_elsewhere(x, weight, transposed=transposed)
+    return _call(x, weight, len(weight) * PANEL)
+
+
+def _is_read(matrix: Matrix) -> bool:
+    """Whether a matrix is that of a dense layer, and not in a form of groups or of 4 bits."""
+    form = matrix.form
+    by_output = form is None or (form.inputs is None and form.outputs == 1 and not form.zeros)
+    return matrix.weight.ndim == 2 and matrix.weight.dtype in DTYPES and by_output
+
+
+def _call(x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+    """``x [T, I]`` times panels: ``[T, O]`` float32."""
+    result = jax.ShapeDtypeStruct((len(x), outputs), jnp.float32)
+    out: jax.Array = jax.ffi.ffi_call("astraea_product", result)(x.astype(jnp.float32), weight)
+    return out
