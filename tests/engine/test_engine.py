@@ -34,8 +34,12 @@ def no_eos(n: int, **more) -> SamplingParams:
     return SamplingParams(max_tokens=n, ignore_eos=True, **more)
 
 
+@pytest.mark.serves("native", "tested", "the engine's tokens, against dense attention")
 @pytest.mark.serves("reference", "tested", "the engine's tokens, against dense attention")
-@pytest.mark.parametrize("config", [SMALL, NARROW, dataclasses.replace(NARROW, max_step_tokens=8, page_size=1)])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, NARROW, dataclasses.replace(NARROW, max_step_tokens=8, page_size=1, attention="reference")],
+)
 async def test_greedy_tokens_do_not_depend_on_batch_chunks_or_preemption(config, make_engine, greedy):
     engine = make_engine(config)
     before = engine.stats().preemptions

@@ -32,10 +32,13 @@ async def at_rest(engine: Engine) -> None:
     assert not engine._store._copies
 
 
+@pytest.mark.serves("native", "tested", "KV to the host and back")
 @pytest.mark.serves("reference", "tested", "KV to the host and back")
-@pytest.mark.parametrize("strategy", ["adaptive", "always-offload", "infercept"])  # all: test_scheduler.py
-async def test_greedy_tokens_do_not_depend_on_residency(strategy, make_engine, greedy):
-    engine = make_engine(dataclasses.replace(TIGHT, residency=strategy))
+@pytest.mark.parametrize(
+    ("strategy", "attention"), [("adaptive", None), ("always-offload", "reference"), ("infercept", None)]
+)  # all: test_scheduler.py
+async def test_greedy_tokens_do_not_depend_on_residency(strategy, attention, make_engine, greedy):
+    engine = make_engine(dataclasses.replace(TIGHT, residency=strategy, attention=attention))
     rng = random.Random(1)
     await asyncio.gather(*(program(engine, greedy, i, random.Random(rng.random())) for i in range(24)))
     await at_rest(engine)

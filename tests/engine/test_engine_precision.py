@@ -66,9 +66,17 @@ def likeliest(folder, config):
     return lambda text: np.asarray(follow(state, np.array(text + [0] * (LENGTH - len(text)), np.int32)))
 
 
-@pytest.mark.serves("reference", "tested", "int8 and fp8 weights", "fp8 KV")
+@pytest.mark.serves("native", "tested", "int8 and fp8 weights", "fp8 KV")
+@pytest.mark.serves("reference", "tested", "int8 and fp8 weights", "fp8 KV", "layers in one loop")
 @pytest.mark.parametrize(
-    "config", [INT8_ALL, FP8_WEIGHTS, BFLOAT16], ids=["int8 weights, fp8 KV", "fp8 weights", "bfloat16"]
+    "config",
+    [
+        INT8_ALL,
+        dataclasses.replace(INT8_ALL, attention="reference"),
+        dataclasses.replace(FP8_WEIGHTS, attention="reference"),
+        BFLOAT16,
+    ],
+    ids=["int8 weights, fp8 KV", "the same, reference", "fp8 weights, reference", "bfloat16"],
 )
 async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, make_engine, random_folder):
     engine, follow, rng = make_engine(config), likeliest(random_folder, config), random.Random(0)

@@ -22,9 +22,10 @@ PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture
-def replicas(wide_folder) -> Iterator[Replicas]:
-    """Two copies of the model, each with forty pages."""
-    made = load_engine(wide_folder, dataclasses.replace(TIGHT, data_parallel=2))
+def replicas(wide_folder, request) -> Iterator[Replicas]:
+    """Two copies of the model, each with forty pages, with the attention of the test's parameter if it has one."""
+    attention = getattr(request, "param", None)
+    made = load_engine(wide_folder, dataclasses.replace(TIGHT, data_parallel=2, attention=attention))
     assert isinstance(made, Replicas)
     seen = []
     made.start(lambda done, total: seen.append((done, total)))
@@ -34,7 +35,9 @@ def replicas(wide_folder) -> Iterator[Replicas]:
     made.shutdown(grace_s=0)
 
 
+@pytest.mark.serves("native", "tested", "replicas")
 @pytest.mark.serves("reference", "tested", "replicas")
+@pytest.mark.parametrize("replicas", [None, "reference"], indirect=True)
 def test_two_copies_say_what_one_says(replicas, wide_engine):
     """Each under pressure; and together they count what they did."""
     devices = [{d for page in e._runner._pages for d in page.sharding.device_set} for e in replicas.replicas]
