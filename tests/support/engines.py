@@ -6,9 +6,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.events import Check
 from astraea_jax.engine.interface import Serving
 from astraea_jax.scheduler.wait import Wait
 
@@ -68,6 +70,22 @@ def held(engine: Engine, steps: int) -> Iterator[Held]:
     finally:
         engine._runner.read = read
         state.more(1)
+
+
+@contextmanager
+def gathering(engine: Serving) -> Iterator[None]:
+    """Let idle engines take no event until the block is left, and then all of them before their next plan. So what is
+    asked within the block is planned together, however slow the caller is.
+    """
+    leave = threading.Event()
+    with ExitStack() as stack:
+        stack.callback(leave.set)
+        for replica in engine.replicas:
+            stands, asked = threading.Event(), Future[None]()
+            asked.add_done_callback(lambda _, stands=stands: (stands.set(), leave.wait()))  # in the loop's thread
+            replica._post(Check(asked))
+            assert stands.wait(WAIT_S)
+        yield
 
 
 async def posted(engine: Engine) -> None:

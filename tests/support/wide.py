@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support.engines import gathering
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.interface import Serving
@@ -63,6 +64,10 @@ def wide_decoder(config: ModelConfig = WIDE, form: Format | None = None) -> Deco
 
 _rng = random.Random(1)
 PROMPTS = [[_rng.randrange(256) for _ in range(_rng.randint(1, 50))] for _ in range(10)]
+FIRST, SECOND = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (28, 16)]
+"""Of the two requests of a program. Any four of the first want more than the forty pages of :data:`TIGHT` before one
+has ended, and the second ones four times as many: so requests are preempted and KV is moved, whatever takes how long,
+if those of all programs are planned together."""
 
 
 async def tokens(generation) -> list[int]:
@@ -74,14 +79,27 @@ async def programs(model: Serving | Client, *, alone: bool = False) -> list[list
     room = asyncio.Semaphore(1 if alone else len(PROMPTS))
 
     async def program(name: str, prompt: list[int]) -> list[int]:
-        params = SamplingParams(max_tokens=16, ignore_eos=True)
         async with room:
-            first = await tokens(model.generate(prompt, params, session=name))
-            return first + await tokens(model.generate(prompt + first + [7, 8], params, session=name, final=True))
+            first = await tokens(model.generate(prompt, FIRST, session=name))
+            return first + await tokens(model.generate([*prompt, *first, 7, 8], SECOND, session=name, final=True))
 
     return await asyncio.gather(*[program(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)])
 
 
+async def in_turns(engine: Serving) -> list[list[int]]:
+    """Return what these programs say if the first requests of all are planned together, and then the second ones."""
+
+    async def turn(prompts: list[list[int]], params: SamplingParams, *, final: bool) -> list[list[int]]:
+        with gathering(engine):
+            asked = [engine.generate(p, params, session=f"p{i}", final=final) for i, p in enumerate(prompts)]
+        return await asyncio.gather(*map(tokens, asked))
+
+    first = await turn(PROMPTS, FIRST, final=False)
+    longer = [[*prompt, *said, 7, 8] for prompt, said in zip(PROMPTS, first, strict=True)]
+    second = await turn(longer, SECOND, final=True)
+    return [before + after for before, after in zip(first, second, strict=True)]
+
+
 def run_programs(engine: Serving, *, alone: bool = False) -> list[list[int]]:
-    """:func:`programs`, in an event loop of their own."""
-    return asyncio.run(programs(engine, alone=alone))
+    """:func:`programs` alone, or :func:`in_turns`, in an event loop of their own."""
+    return asyncio.run(programs(engine, alone=True) if alone else in_turns(engine))
