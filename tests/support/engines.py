@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.engine.events import Check
@@ -78,11 +79,16 @@ def gathering(engine: Serving) -> Iterator[None]:
     asked within the block is planned together, however slow the caller is.
     """
     leave = threading.Event()
+
+    def stand(stands: threading.Event, _: Future[None]) -> None:
+        stands.set()
+        leave.wait()
+
     with ExitStack() as stack:
         stack.callback(leave.set)
         for replica in engine.replicas:
             stands, asked = threading.Event(), Future[None]()
-            asked.add_done_callback(lambda _, stands=stands: (stands.set(), leave.wait()))  # in the loop's thread
+            asked.add_done_callback(partial(stand, stands))  # called in the loop's thread
             replica._post(Check(asked))
             assert stands.wait(WAIT_S)
         yield
