@@ -95,8 +95,9 @@ def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
     async def work() -> None:
         first = await tokens(replicas.generate(PROMPTS[0], PARAMS, session="s"))
         home = replicas._homes.of(("", "s"))
-        lost = replicas.generate(PROMPTS[0] + first, PARAMS, session="s")
-        break_loop(home, ZeroDivisionError())
+        with gathering(replicas):
+            lost = replicas.generate(PROMPTS[0] + first, PARAMS, session="s")
+            break_loop(home, ZeroDivisionError())
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
             await tokens(lost)
         assert replicas.live

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from support.engines import held
 from support.scripts import ROOT
 from support.sizes import SMALL
 
@@ -196,8 +197,9 @@ def test_more_prompts_than_the_queue_holds(random_folder, greedy):
         async def others() -> None:
             await asyncio.gather(*[llm.engine.generate([1], LONG).text() for _ in range(9)])
 
-        thread, _ = in_thread(lambda: asyncio.run(others()))
-        until(lambda: llm.engine.in_progress == 9)
+        with held(llm.engine, 0):
+            thread, _ = in_thread(lambda: asyncio.run(others()))
+            until(lambda: llm.engine.in_progress == 9)
         completions = llm.generate(prompts, EIGHT)
         programs = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], params=EIGHT)
         thread.join()
@@ -240,9 +242,11 @@ def test_ctrl_c_ends_what_the_call_has_begun(shop, batch):
 
 def test_close_ends_calls_of_other_threads(random_folder):
     llm = LLM(random_folder, SMALL)
-    calls = [in_thread(lambda: llm.generate(["a"] * 20, LONG)), in_thread(lambda: llm.chat([HI], params=LONG))]
-    until(lambda: llm.engine.in_progress >= 9)
-    closing = [in_thread(llm.close) for _ in range(3)]
+    with held(llm.engine, 2):
+        calls = [in_thread(lambda: llm.generate(["a"] * 20, LONG)), in_thread(lambda: llm.chat([HI], params=LONG))]
+        until(lambda: llm.engine.in_progress >= 9)
+        closing = [in_thread(llm.close) for _ in range(3)]
+        until(lambda: not llm.engine.live)
     for thread, _ in closing + calls:
         thread.join(60)
     assert [outcome for _, outcome in closing] == [[None]] * 3

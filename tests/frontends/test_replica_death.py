@@ -107,13 +107,14 @@ async def test_grpc_before_the_first_token_and_in_the_middle(stubs):
 async def _dies_while_read(replicas: Replicas, begin: Coroutine[Any, Any, Any]) -> Exception:
     """Let the replica die that a stream comes from; returns what the stream raises."""
     with ExitStack() as stack:
-        for engine in replicas.replicas:
-            if engine.live:
-                stack.enter_context(held(engine, 3))
-        begun = asyncio.create_task(begin)
-        break_loop(await busy(replicas), ZeroDivisionError("a secret"))
+        controls = {engine: stack.enter_context(held(engine, 3)) for engine in replicas.replicas if engine.live}
+        asked = asyncio.create_task(begin)
+        dies = await busy(replicas)
+        await controls[dies].still()
+        stream = await asked
+        break_loop(dies, ZeroDivisionError("a secret"))
     with pytest.raises(Exception, match="send the whole request again") as caught:
-        async for _ in await begun:
+        async for _ in stream:
             pass
     assert "a secret" not in str(caught.value)
     return caught.value
