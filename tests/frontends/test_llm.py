@@ -16,11 +16,10 @@ from types import SimpleNamespace
 import pytest
 from support.engines import held
 from support.scripts import ROOT
-from support.sizes import SMALL
+from support.sizes import CHAT, SMALL
 
 from astraea_jax import (
     LLM,
-    EngineConfig,
     EngineDead,
     McpServer,
     RequestError,
@@ -53,7 +52,7 @@ def llm(random_folder) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def shop() -> Iterator[LLM]:
     """The bundled model, which calls tools."""
-    with LLM("astraea-tiny", EngineConfig(max_seqs=4, max_step_tokens=64, kv_bytes=2**22)) as llm:
+    with LLM("astraea-tiny", CHAT) as llm:
         yield llm
 
 
@@ -319,7 +318,7 @@ def test_tools_may_ask_the_same_llm(shop):
         delta = [delta async for delta in shop.engine.generate([5, 6], params)][-1]
         return f"{delta.finish_reason}"
 
-    programs = shop.chat([SHOP] * 8, [price, engine], max_steps=3)
+    programs = shop.chat([SHOP] * CHAT.max_seqs * 2, [price, engine], max_steps=3)
     results = {m["content"] for program in programs for m in program.messages if m["role"] == "tool"}
     assert results == {"length"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -14,7 +13,7 @@ import openai
 import pytest
 from support.engines import break_loop, held, until
 from support.http_server import MODEL, serving
-from support.sizes import SMALL
+from support.sizes import CHAT
 from support.stub import STUB, stub_engine
 from support.wide import tokens
 
@@ -26,7 +25,6 @@ from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.models import resolve
 
-CHAT = replace(SMALL, max_context=512)
 MESSAGES = [{"role": "user", "content": "Which colour has the sky?"}]
 LONG = SamplingParams(max_tokens=30, ignore_eos=True)
 

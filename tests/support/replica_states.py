@@ -112,7 +112,7 @@ class Machine(RuleBasedStateMachine):
         self.leaving.add(number)
         break_loop(self.replicas.replicas[number], RuntimeError("the test"))
 
-    @rule(number=st.integers(0, 2), grace_s=st.sampled_from([0.0, 0.02, 0.2]))
+    @rule(number=st.integers(0, 2), grace_s=st.sampled_from([0.0, 0.01, 0.05]))
     def retire(self, number, grace_s) -> None:
         if number < len(self.replicas.replicas):
             self.leaving.add(number)
