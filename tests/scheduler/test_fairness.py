@@ -176,6 +176,40 @@ def test_tenants_who_keep_requests_waiting_stay_within_a_constant(policy, weight
     loop.scheduler.check()
 
 
+def any_arrivals(loop: Loop, seed: int) -> None:
+    """Requests of two tenants, of any length and at any time; all of them end."""
+    draw = np.random.default_rng(seed)
+    for _ in range(60):
+        for owner in draw.choice(["a", "b"], draw.integers(3)):
+            prompt, output = draw.integers(1, [20, 12])
+            flood(loop, loop.scheduler.stats().waiting < 12, int(prompt), int(output), str(owner))
+        loop.turn()
+        loop.scheduler.check()
+    loop.drain()
+
+
+@pytest.mark.parametrize("policy", SERVING)
+@pytest.mark.parametrize("host", [HostTier(), HostTier(pages=20, staging=4)], ids=["device", "host"])
+def test_all_requests_of_two_tenants_end(policy, host):
+    for seed in range(6):
+        any_arrivals(shared(policy, max_waiting=12, host=host), seed)
+
+
+def test_who_has_just_started_may_make_room_for_a_tenant_within_its_part():
+    """It has started because the first in order did not fit, which has put its own tenant over its part."""
+    loop = shared(max_waiting=12)
+    planner, at_once = loop.scheduler._planner, []
+    preempt = planner.admission.preempt
+
+    def counted(victim: Request, now: float) -> None:
+        at_once.append(victim.started == now)
+        preempt(victim, now)
+
+    planner.admission.preempt = counted
+    any_arrivals(loop, seed=27)
+    assert any(at_once), "nobody was preempted in the step that started it"
+
+
 def test_one_tenant_is_not_even_counted():
     loop = shared("astraea")
     flood(loop, 5, output=9, owner="only")
