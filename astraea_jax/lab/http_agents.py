@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import httpx
@@ -18,6 +20,23 @@ from astraea_jax.engine.generation import Usage
 
 AGAIN_S = 0.5
 """Seconds after which a request that has failed is sent again."""
+
+
+def agent_client(url: str) -> httpx.AsyncClient:
+    """Make a client for one agent.
+
+    Agents that share a client pay for each other. At each beginning and end of a request, httpx counts its idle
+    connections, and does so once for each of them: with 128 agents that takes 5 ms each time, in their one event loop.
+
+    Args:
+        url: of the server, ``/v1`` included.
+    """
+    return httpx.AsyncClient(base_url=url, timeout=None, verify=_certificates())
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 async def run_http_agent(
