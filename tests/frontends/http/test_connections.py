@@ -1,12 +1,13 @@
 """What is written to a connection in one turn of the event loop is sent together, in order, and before it is closed."""
 
 import asyncio
+import json
 import socket
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.http_server import serving
+from support.http_server import MODEL, serving
 
 from astraea_jax.frontends.http.connections import MOST_GATHERED, GatheringTransport
 
@@ -82,5 +83,29 @@ async def test_head_and_body_of_an_answer_come_together(chatty, path):
         head, _, body = (await reader.read(2**16)).partition(b"\r\n\r\n")
         length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length: "))
         assert len(body) == int(length.split()[1]) > 0
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}),
+        ("/v1/completions", {"prompt": "Hello", "max_tokens": 4}),
+        ("/v1/messages", {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}),
+        ("/v1/responses", {"model": MODEL, "input": "Hello", "max_output_tokens": 4}),
+    ],
+)
+async def test_the_last_events_of_a_stream_come_with_its_end(chatty, path, body):
+    async with serving(chatty) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        content = json.dumps({**body, "stream": True}).encode()
+        writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode())
+        writer.write(b"content-length: %d\r\n\r\n" % len(content) + content)
+        pieces = [b""]
+        while not pieces[-1].endswith(b"\r\n0\r\n\r\n"):
+            pieces.append(await reader.read(2**16))
+            assert pieces[-1]
+        assert b"data: " in pieces[-1]
         writer.close()
         await writer.wait_closed()
