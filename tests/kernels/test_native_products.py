@@ -88,7 +88,7 @@ def test_matrices_of_all_forms_are_multiplied(form):
     expected = multiply_elsewhere(x, matrix)
     decoder = _decoder(form)
     put_in_panels(decoder)
-    own = decoder.layers[0].attention.qkv
+    own = next(module for _, module in nnx.iter_modules(decoder) if isinstance(module, Matrix))
     assert (own.weight.ndim == 3) == (form in (None, "int8"))
     if matrix.form is None or form == "int8":
         matrix.weight = nnx.Param(in_panels(matrix.weight[...]))
