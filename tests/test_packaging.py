@@ -69,6 +69,9 @@ def test_wheel_holds_one_top_level_package(wheel: Path) -> None:
         files = {path for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix != ".pyc"}
         assert files
         assert {f"astraea_jax/{path.relative_to(ROOT)}" for path in files} <= names
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "astraea_jax/kernels/native").glob("*.*")}
+    assert {Path(path).suffix for path in kernels} == {".py", ".cc", ".h"}
+    assert kernels <= names
 
 
 def test_everything_imports_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:

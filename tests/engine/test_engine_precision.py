@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import random
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.engines import settled
+from support.engines import settled, together
 from support.sizes import NARROW, PAGE_BYTES
 
 from astraea_jax.engine import config as config_module
@@ -91,7 +90,7 @@ async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, 
             text = [*whole, 7]
             engine.waits(f"{number}", Wait(("slow",)))
 
-    await asyncio.gather(*(program(i, text) for i, text in enumerate(work)))
+    await together(engine, *(program(i, text) for i, text in enumerate(work)))
     await settled(engine, programs=True)
     assert engine.stats().preemptions > 0, "the pool was meant to be too small"
     assert engine.stats().free_pages == engine.layout.num_pages - 1

@@ -105,7 +105,9 @@ def test_a_row_is_the_same_bits_whatever_is_beside_it(queries, kv_dtype):
     table, lens, cu, slots = crowd.batch
     one = slice(0, queries)
     alone = Ragged(
-        *(x[one] for x in (crowd.q, crowd.k, crowd.v)),
+        crowd.q[one],
+        crowd.k[one],
+        crowd.v[one],
         pages=crowd.pages,
         batch=Batch(table[:1], lens[:1], cu[:2], slots[one]),
         q_tile=1 if queries == 1 else 16,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from support.engines import together
 from tokenizers import models
 
 from astraea_jax.engine.config import EngineConfig
@@ -81,7 +82,7 @@ async def check_tokens(folder: Path, attention: str | None = None) -> None:
         others = [[rng.randrange(100) for _ in range(rng.randint(1, 60))] for _ in range(12)]
         work = [program(f"other {i}", text, 48) for i, text in enumerate(others)]
         work += [program(f"mine {i}", prompt, len(expected)) for i in range(2)]
-        said = await asyncio.gather(*work)
+        said = await together(engine, *work)
     finally:
         await asyncio.to_thread(engine.shutdown, 0)
     assert said[-2:] == [expected, expected]
