@@ -16,7 +16,8 @@ a single one nothing is counted and nothing changes. If several do:
   has used that much more than its share, so that it is served at once. The width of credit and lag trades
   fairness for the policy's order: wider ones reorder less.
 * **Entitlement.** A tenant is entitled to its part of slots and pages. If the first in order is within it and finds no
-  room, rows of tenants beyond theirs that are ahead of it are preempted, a few per step. Whose part is less than one
+  room, rows of tenants beyond theirs that are ahead of it are preempted, a few per step, each only when it has got
+  further than it was when it was last preempted. Whose part is less than one
   row gets a turn when the others are ahead by what preempting them costs, too.
 
 So of two tenants who keep requests waiting, neither falls behind the other by more than a constant, and the device
@@ -214,11 +215,11 @@ class Tenants:
         elif self._rows[at]:
             return None
         over[at] = False
-        if short > held[over].sum():
+        rows = [row for row in running if over[self._of_slot[row.slot]] and _has_got_on(row)]
+        if short > sum(len(row.pages) for row in rows):
             return None
-        for row in reversed(running):
-            owner = self._of_slot[row.slot]
-            if over[owner] and (within or ahead[owner] > self._steps.again_s(row.num_computed)):
+        for row in reversed(rows):
+            if within or ahead[self._of_slot[row.slot]] > self._steps.again_s(row.num_computed):
                 return row
         return None
 
@@ -246,3 +247,8 @@ class Tenants:
             of = [request for request in (*waiting, *running) if request.program.owner == owner]
             assert self._tokens[at] == sum(len(request.prompt) for request in of)
         assert all(self._of_slot[row.slot] == self._at[row.program.owner] for row in running)
+
+
+def _has_got_on(row: Request) -> bool:
+    """Whether a row that has been preempted has got further since; if not, two could preempt each other for ever."""
+    return not row.preemptions or row.num_computed >= row.num_at_start

@@ -114,7 +114,7 @@ class Planner:
         If none is left, go on with those that prepare the next prompt of their programs. What starts computes as much
         as the budget allows. With ``behind`` only those of tenants behind virtual time start. Returns the budget left.
         """
-        admitted: list[Request] = []
+        admitted: dict[Request, None] = {}  # some may be preempted for a tenant within its part, and start again
         left = budget
         while left > 0 and (self.running.slots or self.tenants.owed):
             offer = self.admission.next(now, behind=behind) if len(self.admission) else self.preparations.next(now)
@@ -122,10 +122,10 @@ class Planner:
                 break
             request = offer.request
             self._admit(offer, now)
-            admitted.append(request)
+            admitted[request] = None
             left -= 0 if request.loading else request.num_to_compute
         for request in admitted:
-            if request.loading is None and budget > 0:
+            if request.slot >= 0 and request.loading is None and budget > 0:
                 count = self._chosen[request] = min(request.num_to_compute, budget)
                 budget -= count
                 self._open_window(request, count, now)

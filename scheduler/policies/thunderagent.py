@@ -22,6 +22,7 @@ INTERVAL_S = 5.0
 
 class ThunderAgent(Policy):
     columns = 2
+    max_skips = 0
 
     def __init__(self, predictor: Predictor):
         super().__init__(predictor)
@@ -33,6 +34,7 @@ class ThunderAgent(Policy):
         self._capacity = float("inf")
 
     def features(self, request: Request) -> Sequence[float]:
+        self.backfill = len(self._paused)  # none of which keeps back a request of another tenant or priority
         return request.program in self._paused, request.submitted
 
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:

@@ -176,6 +176,58 @@ def test_tenants_who_keep_requests_waiting_stay_within_a_constant(policy, weight
     loop.scheduler.check()
 
 
+def any_arrivals(loop: Loop, seed: int) -> None:
+    """Requests of three tenants, of any length and at any time, some in sessions; all of them end."""
+    draw, sessions = np.random.default_rng(seed), {}
+    for _ in range(60):
+        for _ in range(draw.integers(3)):
+            name = str(draw.choice(["a", "b", "c"])), int(draw.integers(3))
+            last = sessions.get(name)
+            if loop.scheduler.stats().waiting < 5 and (last is None or last.finish_reason):
+                before = [*last.prompt, *last.output][: draw.integers(30)] if last else []
+                prompt, output = [*before, *range(draw.integers(1, 12))], int(draw.integers(1, 7))
+                more = {"owner": name[0], "program": name, "priority": int(draw.integers(-1, 2)), "now": loop.now}
+                sessions[name] = loop.scheduler.submit(prompt, output, **more)
+        loop.now += 100 * (draw.random() < 0.1)
+        loop.turn()
+        loop.scheduler.check()
+    loop.drain()
+
+
+@pytest.mark.parametrize("policy", SERVING)
+@pytest.mark.parametrize("host", [HostTier(), HostTier(pages=20, staging=4)], ids=["device", "host"])
+def test_all_requests_of_several_tenants_end(policy, host):
+    for seed in range(3):
+        any_arrivals(shared(policy, max_waiting=12, host=host), seed)
+
+
+def test_who_has_just_started_may_make_room_for_a_tenant_within_its_part():
+    """It has started because the first in order did not fit, which has put its own tenant over its part."""
+    loop = shared(max_waiting=12, num_pages=17, host=HostTier(pages=12, staging=3))
+    planner, at_once = loop.scheduler._planner, []
+    preempt = planner.admission.preempt
+
+    def counted(victim: Request, now: float) -> None:
+        at_once.append(victim.started == now)
+        preempt(victim, now)
+
+    planner.admission.preempt = counted
+    any_arrivals(loop, seed=99)
+    assert any(at_once), "nobody was preempted in the step that started it"
+
+
+@pytest.mark.parametrize("policy", CONTINUOUS)
+@pytest.mark.parametrize("requests", [1, 3])
+def test_tenants_do_not_preempt_each_other_for_ever(policy, requests):
+    """A pool holds one of their contexts, and is worth more to each than the time that it may be behind."""
+    loop = shared(policy, num_pages=11)
+    loop.scheduler._planner.tenants.credit_s = 0.0
+    for owner in "abc":
+        flood(loop, requests, prompt=20, output=12, owner=owner)
+    loop.drain()
+    loop.scheduler.check()
+
+
 def test_one_tenant_is_not_even_counted():
     loop = shared("astraea")
     flood(loop, 5, output=9, owner="only")

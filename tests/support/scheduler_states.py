@@ -150,7 +150,8 @@ class Machine(RuleBasedStateMachine):
             tail = self.scheduler.branches.replace_tail(name, prompt, salt=before.program.salt, now=self.loop.now)
             self.tails.append(tail)
             if keep % 2:  # the next request may go on with it
-                self.history[name] = replace(tail, finish_reason="prepared")
+                before = tail
+            self.history[name] = replace(before, finish_reason="prepared")
 
     @rule(limit=st.integers(0, 3))
     def hand_over(self, limit):
