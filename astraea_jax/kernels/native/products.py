@@ -23,7 +23,7 @@ def put_in_panels(decoder: Decoder) -> None:
             module.weight = nnx.Param(in_panels(module.weight[...]))
     tied = decoder.config.tie_embeddings
     head = decoder.embed if tied else decoder.lm_head
-    if head.weight.dtype in DTYPES:
+    if head.weight.ndim == 2 and head.weight.dtype in DTYPES:  # replicas share a decoder
         weight = head.weight[...]
         head.weight = nnx.Param(in_panels(weight.T if tied else weight))
 
