@@ -53,18 +53,24 @@ class ControlTokens:
         written = {token for token in others if token in template.literal_text and not token.isspace()}
         tokens = sorted({*special, *written} - {""}, key=len, reverse=True)
         self._any = _alternation(tokens)
+        self._any_as_json = _alternation([json.dumps(token, ensure_ascii=False)[1:-1] for token in tokens])
         self._foreign_to_operators = _alternation(
             [token for token in tokens if token in ends or not OWN_MARKUP.search(token)]
         )
 
     def hide(self, messages: list[dict[str, Any]], *others: Any) -> tuple[StandIns, list[Any]]:
         """Stand-ins, and the messages and ``others`` (tools, template arguments) with these in the place of tokens."""
-        stand_ins = StandIns(json.dumps([messages, *others], ensure_ascii=False))
-        hidden = []
-        for message in messages:
-            tokens = self._foreign_to_operators if message["role"] in OPERATORS else self._any
-            hidden.append(stand_ins.put(_with_whole_tokens(message, tokens), tokens))
+        whole = [_with_whole_tokens(message, self._hidden_in(message)) for message in messages]
+        values = [whole, *others]
+        text = json.dumps(values, ensure_ascii=False)
+        stand_ins = StandIns(text)
+        if not self._any_as_json.search(text):  # as in nearly all chats
+            return stand_ins, values
+        hidden = [stand_ins.put(message, self._hidden_in(message)) for message in whole]
         return stand_ins, [hidden, *(stand_ins.put(other, self._any) for other in others)]
+
+    def _hidden_in(self, message: Mapping[str, Any]) -> re.Pattern[str]:
+        return self._foreign_to_operators if message["role"] in OPERATORS else self._any
 
 
 class StandIns:

@@ -35,7 +35,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
@@ -49,7 +48,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import StartupError
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.frontends.rpc.client import Client
-from astraea_jax.lab.http_agents import run_http_agent
+from astraea_jax.lab.http_agents import agent_client, run_http_agent
 from astraea_jax.lab.plots import spans, timelines
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.lab.short_memory import Shortage, replay_both_ways
@@ -161,7 +160,7 @@ async def run(address: str, url: str | None, tasks: list[Task]) -> tuple[list[Ou
         MofNCompleteColumn(),
         TextColumn("{task.fields[right]} right"),
     )
-    async with Client(address, tokenizer) as client, httpx.AsyncClient(base_url=url or "", timeout=None) as http:
+    async with Client(address, tokenizer) as client:
         with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
             shown = bar.add_task("agents", total=len(tasks), right=0)
             right = 0
@@ -172,7 +171,8 @@ async def run(address: str, url: str | None, tasks: list[Task]) -> tuple[list[Ou
                 async with places:
                     tools = [waiting(tool(function), rng) for function in task.tools()]
                     if url:
-                        result = await run_http_agent(http, task.messages(), tools, max_tokens=96)
+                        async with agent_client(url) as http:
+                            result = await run_http_agent(http, task.messages(), tools, max_tokens=96)
                     else:
                         result = await run_program(client, task.messages(), tools, params=SamplingParams(max_tokens=96))
                 outcome = Outcome(task, result)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import httpx
@@ -18,6 +20,24 @@ from astraea_jax.engine.generation import Usage
 
 AGAIN_S = 0.5
 """Seconds after which a request that has failed is sent again."""
+
+
+def agent_client(url: str) -> httpx.AsyncClient:
+    """Make a client for one agent.
+
+    Agents that share one pay for each other. The pool of httpx gives an idle connection to several requests before one
+    of them has begun, the others look again, and each look takes the square of the connections: with 128 agents 5 ms,
+    and up to 22 times for one request.
+
+    Args:
+        url: of the server, ``/v1`` included.
+    """
+    return httpx.AsyncClient(base_url=url, timeout=None, verify=_certificates())
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 async def run_http_agent(

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import ray
 from ray import serve
 
@@ -22,7 +21,7 @@ from astraea_jax.engine.sampling import SamplingParams
 from astraea_jax.errors import EngineDead, Overloaded
 from astraea_jax.frontends import ray_serve
 from astraea_jax.frontends.rpc.client import Client
-from astraea_jax.lab.http_agents import AGAIN_S, run_http_agent
+from astraea_jax.lab.http_agents import AGAIN_S, agent_client, run_http_agent
 from astraea_jax.lab.shop import Task
 from astraea_jax.models import resolve
 from astraea_jax.models.tokenizer import Tokenizer
@@ -129,17 +128,14 @@ async def run_agents(
     """
     tokenizer = Tokenizer.from_folder(resolve("astraea-tiny"))
     done: list[Ended] = []
-    limits = httpx.Limits(max_connections=None)
-    async with (
-        Client(fleet.address, tokenizer) as client,
-        httpx.AsyncClient(base_url=fleet.url, timeout=None, limits=limits) as web,
-    ):
+    async with Client(fleet.address, tokenizer) as client:
 
         async def one(number: int, task: Task) -> Ended:
             rng = random.Random(number)
             tools = [_taking(tool(function), rng, tool_s) for function in task.tools()]
             if http:
-                result = await run_http_agent(web, task.messages(), tools, max_tokens=MAX_TOKENS, attempts=attempts)
+                async with agent_client(fleet.url) as web:
+                    result = await run_http_agent(web, task.messages(), tools, max_tokens=MAX_TOKENS, attempts=attempts)
             else:
                 model = Insisting(client, attempts)
                 result = await run_program(model, task.messages(), tools, params=SamplingParams(max_tokens=MAX_TOKENS))

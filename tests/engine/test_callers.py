@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.engines import break_loop, until
+from support.engines import break_loop, gathering, held, posted, until
 from support.stub import STUB, stub_engine
 
 from astraea_jax.engine.lifecycle import State
@@ -139,14 +139,16 @@ async def test_a_shutdown_counts_what_it_cuts_and_not_what_a_death_has_cut(serve
 
 @pytest.mark.parametrize("death", [False, True])
 async def test_a_shutdown_counts_what_is_cut_from_its_beginning_on(death, served):
-    engine, runner = served
-    runner.go.clear()
-    cut = [engine.generate([1, 2], LONG) for _ in range(2)]
-    ending = asyncio.create_task(asyncio.to_thread(engine.shutdown, 3600 if death else 0))
-    await until(lambda: not engine.live)
-    if death:
-        break_loop(engine, ZeroDivisionError())
-    runner.go.set()
+    engine, _ = served
+    with held(engine, 0) as state:
+        with gathering(engine):
+            cut = [engine.generate([1, 2], LONG) for _ in range(2)]
+        await state.still()
+        ending = asyncio.create_task(asyncio.to_thread(engine.shutdown, 3600 if death else 0))
+        await until(lambda: not engine.live)
+        if death:
+            break_loop(engine, ZeroDivisionError())
+        await posted(engine)  # or else they might end before the engine is told to
     assert await ending == 2
     assert engine.shutdown() == 2, "whoever asks again gets the same answer"
     for generation in cut:

@@ -10,7 +10,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
-from support.engines import break_loop, held, settled, until
+from support.engines import WAIT_S, break_loop, gathering, held, settled, until
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
 from astraea_jax.engine import runner, step
@@ -34,13 +34,19 @@ def no_eos(n: int, **more) -> SamplingParams:
     return SamplingParams(max_tokens=n, ignore_eos=True, **more)
 
 
+@pytest.mark.serves("native", "tested", "the engine's tokens, against dense attention")
 @pytest.mark.serves("reference", "tested", "the engine's tokens, against dense attention")
-@pytest.mark.parametrize("config", [SMALL, NARROW, dataclasses.replace(NARROW, max_step_tokens=8, page_size=1)])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, NARROW, dataclasses.replace(NARROW, max_step_tokens=8, page_size=1, attention="reference")],
+)
 async def test_greedy_tokens_do_not_depend_on_batch_chunks_or_preemption(config, make_engine, greedy):
     engine = make_engine(config)
     before = engine.stats().preemptions
     work = prompts(24)
-    outputs = await asyncio.gather(*[tokens(engine.generate(p, no_eos(24))) for p in work])
+    with gathering(engine):
+        asked = [engine.generate(p, no_eos(24)) for p in work]
+    outputs = await asyncio.gather(*map(tokens, asked))
     for prompt, output in zip(work, outputs, strict=True):
         assert output == greedy(prompt, 24, output)
     assert config is SMALL or engine.stats().preemptions > before, "the pool was meant to be too small"
@@ -205,7 +211,8 @@ async def test_bad_requests_are_refused_at_once(prompt, params, words, engine):
 async def test_overload_is_refused_and_passes(make_engine):
     engine = make_engine(dataclasses.replace(SMALL, max_queued=4))
     with held(engine, 2) as still:
-        running = [engine.generate([1], no_eos(60)) for _ in range(4)]
+        with gathering(engine):
+            running = [engine.generate([1], no_eos(60)) for _ in range(4)]
         await still.still()  # these run, and do not wait any more
         running += [engine.generate([1], no_eos(60)) for _ in range(4)]
         with pytest.raises(Overloaded, match="4 requests"):
@@ -217,11 +224,13 @@ async def test_overload_is_refused_and_passes(make_engine):
 async def test_long_requests_of_one_owner_do_not_hold_two_tokens_of_another(make_engine):
     """The last of them would have been served when hardly any of the others was left."""
     engine = make_engine(dataclasses.replace(SMALL, max_queued=600))
-    flood = [engine.generate([i % 256] * 20, no_eos(200), owner="flood") for i in range(400)]
-    await until(lambda: engine.stats().running == 8)
-    for _ in range(3):
-        assert len(await tokens(engine.generate([1, 2], no_eos(2), owner="small"))) == 2
-        assert engine.in_progress > 350
+    with held(engine, 0) as steps:
+        flood = [engine.generate([i % 256] * 20, no_eos(200), owner="flood") for i in range(400)]
+        await steps.still()
+        for _ in range(3):
+            small = engine.generate([1, 2], no_eos(2), owner="small")
+            steps.more(20)
+            assert len(await asyncio.wait_for(tokens(small), WAIT_S)) == 2
     for generation in flood:
         generation.cancel()
     await settled(engine)
@@ -232,8 +241,9 @@ async def test_a_failing_loop_tells_everybody_and_stays_dead(random_folder):
     with pytest.raises(EngineDead, match="not been started"):
         engine.generate([1], no_eos(1))
     engine.start()
-    waiting = engine.generate([1], no_eos(200))
-    break_loop(engine, ZeroDivisionError("division by zero"))
+    with gathering(engine):
+        waiting = engine.generate([1], no_eos(200))
+        break_loop(engine, ZeroDivisionError("division by zero"))
     with pytest.raises(EngineDead, match="division by zero"):
         await tokens(waiting)
     assert not engine.live

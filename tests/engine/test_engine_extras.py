@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import pytest
-from support.engines import settled
+from support.engines import settled, together
 from support.grammars import BROKEN, EVEN, Broken, Only, Spelled
 from support.sizes import NARROW, PAGE_BYTES, SMALL
 
@@ -87,7 +87,7 @@ async def test_text_does_not_depend_on_batch_preemption_offload_or_prefixes(conf
         ]
         return [first, second]
 
-    outputs = await asyncio.gather(*[program(i, prompt) for i, prompt in enumerate(prompts(16, seed=2))])
+    outputs = await together(engine, *[program(i, prompt) for i, prompt in enumerate(prompts(16, seed=2))])
     assert outputs == [expected[i] for i in range(len(outputs))]
     after = engine.stats()
     assert config is SMALL or after.preemptions > before.preemptions, "the pool was meant to be too small"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import random
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.engines import settled
+from support.engines import settled, together
 from support.sizes import NARROW, PAGE_BYTES
 
 from astraea_jax.engine import config as config_module
@@ -66,9 +65,17 @@ def likeliest(folder, config):
     return lambda text: np.asarray(follow(state, np.array(text + [0] * (LENGTH - len(text)), np.int32)))
 
 
-@pytest.mark.serves("reference", "tested", "int8 and fp8 weights", "fp8 KV")
+@pytest.mark.serves("native", "tested", "int8 and fp8 weights", "fp8 KV")
+@pytest.mark.serves("reference", "tested", "int8 and fp8 weights", "fp8 KV", "layers in one loop")
 @pytest.mark.parametrize(
-    "config", [INT8_ALL, FP8_WEIGHTS, BFLOAT16], ids=["int8 weights, fp8 KV", "fp8 weights", "bfloat16"]
+    "config",
+    [
+        INT8_ALL,
+        dataclasses.replace(INT8_ALL, attention="reference"),
+        dataclasses.replace(FP8_WEIGHTS, attention="reference"),
+        BFLOAT16,
+    ],
+    ids=["int8 weights, fp8 KV", "the same, reference", "fp8 weights, reference", "bfloat16"],
 )
 async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, make_engine, random_folder):
     engine, follow, rng = make_engine(config), likeliest(random_folder, config), random.Random(0)
@@ -82,7 +89,7 @@ async def test_tokens_do_not_depend_on_batch_chunks_preemption_or_moves(config, 
             text = [*whole, 7]
             engine.waits(f"{number}", Wait(("slow",)))
 
-    await asyncio.gather(*(program(i, text) for i, text in enumerate(work)))
+    await together(engine, *(program(i, text) for i, text in enumerate(work)))
     await settled(engine, programs=True)
     assert engine.stats().preemptions > 0, "the pool was meant to be too small"
     assert engine.stats().free_pages == engine.layout.num_pages - 1

@@ -33,7 +33,7 @@ def shared(random_folder) -> Iterator[Engine]:
     engine.shutdown(grace_s=0)
 
 
-@pytest.mark.serves("reference", "tested", "tensor parallelism", "layers in one loop")
+@pytest.mark.serves("native", "tested", "tensor parallelism", "layers in one loop")
 def test_four_devices_say_what_one_says(shared, wide_engine):
     """In chunks of prefill, preempted, and with KV that went to the host and came back in four parts."""
     assert run_programs(shared) == run_programs(wide_engine, alone=True)

@@ -83,19 +83,20 @@ def test_a_session_that_ends_with_a_request_is_forgotten_unless_that_never_was_o
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("made", [(replace(ROOMY, session_ttl_s=0.05),) * 2], indirect=True)
 def test_sessions_that_expire_are_forgotten(made):
     replicas, _ = made
+    homes = replicas._homes
 
     async def work() -> None:
         for name in "abc":
             await tokens(replicas.generate(PROMPT, PARAMS, session=name))
-        assert len(replicas._homes._router) == 3
+        assert len(homes._router) == 3
+        homes._ttl_s = 0.0
 
         def forgotten() -> bool:
-            with replicas._homes.lock:
-                replicas._homes._look()
-            return not len(replicas._homes._router)
+            with homes.lock:
+                homes._look()
+            return not len(homes._router)
 
         await until(forgotten)
 
@@ -152,13 +153,22 @@ def test_one_session_that_finds_no_room_keeps_no_other_from_moving(made):
     leaving, full, roomy = replicas.replicas
 
     async def work() -> None:
-        read = runners[1].read
-        runners[1].read = lambda step: time.sleep(0.01) or read(step)
         for name in "abcde":
             await _at(replicas, 0, name)
+        read, free, over = runners[1].read, [1, 2], threading.Event()
+
+        def read_when_asked(step) -> list[int]:
+            """After two steps one ends whenever there is an event to take: fewer than the request has tokens."""
+            while not (free or full._loop.events.qsize() or over.is_set()):
+                time.sleep(0.001)
+            del free[:1]
+            return read(step)
+
+        runners[1].read = read_when_asked
         running = full.generate(PROMPT, SamplingParams(max_tokens=39, ignore_eos=True), session="runs")
         await anext(running)
         assert await replicas.retire(0, 0.0) == 0
+        over.set()
         await settled(roomy)
         assert await tokens(running) == complete(PROMPT, 39)[1:]
         assert leaving.stats().moved == 5

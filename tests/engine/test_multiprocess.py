@@ -58,6 +58,7 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
         "host_kv_bytes": 80 * PAGE_BYTES,
         "residency": "always-offload",
         "dtype": "float32",
+        "attention": "reference",
     }
     command = [sys.executable, SERVE, *(f"--{name}={value}" for name, value in flags.items())]
     processes = [
@@ -80,7 +81,7 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
             process.communicate()
 
 
-@pytest.mark.serves("reference", "tested", "multi-process")
+@pytest.mark.serves("reference", "tested", "multi-process", "tensor parallelism")
 def test_two_processes_say_what_one_device_says_and_end_together(wide_folder, wide_engine):
     """Preempted, and with KV that went to the memory of both and came back."""
     tokenizer = Tokenizer.from_folder(wide_folder)
@@ -99,6 +100,7 @@ def test_two_processes_say_what_one_device_says_and_end_together(wide_folder, wi
         assert [process.wait(60) for process in processes] == [0, 0], [p.stderr.read() for p in processes]
 
 
+@pytest.mark.serves("native", "tested", "multi-process")
 def test_two_processes_draw_again_together(wide_folder, wide_engine):
     command = [sys.executable, extras_process.__file__, str(wide_folder), free_address()]
     processes = [

@@ -17,7 +17,7 @@ from astraea_jax.errors import EngineDead
 KEY = bytes(range(32))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(peers, "STALL_S", 1)
 
@@ -68,6 +68,7 @@ def test_a_peer_that_has_gone_is_named(pair):
             use()
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_peer_that_hangs_is_named(pair):
     client, accepted = pair
     peer = Peer(_connection(client), 3)
@@ -85,6 +86,7 @@ def test_a_peer_that_hangs_is_named(pair):
     "says", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\4welc", b"\0\0\0\x10" + bytes(16), b"\xff" * 64]
 )
 @pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.usefixtures("soon")
 def test_a_stranger_is_refused(pair, says, stays):
     client, accepted = pair
     client.sendall(says)

@@ -82,6 +82,7 @@ def test_a_replica_that_dies_under_load_loses_no_program(dies):
         killing = asyncio.create_task(kill())
         texts = await asyncio.gather(*[_agent(replicas, name, 6) for name in names])
         await killing
+        await until(lambda: not engines[dies].live)
         return texts
 
     texts = asyncio.run(work())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
-from support.engines import break_loop, until
+from support.engines import break_loop, gathering, until
 from support.wide import PROMPTS, TIGHT, run_programs, tokens
 
 from astraea_jax.engine.replicas import Replicas, load_engine
@@ -22,9 +22,10 @@ PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture
-def replicas(wide_folder) -> Iterator[Replicas]:
-    """Two copies of the model, each with forty pages."""
-    made = load_engine(wide_folder, dataclasses.replace(TIGHT, data_parallel=2))
+def replicas(wide_folder, request) -> Iterator[Replicas]:
+    """Two copies of the model, each with forty pages, with the attention of the test's parameter if it has one."""
+    attention = getattr(request, "param", None)
+    made = load_engine(wide_folder, dataclasses.replace(TIGHT, data_parallel=2, attention=attention))
     assert isinstance(made, Replicas)
     seen = []
     made.start(lambda done, total: seen.append((done, total)))
@@ -34,7 +35,9 @@ def replicas(wide_folder) -> Iterator[Replicas]:
     made.shutdown(grace_s=0)
 
 
+@pytest.mark.serves("native", "tested", "replicas")
 @pytest.mark.serves("reference", "tested", "replicas")
+@pytest.mark.parametrize("replicas", [None, "reference"], indirect=True)
 def test_two_copies_say_what_one_says(replicas, wide_engine):
     """Each under pressure; and together they count what they did."""
     devices = [{d for page in e._runner._pages for d in page.sharding.device_set} for e in replicas.replicas]
@@ -60,8 +63,9 @@ def test_programs_spread_and_stay(replicas):
             await tokens(again)
             assert again.usage.cached_tokens > 0, "its KV is where it went"
         assert [engine.stats().created for engine in replicas.replicas] == [3, 3]
-        busy = [replicas.generate(PROMPTS[0], PARAMS) for _ in range(4)]  # programs of one request
-        assert sorted(engine.in_progress for engine in replicas.replicas) == [2, 2]
+        with gathering(replicas):
+            busy = [replicas.generate(PROMPTS[0], PARAMS) for _ in range(4)]  # programs of one request
+            assert [engine.in_progress for engine in replicas.replicas] == [2, 2]
         for generation in busy:
             await tokens(generation)
         with pytest.raises(RequestError):
@@ -94,8 +98,9 @@ def test_the_programs_of_a_dead_copy_go_to_the_other(replicas):
     async def work() -> None:
         first = await tokens(replicas.generate(PROMPTS[0], PARAMS, session="s"))
         home = replicas._homes.of(("", "s"))
-        lost = replicas.generate(PROMPTS[0] + first, PARAMS, session="s")
-        break_loop(home, ZeroDivisionError())
+        with gathering(replicas):
+            lost = replicas.generate(PROMPTS[0] + first, PARAMS, session="s")
+            break_loop(home, ZeroDivisionError())
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
             await tokens(lost)
         assert replicas.live

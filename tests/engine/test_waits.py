@@ -6,7 +6,7 @@ import asyncio
 import math
 
 import pytest
-from support.engines import held, settled
+from support.engines import gathering, held, settled
 from support.stub import stub_engine
 
 from astraea_jax.engine.replicas import Replicas
@@ -78,7 +78,9 @@ async def test_who_gives_way_starts_later_and_nobody_gets_before_others(priority
         ended.append(name)
 
     with held(engine, 0) as control:
-        asked = [asyncio.create_task(ask("first", count)) for count in (2, 7, 12)]  # all slots
+        with gathering(engine):
+            asked = [asyncio.create_task(ask("first", count)) for count in (2, 7, 12)]  # all slots
+            await asyncio.sleep(0)
         await control.still()
         for name, of in (("later", priority), ("plain", 0), ("pushing", -(2**70))):
             asked.append(asyncio.create_task(ask(name, 3, of)))

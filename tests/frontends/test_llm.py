@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from support.engines import held
 from support.scripts import ROOT
-from support.sizes import SMALL
+from support.sizes import CHAT, SMALL
 
 from astraea_jax import (
     LLM,
-    EngineConfig,
     EngineDead,
     McpServer,
     RequestError,
@@ -52,7 +52,7 @@ def llm(random_folder) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def shop() -> Iterator[LLM]:
     """The bundled model, which calls tools."""
-    with LLM("astraea-tiny", EngineConfig(max_seqs=4, max_step_tokens=64, kv_bytes=2**22)) as llm:
+    with LLM("astraea-tiny", CHAT) as llm:
         yield llm
 
 
@@ -196,8 +196,9 @@ def test_more_prompts_than_the_queue_holds(random_folder, greedy):
         async def others() -> None:
             await asyncio.gather(*[llm.engine.generate([1], LONG).text() for _ in range(9)])
 
-        thread, _ = in_thread(lambda: asyncio.run(others()))
-        until(lambda: llm.engine.in_progress == 9)
+        with held(llm.engine, 0):
+            thread, _ = in_thread(lambda: asyncio.run(others()))
+            until(lambda: llm.engine.in_progress == 9)
         completions = llm.generate(prompts, EIGHT)
         programs = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], params=EIGHT)
         thread.join()
@@ -240,9 +241,11 @@ def test_ctrl_c_ends_what_the_call_has_begun(shop, batch):
 
 def test_close_ends_calls_of_other_threads(random_folder):
     llm = LLM(random_folder, SMALL)
-    calls = [in_thread(lambda: llm.generate(["a"] * 20, LONG)), in_thread(lambda: llm.chat([HI], params=LONG))]
-    until(lambda: llm.engine.in_progress >= 9)
-    closing = [in_thread(llm.close) for _ in range(3)]
+    with held(llm.engine, 2):
+        calls = [in_thread(lambda: llm.generate(["a"] * 20, LONG)), in_thread(lambda: llm.chat([HI], params=LONG))]
+        until(lambda: llm.engine.in_progress >= 9)
+        closing = [in_thread(llm.close) for _ in range(3)]
+        until(lambda: not llm.engine.live)
     for thread, _ in closing + calls:
         thread.join(60)
     assert [outcome for _, outcome in closing] == [[None]] * 3
@@ -315,7 +318,7 @@ def test_tools_may_ask_the_same_llm(shop):
         delta = [delta async for delta in shop.engine.generate([5, 6], params)][-1]
         return f"{delta.finish_reason}"
 
-    programs = shop.chat([SHOP] * 8, [price, engine], max_steps=3)
+    programs = shop.chat([SHOP] * CHAT.max_seqs * 2, [price, engine], max_steps=3)
     results = {m["content"] for program in programs for m in program.messages if m["role"] == "tool"}
     assert results == {"length"}
 

@@ -87,9 +87,10 @@ def test_stopping_lets_every_caller_go(loop):
 
 
 def test_stopping_waits_until_what_was_cancelled_has_ended(loop):
-    ended = []
+    begun, ended = threading.Event(), []
 
     async def slow_to_end() -> None:
+        begun.set()
         try:
             await forever()
         finally:
@@ -97,6 +98,7 @@ def test_stopping_waits_until_what_was_cancelled_has_ended(loop):
             ended.append(True)
 
     waiting(loop, slow_to_end)
+    assert begun.wait(WAIT_S)
     loop.stop()
     assert ended
 
@@ -200,12 +202,14 @@ def test_what_breaks_the_event_loop_lets_every_caller_go(loop, kind):
 
 def test_a_blocked_event_loop_holds_nobody(monkeypatch, caplog):
     monkeypatch.setattr(loop_thread, "STOP_S", 0.05)
-    loop, let_go = LoopThread("blocked"), threading.Event()
+    loop, begun, let_go = LoopThread("blocked"), threading.Event(), threading.Event()
 
     async def blocks() -> None:
+        begun.set()
         let_go.wait()
 
     thread, errors = waiting(loop, blocks)
+    assert begun.wait(WAIT_S)
     loop.stop()
     thread.join(30)
     assert [type(error) for error in errors] == [EngineDead]

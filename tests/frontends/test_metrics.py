@@ -73,8 +73,8 @@ async def test_requests_are_counted_by_their_ends(engine):
     metrics = Metrics(engine, "m")
     await engine.generate([1, 2, 3], PARAMS, session="s").text()
     await engine.generate([1, 2, 3], PARAMS, session="s").text()
-    generation = engine.generate([1] * 5, SamplingParams(max_tokens=30, ignore_eos=True))
     with held(engine, 2):
+        generation = engine.generate([1] * 5, SamplingParams(max_tokens=30, ignore_eos=True))
         await anext(generation)
         generation.cancel()
     await settled(engine)

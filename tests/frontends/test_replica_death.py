@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -14,7 +13,7 @@ import openai
 import pytest
 from support.engines import break_loop, held, until
 from support.http_server import MODEL, serving
-from support.sizes import SMALL
+from support.sizes import CHAT
 from support.stub import STUB, stub_engine
 from support.wide import tokens
 
@@ -26,7 +25,6 @@ from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.frontends.rpc.server import Server
 from astraea_jax.models import resolve
 
-CHAT = replace(SMALL, max_context=512)
 MESSAGES = [{"role": "user", "content": "Which colour has the sky?"}]
 LONG = SamplingParams(max_tokens=30, ignore_eos=True)
 
@@ -107,13 +105,14 @@ async def test_grpc_before_the_first_token_and_in_the_middle(stubs):
 async def _dies_while_read(replicas: Replicas, begin: Coroutine[Any, Any, Any]) -> Exception:
     """Let the replica die that a stream comes from; returns what the stream raises."""
     with ExitStack() as stack:
-        for engine in replicas.replicas:
-            if engine.live:
-                stack.enter_context(held(engine, 3))
-        begun = asyncio.create_task(begin)
-        break_loop(await busy(replicas), ZeroDivisionError("a secret"))
+        controls = {engine: stack.enter_context(held(engine, 3)) for engine in replicas.replicas if engine.live}
+        asked = asyncio.create_task(begin)
+        dies = await busy(replicas)
+        await controls[dies].still()
+        stream = await asked
+        break_loop(dies, ZeroDivisionError("a secret"))
     with pytest.raises(Exception, match="send the whole request again") as caught:
-        async for _ in await begun:
+        async for _ in stream:
             pass
     assert "a secret" not in str(caught.value)
     return caught.value

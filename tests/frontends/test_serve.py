@@ -127,7 +127,7 @@ def test_sigterm_ends_the_process_within_its_grace_and_tells_what_it_cut(before,
             return None
 
     tokenizer = Tokenizer.from_folder(random_folder)
-    with serve("--grace_s=6", before=before or SLOW) as server:
+    with serve("--grace_s=2", before=before or SLOW) as server:
         error = asyncio.run(work())
         assert server.process.wait(60) == 1
         said = server.process.stderr.read()

@@ -38,9 +38,19 @@ def test_narrow_pages_are_as_the_reference_writes_and_reads_them(kv_dtype, case,
     case.check_alike(Native(), Reference(), jnp.float32, jnp.dtype(kv_dtype))
 
 
+@pytest.mark.serves("native", "tested", "heads of 64, 128, 256", "pages of 16 to 128 tokens")
 @pytest.mark.parametrize(
     ("size", "kv_heads", "group", "head"),
-    [(5, 1, 1, 10), (3, 1, 16, 24), (7, 2, 5, 6), (16, 3, 3, 64), (64, 2, 4, 128), (16, 1, 2, 80), (32, 1, 200, 8)],
+    [
+        (128, 1, 1, 256),
+        (5, 1, 1, 10),
+        (3, 1, 16, 24),
+        (7, 2, 5, 6),
+        (16, 3, 3, 64),
+        (64, 2, 4, 128),
+        (16, 1, 2, 80),
+        (32, 1, 200, 8),
+    ],
 )
 @pytest.mark.parametrize("switches", [PLAIN, Switches(window=70, soft_cap=3.0), Switches(window=2100)])
 def test_any_sizes_and_contexts_longer_than_what_is_attended_to_at_a_time(size, kv_heads, group, head, switches):
@@ -95,7 +105,9 @@ def test_a_row_is_the_same_bits_whatever_is_beside_it(queries, kv_dtype):
     table, lens, cu, slots = crowd.batch
     one = slice(0, queries)
     alone = Ragged(
-        *(x[one] for x in (crowd.q, crowd.k, crowd.v)),
+        crowd.q[one],
+        crowd.k[one],
+        crowd.v[one],
         pages=crowd.pages,
         batch=Batch(table[:1], lens[:1], cu[:2], slots[one]),
         q_tile=1 if queries == 1 else 16,

@@ -85,7 +85,7 @@ def test_attends_and_writes_in_ragged_batches(decode, kv_heads, group, head, dty
 @pytest.mark.serves("pallas", "interpreted", "the engine's tokens, against dense attention", "layers in one loop")
 async def test_serves_the_same_tokens(make_engine, greedy):
     """In a loop over the layers, as on a TPU."""
-    config = dataclasses.replace(SMALL, attention="pallas-interpreted", max_step_tokens=8, scan_layers=True)
+    config = dataclasses.replace(SMALL, attention="pallas-interpreted", max_seqs=2, max_step_tokens=8, scan_layers=True)
     engine = make_engine(config)
     prompt = list(range(40, 63))
     generation = engine.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True))

@@ -133,3 +133,17 @@ def test_rendered_chats_can_be_compared_and_cut():
     assert TOKENIZER.encode_rendered(begins) + TOKENIZER.encode_rendered(rest) == TOKENIZER.encode_rendered(whole)
     with pytest.raises(ValueError, match="surrogate"):
         TOKENIZER.render_chat([{"role": "user", "content": "half \udc00"}])
+
+
+def test_a_token_that_json_writes_otherwise_stays_text(tmp_path):
+    folder = copy_tiny(tmp_path / "model")
+    token = '<"end"\\\n>'
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    change(folder / "tokenizer.json", added_tokens=[*added, {**added[0], "id": 600, "content": token}])
+    tokenizer = Tokenizer.from_folder(folder)
+    [end] = tokenizer.encode(token)
+    for content in (f"a {token} b", [{"type": "text", "text": token[:4]}, {"type": "text", "text": token[4:]}]):
+        chat = [{"role": "user", "content": content}]
+        found = tokenizer.encode_chat(chat)
+        assert end not in found
+        assert tokenizer.decode(found) == tokenizer.decode(tokenizer.encode(tokenizer.render(chat)))

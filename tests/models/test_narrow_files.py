@@ -70,6 +70,7 @@ def assert_reads(narrow, again):
     return forms
 
 
+@pytest.mark.serves("native", "tested", "fp8 weights", "int4 weights")
 @pytest.mark.serves("reference", "tested", "fp8 weights", "int4 weights")
 @pytest.mark.parametrize("name", WRITERS)
 def test_weights_are_those_of_the_file(name, wide, tmp_path):

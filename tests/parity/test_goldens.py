@@ -15,10 +15,16 @@ def test_prefill_logits(folder):
     check_logits(folder)
 
 
-@pytest.mark.serves("reference", "tested", "windows", "sinks", "experts", "norms of heads in float32")
+@pytest.mark.serves("native", "tested", "windows", "sinks", "experts", "norms of heads in float32")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 async def test_greedy_tokens_in_a_batch(folder):
     await check_tokens(folder)
+
+
+@pytest.mark.serves("reference", "tested", "windows", "sinks", "experts", "norms of heads in float32")
+@pytest.mark.parametrize("name", ["gemma3-windows-ropes", "glm4moe-norms-biases", "gptoss-sinks"])
+async def test_greedy_tokens_of_the_reference(name):
+    await check_tokens(Path(__file__).with_name("goldens") / name, attention="reference")
 
 
 def test_the_goldens_cover_what_is_served():

@@ -32,7 +32,8 @@ def test_every_way_makes_as_many_tokens(device, random_folder, tmp_path):
 def test_constrained_decoding_is_measured_alone_at_a_vocabulary_that_is_made_up(tmp_path):
     path = tmp_path / "runs.jsonl"
     alone = ("--vocabulary=2000", "--doors=", "--arrivals=0", "--rows=1", "--rows=2", "--kv_bytes=8388608")
-    run("scripts/bench_doors.py", "--streams=2", "--output=6", "--rounds=1", *alone, f"--json={path}")
+    sizes = ("--streams=2", "--output=6", "--rounds=1", "--max_step_tokens=16")
+    run("scripts/bench_doors.py", *sizes, *alone, f"--json={path}")
     figures = json.loads(path.read_text())["figures"]
     assert list(figures) == ["constrained"]
     assert list(figures["constrained"]) == ["1", "2"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.scripts import ROOT, run, run_shell
+from support.sizes import CHAT
 
 EXAMPLES = ROOT / "examples"
 ANSWER = "The total is 60.\n"
@@ -35,7 +36,7 @@ def section(document: Path, heading: str) -> Section:
 
 @pytest.fixture(scope="module")
 def server(serve):
-    with serve("--model=astraea-tiny", "--kv_bytes=4194304") as server:
+    with serve("--model=astraea-tiny", f"--max_context={CHAT.max_context}") as server:
         yield server
 
 

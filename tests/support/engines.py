@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.events import Check
 from astraea_jax.engine.interface import Serving
 from astraea_jax.scheduler.wait import Wait
 
+T = TypeVar("T")
 WAIT_S = 120.0
 """No wait of a test takes as long, unless it hangs."""
 
@@ -68,6 +73,35 @@ def held(engine: Engine, steps: int) -> Iterator[Held]:
     finally:
         engine._runner.read = read
         state.more(1)
+
+
+@contextmanager
+def gathering(engine: Serving) -> Iterator[None]:
+    """Let idle engines take no event until the block is left, and then all of them before their next plan. So what is
+    asked within the block is planned together, however slow the caller is.
+    """
+    leave = threading.Event()
+
+    def stand(stands: threading.Event, _: Future[None]) -> None:
+        stands.set()
+        leave.wait()
+
+    with ExitStack() as stack:
+        stack.callback(leave.set)
+        for replica in engine.replicas:
+            stands, asked = threading.Event(), Future[None]()
+            asked.add_done_callback(partial(stand, stands))  # called in the loop's thread
+            replica._post(Check(asked))
+            assert stands.wait(WAIT_S)
+        yield
+
+
+async def together(engine: Serving, *work: Coroutine[Any, Any, T]) -> list[T]:
+    """Return what all of these come to; what each asks of the engine before it waits is planned together."""
+    with gathering(engine):
+        tasks = [asyncio.create_task(one) for one in work]
+        await asyncio.sleep(0)  # each runs until it waits
+    return await asyncio.gather(*tasks)
 
 
 async def posted(engine: Engine) -> None:

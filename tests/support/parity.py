@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from support.engines import together
 from tokenizers import models
 
 from astraea_jax.engine.config import EngineConfig
@@ -57,13 +58,13 @@ def check_logits(folder: Path) -> None:
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == golden["tokens"].tolist()
 
 
-async def check_tokens(folder: Path) -> None:
+async def check_tokens(folder: Path, attention: str | None = None) -> None:
     """64 greedy tokens agree exactly: in two requests of a program, in a batch with other programs, prefilled in chunks
-    between their steps, preempted, and with KV that went to the host and came back.
+    between their steps, preempted, and with KV that went to the host and came back; by this attention, or the default.
     """
     golden = np.load(folder / "golden.npz")
     prompt, expected = golden["prompt"].tolist(), golden["tokens"].tolist()
-    engine = _engine(folder, _max_context(golden))
+    engine = _engine(folder, _max_context(golden), attention)
     engine.start()
     rng = random.Random(0)
 
@@ -81,7 +82,7 @@ async def check_tokens(folder: Path) -> None:
         others = [[rng.randrange(100) for _ in range(rng.randint(1, 60))] for _ in range(12)]
         work = [program(f"other {i}", text, 48) for i, text in enumerate(others)]
         work += [program(f"mine {i}", prompt, len(expected)) for i in range(2)]
-        said = await asyncio.gather(*work)
+        said = await together(engine, *work)
     finally:
         await asyncio.to_thread(engine.shutdown, 0)
     assert said[-2:] == [expected, expected]
@@ -91,12 +92,18 @@ async def check_tokens(folder: Path) -> None:
     assert stats.preemptions > 0 or all_slide, "the pool was meant to be too small"  # else pages only count
 
 
-def _engine(folder: Path, max_context: int | None) -> Engine:
+def _engine(folder: Path, max_context: int | None, attention: str | None) -> Engine:
     """An engine with little room, and some on the host."""
     decoder = load_hf(folder, jnp.float32, max_context=max_context)
     model = decoder.config
     page = 2 * model.num_layers * model.num_kv_heads * CONFIG.page_size * model.head_dim * 4
-    config = replace(CONFIG, residency="always-offload", max_context=max_context, host_kv_bytes=2 * PAGES * page)
+    config = replace(
+        CONFIG,
+        residency="always-offload",
+        max_context=max_context,
+        host_kv_bytes=2 * PAGES * page,
+        attention=attention,
+    )
     room = PAGES * page
     if any(kind.window is None for kind in model.layer_kinds):  # windows leave room for more pages
         while PageCounts.within(room, page, model, config).full > PAGES:

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parents[1]
 DOCUMENT = TESTS.parent / "docs" / "hardware.md"
 BEGIN, END = "<!-- made by tests/support/table.py -->\n", "<!-- end -->\n"
 BACKENDS = {
+    "native": "`native` (CPU)",
     "reference": "`reference` (any device)",
     "triton": "`triton` (NVIDIA)",
     "pallas": "`pallas` (TPU, ours)",

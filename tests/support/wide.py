@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import random
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support.engines import gathering
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.engine.interface import Serving
@@ -63,25 +65,42 @@ def wide_decoder(config: ModelConfig = WIDE, form: Format | None = None) -> Deco
 
 _rng = random.Random(1)
 PROMPTS = [[_rng.randrange(256) for _ in range(_rng.randint(1, 50))] for _ in range(10)]
+FIRST, SECOND = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (28, 16)]
+"""Of the two requests of a program. Any four of the first want more than the forty pages of :data:`TIGHT` before one
+has ended, and all programs together four times as many: so requests are preempted, and KV goes to the host and comes
+back, whatever takes how long."""
 
 
 async def tokens(generation) -> list[int]:
     return [t async for delta in generation for t in delta.token_ids]
 
 
-async def programs(model: Serving | Client, *, alone: bool = False) -> list[list[int]]:
-    """Return what ten programs of two requests each say, all at once, or each with the model to itself."""
-    room = asyncio.Semaphore(1 if alone else len(PROMPTS))
+async def programs(model: Serving | Client) -> list[list[int]]:
+    """Return what ten programs of two requests each say; the first ones of all are asked at once, and then the second
+    ones.
+    """
 
-    async def program(name: str, prompt: list[int]) -> list[int]:
-        params = SamplingParams(max_tokens=16, ignore_eos=True)
-        async with room:
-            first = await tokens(model.generate(prompt, params, session=name))
-            return first + await tokens(model.generate(prompt + first + [7, 8], params, session=name, final=True))
+    async def turn(prompts: list[list[int]], params: SamplingParams, *, final: bool) -> list[list[int]]:
+        with nullcontext() if isinstance(model, Client) else gathering(model):
+            asked = [model.generate(p, params, session=f"p{i}", final=final) for i, p in enumerate(prompts)]
+        return await asyncio.gather(*map(tokens, asked))
 
-    return await asyncio.gather(*[program(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)])
+    first = await turn(PROMPTS, FIRST, final=False)
+    longer = [[*prompt, *said, 7, 8] for prompt, said in zip(PROMPTS, first, strict=True)]
+    second = await turn(longer, SECOND, final=True)
+    return [before + after for before, after in zip(first, second, strict=True)]
+
+
+async def programs_alone(model: Serving) -> list[list[int]]:
+    """Return what each of these programs says if it has the model to itself."""
+    said = []
+    for i, prompt in enumerate(PROMPTS):
+        first = await tokens(model.generate(prompt, FIRST, session=f"p{i}"))
+        second = await tokens(model.generate([*prompt, *first, 7, 8], SECOND, session=f"p{i}", final=True))
+        said.append(first + second)
+    return said
 
 
 def run_programs(engine: Serving, *, alone: bool = False) -> list[list[int]]:
-    """:func:`programs`, in an event loop of their own."""
-    return asyncio.run(programs(engine, alone=alone))
+    """:func:`programs` or :func:`programs_alone`, in an event loop of their own."""
+    return asyncio.run(programs_alone(engine) if alone else programs(engine))

@@ -126,20 +126,24 @@ class _Chunks:
         self._head = {**head, "object": "chat.completion.chunk", **usage}
 
     async def of(self, outputs: AsyncIterator[tuple[int, TurnDelta]]) -> AsyncIterator[bytes]:
-        """Server-sent events of what the turns give."""
+        """Server-sent events of what the turns give; those that come together are one piece."""
         told: set[int] = set()
         async for index, output in outputs:
+            events = []
             if index not in told:
                 told.add(index)
-                yield self._chunk(index, {"role": "assistant", "content": ""})
+                events.append(self._chunk(index, {"role": "assistant", "content": ""}))
             delta = _delta(output)
             if delta or output.logprobs:
-                yield await written(count(output.logprobs), partial(self._chunk, index, delta, output.logprobs))
+                events.append(
+                    await written(count(output.logprobs), partial(self._chunk, index, delta, output.logprobs))
+                )
             if (reason := self._turns[index].finish_reason) is not None:
-                yield self._chunk(index, {}, reason=reason, stop=self._turns[index].stop_sequence)
-        if self._tells_usage:
-            yield event({**self._head, "choices": [], "usage": usage_of(self._turns)})
-        yield DONE
+                events.append(self._chunk(index, {}, reason=reason, stop=self._turns[index].stop_sequence))
+            if events:
+                yield b"".join(events)
+        usage = event({**self._head, "choices": [], "usage": usage_of(self._turns)}) if self._tells_usage else b""
+        yield usage + DONE
 
     def _chunk(
         self,

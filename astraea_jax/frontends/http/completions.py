@@ -164,9 +164,8 @@ class _Texts:
             if text or output.logprobs or self._turns[index].finish_reason:
                 choice = await written(count(output.logprobs), partial(self._choice, index, text, output.logprobs))
                 yield event({**head, "choices": [choice]})
-        if tells_usage:
-            yield event({**head, "choices": [], "usage": self._usage()})
-        yield DONE
+        usage = event({**head, "choices": [], "usage": self._usage()}) if tells_usage else b""
+        yield usage + DONE
 
     def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         turn = self._turns[index]

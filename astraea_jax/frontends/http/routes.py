@@ -143,8 +143,9 @@ async def stream(
 
 
 async def _give_up(first: asyncio.Future[bytes | None], events: AsyncIterator[bytes]) -> None:
-    first.cancel()
-    await asyncio.wait({first})
+    if not first.done():  # waiting for what is done takes a turn of the event loop, in which others come first
+        first.cancel()
+        await asyncio.wait({first})
     if not first.cancelled():
         first.exception()  # has been seen, or is of no more interest
     await events.aclose()  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <utility>
 
 #include "vectors.h"
 
@@ -45,18 +45,28 @@ inline Vec capped(Vec score, float cap) {
 }
 
 
-// Takes groups of 2n lanes of a and b apart: `first` has the lower halves of a's and b's groups side by side, `second`
-// the upper ones.
+// Of groups of 2n lanes of two vectors: where lane i of the lower halves side by side comes from.
+template <int n>
+constexpr int lower(int i) {
+  return i % (2 * n) < n ? i : kLanes + i - n;
+}
+
+// The lower halves of groups of 2n lanes of a and b side by side, or the upper ones (offset n).
+template <int n, int offset, int... i>
+inline Vec halves(Vec a, Vec b, std::integer_sequence<int, i...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (lower<n>(i) + offset)...);
+#else
+  return __builtin_shuffle(a, b, Ints{(lower<n>(i) + offset)...});
+#endif
+}
+
+// Takes groups of 2n lanes of a and b apart: `first` has their lower halves side by side, `second` the upper ones.
 template <int n>
 inline void exchange(Vec a, Vec b, Vec& first, Vec& second) {
-  Ints lower{}, upper{};
-  for (int i = 0; i < kLanes; ++i) {
-    const int group = i / (2 * n) * (2 * n), within = i % (2 * n);
-    lower[i] = within < n ? group + within : kLanes + group + within - n;
-    upper[i] = lower[i] + n;
-  }
-  first = __builtin_shuffle(a, b, lower);
-  second = __builtin_shuffle(a, b, upper);
+  const std::make_integer_sequence<int, kLanes> lanes;
+  first = halves<n, 0>(a, b, lanes);
+  second = halves<n, n>(a, b, lanes);
 }
 
 // The sums of kLanes vectors, as one vector; overwrites them.

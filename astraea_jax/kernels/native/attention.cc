@@ -1,4 +1,4 @@
-// Ragged paged attention of one layer, with what comes before it: norms, rotation, and keys and values into their pages.
+// Ragged paged attention of one layer, and what comes before it: norms, rotation, keys and values into their pages.
 //
 // Queries are cut into units, a unit's context into chunks of a fixed length, and what comes of the chunks is joined in
 // their order. Units that are large beside the rest are given to several threads by chunks, the others are one piece of
@@ -20,8 +20,8 @@
 namespace astraea {
 namespace {
 
-constexpr int64_t kTokensAtOnce = 8;      // that a thread rotates and writes
-constexpr int64_t kSmall = int64_t{1} << 16;  // products with keys that are not worth waking another thread
+constexpr int64_t kNumbersAtOnce = 8192;      // that a thread rotates and writes at least
+constexpr int64_t kSmall = int64_t{1} << 16;  // multiplications with keys that are not worth waking another thread
 
 // A chunk of a unit, or all of them.
 struct Piece {
@@ -113,22 +113,23 @@ class Call {
   void run(ffi::ThreadPool& pool) {
     const int64_t tokens = a_.starts[a_.rows];
     std::fill(a_.query(tokens, 0, 0), a_.query(a_.tokens, 0, 0), 0.0f);
-    parallel(pool, (tokens + kTokensAtOnce - 1) / kTokensAtOnce, [&](int64_t i) {
+    const int64_t some = std::max<int64_t>(1, kNumbersAtOnce / (a_.heads * (a_.group + 2) * a_.dim));
+    parallel(pool, (tokens + some - 1) / some, [&](int64_t i) {
       Scratch scratch(a_.dim);
       float* key = scratch.take(a_.dim);
-      const int64_t end = std::min(tokens, (i + 1) * kTokensAtOnce);
-      for (int64_t token = i * kTokensAtOnce; token < end; ++token) rotate_and_write<T>(a_, token, key);
+      const int64_t end = std::min(tokens, (i + 1) * some);
+      for (int64_t token = i * some; token < end; ++token) rotate_and_write<T>(a_, token, key);
     });
     const int64_t pieces = plan_.pieces.size(), at_once = pieces >= 8 * threads_ * a_.heads ? a_.heads : 1;
-    const auto some = [&](int64_t i) {
+    const auto run_some = [&](int64_t i) {
       const int64_t end = std::min(pieces, (i + 1) * at_once);
       for (int64_t piece = i * at_once; piece < end; ++piece) run(piece);
     };
     const int64_t count = (pieces + at_once - 1) / at_once;
     if (plan_.work > kSmall) {
-      parallel(pool, count, some);
+      parallel(pool, count, run_some);
     } else {
-      for (int64_t i = 0; i < count; ++i) some(i);
+      for (int64_t i = 0; i < count; ++i) run_some(i);
     }
   }
 
@@ -191,7 +192,8 @@ std::string fault(const Attention& a) {
     const int64_t start = a.starts[row], end = a.starts[row + 1], context = a.kv_lens[row];
     if (end < start || end > a.tokens) return "rows do not follow each other within the tokens";
     if (end == start) continue;
-    if (context < end - start || context > a.width * a.page_size) return "a context is no longer than its tokens, or longer than its pages";
+    if (context < end - start) return "a context is shorter than its tokens";
+    if (context > a.width * a.page_size) return "a context is longer than its pages";
     const int64_t seen = a.window ? std::max<int64_t>(0, context - (end - start) - a.window + 1) : 0;
     for (int64_t i = seen / a.page_size; i * a.page_size < context; ++i) {
       const int64_t page = a.page_table[row * a.width + i];

@@ -54,7 +54,7 @@ class Native:
         return BITS.get(jnp.dtype(dtype), jnp.dtype(dtype))
 
     def attend(self, heads: Heads, pages: jax.Array, batch: Batch, *, q_tile: int) -> tuple[jax.Array, jax.Array]:
-        """As :class:`~astraea_jax.kernels.backend.Backend` has it; rows of any length are cut alike, whatever ``q_tile`` is."""
+        """As :class:`~astraea_jax.kernels.backend.Backend` has it; how rows are cut does not depend on ``q_tile``."""
         dtype = heads.qkv.dtype
         if dtype != jnp.float32:  # norm and rotation round to the dtype
             q, k, v = (x.astype(jnp.float32) for x in heads.rotated())

@@ -17,10 +17,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from astraea_jax.errors import StartupError
 from astraea_jax.folders import cache_folder, private_folder
@@ -84,7 +84,7 @@ def _digest(command: Sequence[str], files: Sequence[Path]) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     features = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name"))})
-    digest = hashlib.sha256("\0".join([*command, jaxlib.__version__, platform.platform(), *features]).encode())
+    digest = hashlib.sha256("\0".join([*command, version("jaxlib"), platform.platform(), *features]).encode())
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]

@@ -6,11 +6,11 @@
 
 namespace astraea {
 
-constexpr int64_t kLoneChunk = 256;         // tokens of a context that are attended to at a time
-constexpr int64_t kAhead = 2 * kLanes;      // tokens between what is fetched from memory and what is computed
-constexpr int kLoneHeads = 4;               // whose sums stay in registers,
+constexpr int64_t kLoneChunk = 256;     // tokens of a context that are attended to at a time
+constexpr int64_t kAhead = 2 * kLanes;  // tokens between what is fetched from memory and what is computed
+constexpr int kLoneHeads = 4;  // whose sums of so many vectors stay in registers:
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kLoneVecs = 4;                // for so many vectors of dimensions
+constexpr int kLoneVecs = 4;
 #else
 constexpr int kLoneVecs = 2;
 #endif

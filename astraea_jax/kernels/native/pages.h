@@ -54,7 +54,7 @@ T* token_at(const Attention& a, int64_t page, int64_t side, int64_t head, int64_
   return static_cast<T*>(a.pages) + (((page * 2 + side) * a.heads + head) * a.page_size + offset) * a.dim;
 }
 
-// Tokens of a unit's context, keys (side 0) or values (1), in blocks of `length`.
+// Tokens of a unit's context, keys (side 0) or values (1), in blocks of `length` tokens.
 template <typename T, int length>
 class Tokens {
  public:

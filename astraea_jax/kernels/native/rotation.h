@@ -5,8 +5,9 @@
 
 namespace astraea {
 
-// Writes x [H] after its norm (if there is one), its rotation and times a factor; `to` may be x.
-inline void turn(const Attention& a, const float* x, const float* norm, int64_t token, float factor, float* to) {
+// Writes x [H] after its norm (if there is one), its rotation, and times a factor.
+inline void turn(const Attention& a, const float* x, const float* norm, int64_t token, float factor,
+                 float* __restrict to) {
   const int64_t half = a.dim / 2;
   const float *cos = a.cos + token * half, *sin = a.sin + token * half;
   float inverse = 1;
@@ -15,7 +16,6 @@ inline void turn(const Attention& a, const float* x, const float* norm, int64_t 
     for (int64_t h = 0; h < a.dim; ++h) squares += x[h] * x[h];
     inverse = 1 / std::sqrt(squares / a.dim + a.eps);
   }
-#pragma GCC ivdep
   for (int64_t h = 0; h < half; ++h) {
     const float left = norm ? x[h] * inverse * norm[h] : x[h];
     const float right = norm ? x[half + h] * inverse * norm[half + h] : x[half + h];

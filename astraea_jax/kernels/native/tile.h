@@ -1,5 +1,5 @@
-// Attention of a tile of queries of one row, as flash attention does it (online softmax, arXiv 2205.14135): the lanes of
-// vectors are queries, so that keys and values are read as they lie, and each softmax stays within its lane.
+// Attention of a tile of queries of one row, as flash attention does it (online softmax, arXiv 2205.14135): the lanes
+// of vectors are queries, so that keys and values are read as they lie, and each softmax stays within its lane.
 #pragma once
 
 #include "pages.h"
@@ -9,14 +9,14 @@ namespace astraea {
 constexpr int64_t kTileChunk = 2048;  // tokens of a context that are attended to at a time
 constexpr int64_t kTileBlock = 64;    // of these, those that stay in the nearest cache
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kTileRows = 4;  // 12 sums, 3 vectors and a factor fill 16 registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8;  // 24 sums, 3 vectors and a factor stay in 32 registers,
 #else
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 4;  // 12 sums, 3 vectors and a factor in 16
 #endif
 constexpr int kTileVecs = 3;
 constexpr int64_t kPanel = kTileVecs * kLanes;  // lanes that are computed together
-constexpr int64_t kTileLanes = 144;             // queries of a tile, times the heads of a group: panels of any width
+constexpr int64_t kTileLanes = 144;  // heads of the queries of a tile: whole panels, however wide vectors are
 
 inline int64_t tile_queries(int64_t group) { return std::max<int64_t>(1, kTileLanes / group); }
 
@@ -25,7 +25,8 @@ class Tile {
  public:
   static int64_t scratch(const Attention& a, int64_t queries) {
     const int64_t lanes = padded(queries * a.group);
-    return lanes * (2 * a.padded_dim() + kTileBlock) + 3 * Scratch::aligned(lanes) + 2 * Tokens<T, kTileBlock>::scratch(a);
+    return lanes * (2 * a.padded_dim() + kTileBlock) + 3 * Scratch::aligned(lanes) +
+           2 * Tokens<T, kTileBlock>::scratch(a);
   }
 
   Tile(const Attention& a, const Unit& unit, Scratch& scratch)
@@ -43,7 +44,9 @@ class Tile {
         keys_(a, unit, 0, scratch),
         values_(a, unit, 1, scratch) {
     std::fill(out_, out_ + lanes_ * dim_, 0.0f);
-    for (int64_t m = 0; m < used_; ++m) std::copy_n(a.query(unit.first + m / a.group, unit.head, m % a.group), a.dim, out_ + m * dim_);
+    for (int64_t m = 0; m < used_; ++m) {
+      std::copy_n(a.query(unit.first + m / a.group, unit.head, m % a.group), a.dim, out_ + m * dim_);
+    }
     transpose(out_, lanes_, dim_, queries_, dim_);
     for (int64_t m = 0; m < lanes_; ++m) position_[m] = unit.position + std::min(m, used_ - 1) / a.group;
   }

@@ -1,17 +1,13 @@
 """The bundled model behind HTTP, in the test's own event loop, so that what one test compiles serves all."""
 
-import dataclasses
-
 import openai
 import pytest
 from support.engines import end_all_sessions
 from support.http_server import serving
-from support.sizes import SMALL
+from support.sizes import CHAT
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.models import resolve
-
-CHAT = dataclasses.replace(SMALL, max_context=512)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from contextlib import AsyncExitStack
 
 import anthropic
 import pytest
 from anthropic import AsyncAnthropic
-from support.engines import settled
+from support.engines import held, settled
 from support.http_server import MODEL, serving
 
 from astraea_jax.frontends.http.errors import SessionEnded, failure_of
@@ -157,17 +158,20 @@ async def test_a_client_that_vanishes_frees_its_pages(client, engine):
     async with client.messages.stream(model=MODEL, max_tokens=200, messages=[HI]) as stream:
         await anext(aiter(stream))
     await settled(engine)
-    task = asyncio.create_task(client.messages.create(model=MODEL, max_tokens=200, messages=[HI]))
-    await asyncio.sleep(0.05)
-    task.cancel()
+    with held(engine, 2) as state:
+        task = asyncio.create_task(client.messages.create(model=MODEL, max_tokens=200, messages=[HI]))
+        await state.still()
+        task.cancel()
     await settled(engine)
 
 
 async def test_a_session_that_ends_during_a_stream_is_an_error_event(client, engine):
     named = {"extra_headers": {"x-session-id": "agent"}}
-    async with client.messages.stream(**BRIEF, max_tokens=200, **named) as stream:
-        await anext(aiter(stream))
-        engine.end_session("agent", owner="peer:127.0.0.1")
+    async with AsyncExitStack() as stack:
+        with held(engine, 2):
+            stream = await stack.enter_async_context(client.messages.stream(**BRIEF, max_tokens=200, **named))
+            await anext(aiter(stream))
+            engine.end_session("agent", owner="peer:127.0.0.1")
         with pytest.raises(anthropic.APIStatusError, match="session was ended"):
             await stream.get_final_message()
     await settled(engine)

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
-from support.http_server import MODEL, serving
+from support.http_server import MODEL
 
 from astraea_jax.agents.tools import tool
-from astraea_jax.engine.config import EngineConfig
-from astraea_jax.engine.engine import Engine
 from astraea_jax.lab.shop import SYSTEM, Task, make_tasks
 
 TASKS = make_tasks(seed=3, split="test", count=3)
-
-
-@pytest.fixture(scope="module")
-def shop() -> Iterator[Engine]:
-    engine = Engine.from_folder("astraea-tiny", EngineConfig(max_seqs=4, max_step_tokens=64, kv_bytes=2**22))
-    engine.start()
-    yield engine
-    engine.shutdown(grace_s=0)
-
-
-@pytest.fixture
-async def server(shop):
-    async with serving(shop) as server:
-        yield server
 
 
 def schemas(task: Task) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from support.engines import WAIT_S
 from support.reports import QUIET
 
 pytest.importorskip("ray.serve", reason="needs the [ray] extra (`make ray` installs it)")
@@ -71,7 +72,7 @@ def present(router, *names, **stats):
 
 async def chosen(router, pending):
     """Name of the replica that a request goes to, by the loop of Serve's own class."""
-    replica = await asyncio.wait_for(router._choose_replica_for_request(pending), 5)
+    replica = await asyncio.wait_for(router._choose_replica_for_request(pending), WAIT_S)
     router.on_request_routed(pending, replica.replica_id, None)
     return replica._name
 

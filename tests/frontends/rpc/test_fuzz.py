@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from support.engines import settled, until
+from support.engines import held, settled, until
 from support.sizes import SMALL
 
 from astraea_jax.frontends.identity import FINAL, KEYS
@@ -161,9 +161,10 @@ async def vanish_at(phase: str, call: grpc.aio.StreamStreamCall, engine: Any, re
         return
     await call.write(request)
     await call.done_writing()
-    if phase == "queued":
-        await until(lambda: engine.in_progress)
-    if phase == "running":
-        await until(lambda: engine.stats().running)
+    with held(engine, 1):  # or else it might have ended before anybody looks
+        if phase == "queued":
+            await until(lambda: engine.in_progress)
+        if phase == "running":
+            await until(lambda: engine.stats().running)
     if phase == "read":
         assert await call.read() is not grpc.aio.EOF

@@ -64,6 +64,7 @@ async def test_a_call_that_says_nothing_is_ended(serve_with, engine, method):
         calls = [silent_on(channel, method) for _ in range(5)]
         assert {await status_of(call) for call in calls} == {"DEADLINE_EXCEEDED"}
         assert "no message" in await calls[0].details()
+        server._gate._limits = CallLimits()  # or else a slow machine might not send the next one's message in time
         assert await answered(channel)
     await until(lambda: not server._gate._silent._count)
     await settled(engine)

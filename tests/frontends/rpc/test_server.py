@@ -245,14 +245,16 @@ async def test_what_the_grace_cuts_off_is_told(engine):
     """To the caller with a status of its own, to whoever stops the server as a number; the engine may hang."""
     server = Server(engine)
     async with Client(f"127.0.0.1:{await server.start()}", engine.tokenizer) as client:
-        with held(engine, 2):
-            running = [asyncio.create_task(tokens_of(client.generate([1, 2], HUNDRED))) for _ in range(2)]
-            while len(server._servicer.decoding) < 2:
-                await asyncio.sleep(0.002)
+        with held(engine, 3):
+            reading = aiter(client.generate([1, 2], HUNDRED))
+            for _ in range(2):
+                await anext(reading)
+            waiting = asyncio.create_task(tokens_of(client.generate([1, 2], HUNDRED)))
+            await until(lambda: len(server._servicer.decoding) == 2)
             assert await server.stop(0.01) == 2
-            for task in running:
+            for cut in (waiting, tokens_of(reading)):
                 with pytest.raises(EngineDead, match="shut down before the request had ended"):
-                    await task
+                    await cut
     await settled(engine)
 
 
