@@ -191,7 +191,7 @@ ffi::Error grouped_product(ffi::ThreadPool pool, Floats x, Indices experts, Indi
   const int32_t* expert = experts.typed_data();
   const int64_t rows = used.typed_data()[0], count = w.dimensions()[0];
   if (rows < 0 || rows > in[0]) {
-    return ffi::Error::InvalidArgument("astraea_grouped_product: more rows are in use than there are");
+    return ffi::Error::InvalidArgument("astraea_grouped_product: the number of rows in use is below 0, or above that of all rows");
   }
   std::vector<Run> runs;
   for (int64_t first = 0, end; first < rows; first = end) {

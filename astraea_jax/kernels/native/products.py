@@ -19,21 +19,22 @@ DTYPES = (jnp.dtype(jnp.float32), BITS, jnp.dtype(jnp.int8))
 """Dtypes of weights that it reads."""
 
 
-def put_in_panels(decoder: Decoder) -> None:
-    """Store the matrices of a decoder that are read as panels, and its table of tokens, in place.
+def put_in_panels(whole: nnx.Module) -> None:
+    """Store what the kernels read as panels, in place: matrices in and below a module, and a decoder's table of tokens.
 
-    Those of a mixture of experts are if both are.
+    Those of a mixture of experts are if both can be.
     """
-    for _, module in nnx.iter_modules(decoder):
+    for _, module in nnx.iter_modules(whole):
         if isinstance(module, Matrix) and module.weight.ndim == 2:
             _put((module,))
         elif isinstance(module, Mixture):
             _put((module.gate_up, module.down))
-    tied = decoder.config.tie_embeddings
-    head = decoder.embed if tied else decoder.lm_head
-    if head.weight.dtype in DTYPES:
-        weight = head.weight[...]
-        head.weight = nnx.Param(in_panels(weight.T if tied else weight))
+        elif isinstance(module, Decoder):
+            tied = module.config.tie_embeddings
+            head = module.embed if tied else module.lm_head
+            if head.weight.dtype in DTYPES:
+                weight = head.weight[...]
+                head.weight = nnx.Param(in_panels(weight.T if tied else weight))
 
 
 @jax.jit
