@@ -30,11 +30,12 @@ def loaded():
 
 def stored(kind: str, experts: int, inputs: int, outputs: int) -> tuple[Matrix, np.ndarray]:
     """A random matrix of every expert in panels, and its numbers as float32."""
-    form = Format("int8") if kind == "int8" else None
-    matrix = Matrix((experts, inputs, outputs), jnp.dtype(kind if form is None else "float32"), form, nnx.Rngs(inputs))
-    weight = matrix.weight[...]
-    numbers = np.asarray(weight.astype(jnp.float32))
-    if form is not None:
+    rng = np.random.default_rng(inputs)
+    matrix = Matrix((1, 1, outputs), jnp.float32, Format("int8") if kind == "int8" else None, nnx.Rngs(0))
+    weight = jnp.asarray(rng.normal(0, 40, (experts, inputs, outputs)).astype(kind))
+    numbers = np.asarray(weight, np.float32)
+    if kind == "int8":
+        matrix.scales = nnx.Param(jnp.asarray(rng.uniform(0.5, 2, (experts, 1, outputs)), jnp.float32))
         numbers = numbers * np.asarray(matrix.scales[...])
     matrix.weight = nnx.Param(in_panels(bits(weight) if kind == "bfloat16" else weight))
     return matrix, numbers
@@ -51,21 +52,21 @@ def random_rows(count: int, inputs: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(count).normal(size=(count, inputs)), jnp.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 7, 30, 90]), min_size=1, max_size=6).filter(any),
     more=st.integers(0, 3),
-    inputs=st.integers(1, 200),
-    outputs=st.integers(1, 200),
+    inputs=st.sampled_from([1, 9, 130, 200]),  # few to compile
+    outputs=st.sampled_from([1, 64, 70, 200]),
 )
 def test_rows_are_multiplied_by_their_experts(kind, counts, more, inputs, outputs):
     matrix, numbers = stored(kind, len(counts), inputs, outputs)
     experts = np.repeat(np.arange(len(counts)), counts)
     x = random_rows(len(experts) + more, inputs)
     found = jax.jit(GroupedNative().product)(x, matrix, rows_of(experts, more))
-    expected = np.einsum("bi,bio->bo", x[: len(experts)], numbers[experts])
-    np.testing.assert_allclose(found[: len(experts)], expected, rtol=1e-4, atol=1e-4)
+    found, expected = np.asarray(found), np.asarray(x)[: len(experts), None] @ numbers[experts]
+    np.testing.assert_allclose(found[: len(experts)], expected[:, 0], rtol=1e-4, atol=2e-2)
     assert not found[len(experts) :].any()
 
 
@@ -87,8 +88,8 @@ def test_activations_in_brain_floats_are_summed_in_float32():
     experts = np.array([0, 0, 1, 1, 1])
     found = GroupedNative().product(x, matrix, rows_of(experts))
     assert found.dtype == jnp.bfloat16
-    expected = np.einsum("bi,bio->bo", x.astype(jnp.float32), numbers[experts])
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=1e-2, atol=1e-3)
+    expected = np.asarray(x, np.float32)[:, None] @ numbers[experts]
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected[:, 0], rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -185,13 +185,13 @@ ffi::Error grouped_product(ffi::ThreadPool pool, Floats x, Indices experts, Indi
   if (in.size() != 2 || result.size() != 2 || result[0] != in[0] || w.dimensions().size() != 4 ||
       experts.element_count() != static_cast<size_t>(in[0]) || used.element_count() != 1) {
     return ffi::Error::InvalidArgument(
-        "astraea_grouped_product: x is [B, I], the weight a matrix of each expert, the result [B, O], and every row has "
-        "an expert");
+        "astraea_grouped_product: x is [B, I], the weight a matrix of each expert, the result [B, O], and every row "
+        "has an expert");
   }
   const int32_t* expert = experts.typed_data();
   const int64_t rows = used.typed_data()[0], count = w.dimensions()[0];
   if (rows < 0 || rows > in[0]) {
-    return ffi::Error::InvalidArgument("astraea_grouped_product: the number of rows in use is below 0, or above that of all rows");
+    return ffi::Error::InvalidArgument("astraea_grouped_product: the number of rows in use is not one from 0 to B");
   }
   std::vector<Run> runs;
   for (int64_t first = 0, end; first < rows; first = end) {
