@@ -36,6 +36,20 @@ class StepCosts:
         linear = self.per_token_s * tokens + self.per_context_s * context
         return self.base_s + prefill + linear + self.per_pair_s * pairs
 
+    def batching_saves(self, context: float) -> float:
+        """Share of a decode step over ``context`` tokens that takes as long whatever is in it, from 0 to 1.
+
+        Only that share of the time is saved by rows that run together: near 0 they take as long as one by one.
+        """
+        return self.base_s / max(self.base_s + self.per_context_s * context, 1e-12)
+
+    def prefill_in_context(self, tokens: float, context: float) -> float:
+        """Tokens of context that take as long, while ``tokens`` are decoded, as a prefill however short it is.
+
+        A step over ``context`` tokens is shared by them in equal parts.
+        """
+        return self.per_prefill_s / max(tokens * (self.base_s / context + self.per_context_s), 1e-12)
+
     def prefill_s(self, tokens: int, before: int = 0) -> float:
         """Seconds of step time that prefilling ``tokens`` adds, with ``before`` in front of them that are there."""
         return self.per_prefill_s + self.per_token_s * tokens + self.per_pair_s * tokens * (before + tokens / 2)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors"},
-    {"models", "scheduler"},
+    {"models", "scheduler", "folders"},
     {"kernels"},
     {"kv_cache"},
     {"engine"},

@@ -33,9 +33,9 @@ assert astraea_jax.__file__.startswith(sys.argv[1]), astraea_jax.__file__
 from absl import flags
 names = [module.name for module in pkgutil.walk_packages(astraea_jax.__path__, "astraea_jax.")]
 for name in names:
-    needs = "triton" if ".triton_" in name else {"astraea_jax.lab.gguf_file": "gguf"}.get(name)
-    if needs and importlib.util.find_spec(needs) is None:
-        continue  # in the [cuda] and [parity] extras
+    needs = {".triton_": "triton", ".gguf_file": "gguf", ".ray_": "ray", ".bench_ray": "ray"}
+    if any(part in name and importlib.util.find_spec(module) is None for part, module in needs.items()):
+        continue  # in the [cuda], [parity] and [ray] extras
     known = set(flags.FLAGS)
     importlib.import_module(name)
     for flag in set(flags.FLAGS) - known:  # commands have flags of equal names
@@ -69,6 +69,9 @@ def test_wheel_holds_one_top_level_package(wheel: Path) -> None:
         files = {path for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix != ".pyc"}
         assert files
         assert {f"astraea_jax/{path.relative_to(ROOT)}" for path in files} <= names
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "astraea_jax/kernels/native").glob("*.*")}
+    assert {Path(path).suffix for path in kernels} == {".py", ".cc", ".h"}
+    assert kernels <= names
 
 
 def test_everything_imports_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:

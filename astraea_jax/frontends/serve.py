@@ -143,9 +143,10 @@ def follow(display: StartupDisplay) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line for the operator."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    """Print a line for the operator, who may have closed the other end."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class Shutdown:
@@ -289,8 +290,10 @@ def fail(cause: str) -> None:
 
 def end(status: int) -> None:
     """End the process without waiting for other processes, or for a device that hangs."""
-    python_logging.shutdown()
-    os._exit(status)
+    try:
+        python_logging.shutdown()
+    finally:
+        os._exit(status)
 
 
 def main(arguments: list[str]) -> None:

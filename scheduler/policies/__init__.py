@@ -50,6 +50,7 @@ ABLATION: dict[str, Callable[[Predictor], Policy]] = {
     "astraea-typical": partial(Astraea, terms=Terms(typical=0.01)),
     "astraea-exponent": partial(Astraea, terms=Terms(exponent=1.0)),
     "astraea-backfill": partial(Astraea, terms=Terms(backfill=0)),
+    "astraea-costs": partial(Astraea, terms=Terms(costs=False)),
     "astraea-gate": partial(Astraea, terms=Terms(gate=False)),
     "fcfs-batches": BatchedFCFS,
 }

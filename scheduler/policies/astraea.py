@@ -6,7 +6,8 @@ why (each is a row of the ablation table, `python scripts/bench_jct.py --policie
 
 * Requests start as soon as memory allows, not in batches that run to completion.
 * The scarce resource is memory, so a program's size is memory times time: the tokens of its request (those it would
-  newly need pages for count in full, those it still has pages for by half) times its expected remaining turns.
+  newly need pages for count in full, those it still has pages for by half) times its expected remaining turns. What
+  a prefill costs however short it is counts as further tokens.
 * Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
@@ -15,7 +16,8 @@ why (each is a row of the ablation table, `python scripts/bench_jct.py --policie
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
   program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait first.
 * Where the first in order does not fit, smaller ones are backfilled, up to four times. Without backfill large contexts
-  leave memory idle; without the bound they would wait for each other.
+  leave memory idle; without the bound they would wait for each other. Where rows share little of a step's time, idle
+  memory costs nothing, and whoever is backfilled only delays the others: there is no backfill.
 * Aging jumps the queue but never preempts: preempting by priority was measured to cost a factor.
 * Without a host tier a dropped context costs its whole prefill, so a gate holds new programs back while those that
   return lose their KV and queue for it; with a host tier such a gate only idles memory, and there is none.
@@ -31,12 +33,16 @@ import numpy as np
 
 from ..contexts import Contexts
 from ..policy import CLASS, Policy, Pressure
-from ..prediction import Predictor
+from ..prediction import FEW_TOKENS, Predictor
 from ..program import Program, Request
 
 PATIENCE = 20.0
 """Typical running times that a program waits in all before it jumps the queue. Swept over 7, 11 and 20 when running
 counted as waiting: less patience buys P99 and costs the mean (benchmarks/RESULTS.md, "Scheduling")."""
+
+BACKFILL_FROM = 0.25
+"""Share of the time of a full pool's step that its rows share, from which there is backfill. On simulated machines that
+differ in nothing else it costs the mean at 0.2 and gains at 0.35."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Terms:
     """Weigh accumulated wait and running time."""
     backfill: int = 8
     """Later requests that are tried if the first in order does not fit."""
+    costs: bool = True
+    """Weigh what steps cost on this machine: the fixed cost of a prefill, and whether backfill pays."""
     gate: bool = True
     """Hold new programs back, where there is no host tier."""
 
@@ -74,6 +82,7 @@ class Astraea(Policy):
         self.backfill = self._terms.backfill
         self._gate = Gate()
         self._oldest = math.inf  # nobody has waited since before
+        self._pool = math.inf  # its tokens, which the first scores tell
 
     def features(self, request: Request) -> Sequence[float]:
         program, terms = request.program, self._terms
@@ -82,12 +91,22 @@ class Astraea(Policy):
             size *= self.predict.turns_index(program) if terms.kinds else self.predict.hazards.index(program.job.turns)
         if terms.memory:
             held = min(request.reusable, len(program.pages) * request.page_size)
-            size *= request.num_tokens - terms.resident * held
+            size *= request.num_tokens - terms.resident * held + self._prefill()
         since = request.queued - program.job.waited_s
         self._oldest = min(self._oldest, since)
         return since, since - program.job.ran_s, size**-terms.exponent
 
+    def _prefill(self) -> float:
+        """Tokens as which the fixed cost of a prefill counts."""
+        if not self._terms.costs:
+            return 0.0
+        return self.predict.costs.prefill_in_context(self.predict.outputs.mean(FEW_TOKENS), self._pool)
+
     def scores(self, features: np.ndarray, now: float, pressure: Pressure) -> np.ndarray:
+        self._pool = pressure.pages * pressure.page_size
+        if self._terms.costs:
+            pays = self.predict.costs.batching_saves(self._pool) >= BACKFILL_FROM
+            self.max_skips = type(self).max_skips if pays else 0
         since, began, weight = features.T
         typical = self.predict.job_s()
         head_start = self._terms.typical * typical

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -205,3 +206,14 @@ def test_what_cannot_be_served_gets_one_line(arguments, words, serve_fails):
     [line] = [line for line in said.splitlines() if line.startswith("cannot serve: ")]
     assert words in line
     assert "Traceback" not in said
+
+
+def test_whoever_cannot_tell_why_ends_all_the_same():
+    """With the status of a failure, not with that of an exception, nor waiting for other processes."""
+    read, write = os.pipe()
+    os.close(read)
+    script = "from astraea_jax.frontends.serve import fail; fail('nobody listens'); raise SystemExit(3)"
+    try:
+        assert subprocess.run([sys.executable, "-c", script], stderr=write, check=False).returncode == 1
+    finally:
+        os.close(write)

@@ -11,7 +11,7 @@ import pytest
 
 from astraea_jax.errors import StartupError
 from astraea_jax.kernels.choice import choose
-from astraea_jax.kernels.native import library
+from astraea_jax.kernels.native import attention, library
 
 SIZES = {"kv_heads": 1, "head_dim": 16, "page_size": 4, "dtype": jnp.float32}
 
@@ -21,7 +21,9 @@ def alone(tmp_path, monkeypatch):
     """A cache folder of its own, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    fresh = library.load.__wrapped__
+    for module in (library, attention):
+        monkeypatch.setattr(module, "load", fresh)
     return tmp_path
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astraea_jax.scheduler.contexts import HALF_LIFE_S
+from astraea_jax.scheduler.costs import StepCosts, StepFit
 from astraea_jax.scheduler.policies import ABLATION, POLICIES, make_policy
 from astraea_jax.scheduler.policies.astraea import PATIENCE, Astraea, Gate, Terms
 from astraea_jax.scheduler.policies.astraea_mlfq import ALPHA, THRESHOLDS
@@ -236,6 +237,57 @@ def test_astraea_prefers_little_memory_and_few_turns_until_the_wait_outweighs_it
     assert order(policy, [begun, done], now=1.0) == [4, 3]
     waited = request(5, prompt=1000, waited_s=1e5)
     assert order(policy, [small, waited], now=1.0) == [5, 1]
+
+
+def test_the_fixed_cost_of_a_prefill_outweighs_tokens_in_the_size():
+    """Where it is all that a request costs, the longer wait goes first whatever the contexts are."""
+    firsts = {}
+    for per_prefill_s in (0.0, 10.0):
+        predictor = Predictor()
+        predictor.steps.costs = StepCosts(1e-3, per_prefill_s, 1e-5, 1e-6)
+        policy = make_policy("astraea", predictor)
+        policy.scores(np.zeros((1, policy.columns)), 0.0, ROOM)  # tells it the size of the pool
+        waited, small = request(1, prompt=1000, waited_s=1.0), request(2, prompt=100, waited_s=0.5)
+        firsts[per_prefill_s] = order(policy, [waited, small], now=0.0)[0]
+    assert firsts == {0.0: 2, 10.0: 1}
+
+
+@pytest.mark.parametrize(
+    ("base_s", "costs", "skips"), [(1e-3, True, Astraea.max_skips), (1e-5, True, 0), (1e-5, False, Astraea.max_skips)]
+)
+def test_astraea_backfills_only_where_batching_saves_time(base_s, costs, skips):
+    predictor = Predictor()
+    predictor.steps.costs = StepCosts(base_s, 0.0, 1e-5, per_context_s=1e-7)  # 1.6 ms for the context of a full pool
+    policy = Astraea(predictor, Terms(costs=costs))
+    order(policy, [request(1)], now=1.0)
+    assert policy.max_skips == skips
+
+
+class KnownCosts(StepFit):
+    """Costs that are known, so that no step teaches anything."""
+
+    def __init__(self, costs: StepCosts):
+        super().__init__()
+        self.costs = costs
+
+    def observe(self, plan, seconds):
+        pass
+
+
+def test_nobody_overtakes_what_does_not_fit_where_batching_saves_no_time():
+    """A pool of three contexts, and steps whose time is all attention: programs start in the order of arrival."""
+    machine = replace(MACHINES["cpu-tiny"], steps=StepCosts(1e-6, 0.0, 1e-6, 1e-6))
+    lengths = [500, 900, 100, 600, 100, 800, 300, 100, 700, 200]
+    programs = [
+        TraceProgram(f"p{i}", (TraceRequest(0, n, 50),), arrival_s=0.001 * i) for i, n in enumerate(lengths * 5)
+    ]
+    predictor = Predictor()
+    predictor.steps = KnownCosts(machine.steps)
+    sizes = Sizes(1200, page_size=16, max_seqs=8, max_step_tokens=256)
+    policy = Astraea(predictor, Terms(turns=False, memory=False))
+    records = Simulator(programs, policy, machine, sizes).run().records
+    begun = [r.spans[0][1] for r in records]
+    assert begun == sorted(begun)
 
 
 def test_the_gate_counts_contexts_that_fade():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -13,6 +14,17 @@ from astraea_jax.scheduler.prediction import Predictor
 from astraea_jax.scheduler.program import Program, Request
 from astraea_jax.scheduler.simulation.oracle import Oracle
 from astraea_jax.scheduler.simulation.trace import TraceProgram, TraceRequest
+
+
+def test_what_batching_saves_and_what_a_prefill_costs_in_context():
+    costs = StepCosts(base_s=4e-3, per_prefill_s=6e-3, per_token_s=1.0, per_context_s=1e-6)
+    assert costs.batching_saves(0) == 1.0
+    assert costs.batching_saves(12_000) == pytest.approx(0.25)
+    # A step over 12,000 tokens takes 16 ms, so each takes 1.33 us, and over 10 steps 13.3 us: 450 take 6 ms.
+    assert costs.prefill_in_context(10, 12_000) == pytest.approx(450)
+    assert costs.prefill_in_context(10, math.inf) == pytest.approx(600)
+    nothing = StepCosts(0.0, 0.0, 0.0, 0.0)
+    assert nothing.batching_saves(1000) == nothing.prefill_in_context(10, 1000) == 0.0
 
 
 def test_step_costs_are_found_from_steps():

@@ -1,4 +1,4 @@
-"""Connections: how many there may be, how long the head of a request may be and take, and when answers are sent."""
+"""Connections: how many there may be, and how long the head of a request may be and take."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 TOO_LARGE = b"the request line and the headers are too large"
-MOST_GATHERED = 2**15
-"""Bytes that are sent at once; below the high-water mark of asyncio's transports, which stops those who write."""
 
 
 def _most_connections() -> int:
@@ -70,45 +68,6 @@ class Connections:
             del self._open[address]
 
 
-class GatheringTransport:
-    """A transport that sends together what is written to it in one turn of the event loop.
-
-    Head and body of an answer, and events of a stream that come together, are written one by one. Sending is a system
-    call, for which a thread gives up the interpreter and has to wait for the engine's to get it back.
-
-    Args:
-        transport: sends.
-        loop: runs the connection.
-    """
-
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop):
-        self._transport, self._loop = transport, loop
-        self._gathered: list[bytes] = []
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        """Send ``data`` soon."""
-        if not self._gathered:
-            self._loop.call_soon(self._send)
-        self._gathered.append(data)
-        self._size += len(data)
-        if self._size >= MOST_GATHERED:
-            self._send()
-
-    def close(self) -> None:
-        """Hang up when everything has been sent."""
-        self._send()
-        self._transport.close()
-
-    def _send(self) -> None:
-        gathered, self._gathered, self._size = self._gathered, [], 0
-        if gathered and not self._transport.is_closing():
-            self._transport.write(b"".join(gathered))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
 class Connection(HttpToolsProtocol):
     """A connection of uvicorn's that keeps the limits.
 
@@ -132,7 +91,7 @@ class Connection(HttpToolsProtocol):
         Without ``TCP_NODELAY``, the body of an answer waits for the client to acknowledge its head, 40 ms, and so does
         each event of a stream for the one before.
         """
-        super().connection_made(GatheringTransport(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         address = self.client[0] if self.client else "unknown"
         if self._all.enter(address):

@@ -22,17 +22,17 @@ DTYPES = (jnp.dtype(jnp.float32), BITS, jnp.dtype(jnp.int8))
 def put_in_panels(whole: nnx.Module) -> None:
     """Store what the kernels read as panels, in place: matrices in and below a module, and a decoder's table of tokens.
 
-    Those of a mixture of experts are if both can be.
+    Those of a mixture of experts are if both can be. What is in panels stays so, as replicas share a decoder.
     """
     for _, module in nnx.iter_modules(whole):
         if isinstance(module, Matrix) and module.weight.ndim == 2:
             _put((module,))
-        elif isinstance(module, Mixture):
+        elif isinstance(module, Mixture) and module.gate_up.weight.ndim == 3:
             _put((module.gate_up, module.down))
         elif isinstance(module, Decoder):
             tied = module.config.tie_embeddings
             head = module.embed if tied else module.lm_head
-            if head.weight.dtype in DTYPES:
+            if head.weight.ndim == 2 and head.weight.dtype in DTYPES:
                 weight = head.weight[...]
                 head.weight = nnx.Param(in_panels(weight.T if tied else weight))
 
