@@ -14,6 +14,7 @@ from .grouped_reference import GroupedReference
 from .grouped_tpu import GroupedTPU
 from .grouped_triton import GroupedTriton
 from .native.attention import Native
+from .native.grouped import GroupedNative
 from .pallas_tpu import PallasInterpreted, PallasTPU
 from .published_tpu import JaxRPA, TokamaxRPA
 from .reference import Reference
@@ -34,7 +35,9 @@ GROUPED: dict[str, type[GroupedProduct]] = {"tpu": GroupedTPU}
 
 def grouped_product(platform: str, backend: Backend | None = None) -> GroupedProduct:
     """What multiplies for mixtures of experts on this kind of device, beside this backend of attention."""
-    return GroupedTriton(backend) if isinstance(backend, Triton) else GROUPED.get(platform, GroupedReference)()
+    if isinstance(backend, Triton):
+        return GroupedTriton(backend)
+    return GroupedNative() if isinstance(backend, Native) else GROUPED.get(platform, GroupedReference)()
 
 
 def choose(

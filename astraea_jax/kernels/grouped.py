@@ -48,6 +48,10 @@ class GroupedProduct(ABC):
 
     name: str
 
+    def suited(self, mixture: Mixture) -> GroupedProduct:
+        """What multiplies for this mixture: this, or another where its matrices are in a form that this cannot read."""
+        return self
+
     @abstractmethod
     def block_rows(self, rows: int, experts: int) -> int:
         """B, for a step with T * k ``rows``."""
@@ -156,6 +160,7 @@ def mixed(grouped: GroupedProduct, x: jax.Array, index: jax.Array, weights: jax.
     ``index [T, k]`` counts the experts that ``mixture`` holds; choices of others add nothing. The order of the sum is
     that of a token's choices, so its result depends on no other token.
     """
+    grouped = grouped.suited(mixture)
     experts: int = mixture.gate_up.weight.shape[0]
     sent = grouped.dispatched(index, experts)
     made = grouped.choices(x, sent, mixture).astype(jnp.float32)

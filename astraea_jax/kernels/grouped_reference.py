@@ -1,4 +1,4 @@
-"""Grouped products in jax.numpy: the reference, and the CPU's kernel.
+"""Grouped products in jax.numpy: the reference, and for CPUs what the kernels in C++ do not read.
 
 The weight of an expert is copied, as float32 in the processor's cache, and multiplied by the rows of its block. Only
 experts that are used are read, and a row's result does not depend on others (:mod:`astraea_jax.models.rowwise`).

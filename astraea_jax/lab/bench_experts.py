@@ -25,9 +25,10 @@ from rich.console import Console
 
 from astraea_jax.engine.config import EngineConfig
 from astraea_jax.frontends.flags import run_main
-from astraea_jax.kernels import grouped_product
+from astraea_jax.kernels import Native, grouped_product
 from astraea_jax.kernels.grouped import GroupedProduct, mixed
 from astraea_jax.kernels.grouped_triton import GroupedTriton, Tiles
+from astraea_jax.kernels.native.products import put_in_panels
 from astraea_jax.lab.ahead import FORMS
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline, best_seconds
@@ -60,13 +61,17 @@ class Figure:
 
 
 def mixtures(form: str, dtype: Any) -> list[Mixture]:
-    """Mixtures of a few layers with random weights, without shared experts."""
+    """Mixtures of a few layers with random weights, as this device reads them, without shared experts."""
     model = PUBLISHED[FLAGS.model]
     assert model.experts is not None
     model = replace(model, experts=replace(model.experts, shared_size=0))
     forms = within(plain if form == "plain" else FORMS[form], "layers.0")
     make = nnx.jit(lambda seed: Mixture(model, dtype, forms, nnx.Rngs(seed)))
-    return [make(jnp.int32(seed)) for seed in range(FLAGS.layers)]
+    made = [make(jnp.int32(seed)) for seed in range(FLAGS.layers)]
+    if isinstance(EngineConfig().backend(model), Native):
+        for mixture in made:
+            put_in_panels(mixture)
+    return made
 
 
 def grouped_by(tiles: str) -> GroupedProduct:

@@ -21,17 +21,19 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from astraea_jax.engine.config import EngineConfig
+from astraea_jax.engine.mixtures import operations
 from astraea_jax.engine.step import COMPILER_OPTIONS
 from astraea_jax.frontends.flags import run_main
-from astraea_jax.kernels.choice import grouped_product
-from astraea_jax.kernels.grouped import mixed
+from astraea_jax.kernels import Native
+from astraea_jax.kernels.native.products import put_in_panels
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.lab.roofline import Roofline
 from astraea_jax.models.config import ModelConfig
 from astraea_jax.models.decoder import Decoder
 from astraea_jax.models.heads import Heads
-from astraea_jax.models.operations import Operations
 from astraea_jax.models.published import PUBLISHED
+from astraea_jax.models.sharding import mesh_of
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("shape", "moe-1b-a0.3b", "A published shape with experts.")
@@ -45,17 +47,20 @@ define_flags("bench_mixtures")
 
 def layers(config: ModelConfig) -> Callable[[int], float]:
     """A function from a number of tokens to the seconds that its layers take."""
-    platform = jax.devices()[0].platform
+    mesh, platform = mesh_of(jax.devices()[:1]), jax.devices()[0].platform
+    backend = EngineConfig().backend(config)
     decoder = Decoder(config, dtype=jnp.dtype(FLAGS.dtype), rngs=nnx.Rngs(0))
     if platform == "cpu":
         decoder.keep_bits()
+    if isinstance(backend, Native):
+        put_in_panels(decoder)
     graph, state = nnx.split(decoder)
 
     def attend(_: Any, heads: Heads, cache: Any) -> tuple[jax.Array, Any]:
         queries = heads.qkv[:, :, :-2]
         return queries.reshape(len(queries), -1, queries.shape[-1]), cache
 
-    ops = Operations(attend, mixed=partial(mixed, grouped_product(platform)))
+    ops = operations(attend, backend, mesh)
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(platform))
     def run(state: Any, tokens: jax.Array) -> jax.Array:

@@ -13,14 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.experts import widened
 
-from astraea_jax.kernels.grouped import dispatch, mixed, most_blocks
+from astraea_jax.kernels.grouped import GroupedProduct, dispatch, mixed, most_blocks
 from astraea_jax.kernels.grouped_reference import GroupedReference
+from astraea_jax.kernels.native.grouped import GroupedNative
+from astraea_jax.kernels.native.library import load
+from astraea_jax.kernels.native.products import put_in_panels
 from astraea_jax.models.config import Experts, ModelConfig
 from astraea_jax.models.experts import Mixture
 from astraea_jax.models.formats import Format
 from astraea_jax.models.matrix import Matrix, everywhere
 from astraea_jax.models.mlp import activated
 from astraea_jax.models.narrow import Codes
+from astraea_jax.models.product import bits
 
 FORMS = {
     "numbers": None,
@@ -44,9 +48,18 @@ def tokens(count: int, hidden: int = 64) -> jax.Array:
     return jnp.asarray(np.random.default_rng(count).standard_normal((count, hidden)), jnp.float32)
 
 
-def run(made: Mixture):
+def kernel(name: str, made: Mixture) -> GroupedProduct:
+    """The kernel of this name, and the mixture's matrices brought into the order in which it reads them, in place."""
+    if name == "reference":
+        return GroupedReference()
+    load()
+    put_in_panels(made)
+    return GroupedNative()
+
+
+def run(made: Mixture, grouped: GroupedProduct | None = None):
     """The jitted mixture: router, experts and their sum."""
-    return jax.jit(lambda x: mixed(GroupedReference(), x, *made.routed(x), made))
+    return jax.jit(lambda x: mixed(grouped or GroupedReference(), x, *made.routed(x), made))
 
 
 def weights(matrix: Matrix, expert: int) -> jax.Array:
@@ -71,15 +84,18 @@ def every_expert_on_every_token(made: Mixture, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.serves("reference", "tested", "experts", "MXFP4 weights")
+@pytest.mark.serves("native", "tested", "experts", "MXFP4 weights")
+@pytest.mark.parametrize("name", ["reference", "native"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 7, 150])
-def test_experts_see_the_tokens_that_chose_them(form, count):
+def test_experts_see_the_tokens_that_chose_them(form, count, name):
     made = mixture(Experts(5, 2, 32, biases=True, activation_limit=7.0), form=FORMS[form])
     x = tokens(count)
     expected = jax.jit(partial(every_expert_on_every_token, made))(x)
-    np.testing.assert_allclose(run(made)(x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(made, kernel(name, made))(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["reference", "native"])
 @pytest.mark.parametrize(
     ("experts", "hidden", "form"),
     [
@@ -90,25 +106,28 @@ def test_experts_see_the_tokens_that_chose_them(form, count):
     ],
     ids=str,
 )
-def test_a_token_is_the_same_among_any_others(experts, hidden, form):
+def test_a_token_is_the_same_among_any_others(experts, hidden, form, name):
     """Bit for bit, router included: one row at a time, in blocks of few and of many, wherever it stands."""
-    step, x = run(mixture(experts, hidden, FORMS[form])), tokens(700, hidden)
+    made, x = mixture(experts, hidden, FORMS[form]), tokens(700, hidden)
+    step = run(made, kernel(name, made))
     among_all = np.asarray(step(x))
     for count in (1, 24, 130):
         for first in (0, 5):
             np.testing.assert_array_equal(step(x[first : first + count]), among_all[first : first + count])
 
 
-def test_weights_of_experts_that_nobody_chose_are_not_read():
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_weights_of_experts_that_nobody_chose_are_not_read(name):
     made = mixture(Experts(6, 2, 32))
     x = tokens(9)
     index = jnp.tile(jnp.asarray([[1, 4]]), (9, 1))
     for matrix in (made.gate_up, made.down):
         matrix.weight[...] = matrix.weight[...].at[jnp.asarray([0, 2, 3, 5])].set(jnp.nan)
-    assert np.isfinite(mixed(GroupedReference(), x, index, jnp.ones((9, 2)), made)).all()
+    assert np.isfinite(mixed(kernel(name, made), x, index, jnp.ones((9, 2)), made)).all()
 
 
-def test_experts_on_two_devices_add_up():
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_experts_on_two_devices_add_up(name):
     """Choices of experts that a device does not hold add nothing there, whatever their index."""
     whole = mixture(Experts(6, 3, 32))
     x = tokens(20)
@@ -118,7 +137,7 @@ def test_experts_on_two_devices_add_up():
         half = nnx.clone(whole)
         for matrix in (half.gate_up, half.down):
             matrix.weight = nnx.Param(matrix.weight[first : first + 3])
-        parts.append(mixed(GroupedReference(), x, index - first, share, half))
+        parts.append(mixed(kernel(name, half), x, index - first, share, half))
     np.testing.assert_allclose(sum(parts), run(whole)(x), rtol=1e-5, atol=1e-6)
 
 
@@ -154,9 +173,12 @@ def test_a_large_weight_is_copied_in_parts(monkeypatch):
     np.testing.assert_array_equal(run(made)(x), expected)
 
 
-def test_brain_floats_are_widened_exactly():
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_brain_floats_are_widened_exactly(name):
     made = mixture(Experts(4, 2, 32), dtype=jnp.bfloat16)
     wide = nnx.clone(made)
-    for matrix in (wide.gate_up, wide.down):
+    for narrow, matrix in ((made.gate_up, wide.gate_up), (made.down, wide.down)):
         matrix.weight = nnx.Param(matrix.weight[...].astype(jnp.float32))
-    np.testing.assert_array_equal(run(made)(tokens(9)), run(wide)(tokens(9)))
+        narrow.weight = nnx.Param(bits(narrow.weight[...]))
+    x = tokens(9)
+    np.testing.assert_array_equal(run(made, kernel(name, made))(x), run(wide, kernel(name, wide))(x))

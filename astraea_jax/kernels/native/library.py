@@ -31,7 +31,11 @@ SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 """Names under which C++ compilers are installed; CXX in the environment goes before them."""
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-TARGETS = {"astraea_attention": "Attention", "astraea_product": "Product"}
+TARGETS = {
+    "astraea_attention": "Attention",
+    "astraea_product": "Product",
+    "astraea_grouped_product": "GroupedProduct",
+}
 """Names of custom calls -> symbols of the library."""
 PATIENCE_S = 300.0
 """Seconds that the compiler may take."""

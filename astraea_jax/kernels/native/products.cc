@@ -100,21 +100,39 @@ const float* as_floats(const W* panel, int64_t count) {
   return wide.data();
 }
 
-// x [T, I] times a weight in panels.
+// Consecutive rows that are multiplied by the same one of several matrices.
+struct Run {
+  int64_t first, rows, matrix;
+};
+
+// Adds a run, in parts whose activations stay in a thread's cache.
+void add(std::vector<Run>& runs, const Run& run, int64_t inputs) {
+  const int64_t near = std::max<int64_t>(kNear / (inputs * sizeof(float)) / kRows, 4) * kRows;
+  const int64_t parts = (run.rows + near - 1) / near;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t from = run.rows * part / parts, to = run.rows * (part + 1) / parts;
+    runs.push_back({run.first + from, to - from, run.matrix});
+  }
+}
+
+// Runs of rows of x [T, I] times their matrices in panels. A thread's task is one panel of one run.
 template <typename W>
-void multiply(ffi::ThreadPool& pool, const Sizes& s, const float* x, const void* w, float* out) {
+void multiply(ffi::ThreadPool& pool, const Sizes& s, const std::vector<Run>& runs, const float* x, const void* w,
+              float* out) {
   const int64_t panels = (s.outputs + kPanel - 1) / kPanel, size = s.inputs * kPanel, threads = pool.num_threads();
-  const int64_t near = std::max<int64_t>(kNear / (s.inputs * sizeof(float)) / kRows, 4) * kRows;
-  const int64_t chunks = (s.rows + near - 1) / near;
-  parallel(pool, chunks * panels, [&](int64_t task) {
-    const int64_t nth = task % panels, chunk = task / panels, o = nth * kPanel;
-    const int64_t first = s.rows * chunk / chunks, width = std::min<int64_t>(kPanel, s.outputs - o);
-    const Sizes own{s.rows * (chunk + 1) / chunks - first, s.inputs, s.outputs};
-    const W* panel = static_cast<const W*>(w) + nth * size;
-    const char* next = nth + threads < panels ? reinterpret_cast<const char*>(panel + threads * size) : nullptr;
+  const int64_t tasks = runs.size() * panels;
+  const auto panel_of = [&](int64_t task) {
+    return static_cast<const W*>(w) + (runs[task / panels].matrix * panels + task % panels) * size;
+  };
+  parallel(pool, tasks, [&](int64_t task) {
+    const Run& run = runs[task / panels];
+    const int64_t o = task % panels * kPanel, width = std::min<int64_t>(kPanel, s.outputs - o);
+    const Sizes own{run.rows, s.inputs, s.outputs};
+    const W* panel = panel_of(task);
+    const char* next = task + threads < tasks ? reinterpret_cast<const char*>(panel_of(task + threads)) : nullptr;
     const int64_t bytes = size * sizeof(W);
-    const float* from = x + first * s.inputs;
-    float* to = out + first * s.outputs + o;
+    const float* from = x + run.first * s.inputs;
+    float* to = out + run.first * s.outputs + o;
     if (own.rows < kWidened) {
       multiply_panel(own, from, panel, to, width, next, bytes);
     } else {
@@ -123,32 +141,68 @@ void multiply(ffi::ThreadPool& pool, const Sizes& s, const float* x, const void*
   });
 }
 
-ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> out) {
-  const auto in = x.dimensions(), weight = w.dimensions(), result = out->dimensions();
-  if (in.size() != 2 || result.size() != 2 || result[0] != in[0]) {
-    return ffi::Error::InvalidArgument("astraea_product: x is [T, I], and the result [T, O]");
+using Floats = ffi::Buffer<ffi::F32>;
+using Indices = ffi::Buffer<ffi::S32>;
+
+// Runs of rows times weights [..., ceil(O / 64), I, 64], of any number of matrices.
+ffi::Error multiply_runs(ffi::ThreadPool& pool, const Sizes& s, const std::vector<Run>& runs, const Floats& x,
+                         const ffi::AnyBuffer& w, float* out) {
+  const auto weight = w.dimensions();
+  const size_t n = weight.size();
+  if (weight[n - 3] != (s.outputs + kPanel - 1) / kPanel || weight[n - 2] != s.inputs || weight[n - 1] != kPanel) {
+    return ffi::Error::InvalidArgument("products: a matrix is panels [ceil(O / 64), I, 64]");
   }
-  const Sizes s{in[0], in[1], result[1]};
-  if (weight.size() != 3 || weight[0] != (s.outputs + kPanel - 1) / kPanel || weight[1] != s.inputs ||
-      weight[2] != kPanel) {
-    return ffi::Error::InvalidArgument("astraea_product: weights are panels [ceil(O / 64), I, 64]");
-  }
-  const float* from = x.typed_data();
-  float* to = out->typed_data();
   switch (w.element_type()) {
     case ffi::F32:
-      multiply<float>(pool, s, from, w.untyped_data(), to);
+      multiply<float>(pool, s, runs, x.typed_data(), w.untyped_data(), out);
       break;
     case ffi::U16:
-      multiply<Bfloat16>(pool, s, from, w.untyped_data(), to);
+      multiply<Bfloat16>(pool, s, runs, x.typed_data(), w.untyped_data(), out);
       break;
     case ffi::S8:
-      multiply<int8_t>(pool, s, from, w.untyped_data(), to);
+      multiply<int8_t>(pool, s, runs, x.typed_data(), w.untyped_data(), out);
       break;
     default:
-      return ffi::Error::InvalidArgument("astraea_product: weights are float32, bits of bfloat16 or int8");
+      return ffi::Error::InvalidArgument("products: weights are float32, bits of bfloat16 or int8");
   }
   return ffi::Error::Success();
+}
+
+ffi::Error product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> out) {
+  const auto in = x.dimensions(), result = out->dimensions();
+  if (in.size() != 2 || result.size() != 2 || result[0] != in[0] || w.dimensions().size() != 3) {
+    return ffi::Error::InvalidArgument("astraea_product: x is [T, I], the weight one matrix, and the result [T, O]");
+  }
+  std::vector<Run> runs;
+  add(runs, {0, in[0], 0}, in[1]);
+  return multiply_runs(pool, {in[0], in[1], result[1]}, runs, x, w, out->typed_data());
+}
+
+// The first `used` rows, each times the matrix of its expert; rows of an expert follow each other. Others become zero.
+ffi::Error grouped_product(ffi::ThreadPool pool, Floats x, Indices experts, Indices used, ffi::AnyBuffer w,
+                           ffi::ResultBuffer<ffi::F32> out) {
+  const auto in = x.dimensions(), result = out->dimensions();
+  if (in.size() != 2 || result.size() != 2 || result[0] != in[0] || w.dimensions().size() != 4 ||
+      experts.element_count() != static_cast<size_t>(in[0]) || used.element_count() != 1) {
+    return ffi::Error::InvalidArgument(
+        "astraea_grouped_product: x is [B, I], the weight a matrix of each expert, the result [B, O], and every row "
+        "has an expert");
+  }
+  const int32_t* expert = experts.typed_data();
+  const int64_t rows = used.typed_data()[0], count = w.dimensions()[0];
+  if (rows < 0 || rows > in[0]) {
+    return ffi::Error::InvalidArgument("astraea_grouped_product: the number of rows in use is not one from 0 to B");
+  }
+  std::vector<Run> runs;
+  for (int64_t first = 0, end; first < rows; first = end) {
+    for (end = first + 1; end < rows && expert[end] == expert[first];) ++end;
+    if (expert[first] < 0 || expert[first] >= count) {
+      return ffi::Error::InvalidArgument("astraea_grouped_product: a row has an expert that is not there");
+    }
+    add(runs, {first, end - first, expert[first]}, in[1]);
+  }
+  std::fill(out->typed_data() + rows * result[1], out->typed_data() + in[0] * result[1], 0.0f);
+  return multiply_runs(pool, {in[0], in[1], result[1]}, runs, x, w, out->typed_data());
 }
 
 }  // namespace
@@ -158,5 +212,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Product, astraea::product,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, astraea::grouped_product,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

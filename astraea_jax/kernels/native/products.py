@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from astraea_jax.models.decoder import Decoder
+from astraea_jax.models.experts import Mixture
 from astraea_jax.models.matrix import Matrix
 from astraea_jax.models.matrix import multiply as multiply_elsewhere
 from astraea_jax.models.product import BITS, PANEL
@@ -16,24 +19,29 @@ DTYPES = (jnp.dtype(jnp.float32), BITS, jnp.dtype(jnp.int8))
 """Dtypes of weights that it reads."""
 
 
-def put_in_panels(decoder: Decoder) -> None:
-    """Store the matrices of a decoder that :func:`multiply` reads, and its tables of tokens, as panels, in place."""
-    for _, module in nnx.iter_modules(decoder):
-        if isinstance(module, Matrix) and _is_read(module):
-            module.weight = nnx.Param(in_panels(module.weight[...]))
-    tied = decoder.config.tie_embeddings
-    head = decoder.embed if tied else decoder.lm_head
-    if head.weight.ndim == 2 and head.weight.dtype in DTYPES:  # replicas share a decoder
-        weight = head.weight[...]
-        head.weight = nnx.Param(in_panels(weight.T if tied else weight))
+def put_in_panels(whole: nnx.Module) -> None:
+    """Store what the kernels read as panels, in place: matrices in and below a module, and a decoder's table of tokens.
+
+    Those of a mixture of experts are if both can be. What is in panels stays so, as replicas share a decoder.
+    """
+    for _, module in nnx.iter_modules(whole):
+        if isinstance(module, Matrix) and module.weight.ndim == 2:
+            _put((module,))
+        elif isinstance(module, Mixture) and module.gate_up.weight.ndim == 3:
+            _put((module.gate_up, module.down))
+        elif isinstance(module, Decoder):
+            tied = module.config.tie_embeddings
+            head = module.embed if tied else module.lm_head
+            if head.weight.ndim == 2 and head.weight.dtype in DTYPES:
+                weight = head.weight[...]
+                head.weight = nnx.Param(in_panels(weight.T if tied else weight))
 
 
 @jax.jit
 def in_panels(weight: jax.Array) -> jax.Array:
-    """``weight [I, O]`` as panels ``[ceil(O / PANEL), I, PANEL]``, padded with zeros."""
-    inputs, outputs = weight.shape
-    padded = jnp.pad(weight, ((0, 0), (0, -outputs % PANEL)))
-    return padded.reshape(inputs, -1, PANEL).swapaxes(0, 1)
+    """``weight [..., I, O]`` as panels ``[..., ceil(O / PANEL), I, PANEL]``, padded with zeros."""
+    padded = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -weight.shape[-1] % PANEL)])
+    return padded.reshape(*weight.shape[:-1], -1, PANEL).swapaxes(-3, -2)
 
 
 def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
@@ -51,11 +59,15 @@ def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax
     return _call(x, weight, len(weight) * PANEL)
 
 
-def _is_read(matrix: Matrix) -> bool:
-    """Whether a matrix is that of a dense layer, and not in a form of groups or of 4 bits."""
-    form = matrix.form
-    by_output = form is None or (form.inputs is None and form.outputs == 1 and not form.zeros)
-    return matrix.weight.ndim == 2 and matrix.weight.dtype in DTYPES and by_output
+def _put(matrices: Sequence[Matrix]) -> None:
+    """Store matrices as panels if the kernels read all of them: not those in a form of groups or of 4 bits."""
+    for matrix in matrices:
+        form = matrix.form
+        by_output = form is None or (form.inputs is None and form.outputs == 1 and not form.zeros)
+        if matrix.weight.dtype not in DTYPES or not by_output:
+            return
+    for matrix in matrices:
+        matrix.weight = nnx.Param(in_panels(matrix.weight[...]))
 
 
 def _call(x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
