@@ -27,15 +27,30 @@ from astraea_jax.models.operations import Attend, Operations
 from astraea_jax.models.sharding import TP, spec
 
 
-def operations(attend: Attend, backend: Backend, mesh: Mesh) -> Operations:
-    """Attention, and products as the devices of a mesh of one axis, ``"tp"``, do them beside its backend."""
+def operations(
+    attend: Attend,
+    backend: Backend,
+    mesh: Mesh,
+    tokens: jax.Array | None = None,
+    samples: jax.Array | None = None,
+) -> Operations:
+    """Attention, and products as the devices of a mesh of one axis, ``"tp"``, do them beside its backend.
+
+    Args:
+        attend: attention.
+        backend: the backend of attention.
+        mesh: the devices.
+        tokens: ``[]`` int32, how many tokens are no padding; None: all.
+        samples: ``[]`` int32, how many rows sample, so that the head may leave out the others; None: all.
+    """
     grouped = grouped_product(mesh.devices.flat[0].platform, backend)
     shared, alone = Operations(attend), Operations(attend)
     if isinstance(grouped, GroupedTriton):
         shared = replace(shared, multiply=partial(multiply_narrow, grouped, mesh))
         alone = replace(alone, multiply=partial(multiply_narrow, grouped, None))
     elif isinstance(backend, Native) and mesh.size == 1:
-        shared, alone = (replace(one, multiply=multiply, product=product) for one in (shared, alone))
+        native = {"multiply": partial(multiply, used=tokens), "product": partial(product, used=samples)}
+        shared, alone = replace(shared, **native), replace(alone, **native)
     return replace(shared, mixed=partial(_mixed, mesh, grouped, alone))
 
 

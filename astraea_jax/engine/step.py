@@ -305,7 +305,7 @@ class Step:
 
         decoder = self._decoder(leaves)
         tokens = jnp.where(tokens < 0, last[slot[row]], tokens)
-        ops = operations(attend, self.backend, self._mesh)
+        ops = operations(attend, self.backend, self._mesh, ends[-1], jnp.sum(rows[:, 3]))
         hidden, kept = decoder(tokens, position, pages, ops, dtype=ACTIVATIONS.get(self._platform))
         hidden = hidden[jnp.maximum(ends - 1, 0)]
         few = FEW_SAMPLES.get(self._platform, shape.rows)

@@ -122,8 +122,8 @@ def test_a_mixture_is_in_panels_as_a_whole_or_left_to_the_reference(forms: Forms
         (16, rows_of(np.array([0, 1, 1])), "every row has an expert"),
         (16, rows_of(np.array([0, 3])), "an expert that is not there"),
         (16, rows_of(np.array([-1, 1])), "an expert that is not there"),
-        (16, rows_of(np.array([0, 1]))._replace(used=jnp.int32(3)), "number of rows in use"),
-        (16, rows_of(np.array([0, 1]))._replace(used=jnp.int32(-1)), "number of rows in use"),
+        (16, rows_of(np.array([0, 1]))._replace(used=jnp.int32(3)), "of which 0 to B rows are used"),
+        (16, rows_of(np.array([0, 1]))._replace(used=jnp.int32(-1)), "of which 0 to B rows are used"),
     ],
 )
 def test_what_does_not_fit_is_an_error(inputs, blocks, why):

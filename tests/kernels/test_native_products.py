@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,17 @@ def test_a_row_is_the_same_bits_whatever_is_beside_it(kind):
         np.testing.assert_array_equal(product(x[-count:], panels), whole[-count:])
 
 
+@pytest.mark.parametrize("used", [0, 1, 7, 19, 20])
+def test_rows_that_are_not_in_use_are_zero(used):
+    panels, _ = stored("float32", 30, 100)
+    x = random_rows(20, 30)
+    whole = np.asarray(product(x, panels))
+    x[used:] = np.nan
+    found = jax.jit(partial(product, used=jnp.int32(used)))(x, panels)
+    np.testing.assert_array_equal(found[:used], whole[:used])
+    assert not np.asarray(found[used:]).any()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_a_number_stays_in_its_row_and_column(bad):
     panels, widened = stored("float32", 9, 70)
@@ -114,6 +127,9 @@ def test_sizes_that_do_not_fit_are_an_error():
     panels, _ = stored("float32", 16, 64)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"panels \[ceil\(O / 64\), I, 64\]"):
         product(random_rows(2, 17), panels).block_until_ready()
+    for count in (-1, 3):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="0 to T rows are used"):
+            product(random_rows(2, 16), panels, used=jnp.int32(count)).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match="float32, bits of bfloat16 or int8"):
         product(random_rows(2, 16), panels.astype(jnp.float16)).block_until_ready()
 

@@ -168,13 +168,23 @@ ffi::Error multiply_runs(ffi::ThreadPool& pool, const Sizes& s, const std::vecto
   return ffi::Error::Success();
 }
 
-ffi::Error product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> out) {
+// Whether `used` is a number of rows of x, up to which results are asked for.
+bool counts_rows(const Indices& used, int64_t rows) {
+  return used.element_count() == 1 && used.typed_data()[0] >= 0 && used.typed_data()[0] <= rows;
+}
+
+// The first `used` rows times a matrix. Others become zero.
+ffi::Error product(ffi::ThreadPool pool, Floats x, Indices used, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> out) {
   const auto in = x.dimensions(), result = out->dimensions();
-  if (in.size() != 2 || result.size() != 2 || result[0] != in[0] || w.dimensions().size() != 3) {
-    return ffi::Error::InvalidArgument("astraea_product: x is [T, I], the weight one matrix, and the result [T, O]");
+  if (in.size() != 2 || result.size() != 2 || result[0] != in[0] || w.dimensions().size() != 3 ||
+      !counts_rows(used, in[0])) {
+    return ffi::Error::InvalidArgument(
+        "astraea_product: x is [T, I], the weight one matrix, and the result [T, O], of which 0 to T rows are used");
   }
+  const int64_t rows = used.typed_data()[0];
   std::vector<Run> runs;
-  add(runs, {0, in[0], 0}, in[1]);
+  add(runs, {0, rows, 0}, in[1]);
+  std::fill(out->typed_data() + rows * result[1], out->typed_data() + in[0] * result[1], 0.0f);
   return multiply_runs(pool, {in[0], in[1], result[1]}, runs, x, w, out->typed_data());
 }
 
@@ -183,16 +193,13 @@ ffi::Error grouped_product(ffi::ThreadPool pool, Floats x, Indices experts, Indi
                            ffi::ResultBuffer<ffi::F32> out) {
   const auto in = x.dimensions(), result = out->dimensions();
   if (in.size() != 2 || result.size() != 2 || result[0] != in[0] || w.dimensions().size() != 4 ||
-      experts.element_count() != static_cast<size_t>(in[0]) || used.element_count() != 1) {
+      experts.element_count() != static_cast<size_t>(in[0]) || !counts_rows(used, in[0])) {
     return ffi::Error::InvalidArgument(
-        "astraea_grouped_product: x is [B, I], the weight a matrix of each expert, the result [B, O], and every row "
-        "has an expert");
+        "astraea_grouped_product: x is [B, I], the weight a matrix of each expert, the result [B, O], of which 0 to B "
+        "rows are used, and every row has an expert");
   }
   const int32_t* expert = experts.typed_data();
   const int64_t rows = used.typed_data()[0], count = w.dimensions()[0];
-  if (rows < 0 || rows > in[0]) {
-    return ffi::Error::InvalidArgument("astraea_grouped_product: the number of rows in use is not one from 0 to B");
-  }
   std::vector<Run> runs;
   for (int64_t first = 0, end; first < rows; first = end) {
     for (end = first + 1; end < rows && expert[end] == expert[first];) ++end;
@@ -212,6 +219,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Product, astraea::product,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 

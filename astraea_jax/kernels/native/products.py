@@ -44,19 +44,25 @@ def in_panels(weight: jax.Array) -> jax.Array:
     return padded.reshape(*weight.shape[:-1], -1, PANEL).swapaxes(-3, -2)
 
 
-def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """In the place of :func:`astraea_jax.models.matrix.multiply`, to which it leaves what is not in panels."""
+def multiply(x: jax.Array, matrix: Matrix, used: jax.Array | None = None) -> jax.Array:
+    """In the place of :func:`astraea_jax.models.matrix.multiply`, to which it leaves what is not in panels.
+
+    Of those that are, rows after the first ``used []`` int32 are zero, and take no time.
+    """
     if matrix.weight.ndim != 3:
         return multiply_elsewhere(x, matrix)
-    out = _call(x, matrix.weight[...], matrix.outputs)
+    out = _call(x, matrix.weight[...], matrix.outputs, used)
     return (out if matrix.form is None else out * matrix.scales[0].astype(jnp.float32)).astype(x.dtype)
 
 
-def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """In the place of :func:`astraea_jax.models.product.product`; with panels the result is padded with zeros."""
+def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False, used: jax.Array | None = None) -> jax.Array:
+    """In the place of :func:`astraea_jax.models.product.product`; with panels the result is padded with zeros.
+
+    ``used`` is as in :func:`multiply`.
+    """
     if weight.ndim != 3:
         return product_elsewhere(x, weight, transposed=transposed)
-    return _call(x, weight, len(weight) * PANEL)
+    return _call(x, weight, len(weight) * PANEL, used)
 
 
 def _put(matrices: Sequence[Matrix]) -> None:
@@ -70,8 +76,9 @@ def _put(matrices: Sequence[Matrix]) -> None:
         matrix.weight = nnx.Param(in_panels(matrix.weight[...]))
 
 
-def _call(x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+def _call(x: jax.Array, weight: jax.Array, outputs: int, used: jax.Array | None) -> jax.Array:
     """``x [T, I]`` times panels: ``[T, O]`` float32."""
     result = jax.ShapeDtypeStruct((len(x), outputs), jnp.float32)
-    out: jax.Array = jax.ffi.ffi_call("astraea_product", result)(x.astype(jnp.float32), weight)
+    rows = jnp.asarray(len(x) if used is None else used, jnp.int32).reshape(1)
+    out: jax.Array = jax.ffi.ffi_call("astraea_product", result)(x.astype(jnp.float32), rows, weight)
     return out
