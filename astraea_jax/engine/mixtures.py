@@ -49,8 +49,8 @@ def operations(
         shared = replace(shared, multiply=partial(multiply_narrow, grouped, mesh))
         alone = replace(alone, multiply=partial(multiply_narrow, grouped, None))
     elif isinstance(backend, Native) and mesh.size == 1:
-        native = {"multiply": partial(multiply, used=tokens), "product": partial(product, used=samples)}
-        shared, alone = replace(shared, **native), replace(alone, **native)
+        layers, head = partial(multiply, used=tokens), partial(product, used=samples)
+        shared, alone = (replace(one, multiply=layers, product=head) for one in (shared, alone))
     return replace(shared, mixed=partial(_mixed, mesh, grouped, alone))
 
 
