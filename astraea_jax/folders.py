@@ -11,9 +11,16 @@ from astraea_jax.errors import StartupError
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in the user's cache folder, by the XDG rules."""
+    """A folder in the user's cache folder, by the XDG rules.
+
+    Raises:
+        StartupError: the user has none.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    try:
+        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise StartupError(f"there is no cache folder: {error}; set XDG_CACHE_HOME") from error
     return root / "astraea_jax" / name
 
 
@@ -25,16 +32,18 @@ def private_folder(path: Path, what: str) -> Path:
         what: its name in error messages, such as "the compile cache".
 
     Raises:
-        StartupError: it is not writable, or everybody may write to it.
+        StartupError: it is not writable, it is somebody else's, or everybody may write to it.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-        open_to_all = path.stat().st_mode & stat.S_IWOTH
+        status = path.stat()
     except OSError as error:
         raise StartupError(f"{what} {path} cannot be used: {error.strerror}; give another folder, or none") from error
-    if open_to_all:
+    if status.st_uid not in (0, os.geteuid()):
+        raise StartupError(f"{what} {path} is another user's, and what lies there is run: give another folder, or none")
+    if status.st_mode & stat.S_IWOTH:
         raise StartupError(
             f"{what} {path} may be written by everybody, and what lies there is run: "
             "chmod o-w it, or give another folder"

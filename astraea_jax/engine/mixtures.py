@@ -51,13 +51,15 @@ def operations(
     elif isinstance(backend, Native) and mesh.size == 1:
         layers, head = partial(multiply, used=tokens), partial(product, used=samples)
         shared, alone = (replace(one, multiply=layers, product=head) for one in (shared, alone))
-    return replace(shared, mixed=partial(_mixed, mesh, grouped, alone))
+    padded = tokens if isinstance(backend, Native) else None
+    return replace(shared, mixed=partial(_mixed, mesh, grouped, alone, padded))
 
 
 def _mixed(
     mesh: Mesh,
     grouped: GroupedProduct,
     ops: Operations,
+    tokens: jax.Array | None,
     x: jax.Array,
     index: jax.Array,
     weights: jax.Array,
@@ -69,11 +71,14 @@ def _mixed(
         mesh: of one axis, ``"tp"``.
         grouped: products with the experts' matrices, on one device.
         ops: products with the shared experts' matrices, on one device.
+        tokens: ``[]`` int32, how many are no padding, which has no experts; None: all.
         x: ``[T, D]``.
         index: ``[T, k]``, the experts of every token.
         weights: ``[T, k]``, their weights.
         of: the experts.
     """
+    if tokens is not None:
+        index = jnp.where(jnp.arange(len(x))[:, None] < tokens, index, -1)
     graph, state = nnx.split(of)
     undivided = of.shared is not None and not of.shared.divisible(mesh.size)
     everywhere = PartitionSpec()

@@ -9,14 +9,20 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from support.wide import MIXED, PAGE_BYTES, TIGHT, run_programs, wide_decoder
 
 from astraea_jax.engine.engine import Engine
+from astraea_jax.engine.mixtures import operations
 from astraea_jax.engine.step import Step, StepShape, StepSizes
 from astraea_jax.kernels import Reference
+from astraea_jax.kernels.native.attention import Native
+from astraea_jax.kernels.native.products import put_in_panels
+from astraea_jax.models.experts import Mixture
 from astraea_jax.models.formats import Format
-from astraea_jax.models.sharding import abstract_decoder, mesh_of
+from astraea_jax.models.sharding import abstract_decoder, default_mesh, mesh_of
 from astraea_jax.models.tokenizer import Tokenizer
 
 EXPERTS = MIXED.experts
@@ -47,6 +53,25 @@ def engine(config, form, folder, **options):
     )
     made.start()
     return made
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_padding_is_nobodys(model):
+    """On CPUs rows of padding cost as much as others, so no expert gets them."""
+    decoder = wide_decoder(MODELS[model], None)
+    put_in_panels(decoder)
+    mixture = next(module for _, module in nnx.iter_modules(decoder) if isinstance(module, Mixture))
+    x = jax.random.normal(jax.random.key(0), (8, MODELS[model].hidden_size))
+    index, weights = mixture.routed(x)
+    ops = operations(nobody_attends, Native(), default_mesh())
+    used = operations(nobody_attends, Native(), default_mesh(), jnp.int32(3), jnp.int32(3))
+    whole, padded = (one.mixed(x, index, weights, mixture) for one in (ops, used) if one.mixed)
+    np.testing.assert_array_equal(padded[:3], whole[:3])
+    assert not np.asarray(padded[3:]).any(), "an expert, even a shared one, has got a row of padding"
+
+
+def nobody_attends(*_):
+    raise AssertionError("there is no attention")
 
 
 @pytest.mark.parametrize("case", CASES)

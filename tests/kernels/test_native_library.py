@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from astraea_jax.errors import StartupError
+from astraea_jax.folders import private_folder
 from astraea_jax.kernels.choice import choose
 from astraea_jax.kernels.native import attention, library
 
@@ -84,9 +85,33 @@ def test_a_folder_that_everybody_may_write_to_is_refused(tmp_path):
         library.load()
 
 
-def test_half_a_library_is_an_error(monkeypatch, tmp_path):
-    built = tmp_path / "half.so"
+def test_a_broken_library_is_built_anew(caplog):
+    built = library._built()
     built.write_bytes(b"\x7fELF")
-    monkeypatch.setattr(library, "_built", lambda: built)
+    assert library._loaded().Attention
+    assert "cannot be loaded" in caplog.text
+
+
+def test_what_cannot_be_loaded_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_built", lambda: tmp_path / "nothing.so")
     with pytest.raises(StartupError, match="cannot be loaded"):
         library.load()
+
+
+def test_a_folder_of_another_user_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    if os.getuid() == 0:  # whose folders everybody trusts
+        os.chown(tmp_path, 4712, -1)
+    with pytest.raises(StartupError, match="another user's"):
+        private_folder(tmp_path, "the folder")
+
+
+def test_without_a_home_there_is_a_reason(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(library.Path, "home", _no_home)
+    with pytest.raises(StartupError, match="set XDG_CACHE_HOME"):
+        library.load()
+
+
+def _no_home() -> None:
+    raise RuntimeError("Could not determine home directory.")

@@ -48,12 +48,27 @@ def load() -> None:
     Raises:
         StartupError: they cannot be built or loaded here; the message says why and what would help.
     """
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except OSError as error:
-        raise StartupError(f"the kernels for CPUs cannot be loaded: {error}") from error
+    library = _loaded()
     for target, symbol in TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+
+
+def _loaded() -> ctypes.CDLL:
+    """The library, built anew if what was kept is broken."""
+    library = _opened(_built()) or _opened(_built())
+    if library is None:
+        raise StartupError("the kernels for CPUs cannot be loaded; the log says why")
+    return library
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """Load a library, or say why not and remove it."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("the kernels for CPUs cannot be loaded: %s", error)
+        path.unlink(missing_ok=True)
+        return None
 
 
 def _built() -> Path:

@@ -95,7 +95,7 @@ const float* as_floats(const float* panel, int64_t) { return panel; }
 template <typename W>
 const float* as_floats(const W* panel, int64_t count) {
   thread_local std::vector<float> wide;
-  wide.resize(count);
+  if (static_cast<int64_t>(wide.size()) < count) wide.resize(count);
   for (int64_t i = 0; i < count; i += kLanes) store(&wide[i], load(panel + i));
   return wide.data();
 }
@@ -105,34 +105,43 @@ struct Run {
   int64_t first, rows, matrix;
 };
 
-// Adds a run, in parts whose activations stay in a thread's cache.
-void add(std::vector<Run>& runs, const Run& run, int64_t inputs) {
-  const int64_t near = std::max<int64_t>(kNear / (inputs * sizeof(float)) / kRows, 4) * kRows;
-  const int64_t parts = (run.rows + near - 1) / near;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t from = run.rows * part / parts, to = run.rows * (part + 1) / parts;
-    runs.push_back({run.first + from, to - from, run.matrix});
+// Some rows of a run times one panel: what a thread does at a time.
+struct Task {
+  int64_t first, rows, panel;
+};
+
+// Cuts runs into tasks. A panel follows itself while there are rows for it, so that it is read from memory once; so many
+// rows at a time that their activations stay in a thread's cache.
+std::vector<Task> cut(const std::vector<Run>& runs, int64_t inputs, int64_t panels) {
+  const int64_t near = std::max<int64_t>(kNear / (inputs * sizeof(float)) / kRows, 2 * kWidened / kRows) * kRows;
+  std::vector<Task> tasks;
+  for (const Run& run : runs) {
+    const int64_t parts = (run.rows + near - 1) / near;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = run.rows * part / parts, to = run.rows * (part + 1) / parts;
+        tasks.push_back({run.first + from, to - from, run.matrix * panels + panel});
+      }
+    }
   }
+  return tasks;
 }
 
-// Runs of rows of x [T, I] times their matrices in panels. A thread's task is one panel of one run.
+// Runs of rows of x [T, I] times their matrices in panels.
 template <typename W>
-void multiply(ffi::ThreadPool& pool, const Sizes& s, const std::vector<Run>& runs, const float* x, const void* w,
+void multiply(ffi::ThreadPool& pool, const Sizes& s, const std::vector<Run>& runs, const float* x, const W* w,
               float* out) {
   const int64_t panels = (s.outputs + kPanel - 1) / kPanel, size = s.inputs * kPanel, threads = pool.num_threads();
-  const int64_t tasks = runs.size() * panels;
-  const auto panel_of = [&](int64_t task) {
-    return static_cast<const W*>(w) + (runs[task / panels].matrix * panels + task % panels) * size;
-  };
-  parallel(pool, tasks, [&](int64_t task) {
-    const Run& run = runs[task / panels];
-    const int64_t o = task % panels * kPanel, width = std::min<int64_t>(kPanel, s.outputs - o);
-    const Sizes own{run.rows, s.inputs, s.outputs};
-    const W* panel = panel_of(task);
-    const char* next = task + threads < tasks ? reinterpret_cast<const char*>(panel_of(task + threads)) : nullptr;
-    const int64_t bytes = size * sizeof(W);
-    const float* from = x + run.first * s.inputs;
-    float* to = out + run.first * s.outputs + o;
+  const std::vector<Task> tasks = cut(runs, s.inputs, panels);
+  const int64_t count = tasks.size(), bytes = size * sizeof(W);
+  parallel(pool, count, [&](int64_t i) {
+    const Task& task = tasks[i];
+    const int64_t o = task.panel % panels * kPanel, width = std::min<int64_t>(kPanel, s.outputs - o);
+    const Sizes own{task.rows, s.inputs, s.outputs};
+    const W *panel = w + task.panel * size, *after = i + threads < count ? w + tasks[i + threads].panel * size : nullptr;
+    const char* next = reinterpret_cast<const char*>(after);
+    const float* from = x + task.first * s.inputs;
+    float* to = out + task.first * s.outputs + o;
     if (own.rows < kWidened) {
       multiply_panel(own, from, panel, to, width, next, bytes);
     } else {
@@ -154,13 +163,13 @@ ffi::Error multiply_runs(ffi::ThreadPool& pool, const Sizes& s, const std::vecto
   }
   switch (w.element_type()) {
     case ffi::F32:
-      multiply<float>(pool, s, runs, x.typed_data(), w.untyped_data(), out);
+      multiply(pool, s, runs, x.typed_data(), static_cast<const float*>(w.untyped_data()), out);
       break;
     case ffi::U16:
-      multiply<Bfloat16>(pool, s, runs, x.typed_data(), w.untyped_data(), out);
+      multiply(pool, s, runs, x.typed_data(), static_cast<const Bfloat16*>(w.untyped_data()), out);
       break;
     case ffi::S8:
-      multiply<int8_t>(pool, s, runs, x.typed_data(), w.untyped_data(), out);
+      multiply(pool, s, runs, x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), out);
       break;
     default:
       return ffi::Error::InvalidArgument("products: weights are float32, bits of bfloat16 or int8");
@@ -182,8 +191,7 @@ ffi::Error product(ffi::ThreadPool pool, Floats x, Indices used, ffi::AnyBuffer 
         "astraea_product: x is [T, I], the weight one matrix, and the result [T, O], of which 0 to T rows are used");
   }
   const int64_t rows = used.typed_data()[0];
-  std::vector<Run> runs;
-  add(runs, {0, rows, 0}, in[1]);
+  const std::vector<Run> runs = {{0, rows, 0}};
   std::fill(out->typed_data() + rows * result[1], out->typed_data() + in[0] * result[1], 0.0f);
   return multiply_runs(pool, {in[0], in[1], result[1]}, runs, x, w, out->typed_data());
 }
@@ -206,7 +214,7 @@ ffi::Error grouped_product(ffi::ThreadPool pool, Floats x, Indices experts, Indi
     if (expert[first] < 0 || expert[first] >= count) {
       return ffi::Error::InvalidArgument("astraea_grouped_product: a row has an expert that is not there");
     }
-    add(runs, {first, end - first, expert[first]}, in[1]);
+    runs.push_back({first, end - first, expert[first]});
   }
   std::fill(out->typed_data() + rows * result[1], out->typed_data() + in[0] * result[1], 0.0f);
   return multiply_runs(pool, {in[0], in[1], result[1]}, runs, x, w, out->typed_data());

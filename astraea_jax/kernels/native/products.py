@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,16 @@ def put_in_panels(whole: nnx.Module) -> None:
             tied = module.config.tie_embeddings
             head = module.embed if tied else module.lm_head
             if head.weight.ndim == 2 and head.weight.dtype in DTYPES:
-                weight = head.weight[...]
-                head.weight = nnx.Param(in_panels(weight.T if tied else weight))
+                head.weight = nnx.Param(in_panels(head.weight[...], transposed=tied))
 
 
-@jax.jit
-def in_panels(weight: jax.Array) -> jax.Array:
-    """``weight [..., I, O]`` as panels ``[..., ceil(O / PANEL), I, PANEL]``, padded with zeros."""
+@partial(jax.jit, static_argnames="transposed")
+def in_panels(weight: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """``weight [..., I, O]`` as panels ``[..., ceil(O / PANEL), I, PANEL]``, padded with zeros.
+
+    If it is ``transposed`` it is ``[O, I]``.
+    """
+    weight = weight.T if transposed else weight
     padded = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -weight.shape[-1] % PANEL)])
     return padded.reshape(*weight.shape[:-1], -1, PANEL).swapaxes(-3, -2)
 
