@@ -2,8 +2,8 @@
 //
 // XLA's libraries put the weights of a product in order before they multiply, at every call, which takes as long as the
 // product itself where there are few rows. Here they lie in that order from the start: a weight [I, O] is stored as
-// panels [ceil(O / 64), I, 64] of 64 outputs each, padded with zeros. A panel is the work of one thread, in whose cache it
-// stays while rows are multiplied, and which fetches its next one meanwhile.
+// panels [ceil(O / 64), I, 64] of 64 outputs each, padded with zeros. A panel is the work of one thread, in whose cache
+// it stays while rows are multiplied, and which fetches its next one meanwhile.
 //
 // Every result is one sum in the order of the inputs, so it depends neither on other rows nor on their number.
 
@@ -110,8 +110,8 @@ struct Task {
   int64_t first, rows, panel;
 };
 
-// Cuts runs into tasks. A panel follows itself while there are rows for it, so that it is read from memory once; so many
-// rows at a time that their activations stay in a thread's cache.
+// Cuts runs into tasks. A panel follows itself while there are rows for it, so that it is read from memory once; there
+// are so many rows at a time that their activations stay in a thread's cache.
 std::vector<Task> cut(const std::vector<Run>& runs, int64_t inputs, int64_t panels) {
   const int64_t near = std::max<int64_t>(kNear / (inputs * sizeof(float)) / kRows, 2 * kWidened / kRows) * kRows;
   std::vector<Task> tasks;
@@ -138,7 +138,8 @@ void multiply(ffi::ThreadPool& pool, const Sizes& s, const std::vector<Run>& run
     const Task& task = tasks[i];
     const int64_t o = task.panel % panels * kPanel, width = std::min<int64_t>(kPanel, s.outputs - o);
     const Sizes own{task.rows, s.inputs, s.outputs};
-    const W *panel = w + task.panel * size, *after = i + threads < count ? w + tasks[i + threads].panel * size : nullptr;
+    const W* panel = w + task.panel * size;
+    const W* after = i + threads < count ? w + tasks[i + threads].panel * size : nullptr;
     const char* next = reinterpret_cast<const char*>(after);
     const float* from = x + task.first * s.inputs;
     float* to = out + task.first * s.outputs + o;
