@@ -57,6 +57,11 @@ class Format:
         return 1 if self.codes in EIGHT_BITS else 2
 
     @property
+    def by_output(self) -> bool:
+        """Whether an item is a code, and a scale, which has no zero, is that of one output."""
+        return self.per_item == 1 and self.inputs is None and self.outputs == 1 and not self.zeros
+
+    @property
     def bytes_per_weight(self) -> float:
         """Bytes of a weight with its share of scales and zeros, of a matrix of many inputs."""
         of_scale = jnp.dtype(self.scales).itemsize + self.zeros

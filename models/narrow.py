@@ -32,7 +32,7 @@ class Codes(NamedTuple):
 
 def narrow_product(x: jax.Array, codes: Codes, form: Format) -> jax.Array:
     """Multiply ``x [T, I]`` by a matrix ``[I, O]`` of this form: ``[T, O]`` float32."""
-    if form.inputs is None and form.outputs == 1 and form.per_item == 1 and not form.zeros:
+    if form.by_output:
         return product(x, codes.weight) * codes.scales[0].astype(jnp.float32)
 
     def on_cpu(x: jax.Array, codes: Codes) -> jax.Array:

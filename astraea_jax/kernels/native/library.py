@@ -54,7 +54,7 @@ def load() -> None:
 
 
 def _loaded() -> ctypes.CDLL:
-    """The library, built anew if what was kept is broken."""
+    """Load the library, and build it anew if what was kept is broken."""
     library = _opened(_built()) or _opened(_built())
     if library is None:
         raise StartupError("the kernels for CPUs cannot be loaded; the log says why")
@@ -72,7 +72,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    """Path of the library for this processor, these sources and this jaxlib."""
+    """Build the library for this processor, these sources and this jaxlib, unless it is there; return its path."""
     compiler = _compiler()
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [*compiler, *OPTIONS, native, "-isystem", jax.ffi.include_dir()]
@@ -95,7 +95,7 @@ def _compiler() -> list[str]:
 
 
 def _digest(command: Sequence[str], files: Sequence[Path]) -> str:
-    """Name for what a command makes of files on this processor."""
+    """Return a name for what a command makes of files on this processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     features = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name"))})

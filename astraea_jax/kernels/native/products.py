@@ -39,7 +39,7 @@ def put_in_panels(whole: nnx.Module) -> None:
 
 @partial(jax.jit, static_argnames="transposed")
 def in_panels(weight: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """``weight [..., I, O]`` as panels ``[..., ceil(O / PANEL), I, PANEL]``, padded with zeros.
+    """Put ``weight [..., I, O]`` in panels ``[..., ceil(O / PANEL), I, PANEL]``, padded with zeros.
 
     If it is ``transposed`` it is ``[O, I]``.
     """
@@ -49,7 +49,7 @@ def in_panels(weight: jax.Array, *, transposed: bool = False) -> jax.Array:
 
 
 def multiply(x: jax.Array, matrix: Matrix, used: jax.Array | None = None) -> jax.Array:
-    """In the place of :func:`astraea_jax.models.matrix.multiply`, to which it leaves what is not in panels.
+    """Do what :func:`astraea_jax.models.matrix.multiply` does, which it calls for what is not in panels.
 
     Of those that are, rows after the first ``used []`` int32 are zero, and take no time.
     """
@@ -60,7 +60,7 @@ def multiply(x: jax.Array, matrix: Matrix, used: jax.Array | None = None) -> jax
 
 
 def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False, used: jax.Array | None = None) -> jax.Array:
-    """In the place of :func:`astraea_jax.models.product.product`; with panels the result is padded with zeros.
+    """Do what :func:`astraea_jax.models.product.product` does; with panels the result is padded with zeros.
 
     ``used`` is as in :func:`multiply`.
     """
@@ -71,17 +71,14 @@ def product(x: jax.Array, weight: jax.Array, *, transposed: bool = False, used: 
 
 def _put(matrices: Sequence[Matrix]) -> None:
     """Store matrices as panels if the kernels read all of them: not those in a form of groups or of 4 bits."""
-    for matrix in matrices:
-        form = matrix.form
-        by_output = form is None or (form.inputs is None and form.outputs == 1 and not form.zeros)
-        if matrix.weight.dtype not in DTYPES or not by_output:
-            return
+    if any(one.weight.dtype not in DTYPES or (one.form and not one.form.by_output) for one in matrices):
+        return
     for matrix in matrices:
         matrix.weight = nnx.Param(in_panels(matrix.weight[...]))
 
 
 def _call(x: jax.Array, weight: jax.Array, outputs: int, used: jax.Array | None) -> jax.Array:
-    """``x [T, I]`` times panels: ``[T, O]`` float32."""
+    """Multiply ``x [T, I]`` by panels: ``[T, O]`` float32."""
     result = jax.ShapeDtypeStruct((len(x), outputs), jnp.float32)
     rows = jnp.asarray(len(x) if used is None else used, jnp.int32).reshape(1)
     out: jax.Array = jax.ffi.ffi_call("astraea_product", result)(x.astype(jnp.float32), rows, weight)
