@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -51,6 +54,16 @@ ENGINE_THREAD = "astraea-engine"
 """Name of the thread of the serving loop."""
 STOP_S = 5.0
 """Seconds that the loop gets to stop, once it has been told to."""
+
+_started: weakref.WeakSet[Engine] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_started.clear)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop what still serves before the interpreter ends: a thread that is in JAX by then aborts the process."""
+    for engine in list(_started):
+        engine.shutdown(grace_s=0)
 
 
 class Engine(Sessions):
@@ -122,6 +135,7 @@ class Engine(Sessions):
             self._scheduler, self._runner, self._store, tokenizer, self._life, vocab_size, self.kv_events.collect
         )
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
+        self._watchdog = threading.Thread(target=self._watch_steps, name="astraea-watchdog", daemon=True)
 
     @classmethod
     def from_folder(
@@ -153,7 +167,8 @@ class Engine(Sessions):
             self._runner.compile(progress)
             self._life.serve()
             self._thread.start()
-            threading.Thread(target=self._watch_steps, name="astraea-watchdog", daemon=True).start()
+            self._watchdog.start()
+            _started.add(self)
         except BaseException as error:
             self._die(Fault("the engine did not start", error))
             raise
@@ -176,9 +191,14 @@ class Engine(Sessions):
             self._life.wait_until_empty(min(grace_s, threading.TIMEOUT_MAX))
         self._post(Stop())  # a loop that is only just being started ends with it
         if running:
+            limit = time.monotonic() + STOP_S
             self._thread.join(STOP_S)
             if self._thread.is_alive():
                 log.error("the serving loop does not end; it is left behind")
+            # It holds the engine too: the last holder lets go of the arrays, which a thread must not do while the
+            # interpreter ends.
+            if self._watchdog.is_alive() and self._watchdog is not threading.current_thread():
+                self._watchdog.join(max(0.0, limit - time.monotonic()))
         self._die("the engine was shut down")
         return self._life.cut
 

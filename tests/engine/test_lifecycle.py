@@ -5,13 +5,16 @@ States and ends of requests are the state machine's (test_engine_states.py).
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.scripts import run
 from support.stub import stub_engine
 
+from astraea_jax.engine import engine as engines
 from astraea_jax.engine.lifecycle import Lifecycle
 from astraea_jax.engine.shared_bound import RESERVE
 from astraea_jax.errors import Overloaded
@@ -104,3 +107,30 @@ def test_an_engine_that_is_shut_down_while_its_loop_is_being_started_leaves_no_l
     engine._thread.join(30)
     assert not engine._thread.is_alive()
     assert not engine.live
+
+
+def test_a_shutdown_waits_for_the_watchdog_too(monkeypatch):
+    """The last thread to hold an engine lets go of its arrays; while the interpreter ends, that aborts the process."""
+
+    def slow(thread, *_) -> None:
+        thread.join()
+        time.sleep(0.2)
+
+    monkeypatch.setattr(engines, "watch", slow)
+    engine, _ = stub_engine()
+    engine.start()
+    engine.shutdown(0)
+    assert not engine._watchdog.is_alive()
+
+
+def test_an_interpreter_that_ends_stops_an_engine_that_serves():
+    script = """
+import atexit, sys, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # registered first, called last
+sys.path.insert(0, "tests")
+from support.stub import stub_engine
+engine, _ = stub_engine()
+engine.start()
+print(len(threading.enumerate()))
+"""
+    assert run("-c", script).split("\n")[-3:] == ["3", "['MainThread']", ""]

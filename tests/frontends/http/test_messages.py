@@ -168,9 +168,9 @@ async def test_a_client_that_vanishes_frees_its_pages(client, engine):
 async def test_a_session_that_ends_during_a_stream_is_an_error_event(client, engine):
     named = {"extra_headers": {"x-session-id": "agent"}}
     async with AsyncExitStack() as stack:
-        with held(engine, 2):
+        with held(engine, 2) as state:
             stream = await stack.enter_async_context(client.messages.stream(**BRIEF, max_tokens=200, **named))
-            await anext(aiter(stream))
+            await state.still()  # its beginning is told within a second, whether it runs yet or not
             engine.end_session("agent", owner="peer:127.0.0.1")
         with pytest.raises(anthropic.APIStatusError, match="session was ended"):
             await stream.get_final_message()

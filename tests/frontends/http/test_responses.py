@@ -151,8 +151,9 @@ async def test_probabilities_of_the_text(client):
 
 async def test_a_session_that_ends_during_a_stream_is_a_failed_response(client, engine):
     named = {"extra_headers": {"x-session-id": "agent"}}
-    with held(engine, 2):
+    with held(engine, 2) as state:
         stream = await client.responses.create(model=MODEL, input="Hello", stream=True, **named)
+        await state.still()
         engine.end_session("agent", owner="peer:127.0.0.1")
     events = [event async for event in stream]
     assert events[-1].type == "response.failed"
