@@ -61,9 +61,14 @@ os.register_at_fork(after_in_child=_started.clear)
 
 @atexit.register
 def _stop_all() -> None:
-    """Stop what still serves before the interpreter ends: a thread that is in JAX by then aborts the process."""
+    """Stop what still serves before the interpreter ends: a thread that is in JAX by then aborts the process.
+
+    So a step may take longer than :data:`STOP_S` here, as long as its watchdog does not take the device for hung.
+    """
     for engine in list(_started):
         engine.shutdown(grace_s=0)
+        if engine._watchdog.is_alive():
+            engine._watchdog.join()
 
 
 class Engine(Sessions):
@@ -165,10 +170,10 @@ class Engine(Sessions):
             return
         try:
             self._runner.compile(progress)
+            _started.add(self)
             self._life.serve()
             self._thread.start()
             self._watchdog.start()
-            _started.add(self)
         except BaseException as error:
             self._die(Fault("the engine did not start", error))
             raise

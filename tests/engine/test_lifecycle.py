@@ -123,14 +123,34 @@ def test_a_shutdown_waits_for_the_watchdog_too(monkeypatch):
     assert not engine._watchdog.is_alive()
 
 
-def test_an_interpreter_that_ends_stops_an_engine_that_serves():
-    script = """
-import atexit, sys, threading
+ENDS = """
+import asyncio, atexit, sys, threading, time
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # registered first, called last
 sys.path.insert(0, "tests")
 from support.stub import stub_engine
-engine, _ = stub_engine()
+from astraea_jax.engine import engine as engines
+from astraea_jax.engine.sampling import SamplingParams
+engine, runner = stub_engine()
 engine.start()
 print(len(threading.enumerate()))
 """
-    assert run("-c", script).split("\n")[-3:] == ["3", "['MainThread']", ""]
+
+IN_A_STEP = """
+engines.STOP_S = 0.05
+read, began = runner.read, threading.Event()
+def slow(step):
+    began.set()
+    time.sleep(0.5)
+    return read(step)
+runner.read = slow
+async def ask():
+    kept.append(engine.generate([1, 2, 3], SamplingParams(max_tokens=9)))
+kept = []
+asyncio.run(ask())
+began.wait()
+"""
+
+
+@pytest.mark.parametrize("more", ["", IN_A_STEP], ids=["idle", "in a step longer than a shutdown waits"])
+def test_an_interpreter_that_ends_stops_an_engine_that_serves(more):
+    assert run("-c", ENDS + more).split("\n")[-3:] == ["3", "['MainThread']", ""]
