@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.ports import free_port
 
 from astraea_jax.agents import mcp
 from astraea_jax.agents.mcp import McpServer, connected
@@ -25,16 +27,15 @@ TIMEOUT_S = 60.0
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server over HTTP."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([*SERVER.split(), str(port)], stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
-            try:
+        while True:
+            assert process.poll() is None, "the server has ended"
+            with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
-            except OSError:
-                time.sleep(0.05)
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}/mcp"
     finally:
         process.kill()

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import extras_process
+from support.ports import free_port
 from support.wide import PAGE_BYTES, programs, run_programs, tokens
 
 from astraea_jax.engine.dispatch import InFlight
@@ -25,7 +25,7 @@ from astraea_jax.errors import EngineDead
 from astraea_jax.frontends.rpc.client import Client
 from astraea_jax.models.tokenizer import Tokenizer
 
-LONG = SamplingParams(max_tokens=60, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
 SERVE = str(Path(__file__).parents[2] / "scripts" / "serve.py")
 
 
@@ -33,11 +33,6 @@ def two_devices() -> dict[str, str]:
     """The environment of a process that has two."""
     xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     return {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @contextmanager
@@ -48,7 +43,7 @@ def two_processes(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], s
         "port": 0,
         "http_port": 0,
         "tensor_parallel": 4,
-        "coordinator": free_address(),
+        "coordinator": f"127.0.0.1:{free_port()}",
         "processes": 2,
         "max_seqs": 4,
         "max_step_tokens": 16,
@@ -97,12 +92,12 @@ def test_two_processes_say_what_one_device_says_and_end_together(wide_folder, wi
         assert counts["failed_transfers"] == 0
         for process in reversed(processes):
             process.send_signal(signal.SIGTERM)
-        assert [process.wait(60) for process in processes] == [0, 0], [p.stderr.read() for p in processes]
+        assert [process.wait(300) for process in processes] == [0, 0], [p.stderr.read() for p in processes]
 
 
 @pytest.mark.serves("native", "tested", "multi-process")
 def test_two_processes_draw_again_together(wide_folder, wide_engine):
-    command = [sys.executable, extras_process.__file__, str(wide_folder), free_address()]
+    command = [sys.executable, extras_process.__file__, str(wide_folder), f"127.0.0.1:{free_port()}"]
     processes = [
         subprocess.Popen(
             [*command, str(i)], env=two_devices(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -125,14 +120,17 @@ def test_a_process_that_dies_is_named(wide_folder):
 
         async def ask() -> None:
             async with Client(address, Tokenizer.from_folder(wide_folder)) as client:
-                stream = aiter(client.generate([1, 2, 3], LONG))  # one iterator: a dropped one cancels its request
-                await anext(stream)
+                assert len(await tokens(client.generate([1, 2, 3], SHORT))) == 2
+                processes[1].send_signal(signal.SIGSTOP)  # so that the next request has not ended when it dies
+                running = asyncio.create_task(tokens(client.generate([1, 2, 3], SHORT)))
+                while not (await client.counts())["running"]:
+                    await asyncio.sleep(0.01)
                 processes[1].kill()
                 with pytest.raises(EngineDead, match="process 1 has gone"):
-                    await tokens(stream)
+                    await running
 
         asyncio.run(ask())
-        assert processes[0].wait(60) == 1
+        assert processes[0].wait(300) == 1
         assert "process 1 has gone" in processes[0].stderr.read()
 
 
