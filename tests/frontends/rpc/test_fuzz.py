@@ -159,9 +159,9 @@ async def vanish_at(phase: str, call: grpc.aio.StreamStreamCall, engine: Any, re
     if phase == "half sent":  # the message has come, and the client does not say that there is no other
         await call.write(request)
         return
-    await call.write(request)
-    await call.done_writing()
     with held(engine, 1):  # or else it might have ended before anybody looks
+        await call.write(request)
+        await call.done_writing()
         if phase == "queued":
             await until(lambda: engine.in_progress)
         if phase == "running":
