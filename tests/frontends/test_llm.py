@@ -209,13 +209,13 @@ def test_more_prompts_than_the_queue_holds(random_folder, greedy):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_ctrl_c_ends_what_the_call_has_begun(shop, batch):
-    calls, let_go = [], threading.Event()
+    calls, numbers, let_go = [], itertools.count(1), threading.Event()
 
     @tool(name="calculator")
     def interrupted(expression: str) -> int:
         """Value of a sum."""
         calls.append(expression)
-        if len(calls) == batch:
+        if next(numbers) == batch:  # of one thread only, however they take turns
             os.kill(os.getpid(), signal.SIGINT)
         let_go.wait(60)
         return 325
