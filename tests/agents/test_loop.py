@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from support.engines import held, settled
+from support.engines import WAIT_S, held, settled
 
 from astraea_jax.agents.loop import ProgramResult, run_program
 from astraea_jax.agents.tools import tool
@@ -178,7 +178,7 @@ async def test_parallel_calls_run_at_the_same_time_and_keep_their_order() -> Non
         return name
 
     model = Script(call("meet", name="a") + call("meet", name="b"), "done")
-    program = await asyncio.wait_for(run_program(model, QUESTION, [meet]), 30)
+    program = await asyncio.wait_for(run_program(model, QUESTION, [meet]), WAIT_S)
     assert results(program) == ["a", "b"]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.engines import WAIT_S
 
 from astraea_jax.agents import tools
 from astraea_jax.agents.tool_types import ToolError, kind_of
@@ -315,7 +316,7 @@ async def test_an_async_function_behind_a_decorator(seconds: float) -> None:
         await asyncio.sleep(seconds)
         return item
 
-    @tool(timeout_s=30 if seconds == 0 else 0.05)
+    @tool(timeout_s=WAIT_S if seconds == 0 else 0.05)
     @functools.wraps(nap)
     def traced(**arguments: Any) -> Any:
         return nap(**arguments)
@@ -331,10 +332,10 @@ async def test_a_hanging_sync_tool_blocks_only_itself(monkeypatch: pytest.Monkey
 
     @tool(timeout_s=0.1)
     def hang() -> str:
-        release.wait(30)
+        release.wait(WAIT_S)
         return "late"
 
-    @tool(timeout_s=30)
+    @tool(timeout_s=WAIT_S)
     def work() -> str:
         return "done"
 
@@ -343,16 +344,16 @@ async def test_a_hanging_sync_tool_blocks_only_itself(monkeypatch: pytest.Monkey
     assert all("did not answer" in text for text in await asyncio.gather(*hung))
     assert sum(thread.name == "tool-hang" for thread in threading.enumerate()) == 2
     release.set()  # its threads are free again
-    object.__setattr__(hang, "timeout_s", 60.0)
+    object.__setattr__(hang, "timeout_s", WAIT_S)
     assert await hang.call({}) == "late"
 
 
 async def test_calls_of_a_sync_tool_run_at_the_same_time() -> None:
     together = threading.Barrier(8)
 
-    @tool(timeout_s=30)
+    @tool(timeout_s=WAIT_S)
     def meet() -> str:
-        together.wait(20)
+        together.wait(WAIT_S)
         return "met"
 
     assert await asyncio.gather(*(meet.call({}) for _ in range(8))) == ["met"] * 8
@@ -365,17 +366,17 @@ async def test_cancelling_a_call(sync: bool) -> None:
     @tool(name="slow")
     def slow() -> None:
         began.set()
-        release.wait(30)
+        release.wait(WAIT_S)
         ended.set()
 
     @tool(name="slow")
     async def aslow() -> None:
         began.set()
-        await asyncio.sleep(30)
+        await asyncio.sleep(3600)
         ended.set()
 
     call = asyncio.create_task((slow if sync else aslow).call({}))
-    await asyncio.to_thread(began.wait, 30)
+    await asyncio.to_thread(began.wait, WAIT_S)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call

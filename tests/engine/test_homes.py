@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 from support.device import complete
-from support.engines import settled, until
+from support.engines import WAIT_S, settled, until
 from support.stub import PAGE_BYTES, STUB, StubRunner, stub_engine
 from support.wide import tokens
 
@@ -113,7 +113,7 @@ def test_sessions_move_however_many_names_are_stale(made):
         for i in range(2 * MAX_HANDED):
             replicas._homes.settle(("", f"ended{i}"), leaving)
         said = await _at(replicas, 0, "alive")
-        assert await asyncio.wait_for(replicas.retire(0, 0.0), 30) == 0
+        assert await asyncio.wait_for(replicas.retire(0, 0.0), WAIT_S) == 0
         await settled(other)
         again = replicas.generate([*PROMPT, *said, 2], PARAMS, session="alive")
         await tokens(again)
@@ -137,7 +137,7 @@ def test_thousands_of_sessions_find_another_home_at_once(made):
         try:
             for engine in replicas.replicas:
                 engine.stats = lambda engine=engine: calls.append(1) or original(engine)
-            await asyncio.wait_for(replicas._homes._move_from(leaving), 30)
+            await asyncio.wait_for(replicas._homes._move_from(leaving), WAIT_S)
         finally:
             for engine in replicas.replicas:
                 del engine.stats
@@ -273,7 +273,7 @@ def test_a_replica_that_is_retired_before_it_serves_keeps_no_other_from_starting
 
     def compile(number, progress) -> None:
         compiling[number].set()
-        assert go.wait(30)
+        assert go.wait(WAIT_S)
         progress(1, 1)
 
     for number, (_, runner) in enumerate(pairs):
@@ -281,7 +281,7 @@ def test_a_replica_that_is_retired_before_it_serves_keeps_no_other_from_starting
 
     async def retire() -> None:
         for number in leaves:
-            assert await asyncio.wait_for(replicas.retire(number, 60.0), 30) == 0
+            assert await asyncio.wait_for(replicas.retire(number, 60.0), WAIT_S) == 0
 
     told = []
     if when == "before":
@@ -289,14 +289,14 @@ def test_a_replica_that_is_retired_before_it_serves_keeps_no_other_from_starting
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(replicas.start, lambda *counts: told.append(counts))
         if when == "meanwhile":
-            assert all(one.wait(30) for one in compiling)
+            assert all(one.wait(WAIT_S) for one in compiling)
             asyncio.run(retire())
         go.set()
         if len(leaves) == 3:
             with pytest.raises(EngineDead):
-                starting.result(30)
+                starting.result(WAIT_S)
         else:
-            starting.result(30)
+            starting.result(WAIT_S)
             left = 3 - len(leaves)
             assert told[-1] == (left, left)
     assert [engine.live for engine in replicas.replicas] == [number not in leaves for number in range(3)]
@@ -338,7 +338,7 @@ def test_a_replica_may_be_retired_twice_at_once_and_the_last_one_too(made):
             again = replicas.generate([*PROMPT, *said[i], 1], PARAMS, session=f"s{i}")
             assert await tokens(again) == complete([*PROMPT, *said[i], 1], 4)
         assert await replicas.retire(0, 0.0) == 0
-        assert await asyncio.wait_for(replicas.retire(1, 0.0), 30) == 0
+        assert await asyncio.wait_for(replicas.retire(1, 0.0), WAIT_S) == 0
         assert not replicas.live
 
     asyncio.run(work())

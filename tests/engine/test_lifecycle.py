@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.engines import WAIT_S
 from support.scripts import run
 from support.stub import stub_engine
 
@@ -104,7 +105,7 @@ def test_an_engine_that_is_shut_down_while_its_loop_is_being_started_leaves_no_l
 
     engine._life.serve = cross
     engine.start()
-    engine._thread.join(30)
+    engine._thread.join(WAIT_S)
     assert not engine._thread.is_alive()
     assert not engine.live
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from support.engines import WAIT_S
+from support.scripts import run
 
 from astraea_jax.engine.engine import ENGINE_THREAD
 from astraea_jax.errors import EngineDead
@@ -80,7 +79,7 @@ def test_stopping_lets_every_caller_go(loop):
     loop.stop()
     loop.stop()
     for thread, errors in callers:
-        thread.join(30)
+        thread.join(WAIT_S)
         assert [type(error) for error in errors] == [EngineDead]
     with pytest.raises(EngineDead, match="closed"):
         loop.wait_for(answer)
@@ -149,7 +148,7 @@ while running:
 @pytest.mark.parametrize("seed", range(3))
 def test_interrupts_may_come_at_any_instant_in_any_number(seed):
     """None leaves a lock taken or a coroutine running for whoever comes next."""
-    subprocess.run([sys.executable, "-c", INTERRUPTED, str(seed)], check=True, timeout=WAIT_S)
+    run("-c", INTERRUPTED, str(seed))
 
 
 def test_an_interrupt_does_not_wait_for_an_event_loop_that_is_blocked(loop, monkeypatch):
@@ -181,7 +180,7 @@ def test_an_engines_own_thread_is_told_not_to_wait(loop):
 
     thread = threading.Thread(target=destructor, name=ENGINE_THREAD)
     thread.start()
-    thread.join(30)
+    thread.join(WAIT_S)
     assert ["destructor" in error for error in errors] == [True]
 
 
@@ -194,7 +193,7 @@ def test_what_breaks_the_event_loop_lets_every_caller_go(loop, kind):
     thread, errors = waiting(loop)
     with pytest.raises(kind):
         loop.wait_for(breaks)
-    thread.join(30)
+    thread.join(WAIT_S)
     assert [type(error) for error in errors] == [EngineDead]
     with pytest.raises(EngineDead, match="closed"):
         loop.wait_for(answer)
@@ -211,9 +210,9 @@ def test_a_blocked_event_loop_holds_nobody(monkeypatch, caplog):
     thread, errors = waiting(loop, blocks)
     assert begun.wait(WAIT_S)
     loop.stop()
-    thread.join(30)
+    thread.join(WAIT_S)
     assert [type(error) for error in errors] == [EngineDead]
     assert "left behind" in caplog.text
     let_go.set()
-    loop.join(30)
+    loop.join(WAIT_S)
     assert not loop.is_alive()

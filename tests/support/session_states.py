@@ -9,12 +9,13 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from support.device import VOCABULARY
+from support.engines import WAIT_S
 
 from astraea_jax.engine.engine import Engine
 from astraea_jax.errors import EngineDead, Overloaded, RequestError, StepFailed
 from astraea_jax.scheduler.wait import Wait
 
-LIMIT_S = 20.0
+LIMIT_S = WAIT_S
 """An answer that takes longer is taken for one that never comes."""
 
 NAMES = (None, "a", "b", "#1", "#2", "#3")

@@ -49,8 +49,7 @@ async def test_the_client_sees_one_answer(client, calls, chatty):
     assert whole.choices[0].message.tool_calls is None
     assert len(calls) >= 2
     assert whole.usage.prompt_tokens > whole.usage.prompt_tokens_details.cached_tokens > 0
-    await settled(chatty)
-    assert chatty.stats().programs == 0
+    await settled(chatty, programs=True)
 
 
 async def test_a_stream_of_it_holds_no_calls(client, calls):
@@ -68,8 +67,7 @@ async def test_a_stream_of_it_holds_no_calls(client, calls):
 async def test_every_choice_has_a_loop_of_its_own(client, calls, chatty):
     whole = await client.chat.completions.create(**CHAT, n=3)
     assert [TASK.is_right(choice.message.content) for choice in whole.choices] == [True] * 3
-    await settled(chatty)
-    assert chatty.stats().programs == 0
+    await settled(chatty, programs=True)
 
 
 async def test_a_client_may_call_its_own_tools_instead(client, calls):
@@ -111,5 +109,4 @@ async def test_a_client_that_vanishes_stops_the_loop(chatty):
         await asyncio.wait({asked})
         while server.app.running:
             await asyncio.sleep(0.005)
-    await settled(chatty)
-    assert chatty.stats().programs == 0
+    await settled(chatty, programs=True)
