@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.engines import WAIT_S
 from support.ports import free_port
 
 from astraea_jax.agents import mcp
@@ -21,7 +22,6 @@ from astraea_jax.agents.tool_types import ToolError
 from astraea_jax.agents.tools import MAX_RESULT_CHARS, Tool, tool
 
 SERVER = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'servers' / 'mcp_shop.py'}"
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(params=["stdio", "http"])
 def server(request) -> McpServer:
-    return McpServer(SERVER if request.param == "stdio" else request.getfixturevalue("address"), timeout_s=TIMEOUT_S)
+    return McpServer(SERVER if request.param == "stdio" else request.getfixturevalue("address"), timeout_s=WAIT_S)
 
 
 def named(tools: tuple[Tool, ...]) -> dict[str, Tool]:
@@ -92,45 +92,45 @@ async def test_results_are_bounded(server):
 
 
 async def test_a_call_has_a_time_limit_and_others_go_on():
-    async with connected([McpServer(SERVER, timeout_s=TIMEOUT_S)]) as tools:
+    async with connected([McpServer(SERVER, timeout_s=WAIT_S)]) as tools:
         by_name = named(tools)
         slow = asyncio.create_task(by_name["sleeps"].call({}))
         assert await by_name["price"].call({"article": 5}) == "15"
         slow.cancel()
-    async with connected([McpServer(SERVER, timeout_s=TIMEOUT_S, allow=["sleeps"])]) as [sleeps]:
+    async with connected([McpServer(SERVER, timeout_s=WAIT_S, allow=["sleeps"])]) as [sleeps]:
         object.__setattr__(sleeps, "timeout_s", 0.05)
         assert "did not answer within 0.05 s" in await sleeps.call({})
 
 
 async def test_a_server_that_dies_fails_its_call_and_is_connected_again():
-    async with connected([McpServer(SERVER, timeout_s=TIMEOUT_S)]) as tools:
+    async with connected([McpServer(SERVER, timeout_s=WAIT_S)]) as tools:
         by_name = named(tools)
         assert "has gone" in await by_name["dies"].call({})
         assert await by_name["price"].call({"article": 5}) == "15"
 
 
 async def test_only_allowed_tools_are_taken():
-    async with connected([McpServer(SERVER, allow=["price"], timeout_s=TIMEOUT_S)]) as tools:
+    async with connected([McpServer(SERVER, allow=["price"], timeout_s=WAIT_S)]) as tools:
         assert list(named(tools)) == ["price"]
     with pytest.raises(ToolError, match=r"no tools \['prize'\]; it has \['price'"):
-        async with connected([McpServer(SERVER, allow=["prize"], timeout_s=TIMEOUT_S)]):
+        async with connected([McpServer(SERVER, allow=["prize"], timeout_s=WAIT_S)]):
             pass
 
 
 async def test_descriptions_are_bounded(monkeypatch):
     monkeypatch.setattr(mcp, "MAX_TOOLS", 3)
     with pytest.raises(ToolError, match="more than 3 tools"):
-        async with connected([McpServer(SERVER, timeout_s=TIMEOUT_S)]):
+        async with connected([McpServer(SERVER, timeout_s=WAIT_S)]):
             pass
     monkeypatch.setattr(mcp, "MAX_SCHEMA_CHARS", 20)
     with pytest.raises(ToolError, match="schema of 'price'"):
-        async with connected([McpServer(SERVER, allow=["price"], timeout_s=TIMEOUT_S)]):
+        async with connected([McpServer(SERVER, allow=["price"], timeout_s=WAIT_S)]):
             pass
 
 
 async def test_a_command_sees_nothing_of_the_environment_but_what_it_is_given(monkeypatch):
     monkeypatch.setenv("ASTRAEA_SECRET", "secret")
-    server = McpServer(SERVER, allow=["environment"], env={"GIVEN": "yes"}, timeout_s=TIMEOUT_S)
+    server = McpServer(SERVER, allow=["environment"], env={"GIVEN": "yes"}, timeout_s=WAIT_S)
     async with connected([server]) as [environment]:
         assert await environment.call({"name": "ASTRAEA_SECRET"}) == "unset"
         assert await environment.call({"name": "GIVEN"}) == "yes"
@@ -147,7 +147,7 @@ async def test_a_command_sees_nothing_of_the_environment_but_what_it_is_given(mo
 )
 async def test_a_server_that_cannot_be_used_is_named(address, words):
     with pytest.raises(ToolError, match="MCP server") as caught:
-        async with connected([McpServer(address, timeout_s=0.5 if "sleep" in address else TIMEOUT_S)]):
+        async with connected([McpServer(address, timeout_s=0.5 if "sleep" in address else WAIT_S)]):
             pass
     assert words in str(caught.value)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from support.engines import held
+from support.engines import WAIT_S, held
 from support.scripts import ROOT
 from support.sizes import CHAT, SMALL
 
@@ -350,7 +350,7 @@ async def test_from_a_running_event_loop_it_blocks_that_loop_only(llm, greedy):
 
 
 def test_tools_of_an_mcp_server(shop):
-    server = McpServer(f"{sys.executable} {ROOT / 'examples' / 'mcp_shop.py'}")
+    server = McpServer(f"{sys.executable} {ROOT / 'examples' / 'mcp_shop.py'}", timeout_s=WAIT_S)
     [program] = shop.chat([SHOP[0], {"role": "user", "content": TOTAL}], tools=[server])
     assert program.text == "The total is 60."
     assert [run.name for request in program.requests for run in request.tools] == ["price", "price", "calculator"]
