@@ -94,8 +94,9 @@ class Lifecycle:
     def drain(self) -> None:
         """Refuse requests from now on."""
         with self._changed:
-            if self._state is State.SERVING:
-                self._set(State.DRAINING, "the engine is shutting down")
+            if self._state is not State.SERVING:
+                return
+            self._set(State.DRAINING, "the engine is shutting down")
         self._tell()
 
     def die(self, reason: str) -> list[Mailbox]:

@@ -16,7 +16,7 @@ from support.scripts import run
 from support.stub import stub_engine
 
 from astraea_jax.engine import engine as engines
-from astraea_jax.engine.lifecycle import Lifecycle
+from astraea_jax.engine.lifecycle import Lifecycle, State
 from astraea_jax.engine.shared_bound import RESERVE
 from astraea_jax.errors import Overloaded
 
@@ -61,6 +61,18 @@ def test_a_client_has_its_share_of_the_queue_beside_a_flood(weights, room):
     life.serve()
     assert len(accepted(life, "one", 15)) == 15
     assert len(accepted(life, "two", 24)) == room
+
+
+def test_who_watches_hears_of_changes_only():
+    """After the last one the event loop that he would be told in may be closed."""
+    life, states = Lifecycle(1), []
+    life.watch(lambda: states.append(life.state))
+    life.compile()
+    life.serve()
+    for _ in range(2):
+        life.drain()
+        life.die("the test")
+    assert states == [State.COMPILING, State.SERVING, State.DRAINING, State.DEAD]
 
 
 def test_the_engines_own_process_may_fill_it():

@@ -158,6 +158,7 @@ def test_an_idle_server_ends_in_order_without_any_grace(serve):
     with serve("--grace_s=0") as server:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(300) == 0
+        assert "Traceback" not in server.process.stderr.read()
 
 
 def test_what_a_replica_has_cut_by_dying_is_no_fault_of_an_orderly_end(serve, random_folder):
