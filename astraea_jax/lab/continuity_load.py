@@ -42,6 +42,7 @@ from astraea_jax.lab.api_clients import (
     ResponsesAgent,
     TextAgent,
 )
+from astraea_jax.lab.http_agents import agent_client
 from astraea_jax.lab.pretended import ScriptedRunner
 from astraea_jax.lab.shop import Task, make_tasks
 from astraea_jax.models.config import ModelConfig
@@ -153,17 +154,16 @@ async def measure(
     found = {name: Measured() for name in (*APIS, TEXT)}
     try:
         async with serving(engine, mode) as (http_port, grpc_port), AsyncExitStack() as stack:
-            http = await stack.enter_async_context(http_client(http_port))
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}"))
             playing = []
             for number in range(len(found) * sessions):
                 name = [*found][number % len(found)]
                 habits = Habits(number // len(found) % 2 == 0, changes_header, random.Random(number))
-                agent = (
-                    TextAgent(channel, tokenizer, SYSTEM, TOOLS, STOP)
-                    if name == TEXT
-                    else APIS[name](http, habits, SYSTEM, TOOLS)
-                )
+                if name == TEXT:
+                    agent: Agent = TextAgent(channel, tokenizer, SYSTEM, TOOLS, STOP)
+                else:
+                    http = await stack.enter_async_context(_client(http_port))
+                    agent = APIS[name](http, habits, SYSTEM, TOOLS)
                 playing.append(_play(agent, [Ticket(number, turn) for turn in range(turns)], found[name]))
             await asyncio.gather(*playing)
             engine.check()
@@ -172,25 +172,28 @@ async def measure(
     return found
 
 
-def http_client(port: int) -> httpx.AsyncClient:
-    """Make a client of a server on this machine."""
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120)
-
-
 async def measure_bundled(mode: Mode, sessions: int) -> Measured:
     """Run sessions of the bundled model on this machine's device; it has two tasks in each, one after the other."""
     engine = Engine.from_folder("astraea-tiny", EngineConfig(max_seqs=8, max_step_tokens=64, kv_bytes=2**26))
     await asyncio.to_thread(engine.start)
     measured = Measured()
     try:
-        async with serving(engine, mode) as (port, _), http_client(port) as http:
+        async with serving(engine, mode) as (port, _), AsyncExitStack() as stack:
             tasks = make_tasks(seed=5, split="test", count=2 * sessions)
-            pairs = zip(tasks[::2], tasks[1::2], strict=True)
-            await asyncio.gather(*(_work(http, number, pair, measured) for number, pair in enumerate(pairs)))
+            working = []
+            for number, pair in enumerate(zip(tasks[::2], tasks[1::2], strict=True)):
+                http = await stack.enter_async_context(_client(port))
+                working.append(_work(http, number, pair, measured))
+            await asyncio.gather(*working)
             engine.check()
     finally:
         await asyncio.to_thread(engine.shutdown, 0)
     return measured
+
+
+def _client(port: int) -> httpx.AsyncClient:
+    """Make a client for one agent of a server on this machine."""
+    return agent_client(f"http://127.0.0.1:{port}")
 
 
 async def _work(http: httpx.AsyncClient, number: int, tasks: Sequence[Task], measured: Measured) -> None:

@@ -30,7 +30,7 @@ def agent_client(url: str) -> httpx.AsyncClient:
     and up to 22 times for one request.
 
     Args:
-        url: of the server, ``/v1`` included.
+        url: of the server, with what all paths of the agent begin with.
     """
     return httpx.AsyncClient(base_url=url, timeout=None, verify=_certificates())
 
