@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -29,16 +30,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.placement import DECILES, Report
-from astraea_jax.scheduler.router import Router
+from astraea_jax.scheduler.prefix import BEGINNING, BEGINNINGS, beginnings
+from astraea_jax.scheduler.router import Route, Router
 from astraea_jax.scheduler.simulation.experiment import WORKLOADS, interval, ratio_interval
 from astraea_jax.scheduler.simulation.fleet import Change, Reporting
 from astraea_jax.scheduler.simulation.fleet_study import FLEET_RULES, POOLED, FleetCell, simulate, summary
 from astraea_jax.scheduler.simulation.machines import MACHINES
+from astraea_jax.scheduler.simulation.sharing import PRODUCTS, SHARING
 
 AGAINST = "sticky-until-saturated"
 """llm-d's rule."""
 SIZES = ((8, 1_000), (64, 10_000), (256, 100_000), (1000, 100_000))
 """Replicas and programs whose placement is timed."""
+TIMED = 2000
+"""Placements of each kind."""
+IN_FLIGHT = 10
+"""Requests of each replica that run while new programs are placed, so that many replicas have each beginning."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workload", ["claude-code"], f"Some of {', '.join(WORKLOADS)}.")
@@ -197,32 +204,69 @@ def some_report(rng: np.random.Generator) -> Report:
     )
 
 
+def later_us(router: Router, programs: int, rng: np.random.Generator) -> list[float]:
+    """Microseconds of placing further requests of programs that wait."""
+    times = []
+    for n in range(TIMED):
+        program, tokens = int(rng.integers(programs)), int(rng.integers(1_000, 60_000))
+        began = time.perf_counter_ns()
+        route = router.route(program, tokens, n * 1e-3)
+        times.append((time.perf_counter_ns() - began) / 1e3)
+        router.ended(route, n * 1e-3, context=tokens)
+    return times
+
+
+def first_us(router: Router, replicas: int, rng: np.random.Generator) -> tuple[list[float], list[float]]:
+    """Microseconds of naming the beginnings of new programs' prompts, and of placing these programs.
+
+    They are sessions of the products of ``claude-shared``.
+    """
+    common = SHARING["claude-shared"].prefix
+    products = [rng.integers(100_000, size=common).tolist() for _ in range(PRODUCTS)]
+    shares = 1 / np.arange(1, PRODUCTS + 1)
+    running: deque[tuple[Route, int]] = deque()
+    naming, placing = [], []
+    for n, of in enumerate(rng.choice(PRODUCTS, 2 * IN_FLIGHT * replicas + TIMED, p=shares / shares.sum())):
+        tokens = int(rng.integers(common + 1_000, 60_000))
+        prompt = [*products[of], *range(n, n + tokens - common)]
+        began = time.perf_counter_ns()
+        prefixes = beginnings(prompt)
+        named = time.perf_counter_ns()
+        route = router.route(("new", n), tokens, n * 1e-3, prefixes=prefixes)
+        placing.append((time.perf_counter_ns() - named) / 1e3)
+        naming.append((named - began) / 1e3)
+        running.append((route, tokens))
+        if len(running) > IN_FLIGHT * replicas:
+            over, context = running.popleft()
+            router.ended(over, n * 1e-3, context=context)
+    return naming[-TIMED:], placing[-TIMED:]
+
+
+def report_us(router: Router, replicas: int, report: Report) -> float:
+    """Microseconds of taking in a report."""
+    began = time.perf_counter_ns()
+    for n in range(1000):
+        router.report(n % replicas, report, 2.0)
+    return (time.perf_counter_ns() - began) / 1e6
+
+
 def costs() -> list[Section]:
     """What placements and reports cost as the fleet grows."""
     placements, reports = [], []
     for replicas, programs in SIZES:
         router, rng = full_router(replicas, programs)
-        times = []
-        for n in range(2000):
-            program, tokens = int(rng.integers(programs)), int(rng.integers(1_000, 60_000))
-            began = time.perf_counter_ns()
-            route = router.route(program, tokens, n * 1e-3)
-            times.append((time.perf_counter_ns() - began) / 1e3)
-            router.ended(route, n * 1e-3, context=tokens)
+        later, (naming, placing) = later_us(router, programs, rng), first_us(router, replicas, rng)
         report = some_report(rng)
-        began = time.perf_counter_ns()
-        for n in range(1000):
-            router.report(n % replicas, report, 2.0)
-        learn_us = (time.perf_counter_ns() - began) / 1e6
-        p50, p99 = np.percentile(times, [50, 99]).tolist()
-        placements.append((f"{replicas:,}", f"{programs:,}", f"{p50:.0f}", f"{p99:.0f}", f"{learn_us:.0f}"))
+        times = [f"{q:.0f}" for of in (later, placing, naming) for q in np.percentile(of, (50, 99))]
+        placements.append((f"{replicas:,}", f"{programs:,}", *times, f"{report_us(router, replicas, report):.0f}"))
         size = len(json.dumps(report.fields(), separators=(",", ":")))
         packed = 8 * len(report.fields())
         reports.append((f"{replicas:,}", f"{packed}", f"{packed * replicas:,}", f"{size}", f"{size * replicas:,}"))
     return [
         Section(
-            "A placement, in microseconds, of one process",
-            ("replicas", "programs", "P50", "P99", "taking in a report"),
+            "A placement, in microseconds, of one process: of a program that is known; of a new one, whose prompt has "
+            f"a beginning in common with others; and naming its beginnings, up to {BEGINNING * BEGINNINGS:,} tokens",
+            ("replicas", "programs", "P50", "P99", "new P50", "P99", "naming P50", "P99", "taking in a report"),
             placements,
             named=2,
         ),

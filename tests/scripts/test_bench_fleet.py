@@ -35,7 +35,7 @@ REFUSED = {
 
 COSTS = """
 from astraea_jax.lab import bench_fleet
-bench_fleet.SIZES = ((4, 50),)
+bench_fleet.SIZES, bench_fleet.TIMED = ((4, 50),), 20
 placements, reports = bench_fleet.costs()
 assert placements.rows[0][:2] == ("4", "50")
 assert reports.rows[0][1:3] == ("192", "768")
