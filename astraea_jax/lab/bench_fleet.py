@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from astraea_jax.frontends.flags import run_main
 from astraea_jax.lab.record import Section, define_flags, publish
 from astraea_jax.scheduler.placement import DECILES, Report
-from astraea_jax.scheduler.prefix import BEGINNING, BEGINNINGS, beginnings
+from astraea_jax.scheduler.prefix import beginnings
 from astraea_jax.scheduler.router import Route, Router
 from astraea_jax.scheduler.simulation.experiment import WORKLOADS, interval, ratio_interval
 from astraea_jax.scheduler.simulation.fleet import Change, Reporting
@@ -264,9 +264,12 @@ def costs() -> list[Section]:
         reports.append((f"{replicas:,}", f"{packed}", f"{packed * replicas:,}", f"{size}", f"{size * replicas:,}"))
     return [
         Section(
-            "A placement, in microseconds, of one process: of a program that is known; of a new one, whose prompt has "
-            f"a beginning in common with others; and naming its beginnings, up to {BEGINNING * BEGINNINGS:,} tokens",
-            ("replicas", "programs", "P50", "P99", "new P50", "P99", "naming P50", "P99", "taking in a report"),
+            "Placing a known program's request and a new program, naming the beginnings of its prompt, and taking in a "
+            "report, in microseconds of one process",
+            (
+                *("replicas", "programs", "known P50", "known P99", "new P50", "new P99", "naming P50", "naming P99"),
+                "report",
+            ),
             placements,
             named=2,
         ),
@@ -305,7 +308,12 @@ def draw_plot(results: Sequence[Result], folder: Path) -> None:
 
 def main(_: list[str]) -> None:
     if FLAGS.cost:
-        publish("bench_fleet", costs(), {}, None, console=console)
+        sections = costs()
+        rows = {
+            section.title: [dict(zip(section.columns, row, strict=True)) for row in section.rows]
+            for section in sections
+        }
+        publish("bench_fleet", sections, rows, None, console=console)
         return
     results = list(run_all(study()))
     publish("bench_fleet", tables(results), {"rows": [row for row, _ in results]}, None, console=console)
