@@ -302,7 +302,8 @@ def draw_plot(results: Sequence[Result], folder: Path) -> None:
         sizes = {replicas: group for (w, replicas, f), group in groups.items() if (w, f) == (workload, factor)}
         times, hits = (over_replicas(sizes, figure) for figure in ("mean_jct_s", "prefix_hit"))
         name = folder / f"fleet_{workload}_{factor:g}x.png"
-        sweep(times, name, f"{workload}, load {FLAGS.load:g}, {factor:g}x oversubscribed", "replicas", hits)
+        title = f"{workload}, load {FLAGS.load:g}, {factor:g}x oversubscribed, simulated"
+        sweep(times, name, title, "replicas", hits)
     console.print(f"pictures in {folder}")
 
 

@@ -19,7 +19,8 @@ from astraea_jax.lab.replay import Replayed
 from astraea_jax.scheduler.simulation.simulator import ProgramRecord
 
 COLOURS = {"queue": "#d9d9d9", "prefill": "#e6843c", "decode": "#2f6fb0", "tool wait": "#a5d6a1"}
-COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in range(20) if i not in (6, 7)]  # red is for astraea
+COLOURS_OF_LINES = [mpl.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2)) if i not in (6, 7)]
+"""Strong ones before pale ones, which are the same hues; red is for astraea."""
 Span = tuple[float, float]
 """(start, length) in seconds."""
 Lines = Mapping[str, Sequence[tuple[float, float, float, float]]]
