@@ -123,6 +123,21 @@ def test_the_table_of_tokens_is_looked_up_and_multiplied(tied, dtype):
     np.testing.assert_allclose(decoder.logits(hidden, product), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_loops_of_several_devices_that_follow_each_other_closely_stay_apart():
+    """A thread that looks for further loops takes part in those of all devices, which end and begin at any time."""
+
+    @jax.jit
+    def chain(x: jax.Array, panels: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 300, lambda _, x: jnp.tanh(product(x, panels)), x)
+
+    panels, _ = stored("float32", 192, 192)
+    starts = [jax.device_put((random_rows(n, 192), panels), device) for n, device in enumerate(jax.devices()[:8], 1)]
+    alone = [np.asarray(chain(*start)) for start in starts]
+    for _ in range(5):
+        for found, expected in zip([chain(*start) for start in starts], alone, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_sizes_that_do_not_fit_are_an_error():
     panels, _ = stored("float32", 16, 64)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"panels \[ceil\(O / 64\), I, 64\]"):

@@ -114,7 +114,7 @@ class Call {
     const int64_t tokens = a_.starts[a_.rows];
     std::fill(a_.query(tokens, 0, 0), a_.query(a_.tokens, 0, 0), 0.0f);
     const int64_t some = std::max<int64_t>(1, kNumbersAtOnce / (a_.heads * (a_.group + 2) * a_.dim));
-    parallel(pool, (tokens + some - 1) / some, [&](int64_t i) {
+    parallel(pool, a_.tokens, (tokens + some - 1) / some, [&](int64_t i) {
       Scratch scratch(a_.dim);
       float* key = scratch.take(a_.dim);
       const int64_t end = std::min(tokens, (i + 1) * some);
@@ -127,7 +127,7 @@ class Call {
     };
     const int64_t count = (pieces + at_once - 1) / at_once;
     if (plan_.work > kSmall) {
-      parallel(pool, count, run_some);
+      parallel(pool, a_.tokens, count, run_some);
     } else {
       for (int64_t i = 0; i < count; ++i) run_some(i);
     }

@@ -134,7 +134,7 @@ void multiply(ffi::ThreadPool& pool, const Sizes& s, const std::vector<Run>& run
   const int64_t panels = (s.outputs + kPanel - 1) / kPanel, size = s.inputs * kPanel, threads = pool.num_threads();
   const std::vector<Task> tasks = cut(runs, s.inputs, panels);
   const int64_t count = tasks.size(), bytes = size * sizeof(W);
-  parallel(pool, count, [&](int64_t i) {
+  parallel(pool, s.rows, count, [&](int64_t i) {
     const Task& task = tasks[i];
     const int64_t o = task.panel % panels * kPanel, width = std::min<int64_t>(kPanel, s.outputs - o);
     const Sizes own{task.rows, s.inputs, s.outputs};
