@@ -110,12 +110,14 @@ class StepFit:
         self._gram = self.forget**self.EVERY * self._gram + (weights * rows.T) @ rows
         self._right = self.forget**self.EVERY * self._right + (weights * steps[:, -1]) @ rows
         ridge = 1e-6 * np.trace(self._gram) * np.eye(5)
-        fitted, kept = np.full(5, -1.0), np.ones(5, bool)
-        while (fitted[kept] < 0.0).any():  # no cost is below 0: the others are found again without those that were
+        kept = np.ones(5, bool)
+        while True:
             fitted = np.zeros(5)
             fitted[kept] = np.linalg.solve((self._gram + ridge)[np.ix_(kept, kept)], self._right[kept])
-            kept &= fitted >= 0.0
-        self.costs = StepCosts(*(np.maximum(fitted, 0.0) * self.SCALE).tolist())
+            if (fitted >= 0.0).all():
+                break
+            kept &= fitted >= 0.0  # no cost is below 0: the others are found again without those that were
+        self.costs = StepCosts(*(fitted * self.SCALE).tolist())
 
 
 class TransferFit:
@@ -125,17 +127,16 @@ class TransferFit:
     exponential window.
     """
 
-    FORGET = 0.98
-    """Weight of a transfer against the one after it: a guess, about the last fifty count."""
-
     def __init__(self) -> None:
+        self.forget = 0.98
+        """Weight of a transfer against the one after it: a guess, about the last fifty count; 1: all count alike."""
         self.latency_s, self.per_page_s = 0.0, 1e-4
         self._sums = [0.0] * 5
 
     def observe(self, pages: int, seconds: float) -> None:
         """Learn how long a transfer took, waiting for others and for the loop to notice included."""
         new = (1.0, pages, seconds, pages * pages, pages * seconds)
-        self._sums = [self.FORGET * old + more for old, more in zip(self._sums, new, strict=True)]
+        self._sums = [self.forget * old + more for old, more in zip(self._sums, new, strict=True)]
         n, x, y, xx, xy = self._sums
         spread = n * xx - x * x
         slope = (n * xy - x * y) / spread if spread > 1e-6 * xx else y / x

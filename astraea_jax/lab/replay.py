@@ -105,6 +105,21 @@ class Replayed:
     page_bytes: int
 
 
+def _machine(engine: Engine) -> Machine:
+    """The machine as an engine's steps and transfers show it."""
+    transfers, page = engine.transfer_costs, engine.layout.page_bytes
+    waits_s = (
+        engine.work.step_s.sum / max(engine.times.steps, 1) / 2
+    )  # for the turn that sees a transfer's end; the simulator has it, too
+    return Machine(
+        engine.step_costs.costs,
+        page / engine.config.page_size,
+        link_bytes_s=page / max(transfers.per_page_s, 1e-9),
+        measured=True,
+        lag_s=max(0.0, transfers.latency_s - waits_s),
+    )
+
+
 class SharedRunner(Runner):
     """A runner for one engine after the other: it compiles for the first, and its pages are enough for any."""
 
@@ -191,7 +206,8 @@ class Replayer:
             *(self._decoder, self._tokenizer, self._engine_config(programs, setting), self._mesh),
             runner=lambda *_: self._runner,
         )
-        engine.step_costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
+        for costs in (engine.step_costs, engine.transfer_costs):
+            costs.forget = 1.0  # fit the whole run, not only its end, when few programs are left
         engine.start()
         began = time.monotonic()
         try:
@@ -214,9 +230,7 @@ class Replayer:
             refused=0,
             page_size=self._config.page_size,
         )
-        link = page / max(engine.transfer_costs.per_page_s, 1e-9)
-        machine = Machine(engine.step_costs.costs, page / self._config.page_size, link_bytes_s=link, measured=True)
-        return Replayed(outcome, machine, len(cut), page)
+        return Replayed(outcome, _machine(engine), len(cut), page)
 
     def _engine_config(self, programs: Sequence[TraceProgram], setting: Setting) -> EngineConfig:
         if setting.pool_tokens > self.tokens:

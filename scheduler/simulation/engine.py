@@ -211,7 +211,7 @@ class SimulatedEngine:
         tokens, in_windows = (len(ids) * size for ids in (transfer.pages, transfer.windows))
         self._link[way] = max(self._link[way], now) + self._machine.transfer_s(tokens, in_windows)
         ended = partial(self.scheduler.transferred, transfer)
-        self._clock.at(self._link[way], lambda when: self.deliver(when, ended))
+        self._clock.at(self._link[way] + self._machine.lag_s, lambda when: self.deliver(when, ended))
 
 
 @dataclass(frozen=True, slots=True)

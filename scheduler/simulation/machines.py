@@ -29,6 +29,8 @@ class Machine:
     """Between device and host, each way."""
     measured: bool
     """False: computed from hardware constants."""
+    lag_s: float = 0.0
+    """Seconds from the end of a transfer on the link to the turn of the loop that sees it, beyond what is simulated."""
     window: int | None = None
     """Tokens that a query sees in layers with a window, its own included; None: no layer has one."""
     layers: tuple[int, int] = (1, 0)
