@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -11,6 +13,10 @@ class TurnHazards:
     Jobs that go on count among those at risk, so that the estimate is not drawn to short ones. Hazards
     are smoothed over neighbouring turns and towards their overall mean; those of one kind of jobs towards those of all.
     Kind 0 is all jobs, and stands for those of which nothing is known.
+
+    What a job outputs says more than its kind. Its ``talk`` is the log of its output per request over that of all, and
+    its hazards are those of its kind times ``exp(slope * talk)`` (Cox 1972). The slope is learned as an extended Kalman
+    filter would, request by request; it is 0, and talk says nothing, until requests have shown otherwise.
 
     Every operation takes some microseconds, because the scheduling loop calls them: requests are smoothed as they are
     counted, and what follows from the hazards is worked out for the one turn that is asked for.
@@ -28,6 +34,12 @@ class TurnHazards:
     KIN = 20.0
     """Weight of all jobs in the estimate for a kind, in observations: a guess; benchmarks/RESULTS.md says when
     kinds gain."""
+    DOUBT = 4.0
+    """How sure a slope of 0 is at first, and how sure any slope can be shaken at least: a guess."""
+    FORGET = 0.9998
+    """Weight of a request against the one after it, in the slope: a guess, about the last five thousand count."""
+    FARTHEST = 2.0
+    """Talk beyond which more of it says no more: seven times the mean, or a seventh of it."""
     WIDTH = 2.0
     """Scale of the smoothing, in turns: a guess."""
     FEWEST_ENDS, FEWEST_TURNS = 1.0, 8.0
@@ -39,37 +51,53 @@ class TurnHazards:
         self._kernel = np.exp(-np.abs(turns[:, None] - turns) / self.WIDTH)
         self._risk, self._ends = np.zeros(shape), np.zeros(shape)  # counts by kind and turn, smoothed over turns
         self._all_risk, self._all_ends = 0, 0
+        self._slope, self._sure = 0.0, self.DOUBT
         self._mean = 0.0
         self._hazards = np.zeros((self.KINDS, n + self.HORIZON))
         self._estimate()
 
-    def observe(self, turn: int, kind: int = 0, *, last: bool) -> None:
-        """Learn that request number ``turn``, from 0, of a job of that kind has ended, and was its last or not."""
+    def observe(self, turn: int, kind: int = 0, talk: float = 0.0, *, last: bool) -> None:
+        """Learn that request number ``turn``, from 0, of such a job has ended, and was its last or not."""
+        at, talk = min(turn, self.LONGEST - 1), self._bounded(talk)
+        factor = math.exp(self._slope * talk)
+        chance = min(self._hazards[kind, at] * factor, 1.0)
+        self._sure = max(self.FORGET * self._sure + chance * talk * talk, self.DOUBT)
+        self._slope -= chance * talk / self._sure
         for row in {0, kind}:
-            self._risk[row] += self._kernel[min(turn, self.LONGEST - 1)]
+            self._risk[row] += factor * self._kernel[at]
         self._all_risk += 1
         if last:
-            self.ended(turn, kind)
+            self.ended(turn, kind, talk)
         if self._all_risk % self.EVERY == 0:
             self._estimate()
 
-    def ended(self, turn: int, kind: int = 0) -> None:
+    def ended(self, turn: int, kind: int = 0, talk: float = 0.0) -> None:
         """Learn that a request which has been observed as not the last was the last after all."""
+        self._slope += self._bounded(talk) / self._sure
         for row in {0, kind}:
             self._ends[row] += self._kernel[min(turn, self.LONGEST - 1)]
         self._all_ends += 1
 
-    def remaining(self, turn: int, kind: int = 0) -> float:
+    def remaining(self, turn: int, kind: int = 0, talk: float = 0.0) -> float:
         """Expected requests from number ``turn`` on, itself included."""
-        alive = np.cumprod(1 - self._hazards[kind, min(turn, self.LONGEST - 1) : self.LONGEST])
+        alive = self._alive(min(turn, self.LONGEST - 1), self.LONGEST, kind, talk)
         return float(1 + alive[:-1].sum() + alive[-1] / self._mean)
 
-    def index(self, turn: int, kind: int = 0) -> float:
+    def index(self, turn: int, kind: int = 0, talk: float = 0.0) -> float:
         """Inverse Gittins index: the least expected requests per chance to end, over all horizons (Gittins 1979)."""
         turn = min(turn, self.LONGEST - 1)
-        alive = np.cumprod(1 - self._hazards[kind, turn : turn + self.HORIZON])  # after each turn of the horizon
+        alive = self._alive(turn, turn + self.HORIZON, kind, talk)
         run = np.concatenate([[1.0], 1 + np.cumsum(alive[:-1])])
         return float(1 / ((1 - alive) / run).max())
+
+    def _alive(self, begin: int, end: int, kind: int, talk: float) -> np.ndarray:
+        """Chances that a job which comes to request ``begin`` goes on after each of those before ``end``."""
+        hazards = self._hazards[kind, begin:end] * math.exp(self._slope * self._bounded(talk))
+        alive: np.ndarray = np.cumprod(1 - np.minimum(hazards, 1.0))
+        return alive
+
+    def _bounded(self, talk: float) -> float:
+        return min(max(talk, -self.FARTHEST), self.FARTHEST)
 
     def _estimate(self) -> None:
         self._mean = (self._all_ends + self.FEWEST_ENDS) / (self._all_risk + self.FEWEST_TURNS)

@@ -54,9 +54,12 @@ class Predictor:
         This is the mean of its job, drawn to that of all as if two more had output that.
         """
         job = request.program.job
-        prior = self.outputs.mean(FEW_TOKENS)
-        own = (job.output_tokens + 2 * prior) / (job.turns + 2)
+        own = self._output(job.turns, job.output_tokens)
         return max(own - len(request.output), 0.1 * own)
+
+    def _output(self, turns: int, outputs: int) -> float:
+        """Output tokens per request of a job that has had so many of each."""
+        return (outputs + 2 * self.outputs.mean(FEW_TOKENS)) / (turns + 2)
 
     def wait_s(self, program: Program, elapsed_s: float = 0.0) -> float:
         """Seconds that a program's present or next wait goes on after ``elapsed_s``, in the mean."""
@@ -79,12 +82,17 @@ class Predictor:
     def remaining_turns(self, program: Program) -> float:
         """Requests that a program's job will still run, the present or next one included."""
         job = program.job
-        return self.hazards.remaining(job.turns, self._kind(job.turns, job.output_tokens))
+        return self.hazards.remaining(*self._turn(job.turns, job.output_tokens))
 
     def turns_index(self, program: Program) -> float:
         """Expected requests per chance that a program's job ends; see :meth:`~.hazards.TurnHazards.index`."""
         job = program.job
-        return self.hazards.index(job.turns, self._kind(job.turns, job.output_tokens))
+        return self.hazards.index(*self._turn(job.turns, job.output_tokens))
+
+    def _turn(self, turns: int, outputs: int) -> tuple[int, int, float]:
+        """Tell turn, kind and talk of a job, which its hazard of ending depends on."""
+        talk = math.log(max(self._output(turns, outputs), 1e-3) / max(self.outputs.mean(FEW_TOKENS), 1e-3))
+        return turns, self._kind(turns, outputs), talk
 
     def _kind(self, turns: int, outputs: int) -> int:
         """Tell the kind of a job by its hazard of ending.
@@ -129,8 +137,7 @@ class Predictor:
         """A request has ended; its program and its job count it already."""
         if request.finish_reason in ("stop", "length"):
             job = request.program.job
-            before = job.turns - 1, job.output_tokens - len(request.output)
-            job.last_turn = before[0], self._kind(*before)
+            job.last_turn = self._turn(job.turns - 1, job.output_tokens - len(request.output))
             last = request.final and request.program.leads
             self.hazards.observe(*job.last_turn, last=last)
             if last:

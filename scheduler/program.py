@@ -69,8 +69,8 @@ class Job:
     """Seconds that its programs have waited for tools."""
     level: int = 0
     """Its level, in policies that have levels; 0 is served first. Written by the policy."""
-    last_turn: tuple[int, int] | None = None
-    """Number and kind of its last turn as hazards have counted it. Written by the predictor."""
+    last_turn: tuple[int, int, float] | None = None
+    """Number, kind and talk of its last turn as hazards have counted it. Written by the predictor."""
     ended: bool = False
     """Whether its end has been learned from."""
     left: bool = False

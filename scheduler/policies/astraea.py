@@ -11,7 +11,8 @@ why (each is a row of the ablation table, `python scripts/bench_jct.py --policie
 * Remaining turns are a Gittins index over the hazard of ending at each turn, learned online from all programs, those
   still live included. It blends what discrete levels and eta (does progress predict completion?) approximate: a
   fixed number of turns raises programs as they progress, a geometric one leaves them, a heavy tail demotes them.
-  Hazards are learned apart for programs that output little, middling and much per request.
+  Hazards are learned apart for programs that output little, middling and much per request, and within these follow the
+  output by a power that is learned, too.
 * The ratio is ``(W + R + c) / size ** 1.4``: W the waits and R the running time of the program over all its requests,
   tool waits left out; c half of a typical program's running time. It grows without bound, so nobody starves, and a
   program whose W exceeds ``PATIENCE`` times a typical running time jumps the queue, the longest wait first.
@@ -58,7 +59,7 @@ class Terms:
     turns: bool = True
     """Weigh remaining turns, by the hazard of ending."""
     kinds: bool = True
-    """Learn hazards apart for programs that output little, middling and much per request."""
+    """Learn hazards apart for programs that output little, middling and much per request, and how they follow it."""
     memory: bool = True
     """Weigh the pages that a request needs."""
     wait: bool = True

@@ -56,6 +56,43 @@ def test_an_end_that_is_learned_late_counts_as_one_that_was_known():
     assert [late.index(turn) for turn in range(9)] == [known.index(turn) for turn in range(9)]
 
 
+def test_an_end_that_is_learned_late_tells_as_much_of_what_jobs_output():
+    known, late = TurnHazards(), TurnHazards()
+    for talk in (-0.7, 0.4, 0.9):
+        known.observe(2, talk=talk, last=True)
+        late.observe(2, talk=talk, last=False)
+        late.ended(2, talk=talk)
+    assert late._slope == known._slope > 0.0
+
+
+def test_what_jobs_output_tells_how_long_they_go_on():
+    rng = np.random.default_rng(0)
+    hazards, silent = TurnHazards(), TurnHazards()
+    for talk in rng.uniform(-1, 1, 400):
+        length = rng.geometric(0.1 * np.exp(1.5 * talk))
+        for turn in range(length):
+            hazards.observe(turn, talk=talk, last=turn == length - 1)
+            silent.observe(turn, talk=rng.uniform(-1, 1), last=turn == length - 1)
+    assert hazards._slope == pytest.approx(1.5, abs=0.3)
+    little, much = (hazards.index(3, talk=talk) for talk in (-1.0, 1.0))
+    assert little > 6 * much  # in truth 20 times
+    assert silent._slope == pytest.approx(0.0, abs=0.3)  # talk that says nothing is not listened to
+    assert hazards.index(3, talk=50.0) == hazards.index(3, talk=TurnHazards.FARTHEST)
+
+
+@settings(max_examples=30)
+@given(seen=seen_requests, talks=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9))
+def test_whatever_jobs_output_the_answers_are_numbers(seen, talks):
+    hazards = TurnHazards()
+    for number, (turn, kind, last) in enumerate(seen * 3):
+        hazards.observe(turn, kind, talks[number % len(talks)], last=last)
+    hazards._estimate()
+    for turn, kind, _ in seen[:10]:
+        for talk in talks:
+            assert 1.0 <= hazards.index(turn, kind, talk) < 1e9
+            assert 1.0 <= hazards.remaining(turn, kind, talk) < 1e9
+
+
 @settings(max_examples=30)
 @given(seen=seen_requests)
 def test_estimates_are_those_of_the_definition(seen):

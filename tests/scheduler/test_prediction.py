@@ -39,6 +39,21 @@ def test_programs_that_output_much_are_told_from_those_that_output_little():
     assert new == pytest.approx(7, rel=0.3)  # nothing is known of it yet: as everybody
 
 
+def test_programs_of_one_kind_are_told_apart_by_what_they_output():
+    predictor, rng = Predictor(), random.Random(0)
+    for number in range(400):
+        output = rng.randint(100, 900)
+        program, turns = Program(number, 0.0), max(1, 3000 // output)
+        for turn in range(turns):
+            request = Request(1, program, range(5), 1000, frozenset(), turn == turns - 1, 0.0, page_size=16)
+            request.output, request.finish_reason = [0] * output, "stop"
+            program.job.turns += 1
+            program.job.output_tokens += output
+            predictor.ended(request, 0.0)
+    assert predictor._kind(2, 2 * 400) == predictor._kind(2, 2 * 600)
+    assert predictor.turns_index(begun(2, 2 * 400)) > 1.2 * predictor.turns_index(begun(2, 2 * 600))
+
+
 def test_eta_by_kind_of_length():
     rng = np.random.default_rng(0)
 
