@@ -116,7 +116,7 @@ class StepFit:
             fitted[kept] = np.linalg.solve((self._gram + ridge)[np.ix_(kept, kept)], self._right[kept])
             if (fitted >= 0.0).all():
                 break
-            kept &= fitted >= 0.0  # no cost is below 0: the others are found again without those that were
+            kept[fitted.argmin()] = False  # no cost is below 0: the others are found again without the lowest
         self.costs = StepCosts(*(fitted * self.SCALE).tolist())
 
 

@@ -35,7 +35,9 @@ class TurnHazards:
     """Weight of all jobs in the estimate for a kind, in observations: a guess; benchmarks/RESULTS.md says when
     kinds gain."""
     DOUBT = 4.0
-    """How sure a slope of 0 is at first, and how sure any slope can be shaken at least: a guess."""
+    """Information that a slope of 0 has at first, and the least that forgetting leaves any slope: a guess."""
+    STEEPEST = 4.0
+    """Bound of the slope, so that no tenant's jobs can drive the hazards of others to nothing."""
     FORGET = 0.9998
     """Weight of a request against the one after it, in the slope: a guess, about the last five thousand count."""
     FARTHEST = 2.0
@@ -62,7 +64,7 @@ class TurnHazards:
         factor = math.exp(self._slope * talk)
         chance = min(self._hazards[kind, at] * factor, 1.0)
         self._sure = max(self.FORGET * self._sure + chance * talk * talk, self.DOUBT)
-        self._slope -= chance * talk / self._sure
+        self._learn(-chance * talk)
         for row in {0, kind}:
             self._risk[row] += factor * self._kernel[at]
         self._all_risk += 1
@@ -73,7 +75,7 @@ class TurnHazards:
 
     def ended(self, turn: int, kind: int = 0, talk: float = 0.0) -> None:
         """Learn that a request which has been observed as not the last was the last after all."""
-        self._slope += self._bounded(talk) / self._sure
+        self._learn(self._bounded(talk))
         for row in {0, kind}:
             self._ends[row] += self._kernel[min(turn, self.LONGEST - 1)]
         self._all_ends += 1
@@ -95,6 +97,9 @@ class TurnHazards:
         hazards = self._hazards[kind, begin:end] * math.exp(self._slope * self._bounded(talk))
         alive: np.ndarray = np.cumprod(1 - np.minimum(hazards, 1.0))
         return alive
+
+    def _learn(self, gradient: float) -> None:
+        self._slope = min(max(self._slope + gradient / self._sure, -self.STEEPEST), self.STEEPEST)
 
     def _bounded(self, talk: float) -> float:
         return min(max(talk, -self.FARTHEST), self.FARTHEST)

@@ -56,7 +56,8 @@ STOP_S = 5.0
 """Seconds that the loop gets to stop, once it has been told to."""
 
 _started: weakref.WeakSet[Engine] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_started.clear)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_started.clear)
 
 
 @atexit.register

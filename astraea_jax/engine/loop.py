@@ -109,12 +109,12 @@ class ServingLoop:
                 idle = launched is None and in_flight is None
                 in_flight = launched
                 self.turn_began = None
+            self.turn_began = time.monotonic()
             if in_flight is not None:  # or the device's threads would let go of our arrays while the process ends
-                self.turn_began = time.monotonic()
                 with contextlib.suppress(_DeviceError):
                     _on_device(self._runner.read, in_flight)
-                self.turn_began = None
             self._runner.close()
+            self.turn_began = None
         finally:
             self._outbox.deliver(self._life.end)  # what has ended in a turn that did not
             self._guard.disarm()

@@ -108,9 +108,8 @@ class Replayed:
 def _machine(engine: Engine) -> Machine:
     """The machine as an engine's steps and transfers show it."""
     transfers, page = engine.transfer_costs, engine.layout.page_bytes
-    waits_s = (
-        engine.work.step_s.sum / max(engine.times.steps, 1) / 2
-    )  # for the turn that sees a transfer's end; the simulator has it, too
+    # Half a step passes until the next turn sees that a transfer has ended; the simulator has that, too.
+    waits_s = engine.work.step_s.sum / max(engine.times.steps, 1) / 2
     return Machine(
         engine.step_costs.costs,
         page / engine.config.page_size,

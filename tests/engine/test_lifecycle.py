@@ -130,6 +130,7 @@ def test_a_shutdown_waits_for_the_watchdog_too(monkeypatch):
         time.sleep(0.2)
 
     monkeypatch.setattr(engines, "watch", slow)
+    monkeypatch.setattr(engines, "STOP_S", WAIT_S)
     engine, _ = stub_engine()
     engine.start()
     engine.shutdown(0)

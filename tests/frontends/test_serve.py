@@ -58,7 +58,7 @@ async def drained(server, tokenizer):
 
 def test_serves_and_finishes_what_runs_at_sigterm(serve, random_folder, greedy):
     tokenizer = Tokenizer.from_folder(random_folder)
-    with serve(before=WAITS) as server:
+    with serve("--step_timeout_s=600", before=WAITS) as server:
         tokens, states = asyncio.run(drained(server, tokenizer))
         assert server.process.wait(300) == 0
     assert tokens == greedy([1, 2, 3], 200, tokens)

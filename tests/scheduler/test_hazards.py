@@ -128,3 +128,14 @@ def defined_hazards(risk, ends, all_ends, requests):
     by_kind[0] = all_kinds
     after = np.full((TurnHazards.KINDS, TurnHazards.HORIZON), mean)
     return np.concatenate([np.clip(by_kind, 1e-3, 1.0), after], axis=1), mean
+
+
+def test_one_who_makes_output_tell_everything_leaves_others_an_index():
+    """Requests of talk 0 that go on, and ends at a little more: the likeliest slope has no bound."""
+    hazards = TurnHazards()
+    for number in range(20_000):
+        last = number % 40 == 0
+        hazards.observe(3, talk=0.1 if last else 0.0, last=last)
+    assert hazards._slope == hazards.STEEPEST
+    assert 1.0 < hazards.index(3, talk=-2.0) < 1e6
+    assert hazards.index(3, talk=2.0) >= 1.0

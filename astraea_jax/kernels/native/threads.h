@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -72,7 +73,11 @@ class Team {
   static constexpr int kLooks = 100;  // for work before a thread sleeps, some tens of microseconds
 
   explicit Team(int64_t helpers) : helpers_(helpers) {
-    for (int64_t i = 0; i < helpers; ++i) std::thread([this] { help(); }).detach();
+    try {
+      for (int64_t i = 0; i < helpers; ++i) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+      // The process may have no more threads. Whoever calls run() takes every index that nobody else takes.
+    }
   }
 
   Loop* unused() {
